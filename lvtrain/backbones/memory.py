@@ -1,0 +1,59 @@
+"""What the backward pass recomputes instead of keeping: a choice between memory and time, never between results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lvtrain.errors import UserError
+
+Recompute = Literal["none", "activation", "block"]
+
+_aten = torch.ops.aten
+KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.convolution.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_attention_math.default,
+}
+
+
+def _keep_matmuls(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: torch.Tensor, recompute: Recompute = "none", every: int = 1
+) -> torch.Tensor:
+    """`x` through the blocks one after another.
+
+    recompute: `none` keeps what autograd keeps; `activation` keeps the results of matmuls and attention and
+    recomputes norms, activation functions and residual sums (elementwise work only); `block` keeps only the input of
+    every `every`-th block and recomputes that block. Random draws inside a block (drop path) are repeated exactly.
+    """
+    if recompute not in get_args(Recompute):
+        raise UserError(f"backbone: checkpoint_blocks {recompute!r} must be one of {', '.join(get_args(Recompute))}")
+    keep_matmuls = partial(create_selective_checkpoint_contexts, _keep_matmuls)
+    for number, block in enumerate(blocks):
+        if recompute == "activation":
+            x = checkpoint(block, x, use_reentrant=False, context_fn=keep_matmuls)
+        elif recompute == "block" and number % every == 0:
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = block(x)
+    return x
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth of each block, growing linearly from 0 at the first to `last`."""
+    return [last * number / max(depth - 1, 1) for number in range(depth)]

@@ -1,0 +1,291 @@
+"""fViT and Part fViT of LAFS (arXiv 2403.08161; Part fViT: Sun and Tzimiropoulos, BMVC 2022): image -> embedding
+through 8x8 patches.
+
+fViT cuts the picture on a grid (14x14 = 196 patches of 112x112). Part fViT asks a small landmark CNN
+(MobileNetV3-large up to its 160 channels) for 196 points, min-max scaled to the picture, and samples an 8x8 patch
+around each with one differentiable `grid_sample`. Either way patches are projected, given a position and a class
+token, and go through a transformer whose attention scale is `dim ** -0.5`, as in the released code. Parameter names
+are the released code's: `patch_to_embedding`, `transformer.layers.i.{0,1}.fn`, `stn`, `output_layer`.
+
+Shapes: the text gives Base (dim 768, depth 12, 11 heads of 64, MLP 2048) and for Part fViT-Tiny only "15.28M and
+2.48G Flops"; dim 256, depth 12, 8 heads of 64, MLP 1024 is our reading of it (15.6 M parameters, 2.5 GMAC in its
+linears).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, trunc_normal_
+from torch import nn
+
+from lvtrain.backbones.memory import Recompute, drop_path_rates, run_blocks
+from lvtrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class FViTShape:
+    """The transformer of one published size."""
+
+    dim: int
+    depth: int
+    heads: int
+    head_dim: int
+    mlp_dim: int
+
+
+SHAPES = {"tiny": FViTShape(256, 12, 8, 64, 1024), "base": FViTShape(768, 12, 11, 64, 2048)}
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, heads: int, head_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, dim**-0.5
+        self.to_qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(heads * head_dim, dim), nn.Dropout(dropout))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.to_qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.to_out(y.transpose(1, 2).flatten(2))
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, dim: int, mlp_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_dim, dim), nn.Dropout(dropout)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+class _PreNorm(nn.Module):
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.fn = nn.LayerNorm(dim), fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fn(self.norm(x))
+
+
+class _Residual(nn.Module):
+    def __init__(self, dim: int, fn: nn.Module, drop_path: float) -> None:
+        super().__init__()
+        self.fn, self.drop_path = _PreNorm(dim, fn), DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop_path(self.fn(x))
+
+
+class _Transformer(nn.Module):
+    def __init__(self, shape: FViTShape, drop_path: float, dropout: float, recompute: Recompute, every: int) -> None:
+        super().__init__()
+        self.recompute, self.every = recompute, every
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                _Residual(shape.dim, _Attention(shape.dim, shape.heads, shape.head_dim, dropout), rate),
+                _Residual(shape.dim, _FeedForward(shape.dim, shape.mlp_dim, dropout), rate),
+            )
+            for rate in drop_path_rates(drop_path, shape.depth)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return run_blocks(self.layers, x, self.recompute if self.training else "none", self.every)
+
+
+class FViT(nn.Module):
+    """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32 (the class token after its norm), not
+    normalised.
+
+    embedding_dim other than `dim` adds a linear after the norm; LAFS itself has `embedding_dim = dim`. Smaller
+    pictures (DINO's 48-pixel views) are taken too: the position grid is resized to theirs (bicubic), as DINO does.
+    drop_path, dropout: regularisation in training; checkpoint_blocks, checkpoint_every: see `lvtrain.backbones.memory`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        head_dim: int = 64,
+        mlp_dim: int,
+        patch: int = 8,
+        embedding_dim: int = 512,
+        image_size: int = 112,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        checkpoint_blocks: Recompute = "none",
+        checkpoint_every: int = 1,
+    ) -> None:
+        super().__init__()
+        if image_size % patch:
+            raise UserError(f"backbone: image_size {image_size} is not a multiple of the patch {patch}")
+        self.dim, self.embedding_dim, self.image_size, self.patch = dim, embedding_dim, image_size, patch
+        self.side = image_size // patch
+        self.num_tokens = self.side**2
+        self.patch_to_embedding = nn.Linear(3 * patch * patch, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embedding = nn.Parameter(torch.zeros(1, self.num_tokens + 1, dim))
+        self.dropout = nn.Dropout(dropout)
+        shape = FViTShape(dim, depth, heads, head_dim, mlp_dim)
+        self.transformer = _Transformer(shape, drop_path, dropout, checkpoint_blocks, checkpoint_every)
+        projection = [nn.Linear(dim, embedding_dim, bias=False)] if embedding_dim != dim else []
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), *projection)
+        trunc_normal_(self.pos_embedding, std=0.02)
+        trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: torch.Tensor, return_tokens: bool = False) -> Any:
+        """Embeddings `[B, embedding_dim]`, or with `return_tokens` `(patch tokens [B, N, dim], embeddings)`."""
+        rows, columns = images.shape[2] // self.patch, images.shape[3] // self.patch
+        positions = self.pos_embedding[:, 1:]
+        if (rows, columns) != (self.side, self.side):
+            grid = positions.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2).float()
+            grid = F.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False)
+            positions = grid.flatten(2).transpose(1, 2)
+        patches = images.unflatten(2, (rows, self.patch)).unflatten(4, (columns, self.patch))
+        patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], rows * columns, -1)
+        return self._encode(patches, positions, return_tokens)
+
+    def _encode(self, patches: torch.Tensor, positions: torch.Tensor, return_tokens: bool) -> Any:
+        """patches `[B, N, patch * patch * 3]` (row, column, colour), positions `[1 or B, N, dim]`."""
+        x = self.patch_to_embedding(patches) + positions
+        first = (self.cls_token + self.pos_embedding[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)
+        x = self.transformer(self.dropout(torch.cat([first, x], dim=1)))
+        embedding = self.mlp_head(x[:, 0]).float()
+        return (self.mlp_head[0](x[:, 1:]), embedding) if return_tokens else embedding
+
+    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(patch tokens [B, N, dim] after the last norm, embeddings)`."""
+        return self(images, return_tokens=True)
+
+
+class LandmarkFeatures(nn.Module):
+    """MobileNetV3-large (arXiv 1905.02244, timm's) up to its last 160 channels: `[B, 3, H, W]` -> their mean, `[B,
+    160]`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        network: Any = timm.create_model("mobilenetv3_large_100", pretrained=False, num_classes=0)
+        self.conv_stem, self.bn1, self.blocks = network.conv_stem, network.bn1, network.blocks[:-1]
+        self.num_features = 160
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.blocks(self.bn1(self.conv_stem(images))).mean(dim=(2, 3))
+
+
+def grid_landmarks(side: int, patch: int = 8) -> torch.Tensor:
+    """Centres of a regular `side` x `side` grid of patches, `[side * side, 2]` float32 (x, y) in pixels, row-major.
+
+    The centre of the picture's first pixel is (0, 0), so the first patch of 8 pixels has its centre at 3.5.
+    """
+    centre = torch.arange(side, dtype=torch.float32) * patch + (patch - 1) / 2
+    y, x = torch.meshgrid(centre, centre, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], dim=1)
+
+
+def sample_patches(images: torch.Tensor, landmarks: torch.Tensor, patch: int = 8) -> torch.Tensor:
+    """Bilinear patches around points: images `[B, 3, H, W]`, landmarks `[B, N, 2]` (x, y) pixels -> `[B, N, patch *
+    patch * 3]` float32.
+
+    One `grid_sample` call for all points of all images, differentiable in both arguments; what lies outside the
+    picture is 0. Always in float32 (float64 for float64 images): 8 bits of bfloat16 would place a patch no better
+    than to half a pixel.
+    """
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    batch, number = landmarks.shape[:2]
+    size = torch.tensor([images.shape[3] - 1, images.shape[2] - 1], dtype=dtype, device=images.device)
+    offset = torch.arange(patch, dtype=dtype, device=images.device) - (patch - 1) / 2
+    y, x = torch.meshgrid(offset, offset, indexing="ij")
+    points = landmarks.to(dtype)[:, :, None, None] + torch.stack([x, y], dim=-1)  # [B, N, patch, patch, 2]
+    grid = (points / size * 2 - 1).reshape(batch, number * patch, patch, 2)
+    with torch.autocast(images.device.type, enabled=False):
+        sampled = F.grid_sample(images.to(dtype), grid, padding_mode="zeros", align_corners=True)
+    return sampled.unflatten(2, (number, patch)).permute(0, 2, 3, 4, 1).reshape(batch, number, -1)
+
+
+class PartFViT(FViT):
+    """fViT whose patches stand at landmarks: `[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32.
+
+    landmark_margin: the points are min-max scaled, for each image and axis, to `[margin, image_size - 1 - margin]`
+    pixels; the default of half a patch keeps every patch inside the picture and starts training on fViT's grid *(our
+    reading)*.
+    freeze_landmarks: the landmark CNN is not trained (its BatchNorm runs on its stored statistics) and no gradient
+    reaches it.
+    Other arguments: `FViT`.
+    """
+
+    def __init__(self, *, landmark_margin: float = 3.5, freeze_landmarks: bool = False, **fvit: Any) -> None:
+        super().__init__(**fvit)
+        self.landmark_margin, self.freeze_landmarks = landmark_margin, freeze_landmarks
+        self.stn = LandmarkFeatures()
+        linear = nn.Linear(self.stn.num_features, 2 * self.num_tokens)
+        self.output_layer = nn.Sequential(nn.Identity(), linear)
+        nn.init.normal_(linear.weight, std=1e-3)
+        with torch.no_grad():  # start on the grid, in units of the picture
+            linear.bias.copy_((grid_landmarks(self.side, self.patch) / (self.image_size - 1)).flatten())
+        if freeze_landmarks:
+            self.stn.requires_grad_(False)
+            self.output_layer.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if self.freeze_landmarks:
+            self.stn.eval()
+            self.output_layer.eval()
+        return self
+
+    def predict_landmarks(self, images: torch.Tensor) -> torch.Tensor:
+        """The landmark CNN's points, `[B, num_tokens, 2]` float32 (x, y) in pixels, min-max scaled to the picture."""
+        features = self.stn(images)
+        with torch.autocast(images.device.type, enabled=False):  # points in bfloat16 would be off by half a pixel
+            points = self.output_layer(features.to(torch.promote_types(images.dtype, torch.float32)))
+            points = points.unflatten(1, (self.num_tokens, 2))
+            low, high = points.amin(dim=1, keepdim=True), points.amax(dim=1, keepdim=True)
+            unit = (points - low) / (high - low).clamp_min(1e-6)
+            return self.landmark_margin + unit * (self.image_size - 1 - 2 * self.landmark_margin)
+
+    def forward(  # type: ignore[override]
+        self,
+        images: torch.Tensor,
+        landmarks: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        return_landmarks: bool = False,
+        return_tokens: bool = False,
+    ) -> Any:
+        """Embeddings `[B, embedding_dim]`; with `return_landmarks` or `return_tokens` a tuple that adds those.
+
+        landmarks: `[B, N, 2]` (x, y) in pixels, any N, any subset in any order; absent, the landmark CNN's own.
+        positions: int64 `[N]` or `[B, N]`, which position embedding (0 to num_tokens - 1) each landmark gets; absent,
+            landmark i gets position i. Give the landmark's own number to keep its position through a subset or a
+            shuffle.
+        Returned in the order tokens `[B, N, dim]`, embeddings, landmarks `[B, N, 2]`.
+        """
+        if landmarks is None:
+            landmarks = self.predict_landmarks(images)
+        number = landmarks.shape[1]
+        if positions is None:
+            if number > self.num_tokens:
+                raise UserError(
+                    f"Part fViT: {number} landmarks but only {self.num_tokens} positions; say which with positions="
+                )
+            embedded = self.pos_embedding[:, 1 : number + 1]
+        else:
+            embedded = self.pos_embedding[0, 1:][positions]
+            embedded = embedded if embedded.ndim == 3 else embedded[None]
+        output = self._encode(sample_patches(images, landmarks, self.patch), embedded, return_tokens)
+        if not return_landmarks:
+            return output
+        return (*output, landmarks) if return_tokens else (output, landmarks)

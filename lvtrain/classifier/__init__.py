@@ -1,0 +1,7 @@
+"""Embeddings and labels to a loss, with classes split over the ranks; see README.md in this folder."""
+
+from lvtrain.classifier.logsumexp import negative_logsumexp
+from lvtrain.classifier.partition import class_range
+from lvtrain.classifier.sharded import ClassifierOutput, ShardedClassifier
+
+__all__ = ["ClassifierOutput", "ShardedClassifier", "class_range", "negative_logsumexp"]

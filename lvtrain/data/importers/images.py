@@ -1,0 +1,85 @@
+"""One image of a source: what is wrong with it, and the JPEG that goes into the shard.
+
+A JPEG that needs nothing is passed through byte for byte. Whatever else (PNG, WebP, a fix, an alignment) is encoded once, without chroma
+subsampling, at the stated quality.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lvtrain.data import align
+from lvtrain.errors import UserError
+
+UNDECODABLE, WRONG_SIZE, GREY, NO_FACE, CONVERTED, NARROW = 1, 2, 4, 8, 16, 32
+INSPECTION = np.dtype([("hash", "<u8"), ("width", "<u2"), ("height", "<u2"), ("flags", "u1")])
+ALIGNED_INSPECTION = np.dtype([*INSPECTION.descr, ("matrix", "<f4", (2, 3))])
+UNREADABLE = (OSError, ValueError, SyntaxError, zlib.error, UserError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an image in a shard must look like: `size` pixels square (None: as it is), JPEG `quality` where one is encoded."""
+
+    size: int | None
+    quality: int
+
+
+def inspect(data: bytes, target: Target, detector: align.Detector | None) -> tuple[int, int, int, int, np.ndarray | None]:
+    """(hash of the bytes, width, height, flags, alignment matrix [2, 3]); never raises for bad bytes, that is a flag."""
+    digest = int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+    try:
+        picture = _decode(data, upright=detector is not None)
+    except UNREADABLE:
+        return digest, 0, 0, UNDECODABLE, None
+    flags = 0
+    if picture.format != "JPEG" or picture.mode not in ("RGB", "L"):
+        flags |= CONVERTED
+    if picture.mode == "L":
+        flags |= NARROW
+    pixels = np.asarray(picture.convert("RGB"))
+    if picture.mode == "L" or ((pixels[..., 0] == pixels[..., 1]) & (pixels[..., 1] == pixels[..., 2])).all():
+        flags |= GREY
+    width, height = min(picture.width, 65535), min(picture.height, 65535)
+    matrix = None
+    if detector is not None:
+        points = detector.largest_face(pixels)
+        if points is None:
+            flags |= NO_FACE
+        else:
+            matrix = align.similarity(points, align.template(target.size or align.TEMPLATE_SIZE))
+        flags |= CONVERTED
+    elif target.size is not None and picture.size != (target.size, target.size):
+        flags |= WRONG_SIZE
+    return digest, width, height, flags, matrix
+
+
+def jpeg(data: bytes, target: Target, *, resize: bool, widen: bool, matrix: np.ndarray | None) -> bytes:
+    """The JPEG of an image that cannot be passed through: aligned by `matrix`, or resized, or three-channelled, or only converted."""
+    picture = _decode(data, upright=matrix is not None)
+    if matrix is not None:
+        picture = Image.fromarray(align.warp(np.asarray(picture.convert("RGB")), matrix, target.size or align.TEMPLATE_SIZE))
+    elif picture.mode not in ("RGB", "L") or (widen and picture.mode == "L"):
+        picture = picture.convert("RGB")
+    if resize and target.size is not None and picture.size != (target.size, target.size):
+        # INTER_AREA's equivalent when shrinking, bilinear when growing
+        picture = picture.resize((target.size, target.size), Image.Resampling.BILINEAR)
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=target.quality, subsampling=0)
+    return out.getvalue()
+
+
+def _decode(data: bytes, upright: bool) -> Image.Image:
+    opened = Image.open(io.BytesIO(data))
+    opened.load()
+    if not upright:
+        return opened
+    turned = ImageOps.exif_transpose(opened)
+    turned.format = opened.format
+    return turned

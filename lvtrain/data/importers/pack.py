@@ -1,0 +1,295 @@
+"""Packs any source into a dataset folder: list, look, decide, write.
+
+Every stage leaves files in `OUT/.pack`, so a pack that was killed goes on where it was when it is started again with the same options; shards
+get their final names only when complete, and `dataset.json`, written last, makes the folder a dataset. Nothing depends on the number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvtrain import randomness
+from lvtrain.data import contact_sheet
+from lvtrain.data.importers import images, work
+from lvtrain.data.importers.catalogue import LABEL_ORDERS, Catalogue, CatalogueWriter
+from lvtrain.data.importers.policies import Policies, Troubles
+from lvtrain.data.importers.sources import open_source
+from lvtrain.data.index import IndexWriter, Manifest
+from lvtrain.data.parallel import ordered_map
+from lvtrain.errors import UserError
+
+Progress = Callable[[str, int, int], None]
+REPORT = "pack_report.json"
+SHEET = "contact_sheet.png"
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """What decides the bytes of the result.
+
+    Attributes:
+        size: pixels of a side every image must have; None takes all sizes.
+        quality: of a JPEG that has to be encoded (PNG and WebP, fixes, alignment); other JPEGs are passed through.
+        shuffle: write the samples in an order drawn from `seed`, so that shards are not sorted by identity.
+        label_order: how identity names are numbered: natural (id2 before id10, as CVLface) or lexicographic (as torchvision's ImageFolder).
+    """
+
+    kind: str
+    seed: int = 0
+    shuffle: bool = True
+    samples_per_shard: int = 8192
+    size: int | None = 112
+    quality: int = 95
+    label_order: str = "natural"
+    align: bool = False
+    licence: str = "unknown"
+    image_column: str = "image"
+    label_column: str = "label"
+    policies: Policies = field(default_factory=Policies)
+
+    def __post_init__(self) -> None:
+        if self.label_order not in LABEL_ORDERS:
+            raise UserError(f"--label-order {self.label_order!r} is unknown; choose one of {', '.join(LABEL_ORDERS)}")
+        if self.samples_per_shard < 1 or not 1 <= self.quality <= 100 or (self.size is not None and not 16 <= self.size <= 4096):
+            raise UserError("--samples-per-shard must be at least 1, --quality 1 to 100, --size 16 to 4096")
+
+
+def pack(source: str | Path, out: str | Path, options: PackOptions, *, workers: int = 1, progress: Progress | None = None) -> dict[str, Any]:
+    """Packs `source` into the dataset folder `out` and returns what `pack_report.json` says.
+
+    Raises:
+        UserError: nothing to pack, a trouble whose policy is `fail`, an `out` that is finished or was begun with other options.
+    """
+    source, out = Path(source), Path(out)
+    tell = progress or (lambda stage, done, total: None)
+    scratch = _begin(source, out, options)
+    job = work.Job(
+        options.kind, source, out, scratch, options.image_column, options.label_column, images.Target(options.size, options.quality),
+        options.align, options.policies.wrong_size == "fix", options.policies.grey == "fix",
+    )  # fmt: skip
+    opened = open_source(options.kind, source, image_column=options.image_column, label_column=options.label_column)
+    if not (scratch / "rows.bin").exists():
+        tell("listing", 0, 0)
+        writer = CatalogueWriter(scratch)
+        opened.scan(writer)
+        writer.close(options.label_order)
+    catalogue = Catalogue.open(scratch)
+    _inspect(job, len(catalogue.rows), workers, tell)
+    inspection = np.memmap(scratch / work.INSPECTION_FILE, dtype=job.inspection_dtype, mode="r")
+    plan = _decide(catalogue, inspection, opened.grains(catalogue), options)
+    np.save(scratch / "order.npy", plan.order)
+    np.save(scratch / "labels.npy", plan.labels[catalogue.rows["identity"][plan.order]])
+    _write(job, plan.bounds, workers, tell)
+    manifest, encoded = _commit(job, plan, options)
+    report = _report(job, catalogue, inspection, plan, manifest, encoded, options)
+    report["contact_sheet"] = _sheet(out, manifest)
+    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    shutil.rmtree(scratch)
+    return report
+
+
+def _begin(source: Path, out: Path, options: PackOptions) -> Path:
+    """The scratch folder, new or of the pack that is continued."""
+    if (out / "dataset.json").exists() and not (out / ".pack").exists():
+        raise UserError(f"{out} is a finished dataset; choose another folder or remove it")
+    scratch = out / ".pack"
+    wanted = json.loads(json.dumps({"source": str(source.absolute()), **asdict(options)}))
+    path = scratch / "options.json"
+    if path.exists():
+        begun = json.loads(path.read_text())
+        differing = sorted(key for key in wanted.keys() | begun.keys() if wanted.get(key) != begun.get(key))
+        if differing:
+            raise UserError(f"{out} holds a pack begun with other options ({', '.join(differing)}); give the same, or remove {scratch}")
+    else:
+        scratch.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted))
+    return scratch
+
+
+def _inspect(job: work.Job, count: int, workers: int, tell: Progress) -> None:
+    """Every image is read and decoded once before anything is written, because labels and duplicates need the whole."""
+    final = job.work / work.INSPECTION_FILE
+    if final.exists():
+        return
+    chunk = min(max(count // 64, 16 if job.align else 256), 16384)
+    tasks = [(job.work / f"inspect-{first:012d}", first, min(first + chunk, count)) for first in range(0, count, chunk)]
+    size = job.inspection_dtype.itemsize
+    missing = [task for task in tasks if not task[0].exists() or task[0].stat().st_size != size * (task[2] - task[1])]
+    done = count - sum(stop - first for _, first, stop in missing)
+    tell("looking", done, count)
+    for looked in ordered_map(work.inspect_chunk, missing, workers=workers, initializer=work.start, initargs=(job, True)):
+        done += looked
+        tell("looking", done, count)
+    temporary = job.work / (work.INSPECTION_FILE + ".tmp")
+    with open(temporary, "wb") as file:
+        for path, _, _ in tasks:
+            file.write(path.read_bytes())
+    temporary.replace(final)
+    for path, _, _ in tasks:
+        path.unlink()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """`order` int64 [kept]: catalogue rows in writing order; `bounds`: where shards begin and end in it; `labels` uint32 by catalogue identity."""
+
+    order: np.ndarray
+    bounds: np.ndarray
+    labels: np.ndarray
+    label_map: list[str]
+    troubles: Troubles
+
+
+def _decide(catalogue: Catalogue, inspection: np.ndarray, grains: np.ndarray | None, options: PackOptions) -> _Plan:
+    troubles = Troubles(options.policies)
+    flags = np.asarray(inspection["flags"])
+    keep = np.ones(len(flags), dtype=bool)
+    for kind, flag in (("undecodable", images.UNDECODABLE), ("no_face", images.NO_FACE), ("wrong_size", images.WRONG_SIZE), ("grey", images.GREY)):
+        found = np.flatnonzero((flags & flag > 0) & keep)
+        _note(troubles, kind, found, catalogue, inspection)
+        if troubles.policy(kind) == "skip":
+            keep[found] = False
+    candidates = np.flatnonzero(keep & (flags & images.UNDECODABLE == 0))
+    first_of = np.unique(inspection["hash"][candidates], return_index=True)[1]
+    repeated = np.delete(candidates, first_of)
+    _note(troubles, "duplicate", repeated, catalogue, inspection)
+    if troubles.policy("duplicate") == "skip":
+        keep[repeated] = False
+    labels, label_map = _labels(catalogue, keep, troubles)
+    kept = np.flatnonzero(keep)
+    if not len(kept):
+        raise UserError("every image would be skipped; look at the policies or the source")
+    order, bounds = _order(kept, grains, options)
+    return _Plan(order, bounds, labels, label_map, troubles)
+
+
+def _note(troubles: Troubles, kind: str, rows: np.ndarray, catalogue: Catalogue, inspection: np.ndarray) -> None:
+    def name(row: int) -> str:
+        size = f" ({inspection[row]['width']}x{inspection[row]['height']})" if kind == "wrong_size" else ""
+        return catalogue.name(row) + size
+
+    troubles.add(kind, len(rows), [name(row) for row in rows[: Troubles.LISTED].tolist()])
+
+
+def _labels(catalogue: Catalogue, keep: np.ndarray, troubles: Troubles) -> tuple[np.ndarray, list[str]]:
+    """Final label of each catalogue identity, and the names by final label."""
+    identities = catalogue.identities
+    images_left = np.bincount(catalogue.rows["identity"][keep], minlength=len(identities))
+    names = [_line(catalogue.class_names.get(i, str(i)) if isinstance(i, int) else i) for i in identities]
+    if catalogue.numeric:
+        numbers = np.array([int(i) for i in identities], dtype=np.int64)
+        gaps = int(numbers.max()) + 1 - len(numbers)
+        if gaps:
+            present = set(numbers.tolist())
+            examples = (str(n) for n in range(int(numbers.max())) if n not in present)
+            troubles.add("label_gap", gaps, [next(examples) for _ in range(min(gaps, 100))])
+    empty = np.flatnonzero(images_left == 0)
+    troubles.add("empty_identity", len(empty), [names[i] for i in empty[: Troubles.LISTED].tolist()])
+    if catalogue.numeric and troubles.policy("label_gap") == "keep":
+        # the source's own numbers: an identity without images cannot be dropped from the middle, so empties stay too
+        label_map = [catalogue.class_names.get(n, str(n)) for n in range(int(numbers.max()) + 1)]
+        return numbers.astype(np.uint32), [_line(name) for name in label_map]
+    stays = images_left > 0 if troubles.policy("empty_identity") == "skip" else np.ones(len(identities), dtype=bool)
+    labels = (np.cumsum(stays) - 1).clip(0).astype(np.uint32)
+    return labels, [name for name, stay in zip(names, stays) if stay]
+
+
+def _line(name: str) -> str:
+    return name.replace("\n", " ")
+
+
+def _order(kept: np.ndarray, grains: np.ndarray | None, options: PackOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in writing order and the shards' bounds. Sources that are read in runs have their runs shuffled, then the rows within a shard."""
+    size = options.samples_per_shard
+    if grains is None or not options.shuffle:
+        bounds = np.append(np.arange(0, len(kept), size), len(kept))
+        if options.shuffle:
+            kept = kept[np.argsort(randomness.bits(options.seed, "pack/order", kept), kind="stable")]
+        return kept, bounds
+    run = grains[kept].astype(np.int64)
+    kept = kept[np.lexsort((kept, run, randomness.bits(options.seed, "pack/run", run)))]
+    run = grains[kept]
+    edges = np.flatnonzero(np.append(True, run[1:] != run[:-1]))
+    starts = [0]
+    for edge in edges.tolist():
+        if edge - starts[-1] >= size:
+            starts.append(edge)
+    bounds = np.array([*starts, len(kept)])
+    shard = np.searchsorted(bounds, np.arange(len(kept)), side="right")
+    return kept[np.lexsort((randomness.bits(options.seed, "pack/order", kept), shard))], bounds
+
+
+def _write(job: work.Job, bounds: np.ndarray, workers: int, tell: Progress) -> None:
+    tasks = [(number, int(bounds[number]), int(bounds[number + 1])) for number in range(len(bounds) - 1)]
+    missing = [task for task in tasks if not _finished(job, task[0])]
+    total = int(bounds[-1])
+    done = total - sum(stop - first for _, first, stop in missing)
+    tell("writing", done, total)
+    for (_, first, stop), _ in zip(missing, ordered_map(work.write_shard, missing, workers=workers, initializer=work.start, initargs=(job, False))):
+        done += stop - first
+        tell("writing", done, total)
+
+
+def _finished(job: work.Job, number: int) -> bool:
+    part, shard = work.part_path(job.work, number), job.out / work.shard_name(number)
+    return part.exists() and shard.exists() and shard.stat().st_size == int(np.load(part)["size"])
+
+
+def _commit(job: work.Job, plan: _Plan, options: PackOptions) -> tuple[Manifest, int]:
+    writer = IndexWriter(job.out)
+    encoded = 0
+    for number in range(len(plan.bounds) - 1):
+        part = np.load(work.part_path(job.work, number))
+        writer.add_shard(work.shard_name(number), int(part["size"]), str(part["sha256"]), part["offsets"], part["lengths"], part["labels"])
+        encoded += int(part["encoded"])
+    sizes = _sizes(job, plan, options)
+    provenance = {"source": job.source.name, **{key: value for key, value in asdict(options).items() if key not in ("licence", "seed")}}
+    manifest = writer.close(plan.label_map, provenance=provenance, seed=options.seed, licence=options.licence, image_size=sizes)
+    return manifest, encoded
+
+
+def _sizes(job: work.Job, plan: _Plan, options: PackOptions) -> tuple[int, int] | None:
+    """(height, width) when all written images agree, else None."""
+    if options.size is not None and (options.align or options.policies.wrong_size != "keep"):
+        return options.size, options.size
+    inspection = np.memmap(job.work / work.INSPECTION_FILE, dtype=job.inspection_dtype, mode="r")
+    chosen = inspection[plan.order]
+    chosen = chosen[chosen["flags"] & images.UNDECODABLE == 0]
+    pairs = np.unique(np.stack([chosen["height"], chosen["width"]], axis=1), axis=0)
+    return (int(pairs[0, 0]), int(pairs[0, 1])) if len(pairs) == 1 else None
+
+
+def _report(
+    job: work.Job, catalogue: Catalogue, inspection: np.ndarray, plan: _Plan, manifest: Manifest, encoded: int, options: PackOptions
+) -> dict[str, Any]:
+    return {
+        "source": str(job.source),
+        "options": asdict(options),
+        "images_found": len(catalogue.rows),
+        "images_written": manifest.samples,
+        "images_skipped": len(catalogue.rows) - manifest.samples,
+        "images_encoded": encoded,
+        "images_untouched": manifest.samples - encoded,
+        "identities": manifest.num_classes,
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.size for shard in manifest.shards),
+        "fingerprint": manifest.fingerprint,
+        "ignored": catalogue.ignored,
+        "troubles": plan.troubles.report(),
+    }
+
+
+def _sheet(out: Path, manifest: Manifest) -> str:
+    from lvtrain.data.shards import ShardDataset
+
+    dataset = ShardDataset(out)
+    rows = contact_sheet.of_index(dataset.index["label"], dataset.label_names(), lambda sample: dataset.read(sample)[0])
+    title = f"{out.name}: {manifest.num_classes} identities, {manifest.samples} images"
+    return contact_sheet.draw(rows, title, out / SHEET)

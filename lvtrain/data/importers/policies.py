@@ -1,0 +1,66 @@
+"""What is done about each kind of trouble: keep it, skip the image (or identity), fix it, or fail."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from lvtrain.errors import UserError
+
+# kind: (what it is, policies that make sense)
+POLICIES = {
+    "wrong_size": ("an image that is not of the asked size; fix resizes it and encodes it anew", ("keep", "skip", "fix", "fail")),
+    "undecodable": ("an image no decoder reads; kept, training ignores its slot and says so", ("keep", "skip", "fail")),
+    "grey": ("an image without colour; fix writes it with three equal channels", ("keep", "skip", "fix", "fail")),
+    "empty_identity": ("an identity without an image left; kept, it is a class that is never positive", ("keep", "skip", "fail")),
+    "duplicate": ("the same bytes as an earlier image; skip keeps the first", ("keep", "skip", "fail")),
+    "label_gap": ("label numbers nobody has; fix numbers the identities anew, keep makes them empty classes", ("keep", "fix", "fail")),
+    "no_face": ("with --align: a photograph in which no face was found", ("skip", "fail")),
+}
+
+
+@dataclass(frozen=True)
+class Policies:
+    wrong_size: str = "fix"
+    undecodable: str = "skip"
+    grey: str = "keep"
+    empty_identity: str = "skip"
+    duplicate: str = "keep"
+    label_gap: str = "fix"
+    no_face: str = "skip"
+
+    def __post_init__(self) -> None:
+        for kind, policy in asdict(self).items():
+            allowed = POLICIES[kind][1]
+            if policy not in allowed:
+                raise UserError(f"--{kind.replace('_', '-')} {policy} makes no sense; choose one of {', '.join(allowed)}")
+
+
+class Troubles:
+    """Counts and lists what was found, for `pack_report.json`; the count is exact, the list ends at `LISTED` names."""
+
+    LISTED = 10_000
+
+    def __init__(self, policies: Policies) -> None:
+        self._policies = asdict(policies)
+        self._found: dict[str, list[str]] = {}
+        self._counts: dict[str, int] = {}
+
+    def policy(self, kind: str) -> str:
+        return str(self._policies[kind])
+
+    def add(self, kind: str, count: int, names: list[str]) -> None:
+        """Raises UserError when the policy of this kind is `fail`."""
+        if not count:
+            return
+        if self.policy(kind) == "fail":
+            others = ", ".join(policy for policy in POLICIES[kind][1] if policy != "fail")
+            flag = "--" + kind.replace("_", "-")
+            raise UserError(f"{kind}: {count} found, the first is {names[0]}; mend the source or choose {flag} {others}")
+        self._counts[kind] = self._counts.get(kind, 0) + count
+        self._found.setdefault(kind, []).extend(names[: self.LISTED - len(self._found.get(kind, []))])
+
+    def report(self) -> dict[str, dict[str, object]]:
+        return {
+            kind: {"policy": policy, "count": self._counts.get(kind, 0), "list": self._found.get(kind, [])}
+            for kind, policy in self._policies.items()
+        }

@@ -1,0 +1,149 @@
+"""What one worker process of a pack does: look into a chunk of images, or write one shard. Both leave a file that says they are done."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lvtrain.data import align
+from lvtrain.data.importers import images
+from lvtrain.data.importers.catalogue import Catalogue
+from lvtrain.data.importers.sources import Source, open_source
+from lvtrain.data.shard_writer import ShardWriter
+from lvtrain.errors import UserError
+
+INSPECTION_FILE = "inspection.bin"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All a worker needs to know; `work` is the pack's scratch folder inside `out`."""
+
+    kind: str
+    source: Path
+    out: Path
+    work: Path
+    image_column: str
+    label_column: str
+    target: images.Target
+    align: bool
+    resize: bool
+    widen: bool
+
+    @property
+    def inspection_dtype(self) -> np.dtype:
+        return images.ALIGNED_INSPECTION if self.align else images.INSPECTION
+
+
+@dataclass
+class _Open:
+    job: Job
+    source: Source
+    catalogue: Catalogue
+    detector: align.Detector | None
+
+
+_open: _Open | None = None
+
+
+def start(job: Job, inspecting: bool) -> None:
+    """Initializer of a worker."""
+    global _open
+    import cv2
+
+    cv2.setNumThreads(1)
+    source = open_source(job.kind, job.source, image_column=job.image_column, label_column=job.label_column)
+    _open = _Open(job, source, Catalogue.open(job.work), align.Detector() if job.align and inspecting else None)
+
+
+def _state() -> _Open:
+    if _open is None:
+        raise RuntimeError("work.start was not called in this process")
+    return _open
+
+
+def inspect_chunk(task: tuple[Path, int, int]) -> int:
+    """Rows [start, stop) of the catalogue into one file of inspection records; returns how many."""
+    path, first, stop = task
+    state = _state()
+    records = np.zeros(stop - first, dtype=state.job.inspection_dtype)
+    for row in range(first, stop):
+        try:
+            data = state.source.read(state.catalogue, row)
+        except images.UNREADABLE:
+            records[row - first]["flags"] = images.UNDECODABLE
+            continue
+        digest, width, height, flags, matrix = images.inspect(data, state.job.target, state.detector)
+        record = records[row - first]
+        record["hash"], record["width"], record["height"], record["flags"] = digest, width, height, flags
+        if matrix is not None:
+            record["matrix"] = matrix
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(records.tobytes())
+    os.replace(temporary, path)
+    return stop - first
+
+
+def write_shard(task: tuple[int, int, int]) -> int:
+    """Positions [start, stop) of the final order into shard `number`; returns how many images were encoded anew."""
+    number, first, stop = task
+    state = _state()
+    job = state.job
+    order = np.load(job.work / "order.npy", mmap_mode="r")[first:stop]
+    labels = np.load(job.work / "labels.npy", mmap_mode="r")[first:stop]
+    inspection = np.memmap(job.work / INSPECTION_FILE, dtype=job.inspection_dtype, mode="r")
+    finished: dict[int, bytes] = {}
+    encoded = 0
+    for row in np.sort(order).tolist():  # read in the source's order, so that a disk's head or a row group moves once
+        finished[row], again = _image(state, row, inspection[row])
+        encoded += again
+    with ShardWriter(job.out, shard_name(number)) as shard:
+        for position, (row, label) in enumerate(zip(order.tolist(), labels.tolist()), start=first):
+            shard.add(f"{position:09d}-{_safe(state.catalogue.name(row))}", finished.pop(row), label)
+    written = shard.written
+    part = part_path(job.work, number)
+    temporary = part.with_name(part.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(
+            file, offsets=np.array(written.offsets, np.uint64), lengths=np.array(written.lengths, np.uint32),
+            labels=np.array(written.labels, np.uint32), size=written.size, sha256=written.sha256, encoded=encoded,
+        )  # fmt: skip
+    os.replace(temporary, part)
+    return encoded
+
+
+def shard_name(number: int) -> str:
+    return f"shards/{number:06d}.tar"
+
+
+def part_path(work: Path, number: int) -> Path:
+    return work / f"part-{number:06d}.npz"
+
+
+def _image(state: _Open, row: int, record: np.void) -> tuple[bytes, bool]:
+    """The bytes for the shard, and whether they were encoded anew."""
+    flags, job = int(record["flags"]), state.job
+    if flags & images.UNDECODABLE:  # kept on request: the slot stays, training leaves it out of the loss
+        try:
+            return state.source.read(state.catalogue, row), False
+        except images.UNREADABLE:
+            return b"", False
+    resize = job.resize and bool(flags & images.WRONG_SIZE)
+    widen = job.widen and bool(flags & images.NARROW)
+    matrix = record["matrix"] if job.align else None
+    try:
+        data = state.source.read(state.catalogue, row)
+        if not (resize or widen or flags & images.CONVERTED):
+            return data, False
+        return images.jpeg(data, job.target, resize=resize, widen=widen, matrix=matrix), True
+    except images.UNREADABLE as error:
+        raise UserError(f"{state.catalogue.name(row)} was readable a moment ago and is not now ({error}); check the disk, then start again") from None
+
+
+def _safe(name: str) -> str:
+    """The source's name as part of a WebDataset key: no dot, no slash, at most 70 of its last characters."""
+    stem = os.path.splitext(name)[0]
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in stem)[-70:]

@@ -1,0 +1,318 @@
+"""Batches for one rank, forever: order -> index -> bytes -> decoded and augmented views on the device.
+
+Position p of the endless stream is `samples_seen`. A step at s0 trains positions [s0, s0 + G); virtual micro-batch v holds
+[s0 + v*m, s0 + (v+1)*m); rank r of R runs v in [r*V/R, (r+1)*V/R). Everything a batch holds is a function of its positions and the seed, so
+reading ahead, restarting and changing R cannot change it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lvtrain.data.augment import View, draw
+from lvtrain.data.augment import augmentation as augmentation_views
+from lvtrain.data.job import Backend, Decoded, Job
+from lvtrain.data.order import SampleOrder
+from lvtrain.data.shards import ReadError, ShardDataset
+from lvtrain.errors import UserError
+
+
+@dataclass
+class Batch:
+    """One micro-batch on the device.
+
+    Attributes:
+        views: by name, float32 [m, 3, size, size], RGB, (x - 127.5) / 127.5.
+        labels: int64 [m]; -1 is a sample that could not be decoded (its views are zero) and is ignored by the losses.
+        sample_ids: int64 [m], on the host.
+    """
+
+    views: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    sample_ids: torch.Tensor
+
+    @property
+    def images(self) -> torch.Tensor:
+        return self.views["image"]
+
+
+@dataclass(frozen=True)
+class BadSample:
+    sample_id: int
+    shard: str
+    key: str
+    reason: str
+
+
+class Loader:
+    """Iterates `Batch`es of this rank's virtual micro-batches without end; never ahead of what is yielded as far as counts go.
+
+    Args:
+        dataset: opened in this process.
+        seed, block: of the order and the augmentation.
+        micro_batch, virtual_batches: m and V; the global batch is m * V.
+        rank, size: r and R; R must divide V.
+        start: samples_seen at the first batch.
+        augmentation: a set's name (`lvtrain.data.augment.SETS`).
+        image_size: pixels of the views that do not fix their own.
+        device: where the views are wanted.
+        backend: `dali`, `torch`, or `auto` (DALI where it can be imported).
+        threads: decoding threads; prefetch: micro-batches decoded ahead.
+        warn: told when data is waited for unusually long, and what the dataset has to say.
+
+    Raises:
+        UserError: R does not divide V (the allowed R are listed), unknown set or backend.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        *,
+        seed: int,
+        micro_batch: int,
+        virtual_batches: int,
+        block: int = 4096,
+        rank: int = 0,
+        size: int = 1,
+        start: int = 0,
+        augmentation: str = "flip",
+        image_size: int = 112,
+        device: str | torch.device = "cpu",
+        backend: str = "auto",
+        threads: int = 2,
+        prefetch: int = 2,
+        warn: Callable[[str], None] | None = None,
+        stall_seconds: float = 60.0,
+    ) -> None:
+        if virtual_batches % size:
+            allowed = [ranks for ranks in range(1, virtual_batches + 1) if virtual_batches % ranks == 0]
+            raise UserError(f"{size} ranks do not divide virtual_batches={virtual_batches}; use one of {allowed} ranks")
+        self.dataset, self.seed, self.start = dataset, seed, start
+        self.order = SampleOrder(len(dataset), seed, block)
+        self.micro_batch, self.virtual_batches, self.rank, self.size = micro_batch, virtual_batches, rank, size
+        self.views = augmentation_views(augmentation)
+        self.device = torch.device(device)
+        if warn is not None:
+            dataset.warn = warn
+        self.warn, self.stall_seconds = dataset.warn, stall_seconds
+        self.bad_samples: list[BadSample] = []
+        self.bad_count = 0
+        self.seen_count = 0
+        self.wait_seconds = 0.0
+        self._prefetch = max(1, prefetch)
+        self._known_bad: set[int] = set()
+        self._make_backend = lambda: _backend(
+            backend,
+            self.views,
+            image_size=image_size,
+            stored_size=dataset.manifest.image_size,
+            micro_batch=micro_batch,
+            device=self.device,
+            threads=threads,
+            depth=self._prefetch,
+        )
+        self._queue: queue.Queue[_Ready | BaseException] = queue.Queue(maxsize=self._prefetch)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # ------------------------------------------------------------------------------------------------ what comes when
+
+    def positions(self, number: int) -> np.ndarray:
+        """Stream positions int64 [m] of this rank's `number`-th micro-batch after `start`."""
+        per_step = self.virtual_batches // self.size
+        step, within = divmod(number, per_step)
+        first = self.start + (step * self.virtual_batches + self.rank * per_step + within) * self.micro_batch
+        return np.arange(first, first + self.micro_batch, dtype=np.int64)
+
+    def global_labels(self, samples_seen: int, global_batch: int) -> np.ndarray:
+        """Labels int64 [global_batch] of all ranks' samples of the step at `samples_seen`, from the index, without communication.
+
+        Bad samples keep their label here: only decoding can tell, and that happens on one rank.
+        """
+        return self.dataset.labels(self.order.at(range(samples_seen, samples_seen + global_batch)))
+
+    # ---------------------------------------------------------------------------------------------------- iteration
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stop.is_set():
+            raise StopIteration
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+            self._thread.start()
+        started = time.monotonic()
+        while True:
+            try:
+                ready = self._queue.get(timeout=self.stall_seconds)
+                break
+            except queue.Empty:
+                self.warn(
+                    f"rank {self.rank} has waited {time.monotonic() - started:.0f} s for data; is the file system stalling?"
+                )
+        self.wait_seconds += time.monotonic() - started
+        if isinstance(ready, BaseException):
+            self._stop.set()
+            raise ready
+        self.seen_count += self.micro_batch
+        self.bad_count += len(ready.bad)
+        for sample in ready.bad:
+            if sample.sample_id not in self._known_bad:
+                self._known_bad.add(sample.sample_id)
+                self.bad_samples.append(sample)
+        return ready.on(self.device)
+
+    def close(self) -> None:
+        """Stops the threads; the loader yields no more."""
+        self._stop.set()
+        while self._thread is not None and self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._thread = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.close()
+
+    # --------------------------------------------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        if self.device.type == "cuda":
+            # a stream of its own: decoding ahead must not wait behind the training step's kernels
+            with torch.cuda.stream(torch.cuda.Stream(self.device)):
+                self._produce()
+        else:
+            self._produce()
+
+    def _produce(self) -> None:
+        backend: Backend | None = None
+        try:
+            backend = self._make_backend()
+            submitted = collected = 0
+            while not self._stop.is_set():
+                while submitted - collected < self._prefetch:
+                    backend.submit(self.job(submitted))
+                    submitted += 1
+                decoded = backend.collect()
+                collected += 1
+                self._put(self._finish(decoded))
+        except BaseException as error:  # handed to the consumer, whoever it was meant for
+            self._put(error)
+        finally:
+            if backend is not None:
+                backend.close()
+
+    def _put(self, item: _Ready | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def job(self, number: int) -> Job:
+        """The `number`-th micro-batch as read from the shards, before decoding."""
+        positions = self.positions(number)
+        ids = self.order.at(positions)
+        epochs = self.order.epochs(positions)
+        job = Job(
+            ids=ids,
+            labels=self.dataset.labels(ids),
+            encoded=[],
+            draws={view.name: draw(view, self.seed, epochs, ids) for view in self.views},
+        )
+        for row, data in enumerate(self.dataset.read_batch(self.dataset.records(ids))):
+            if isinstance(data, ReadError):
+                job.bad[row] = str(data)
+                data = b""
+            job.encoded.append(data)
+        return job
+
+    def _finish(self, decoded: Decoded) -> _Ready:
+        job = decoded.job
+        labels = torch.from_numpy(job.labels.copy())
+        rows = sorted(job.bad)
+        if rows:
+            labels[rows] = -1
+            for images in decoded.views.values():
+                images[rows] = 0.0
+        event = None
+        if self.device.type == "cuda":
+            labels = labels.to(self.device)
+            event = torch.cuda.Event()
+            event.record()
+        bad = [BadSample(int(job.ids[row]), *self.dataset.describe(int(job.ids[row])), job.bad[row]) for row in rows]
+        return _Ready(Batch(decoded.views, labels, torch.from_numpy(job.ids)), bad, event)
+
+
+@dataclass
+class _Ready:
+    batch: Batch
+    bad: list[BadSample]
+    event: torch.cuda.Event | None
+
+    def on(self, device: torch.device) -> Batch:
+        if self.event is not None:
+            # the batch was made on the loader's stream
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(self.event)
+            for tensor in (*self.batch.views.values(), self.batch.labels):
+                tensor.record_stream(stream)
+        return self.batch
+
+
+def _backend(
+    name: str,
+    views: tuple[View, ...],
+    *,
+    image_size: int,
+    stored_size: tuple[int, int] | None,
+    micro_batch: int,
+    device: torch.device,
+    threads: int,
+    depth: int,
+) -> Backend:
+    if name not in ("auto", "dali", "torch"):
+        raise UserError(f"data.backend={name} is not known; choose auto, dali or torch")
+    if name == "auto":
+        name = "dali" if _has_dali() else "torch"
+    if name == "dali":
+        try:
+            from lvtrain.data.dali import DaliBackend
+        except ImportError as error:
+            raise UserError(
+                f"DALI cannot be imported ({error}); install nvidia-dali or set data.backend=torch"
+            ) from None
+        return DaliBackend(
+            views,
+            image_size=image_size,
+            stored_size=stored_size,
+            micro_batch=micro_batch,
+            device=device,
+            threads=threads,
+            depth=depth,
+        )
+    from lvtrain.data.torch_backend import TorchBackend
+
+    return TorchBackend(views, image_size=image_size, device=device, threads=threads)
+
+
+def _has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package of NVIDIA's at all
+        return False

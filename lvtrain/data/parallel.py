@@ -1,0 +1,52 @@
+"""An ordered map over processes which holds only a few results and notices a worker that was killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, TypeVar
+
+from lvtrain.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ordered_map(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int,
+    initializer: Callable[..., None] | None = None,
+    initargs: tuple[Any, ...] = (),
+) -> Iterator[Result]:
+    """`map(function, items)` in `workers` spawned processes, results in the items' order; with one worker, in this process.
+
+    Spawned, not forked: the caller may hold threads (a progress bar, torch) whose locks a fork would copy.
+
+    Raises:
+        UserError: a worker died without an exception (killed for memory, most likely).
+    """
+    if workers == 1:
+        if initializer:
+            initializer(*initargs)
+        yield from map(function, items)
+        return
+    remaining = iter(items)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=initializer, initargs=initargs) as pool:
+        waiting: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(remaining, 3 * workers))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
+                yield result
+        except BrokenProcessPool:
+            raise UserError("a worker process was killed (out of memory?); give fewer --workers and start again") from None
+        finally:
+            for future in waiting:
+                future.cancel()

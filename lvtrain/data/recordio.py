@@ -1,0 +1,261 @@
+"""MXNet RecordIO (`train.rec`, `train.idx`), read and written without mxnet.
+
+A record is `uint32 magic | uint32 lrec | payload | zero pad to 4 bytes`, little-endian; `lrec >> 29` says whole (0) or first, middle, last part
+(1, 2, 3) and the low 29 bits give the part's length. A payload that holds the magic at a 4-byte-aligned place is cut there, the magic dropped,
+and the parts are joined with it again. The payload begins with `<IfQQ`: flag, label, id, id2; flag k > 0 puts k float32 labels behind it.
+
+insightface's files begin with a header record (key 0, flag 2, labels [N+1, N+1+C]): images have the keys 1..N, identity records, with the
+half-open range of their image keys as labels, N+1..N+C. Other tools' files hold images only, from key 0.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from lvtrain.errors import UserError
+
+MAGIC = 0xCED7230A
+LARGEST_LABEL = 1 << 24  # labels are float32: from here on neighbouring integers are one
+_MAGIC_BYTES = struct.pack("<I", MAGIC)
+_LENGTH_BITS = 29
+_LENGTH_MASK = (1 << _LENGTH_BITS) - 1
+_PART = struct.Struct("<II")
+_HEADER = struct.Struct("<IfQQ")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One unpacked record: `labels` float32 [1] for flag 0, else [flag]; `image` is empty in header and identity records."""
+
+    flag: int
+    labels: np.ndarray
+    id: int
+    id2: int
+    image: bytes
+
+
+def pack_record(label: float | Iterable[float], image: bytes = b"", *, id: int = 0, id2: int = 0) -> bytes:
+    """The payload of one record: a number is written as flag 0, a sequence of k numbers as flag k."""
+    if isinstance(label, (int, float, np.integer, np.floating)):
+        return _HEADER.pack(0, float(label), id, id2) + image
+    labels = np.asarray(list(label), dtype="<f4")
+    return _HEADER.pack(len(labels), 0.0, id, id2) + labels.tobytes() + image
+
+
+def unpack_record(payload: bytes) -> Record:
+    """Raises ValueError when the payload is shorter than its header says."""
+    if len(payload) < _HEADER.size:
+        raise ValueError(f"{len(payload)} bytes are no record header")
+    flag, label, id_, id2 = _HEADER.unpack_from(payload)
+    end = _HEADER.size + 4 * flag
+    if len(payload) < end:
+        raise ValueError(f"{flag} labels do not fit into {len(payload)} bytes")
+    labels = np.frombuffer(payload, dtype="<f4", count=flag, offset=_HEADER.size).copy() if flag else np.array([label], np.float32)
+    return Record(flag, labels, id_, id2, payload[end:])
+
+
+class RecordWriter:
+    """Writes `path` and, beside it, the `.idx`; both get their final names on close.
+
+    `with RecordWriter("train.rec") as rec: rec.write(key, pack_record(label, jpeg))`
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.index_path = self.path.with_suffix(".idx")
+        self._temporary = [p.with_name(p.name + ".tmp") for p in (self.path, self.index_path)]
+        self._rec: IO[bytes] = open(self._temporary[0], "wb")  # noqa: SIM115  (closed by close)
+        self._idx: IO[str] = open(self._temporary[1], "w")  # noqa: SIM115
+
+    def write(self, key: int, payload: bytes) -> int:
+        """Appends one payload and returns its offset; a first label at or above 2^24 raises UserError."""
+        if len(payload) > _LENGTH_MASK:
+            raise UserError(f"{self.path}: record {key} has {len(payload)} bytes, RecordIO ends at {_LENGTH_MASK}")
+        record = unpack_record(payload)
+        if record.image:
+            integer_label(record, f"{self.path}: record {key}")
+        offset = self._rec.tell()
+        parts = _split(payload)
+        for number, part in enumerate(parts):
+            flag = 0 if len(parts) == 1 else 1 if number == 0 else 3 if number == len(parts) - 1 else 2
+            self._rec.write(_PART.pack(MAGIC, flag << _LENGTH_BITS | len(part)))
+            self._rec.write(part + bytes(-len(part) % 4))
+        self._idx.write(f"{key}\t{offset}\n")
+        return offset
+
+    def close(self) -> None:
+        files: tuple[IO[Any], ...] = (self._rec, self._idx)
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        os.replace(self._temporary[0], self.path)
+        os.replace(self._temporary[1], self.index_path)
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        self._rec.close()
+        self._idx.close()
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
+
+
+def _split(payload: bytes) -> list[bytes]:
+    parts, start, at = [], 0, payload.find(_MAGIC_BYTES)
+    while at >= 0:
+        if at % 4 == 0:
+            parts.append(payload[start:at])
+            start = at + 4
+        at = payload.find(_MAGIC_BYTES, start if at % 4 == 0 else at + 1)
+    return [*parts, payload[start:]]
+
+
+def integer_label(record: Record, where: str) -> int:
+    """The identity of an image record (its first label).
+
+    Raises:
+        UserError: negative, not an integer, or at or above 2^24, where float32 no longer tells identities apart.
+    """
+    label = float(record.labels[0])
+    if not label.is_integer() or label < 0:
+        raise UserError(f"{where} has label {label}, which is no identity number; write the file again")
+    if label >= LARGEST_LABEL:
+        raise UserError(f"{where} has label {label:.0f}; RecordIO labels are float32 and lose identities from {LARGEST_LABEL} on: pack from images")
+    return int(label)
+
+
+class RecordFile:
+    """Random access to an existing `.rec`, memory-mapped."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise UserError(f"{self.path} does not exist; give the folder or the .rec file itself") from None
+        except ValueError:
+            raise UserError(f"{self.path} is empty; download it again") from None
+
+    def __len__(self) -> int:
+        """Bytes of the file."""
+        return len(self._map)
+
+    def payload(self, offset: int) -> tuple[bytes, int]:
+        """The joined payload of the record at `offset`, and the offset behind it.
+
+        Raises:
+            UserError: no record starts there, or the file ends inside it.
+        """
+        parts: list[bytes] = []
+        while True:
+            if offset + _PART.size > len(self._map):
+                raise UserError(f"{self.path} ends inside a record at byte {offset}; it was cut short: download it again")
+            magic, lrec = _PART.unpack_from(self._map, offset)
+            flag, length = lrec >> _LENGTH_BITS, lrec & _LENGTH_MASK
+            if magic != MAGIC or (flag in (0, 1)) != (not parts):
+                raise UserError(f"{self.path}: no record starts at byte {offset}; the .idx belongs to another file or the file is damaged")
+            start = offset + _PART.size
+            offset = start + length + (-length % 4)
+            if start + length > len(self._map):
+                raise UserError(f"{self.path} ends inside a record at byte {start}; it was cut short: download it again")
+            parts.append(self._map[start : start + length])
+            if flag in (0, 3):
+                return (parts[0] if flag == 0 else _MAGIC_BYTES.join(parts)), offset
+
+    def record(self, offset: int) -> Record:
+        """The unpacked record at `offset`; raises UserError when it is damaged."""
+        payload, _ = self.payload(offset)
+        try:
+            return unpack_record(payload)
+        except ValueError as error:
+            raise UserError(f"{self.path}: the record at byte {offset} is damaged ({error}); download it again") from None
+
+    def scan(self) -> Iterator[int]:
+        """Offsets of all records from the first byte on, for a `.rec` without `.idx`."""
+        offset = 0
+        while offset < len(self._map):
+            yield offset
+            _, offset = self.payload(offset)
+
+
+def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and offsets, int64 [n] each, in the file's order.
+
+    Raises:
+        UserError: missing, or a line which is not `key<TAB>offset`.
+    """
+    try:
+        table = np.fromstring(Path(path).read_text(), dtype=np.int64, sep=" ")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    if len(table) % 2 or not len(table):
+        raise UserError(f"{path} is not a RecordIO index (lines of key, tab, offset); remove it to have the .rec scanned")
+    return table[0::2], table[1::2]
+
+
+def write_index(path: str | Path, keys: Iterable[int], offsets: Iterable[int]) -> None:
+    """An `.idx` of any choice of records beside an untouched `.rec`: this is how a subset is handed to DALI's `fn.readers.mxnet`."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.writelines(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets))
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class RecordCatalogue:
+    """Which records are images: keys and offsets int64 [n], labels int64 [n], and identities that own no image (by label)."""
+
+    keys: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    empty: tuple[int, ...]
+
+
+def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
+    """All image records of a `.rec`, of insightface's arrangement or flat, with `.idx` or without.
+
+    Raises:
+        UserError: a damaged record, a bad label, an `.idx` that does not belong to the file, or no image at all.
+    """
+    if index is not None and Path(index).exists():
+        keys, offsets = read_index(index)
+        if int(offsets.max()) >= len(file):
+            raise UserError(f"{index} points behind the end of {file.path}; it belongs to another file, or the .rec was cut short")
+    else:
+        offsets = np.fromiter(file.scan(), dtype=np.int64)
+        keys = np.arange(len(offsets))
+    first = np.flatnonzero(keys == 0)
+    header = file.record(int(offsets[first[0]])) if len(first) else None
+    images = np.ones(len(keys), dtype=bool)
+    identity_rows: np.ndarray = np.empty(0, dtype=np.int64)
+    if header is not None and header.flag > 0 and not header.image:
+        start = int(header.labels[0])
+        images = (keys > 0) & (keys < start)
+        identity_rows = np.flatnonzero(keys >= start)
+    chosen = np.flatnonzero(images)
+    labels = np.empty(len(chosen), dtype=np.int64)
+    for row, at in enumerate(chosen):
+        labels[row] = integer_label(file.record(int(offsets[at])), f"{file.path}: record {keys[at]}")
+    if not len(chosen):
+        raise UserError(f"{file.path} holds no image records")
+    empty = []
+    for number, at in enumerate(identity_rows):
+        ranges = file.record(int(offsets[at])).labels
+        if len(ranges) >= 2 and ranges[0] >= ranges[1]:
+            empty.append(number)
+    return RecordCatalogue(keys[chosen], offsets[chosen], labels, tuple(empty))

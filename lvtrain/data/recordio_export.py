@@ -1,0 +1,90 @@
+"""From a dataset to RecordIO, and choices of records of an existing `.rec` as an `.idx`, for trainers and readers that know nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lvtrain import randomness
+from lvtrain.data import recordio
+from lvtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from lvtrain.data.shards import ShardDataset
+
+
+def write_recordio(dataset: ShardDataset, path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> int:
+    """Writes insightface's arrangement (header, images sorted by identity, identity records) and its `property` file; returns the images.
+
+    Image bytes are passed through.
+
+    Raises:
+        UserError: 2^24 identities or more, which float32 labels cannot tell apart.
+    """
+    path = Path(path)
+    if path.suffix != ".rec":
+        raise UserError(f"{path} must end in .rec; its .idx is written beside it")
+    if dataset.num_classes > recordio.LARGEST_LABEL:
+        raise UserError(f"{dataset.path} has {dataset.num_classes} identities; RecordIO labels end at {recordio.LARGEST_LABEL}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = dataset.labels(np.arange(len(dataset)))
+    order = np.argsort(labels, kind="stable")
+    count = len(order)
+    with recordio.RecordWriter(path) as writer:
+        writer.write(0, recordio.pack_record([count + 1, count + 1 + dataset.num_classes]))
+        for key, sample in enumerate(order.tolist(), start=1):
+            data, label = dataset.read(sample)
+            writer.write(key, recordio.pack_record(label, data, id=key))
+            if progress and (key % 256 == 0 or key == count):
+                progress(key, count)
+        edges = np.searchsorted(labels[order], np.arange(dataset.num_classes + 1)) + 1
+        for label in range(dataset.num_classes):
+            writer.write(count + 1 + label, recordio.pack_record([int(edges[label]), int(edges[label + 1])]))
+    size = dataset.manifest.image_size or (112, 112)
+    path.with_name("property").write_text(f"{dataset.num_classes},{size[0]},{size[1]}\n{count}\n")
+    return count
+
+
+def filter_index(
+    rec: str | Path,
+    out: str | Path,
+    *,
+    identities: Iterable[int] | None = None,
+    min_images: int = 1,
+    shots: int | None = None,
+    without_keys: Iterable[int] = (),
+    seed: int = 0,
+) -> tuple[int, int]:
+    """Writes an `.idx` of some image records of an untouched `.rec` and returns (images, identities) chosen.
+
+    Header and identity records are never in it: DALI's `fn.readers.mxnet` cannot decode them. Labels stay the file's own.
+
+    Args:
+        identities: labels to keep to.
+        min_images: identities with fewer images are left out (counted after `without_keys`).
+        shots: at most so many images an identity, drawn by `seed`.
+
+    Raises:
+        UserError: nothing is left, or the file is damaged.
+    """
+    rec, out = Path(rec), Path(out)
+    if out.resolve() == rec.with_suffix(".idx").resolve():
+        raise UserError(f"{out} is the file's own index; write the choice under another name")
+    found = recordio.catalogue(recordio.RecordFile(rec), rec.with_suffix(".idx"))
+    keep = ~np.isin(found.keys, np.fromiter(without_keys, dtype=np.int64))
+    if identities is not None:
+        keep &= np.isin(found.labels, np.fromiter(identities, dtype=np.int64))
+    images = np.bincount(found.labels[keep], minlength=int(found.labels.max()) + 1)
+    keep &= images[found.labels] >= min_images
+    chosen = np.flatnonzero(keep)
+    if shots is not None:
+        order = chosen[np.lexsort((randomness.bits(seed, "recordio/shot", found.keys[chosen]), found.labels[chosen]))]
+        first = np.searchsorted(found.labels[order], found.labels[order])
+        chosen = np.sort(order[np.arange(len(order)) - first < shots])
+    if not len(chosen):
+        raise UserError(f"nothing of {rec} is left by this choice; loosen the filters")
+    recordio.write_index(out, found.keys[chosen].tolist(), found.offsets[chosen].tolist())
+    return len(chosen), len(np.unique(found.labels[chosen]))

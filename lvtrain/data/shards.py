@@ -1,0 +1,272 @@
+"""Samples by id: `ShardDataset` reads JPEG bytes straight out of the tars, and says at start-up what is wrong with the folder.
+
+Bytes are read with `pread`, not through a memory map: a failing disk is then an exception that can be retried, not a signal that kills the
+rank, and reads of several threads share no file position.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvtrain.data.index import RECORD, Manifest, open_index, read_labels, read_manifest
+from lvtrain.data.subset import DROPPED, read_subset
+from lvtrain.errors import UserError
+
+_OPEN_FILES = 128
+_CHUNK = 1 << 20
+
+Warn = Callable[[str], None]
+
+
+class ReadError(Exception):
+    """One sample's bytes could not be read: the shard was cut short, or the file system kept failing."""
+
+
+class ShardDataset:
+    """A dataset folder, or a subset manifest (.json) over one; needs no torch.
+
+    Args:
+        path: folder with `dataset.json`, or a manifest written by `lvtrain.data.subset`.
+        warn: told about reads that failed and were retried, or took long; prints nothing itself.
+        attempts: reads of one sample before it counts as unreadable; the waits between them double from `pause` seconds.
+        slow_seconds: a read that takes longer is told.
+        cache, cache_bytes: local folder for copies of shards and its size bound (`lvtrain.data.cache`).
+
+    Raises:
+        UserError: dataset.json, the index or a shard is missing, of another size than recorded, or empty (the shard is named).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        warn: Warn | None = None,
+        attempts: int = 6,
+        pause: float = 0.5,
+        slow_seconds: float = 10.0,
+        cache: str | Path | None = None,
+        cache_bytes: int = 0,
+    ) -> None:
+        self.path = Path(path)
+        self.warn: Warn = warn or (lambda message: None)
+        self.attempts, self.pause, self.slow_seconds = attempts, pause, slow_seconds
+        self.folder = self.path
+        self._ids: np.ndarray | None = (
+            None  # of a subset: its sample ids in the whole dataset, and the new label of each identity
+        )
+        self._label_of: np.ndarray | None = None
+        self._fingerprint_suffix = ""
+        if self.path.suffix == ".json" and self.path.name != "dataset.json":
+            self.folder, self._ids, self._label_of, self._fingerprint_suffix = read_subset(self.path)
+        elif self.path.name == "dataset.json":
+            self.folder = self.path.parent
+        self.manifest: Manifest = read_manifest(self.folder)
+        self.index = open_index(self.folder, self.manifest)
+        self._num_classes = self.manifest.num_classes
+        if self._label_of is not None:
+            self._num_classes = 1 + int(self._label_of[self._label_of != np.uint32(DROPPED)].max())
+        if not self.manifest.samples:
+            raise UserError(f"{self.folder} holds no image; pack it again")
+        self._check_shards()
+        self._files: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self.locate: Callable[[int], Path] = lambda shard: self.folder / self.manifest.shards[shard].name
+        if cache is not None:
+            from lvtrain.data.cache import ShardCache
+
+            self._cache: Any = ShardCache(self, cache, cache_bytes)
+
+    def __len__(self) -> int:
+        return self.manifest.samples if self._ids is None else len(self._ids)
+
+    @property
+    def num_classes(self) -> int:
+        return self._num_classes
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with shard names, order, counts and sizes, with the label map, and with a subset's choice."""
+        return self.manifest.fingerprint + self._fingerprint_suffix
+
+    def label_names(self) -> list[str]:
+        """Identity names, by label."""
+        names = read_labels(self.folder)
+        if self._label_of is None:
+            return names
+        kept: list[str] = [""] * self.num_classes
+        for old in range(len(names) - 1, -1, -1):  # of merged identities the first gives the name
+            if int(self._label_of[old]) < self.num_classes:
+                kept[int(self._label_of[old])] = names[old]
+        return kept
+
+    def records(self, ids: np.ndarray) -> np.ndarray:
+        """Index records (`lvtrain.data.index.RECORD`) [k] of sample ids [k]; labels are those of the whole dataset."""
+        ids = np.asarray(ids, dtype=np.int64)
+        records: np.ndarray = self.index[ids if self._ids is None else self._ids[ids]]
+        return records
+
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        """Labels int64 [k] in [0, num_classes) of sample ids [k].
+
+        Raises:
+            UserError: the index holds a label that is not below num_classes.
+        """
+        return self._labels(self.records(ids))
+
+    def _labels(self, records: np.ndarray) -> np.ndarray:
+        labels = records["label"].astype(np.int64)
+        if len(labels) and int(labels.max()) >= self.manifest.num_classes:
+            raise UserError(
+                f"{self.folder}/index.bin holds label {int(labels.max())}, "
+                f"but dataset.json has {self.manifest.num_classes} classes; pack again"
+            )
+        if self._label_of is not None:
+            labels = self._label_of[labels].astype(np.int64)
+            if len(labels) and int(labels.max()) >= self.num_classes:
+                raise UserError(f"{self.path}: a sample's identity is not in the subset; write the subset again")
+        return labels
+
+    def check_labels(self) -> None:
+        """Goes once through all labels (1 s for 100 million samples).
+
+        Raises:
+            UserError: a label is not below num_classes.
+        """
+        for start in range(0, len(self), _CHUNK):
+            self.labels(np.arange(start, min(start + _CHUNK, len(self))))
+
+    def read(self, sample_id: int) -> tuple[bytes, int]:
+        """JPEG bytes and label of one sample.
+
+        Raises:
+            ReadError: the bytes are not there; `IndexError` if the id is not in [0, len).
+        """
+        if not 0 <= sample_id < len(self):
+            raise IndexError(f"sample {sample_id} is not in [0, {len(self)})")
+        records = self.records(np.array([sample_id]))
+        return self.read_record(records[0]), int(self._labels(records)[0])
+
+    def read_batch(self, records: np.ndarray) -> list[bytes | ReadError]:
+        """JPEG bytes of index records [k]; a `ReadError` stands in the place of one that cannot be read."""
+        batch: list[bytes | ReadError] = []
+        handles: dict[int, Any] = {}
+        columns = (records["shard"].tolist(), records["offset"].tolist(), records["length"].tolist())
+        started = time.monotonic()
+        for row, (shard, offset, length) in enumerate(zip(*columns)):
+            try:
+                file = handles.get(shard) or handles.setdefault(shard, self._file(shard))
+                data = os.pread(file.fileno(), length, offset)
+            except OSError:
+                data = b""
+            if len(data) == length and data:
+                batch.append(data)
+                continue
+            try:
+                batch.append(self.read_record(records[row]))
+            except ReadError as error:
+                batch.append(error)
+        elapsed = time.monotonic() - started
+        if elapsed > self.slow_seconds:
+            self.warn(f"reading {len(records)} samples took {elapsed:.0f} s; the file system is stalling")
+        return batch
+
+    def read_record(self, record: np.void) -> bytes:
+        """JPEG bytes of one index record, retried with doubling waits while the file system fails.
+
+        Raises:
+            ReadError: the shard ends before the sample does, or every attempt failed.
+        """
+        shard, offset, length = int(record["shard"]), int(record["offset"]), int(record["length"])
+        for attempt in range(1, self.attempts + 1):
+            started = time.monotonic()
+            try:
+                data = os.pread(self._file(shard).fileno(), length, offset)
+            except OSError as error:
+                self.forget(shard)
+                name = self.manifest.shards[shard].name
+                if attempt == self.attempts:
+                    raise ReadError(f"{name}: {error.strerror or error} after {attempt} attempts") from error
+                wait = self.pause * 2 ** (attempt - 1)
+                self.warn(
+                    f"reading {name} failed ({error.strerror or error}); attempt {attempt + 1} of {self.attempts} in {wait:g} s"
+                )
+                time.sleep(wait)
+                continue
+            elapsed = time.monotonic() - started
+            if elapsed > self.slow_seconds:
+                self.warn(
+                    f"reading {length} bytes of {self.manifest.shards[shard].name} took {elapsed:.0f} s; the file system is stalling"
+                )
+            if len(data) < length:
+                raise ReadError(
+                    f"{self.manifest.shards[shard].name} ends after {offset + len(data)} bytes, inside the sample"
+                )
+            return data
+        raise ReadError("no attempt was allowed")
+
+    def describe(self, sample_id: int) -> tuple[str, str]:
+        """(shard name, key inside the tar) of a sample, for messages; the key is read from the tar's header in front of the image."""
+        record = self.records(np.array([sample_id]))[0]
+        name = self.manifest.shards[int(record["shard"])].name
+        try:
+            header = os.pread(self._file(int(record["shard"])).fileno(), 512, int(record["offset"]) - 512)
+        except OSError:
+            header = b""
+        key = header[:100].split(b"\0")[0].decode("utf-8", "replace")
+        return name, key.rsplit(".", 1)[0] or "?"
+
+    def close(self) -> None:
+        with self._lock:
+            self._files.clear()
+
+    def _file(self, shard: int) -> Any:
+        with self._lock:
+            file = self._files.get(shard)
+            if file is not None:
+                self._files.move_to_end(shard)
+                return file
+        # opening may stall: not under the lock. An evicted file closes when its last reader lets go of it.
+        file = open(self.locate(shard), "rb", buffering=0)  # noqa: SIM115
+        with self._lock:
+            file = self._files.setdefault(shard, file)
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return file
+
+    def forget(self, shard: int) -> None:
+        """The next read of this shard opens its file again."""
+        with self._lock:
+            self._files.pop(shard, None)
+
+    def _check_shards(self) -> None:
+        counted = 0
+        for shard in self.manifest.shards:
+            path = self.folder / shard.name
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                raise UserError(f"shard {path} is missing; restore it or pack again") from None
+            if size != shard.size:
+                kind = "cut short" if size < shard.size else "longer than recorded"
+                raise UserError(
+                    f"shard {path} is {kind}: {size} bytes, dataset.json says {shard.size}; copy it again or pack again"
+                )
+            counted += shard.samples
+        if counted != self.manifest.samples:
+            raise UserError(
+                f"{self.folder}/dataset.json counts {self.manifest.samples} samples, its shards {counted}; pack again"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a ShardDataset is opened in each process, not sent to it; pass its path")
+
+
+__all__ = ["RECORD", "ReadError", "ShardDataset"]

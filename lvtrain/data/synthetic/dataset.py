@@ -1,0 +1,161 @@
+"""Generated identities on disk: a dataset folder to train on, one of unseen people, and their verification pairs.
+
+A picture is a pure function of (seed, identity, image), and so is the order in the shards: the number of processes changes only the time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from lvtrain import randomness
+from lvtrain.data.index import IndexWriter, Manifest
+from lvtrain.data.parallel import ordered_map
+from lvtrain.data.shard_writer import ShardWriter
+from lvtrain.data.synthetic.faces import DIFFICULTIES, Difficulty
+from lvtrain.data.synthetic.render import render_face
+from lvtrain.errors import UserError
+
+FOLDS = 10
+JPEG_QUALITY = 95
+_SAMPLES_A_SHARD = 8192
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class FacesWritten:
+    """What `write_faces` left: manifests of both dataset folders, and the encoded pictures [image] of each held-out identity."""
+
+    train: Manifest
+    heldout: Manifest
+    heldout_images: list[list[bytes]]
+
+
+def encode_face(seed: int, identity: int, image: int, difficulty: Difficulty) -> bytes:
+    """The picture as JPEG, quality 95, 4:4:4 as cv2 writes it by default at this quality."""
+    ok, data = cv2.imencode(".jpg", render_face(seed, identity, image, difficulty)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    if not ok:
+        raise RuntimeError(f"cv2 could not encode identity {identity} image {image}")
+    return data.tobytes()
+
+
+def _encode_chunk(tasks: list[tuple[int, int]], seed: int, difficulty: Difficulty) -> list[bytes]:
+    cv2.setNumThreads(1)  # one process a core is faster than threads inside 112 x 112 pictures
+    return [encode_face(seed, identity, image, difficulty) for identity, image in tasks]
+
+
+def _encoded(tasks: list[tuple[int, int]], seed: int, difficulty: Difficulty, workers: int) -> Iterator[bytes]:
+    chunks = [tasks[start : start + _CHUNK] for start in range(0, len(tasks), _CHUNK)]
+    encode = functools.partial(_encode_chunk, seed=seed, difficulty=difficulty)
+    for images in ordered_map(encode, chunks, workers=workers):
+        yield from images
+
+
+def write_faces(
+    folder: str | Path,
+    *,
+    identities: int,
+    images: int,
+    heldout: int,
+    seed: int,
+    difficulty: str = "normal",
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> FacesWritten:
+    """Writes `folder/train` (identities 0 .. identities-1) and `folder/heldout` (the next `heldout` people, never seen in training).
+
+    Args:
+        images: pictures a person.
+        difficulty: a name in `DIFFICULTIES`.
+        progress: called with (pictures done, pictures in all).
+
+    Raises:
+        UserError: a count below one (two pictures are needed for a pair) or an unknown difficulty.
+    """
+    if identities < 1 or heldout < 2 or images < 2:
+        raise UserError(f"generated faces need at least 1 identity, 2 held out and 2 images each, got {identities}, {heldout}, {images}")
+    if difficulty not in DIFFICULTIES:
+        raise UserError(f"unknown difficulty {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}")
+    folder = Path(folder)
+    total = (identities + heldout) * images
+    kept: list[list[bytes]] = [[b""] * images for _ in range(heldout)]
+    manifests = []
+    done = 0
+    for name, first, count in (("train", 0, identities), ("heldout", identities, heldout)):
+        # shuffled, so that a reader which only goes straight through the shards still sees mixed identities
+        order = np.argsort(randomness.bits(seed, f"synthetic/order/{name}", np.arange(count * images)), kind="stable")
+        tasks = [(first + int(sample) // images, int(sample) % images) for sample in order]
+        encoded = _encoded(tasks, seed, DIFFICULTIES[difficulty], workers)
+        writer = IndexWriter(folder / name)
+        for number, start in enumerate(range(0, len(tasks), _SAMPLES_A_SHARD)):
+            with ShardWriter(folder / name, f"shards/{number:06d}.tar") as shard:
+                for identity, image in tasks[start : start + _SAMPLES_A_SHARD]:
+                    data = next(encoded)
+                    shard.add(f"{identity:07d}_{image:04d}", data, identity - first)
+                    if name == "heldout":
+                        kept[identity - first][image] = data
+                    done += 1
+                    if progress and done % _CHUNK == 0:
+                        progress(done, total)
+            written = shard.written
+            writer.add_shard(written.name, written.size, written.sha256, written.offsets, written.lengths, written.labels)
+        provenance = {
+            "kind": "generated faces",
+            "identities": [first, first + count],
+            "images": images,
+            "difficulty": {"name": difficulty, **asdict(DIFFICULTIES[difficulty])},
+            "jpeg_quality": JPEG_QUALITY,
+            "opencv": cv2.__version__,
+        }
+        names = [f"generated_{first + label:07d}" for label in range(count)]
+        manifests.append(writer.close(names, provenance=provenance, seed=seed, licence="CC0-1.0 (generated, no person depicted)"))
+    if progress:
+        progress(done, total)
+    return FacesWritten(manifests[0], manifests[1], kept)
+
+
+def heldout_pairs(identities: int, images: int, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Verification pairs in insightface's arrangement: 10 consecutive folds, each half genuine (first) and half impostor.
+
+    Returns:
+        (pairs, 2, 2) int64 of (identity, image), no pair twice; (pairs,) bool, True where both pictures show one person.
+
+    Raises:
+        UserError: `pairs` no multiple of 20, or more than the pictures allow.
+    """
+    if pairs <= 0 or pairs % (2 * FOLDS):
+        raise UserError(f"--pairs {pairs} must be a positive multiple of {2 * FOLDS}: ten folds, half of each genuine")
+    half = pairs // 2
+    first, second = np.triu_indices(images, k=1)
+    genuine_all = identities * len(first)
+    impostor_all = identities * (identities - 1) // 2 * images * images
+    if half > genuine_all or half > impostor_all:
+        raise UserError(f"--pairs {pairs} asks for {half} genuine pairs, {identities} held-out identities x {images} images have {genuine_all}")
+    pick = _distinct(genuine_all, half, seed, "synthetic/genuine")
+    person, couple = pick // len(first), pick % len(first)
+    genuine = np.stack([np.stack([person, first[couple]], -1), np.stack([person, second[couple]], -1)], axis=1)
+    left, right = np.triu_indices(identities, k=1)
+    pick = _distinct(impostor_all, half, seed, "synthetic/impostor")
+    people, shots = pick // (images * images), pick % (images * images)
+    impostor = np.stack([np.stack([left[people], shots // images], -1), np.stack([right[people], shots % images], -1)], axis=1)
+    a_fold = half // FOLDS
+    both = np.concatenate([genuine.reshape(FOLDS, a_fold, 2, 2), impostor.reshape(FOLDS, a_fold, 2, 2)], axis=1)
+    same = np.concatenate([np.ones((FOLDS, a_fold), bool), np.zeros((FOLDS, a_fold), bool)], axis=1)
+    return both.reshape(pairs, 2, 2), same.reshape(pairs)
+
+
+def _distinct(population: int, count: int, seed: int, purpose: str) -> np.ndarray:
+    """`count` different integers below `population`, in random order, in memory that grows with `count` only."""
+    numbers = np.empty(0, dtype=np.int64)
+    tries = 0
+    while len(numbers) < count:
+        draws = (randomness.uniform(seed, purpose, np.arange(tries, tries + 2 * count)) * population).astype(np.int64)
+        tries += 2 * count
+        joined = np.concatenate([numbers, draws])
+        numbers = joined[np.sort(np.unique(joined, return_index=True)[1])]
+    return numbers[:count]

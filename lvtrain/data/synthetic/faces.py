@@ -1,0 +1,67 @@
+"""Who a generated person is and how one picture of them differs from the next: named numbers, each from (seed, identity[, image]).
+
+Every number is uniform in [0, 1) unless its helper says otherwise; the renderer gives it its meaning. The order of the names is part of the
+format: a name appended at the end changes no other number, a name inserted changes every face.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lvtrain import randomness
+
+IDENTITY_NAMES = (
+    "skin tone", "skin hue", "face width", "jaw", "chin", "cheeks", "forehead",
+    "eye distance", "eye height", "eye width", "eye opening", "eye slant", "iris", "iris size",
+    "brow height", "brow thickness", "brow slant", "brow arch",
+    "hair colour", "hair shade", "hair line", "hair volume", "hair length", "fringe", "parting",
+    "nose length", "nose width", "nose tip",
+    "mouth height", "mouth width", "upper lip", "lower lip", "lip colour",
+    "beard", "moustache", "ears", "mole", "mole x", "mole y", "freckles", "glasses", "glasses shape", "glasses colour",
+)  # fmt: skip
+
+IMAGE_NAMES = (
+    "yaw", "pitch", "roll", "scale", "dx", "dy",
+    "smile", "mouth opening", "blink", "brow raise", "gaze x", "gaze y",
+    "light x", "light y", "light strength", "warmth", "exposure", "contrast", "saturation", "tint",
+    "blur", "motion angle", "resolution", "noise",
+    "occlusion", "occlusion kind", "occlusion x", "occlusion y", "occlusion width", "occlusion height", "occlusion colour", "occlusion shade",
+    "back hue", "back shade", "back hue 2", "back shade 2", "back x", "back y", "back size", "back angle",
+    "shirt hue", "shirt shade", "glasses worn",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """`spread` of the identities' numbers around the average face (1 = all of [0, 1)), `nuisance` of pose, lens and occlusion, `light` of lamps."""
+
+    spread: float
+    nuisance: float
+    light: float
+
+
+DIFFICULTIES = {
+    "normal": Difficulty(spread=1.0, nuisance=0.35, light=1.3),
+    "hard": Difficulty(spread=0.85, nuisance=1.0, light=1.3),
+}
+
+
+def identity_numbers(seed: int, identity: int, difficulty: Difficulty) -> dict[str, float]:
+    """The numbers of one person, float in [0, 1)."""
+    draws = randomness.uniform(seed, "synthetic/identity", identity, np.arange(len(IDENTITY_NAMES)))
+    draws = 0.5 + difficulty.spread * (draws - 0.5)
+    return dict(zip(IDENTITY_NAMES, draws.tolist()))
+
+
+def image_numbers(seed: int, identity: int, image: int) -> dict[str, float]:
+    """The numbers of one picture of that person, float in [0, 1)."""
+    draws = randomness.uniform(seed, "synthetic/image", identity, image, np.arange(len(IMAGE_NAMES)))
+    return dict(zip(IMAGE_NAMES, draws.tolist()))
+
+
+def noise_bytes(seed: int, identity: int, image: int, count: int) -> np.ndarray:
+    """Independent uniform bytes, uint8 [count], for sensor noise."""
+    words = randomness.bits(seed, "synthetic/noise", identity, image, np.arange((count + 7) // 8))
+    return words.astype("<u8").view(np.uint8)[:count]

@@ -1,0 +1,159 @@
+"""Which cosine to accept: the threshold at a wished-for false match rate (FMR), and how sure one can be of it.
+
+The threshold at FMR f is the lowest score at which at most a share f of the impostor pairs is accepted. Its interval is found in one of two ways:
+- `pairs`: order statistics. If n impostor pairs are independent, the number of them above the true threshold is Binomial(n, f), so the scores at its
+  quantiles bound the threshold, whatever the distribution of scores.
+- `people`: a bootstrap over people. Pairs of a labelled set share images and people and are not independent; people are, so people are drawn
+  (with replacement, Poisson weights), a pair weighing the product of its two people's weights. This interval is wider, and honest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.stats import binom
+
+from lvtrain.errors import UserError
+from lvtrain.evaluation.verification import normalise
+
+TARGETS = (1e-3, 1e-4, 1e-5, 1e-6)
+# a labelled set larger than this is cut to whole people: the bootstrap looks at single pairs
+MAX_IMAGES = 20_000
+
+
+def from_pairs(
+    cosines: np.ndarray, issame: np.ndarray, *, targets: tuple[float, ...] = TARGETS, confidence: float = 0.95
+) -> dict[str, Any]:
+    """Thresholds from the scores of pairs [P]; targets that fewer than one expected false match speaks for are named as unresolved.
+
+    Returns:
+        JSON values: per target threshold, low, high (its interval), fnmr (positives refused at the threshold), impostor_pairs.
+    """
+    cosines, issame = np.asarray(cosines, dtype=np.float64), np.asarray(issame, dtype=bool)
+    impostors, genuine = np.sort(cosines[~issame])[::-1], cosines[issame]
+    _check(impostors, genuine)
+    results = _head(impostors, genuine, targets, "order statistics of independent pairs", confidence)
+    for target in _resolved(targets, len(impostors)):
+        fewest, most = binom.ppf([(1 - confidence) / 2, (1 + confidence) / 2], len(impostors), target).astype(int)
+        threshold = _after(impostors, int(target * len(impostors) * (1 + 1e-12)))
+        # few impostors above it: the threshold is high; many: low
+        results["thresholds"][f"{target:.0e}"] = _entry(
+            threshold, _after(impostors, most), _after(impostors, fewest), genuine
+        )
+    return results
+
+
+def from_people(
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    *,
+    targets: tuple[float, ...] = TARGETS,
+    confidence: float = 0.95,
+    replicates: int = 400,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Thresholds from all pairs of a labelled set, [N, d] and [N], with an interval from a bootstrap over people.
+
+    Sets above MAX_IMAGES images are cut to a random choice of whole people; the result says how many images were used.
+
+    Raises:
+        UserError: NaN embeddings, fewer than 20 people, no positive pair.
+    """
+    generator = np.random.default_rng(seed)
+    _, people = np.unique(labels, return_inverse=True)
+    if people.max() + 1 < 20:
+        raise UserError(f"a threshold's interval cannot be found from {people.max() + 1} people; 20 or more are needed")
+    kept = _whole_people(people, generator)
+    rows, people = normalise(embeddings[kept]).astype(np.float32), people[kept]
+    order = np.argsort(people, kind="stable")
+    rows, people = rows[order], people[order]
+    impostors, genuine, first, second, negatives = _tails(rows, people, 3 * max(targets))
+    _check(impostors, genuine)
+    results = _head(impostors, genuine, targets, "bootstrap over people", confidence)
+    results.update(impostor_pairs=negatives, images=len(rows), people=len(np.unique(people)))
+    resolved = _resolved(targets, negatives)
+    results["unresolved"] = [f"{target:.0e}" for target in targets if target not in resolved]
+    order = np.argsort(-impostors, kind="stable")
+    impostors, first, second = impostors[order], first[order], second[order]
+    sizes = np.bincount(people, minlength=people.max() + 1).astype(np.float64)
+    thresholds = np.empty((replicates, len(resolved)))
+    for replicate in range(replicates):
+        weight = generator.poisson(1.0, len(sizes)).astype(np.float64)
+        above = np.cumsum(weight[first] * weight[second])
+        # all impostor pairs of the drawn people: half of (sum of weighted sizes) squared less each person with himself
+        all_pairs = ((weight * sizes).sum() ** 2 - ((weight * sizes) ** 2).sum()) / 2
+        positions = np.searchsorted(above, np.array(resolved) * all_pairs * (1 + 1e-12), side="right")
+        thresholds[replicate] = [_after(impostors, int(position)) for position in positions]
+    for column, target in enumerate(resolved):
+        threshold = _after(impostors, int(target * negatives * (1 + 1e-12)))
+        low, high = np.quantile(thresholds[:, column], [(1 - confidence) / 2, (1 + confidence) / 2])
+        results["thresholds"][f"{target:.0e}"] = _entry(threshold, float(low), float(high), genuine)
+    return results
+
+
+def _after(falling: np.ndarray, accepted: int) -> float:
+    """The lowest score that accepts at most `accepted` impostors: just above the first one too many."""
+    if accepted >= len(falling):
+        return float(falling[-1])
+    return float(np.nextafter(falling[accepted], 2.0))
+
+
+def _entry(threshold: float, low: float, high: float, genuine: np.ndarray) -> dict[str, float]:
+    return {"threshold": threshold, "low": low, "high": high, "fnmr": float((genuine < threshold).mean())}
+
+
+def _head(
+    impostors: np.ndarray, genuine: np.ndarray, targets: tuple[float, ...], method: str, confidence: float
+) -> dict[str, Any]:
+    resolved = _resolved(targets, len(impostors))
+    return {
+        "method": method,
+        "confidence": confidence,
+        "impostor_pairs": len(impostors),
+        "genuine_pairs": len(genuine),
+        "thresholds": {},
+        "unresolved": [f"{target:.0e}" for target in targets if target not in resolved],
+    }
+
+
+def _resolved(targets: tuple[float, ...], impostors: int) -> list[float]:
+    return [target for target in targets if target * impostors >= 1]
+
+
+def _check(impostors: np.ndarray, genuine: np.ndarray) -> None:
+    if not len(impostors) or not len(genuine):
+        raise UserError("calibration needs both genuine and impostor pairs")
+
+
+def _whole_people(people: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Positions of the images of randomly chosen people, at most MAX_IMAGES."""
+    sizes = np.bincount(people)
+    chosen = generator.permutation(len(sizes))
+    chosen = chosen[np.cumsum(sizes[chosen]) <= MAX_IMAGES]
+    return np.flatnonzero(np.isin(people, chosen))
+
+
+def _tails(
+    rows: np.ndarray, people: np.ndarray, share: float, tile: int = 2048
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    """The highest `share` of impostor scores with the people of each, all genuine scores, and the number of impostor pairs."""
+    sizes = np.bincount(people)
+    total = len(rows) * (len(rows) - 1) // 2 - int((sizes * (sizes - 1) // 2).sum())
+    wanted = max(1000, int(share * total))
+    impostors, genuine = np.empty(0, np.float32), []
+    ends = np.empty((0, 2), np.int64)
+    floor = -2.0
+    for start in range(0, len(rows), tile):
+        scores = rows[start : start + tile] @ rows[start:].T
+        later = np.arange(start, len(rows))[None, :] > np.arange(start, min(start + tile, len(rows)))[:, None]
+        same = people[start : start + tile, None] == people[None, start:]
+        genuine.append(scores[later & same])
+        one, two = np.nonzero(later & ~same & (scores > floor))
+        impostors = np.concatenate([impostors, scores[one, two]])
+        ends = np.concatenate([ends, np.stack([people[start + one], people[start + two]], axis=1)])
+        if len(impostors) > 2 * wanted:
+            best = np.argpartition(-impostors, wanted)[:wanted]
+            impostors, ends = impostors[best], ends[best]
+            floor = float(impostors.min())
+    return impostors.astype(np.float64), np.concatenate(genuine), ends[:, 0], ends[:, 1], total

@@ -1,0 +1,244 @@
+"""IJB-B and IJB-C 1:1 verification from the release's loose crops and meta files, as insightface's `eval_ijbc` scores them.
+
+Each crop is aligned by its five points; feature = f(image) + f(mirror), unnormalised, times the detector's score; features of one medium are
+averaged, media of one template added, the template L2-normalised; the score of a pair is the cosine. Two readings of TAR at FAR are given: `tar_at_far` is
+the largest TAR with FAR <= target; `nearest` is the field's table, the ROC point whose FAR is nearest the target.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_curve
+
+from lvtrain.errors import UserError
+from lvtrain.evaluation import extract, verification
+
+TARGETS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# rows of `*_face_tid_mid.txt`: the one figure of each release that our sources agree on
+KNOWN_FACES = {"ijbb": 227_630, "ijbc": 469_375}
+_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release's meta files; arrays over faces [F] or over pairs [P]."""
+
+    name: str
+    crops: Path
+    files: list[str]
+    templates: np.ndarray
+    media: np.ndarray
+    points: np.ndarray
+    scores: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    issame: np.ndarray
+
+
+def read_release(folder: str | Path, *, complete: bool = True) -> Release:
+    """Reads `meta/<name>_face_tid_mid.txt`, `<name>_template_pair_label.txt` and `<name>_name_5pts_score.txt`; crops lie in `loose_crop/`.
+
+    Args:
+        complete: also refuse IJB-B or IJB-C meta files that have not the release's number of faces.
+
+    Raises:
+        UserError: a file missing or cut short, rows of the two face files in different order, a pair of an unknown template, a missing crop.
+    """
+    folder = Path(folder)
+    meta = folder / "meta"
+    found = sorted(meta.glob("*_face_tid_mid.txt"))
+    if len(found) != 1:
+        raise UserError(
+            f"{meta} holds {len(found)} files *_face_tid_mid.txt, one is expected; give the folder that has meta/ and loose_crop/"
+        )
+    name = found[0].name.removesuffix("_face_tid_mid.txt")
+    faces = _rows(found[0], 3)
+    landmarks = _rows(meta / f"{name}_name_5pts_score.txt", 12)
+    if len(faces) != len(landmarks):
+        raise UserError(
+            f"{meta}: {len(faces)} faces but {len(landmarks)} rows of points; one of the files is cut short"
+        )
+    if complete and len(faces) != KNOWN_FACES.get(name, len(faces)):
+        raise UserError(f"{found[0]} has {len(faces)} faces, the release has {KNOWN_FACES[name]}; copy it again")
+    files = [row[0] for row in faces]
+    for position, (face, row) in enumerate(zip(files, landmarks)):
+        if face != row[0]:
+            raise UserError(
+                f"{meta}: line {position + 1} is {face} in one file and {row[0]} in the other; the rows must be in the same order"
+            )
+    numbers = np.array([row[1:] for row in landmarks], dtype=np.float64)
+    templates, media = _integers(faces, 1, found[0]), _integers(faces, 2, found[0])
+    pair_file = meta / f"{name}_template_pair_label.txt"
+    pairs = _pairs(pair_file)
+    unknown = np.setdiff1d(pairs[:, :2], templates)
+    if len(unknown):
+        raise UserError(
+            f"{pair_file} names template {unknown[0]}, of which {found[0].name} has no face; the files do not belong together"
+        )
+    return Release(
+        name=name,
+        crops=folder / "loose_crop",
+        files=files,
+        templates=templates,
+        media=media,
+        points=numbers[:, :10].reshape(-1, 5, 2),
+        scores=numbers[:, 10],
+        first=pairs[:, 0],
+        second=pairs[:, 1],
+        issame=pairs[:, 2].astype(bool),
+    )
+
+
+class AlignedCrops:
+    """The release's faces, cut and aligned when asked for: a sequence of uint8 RGB [112, 112, 3]."""
+
+    def __init__(self, release: Release, image_size: int = 112) -> None:
+        # OpenCV is an optional dependency, and only this protocol warps
+        from lvtrain.data import align
+
+        self.release, self.image_size, self._align = release, image_size, align
+
+    def __len__(self) -> int:
+        return len(self.release.files)
+
+    def __getitem__(self, position: int, /) -> np.ndarray:
+        from PIL import Image
+
+        path = self.release.crops / self.release.files[position]
+        try:
+            with Image.open(path) as file:
+                picture = np.asarray(file.convert("RGB"))
+        except OSError as error:
+            raise UserError(
+                f"face {path} cannot be read: {error}; every face of the meta file must be in loose_crop/"
+            ) from error
+        matrix = self._align.similarity(self.release.points[position], self._align.template(self.image_size))
+        return self._align.warp(picture, matrix, self.image_size)
+
+
+def run(
+    forward: extract.Forward,
+    folder: str | Path,
+    *,
+    world: extract.Ranks,
+    batch: int,
+    device: torch.device | str,
+    image_size: int = 112,
+    flip: bool = True,
+    detector_scores: bool = True,
+    complete: bool = True,
+) -> dict[str, Any]:
+    """Embeds a release on all ranks and scores its pairs; a collective. Returns `score_pairs`' values and how it was done."""
+    release = read_release(folder, complete=complete)
+    crops = AlignedCrops(release, image_size)
+    arguments: dict[str, Any] = {"world": world, "batch": batch, "device": device, "image_size": image_size}
+    features = extract.embed(forward, crops, mirror=flip, **arguments)
+    result = score_pairs(release, features, detector_scores=detector_scores)
+    return {**result, "release": release.name, "flip": flip, "detector_scores": detector_scores}
+
+
+def score_pairs(release: Release, features: np.ndarray, *, detector_scores: bool = True) -> dict[str, Any]:
+    """JSON values of the 1:1 protocol from the features of all faces [F, d] (unnormalised)."""
+    weights = release.scores if detector_scores else np.ones(len(release.files))
+    names, templates = template_features(features, release.templates, release.media, weights)
+    cosines = pair_cosines(templates, np.searchsorted(names, release.first), np.searchsorted(names, release.second))
+    far, tar, _ = verification.roc(cosines, release.issame)
+    # the field's table reads the curve as scikit-learn thins it by default
+    thin_far, thin_tar, _ = roc_curve(release.issame, cosines)
+    negatives = int((~release.issame).sum())
+    kept = verification.thin(far, 400)
+    return {
+        "templates": len(names),
+        "pairs": len(release.issame),
+        "positive_pairs": int(release.issame.sum()),
+        "tar_at_far": verification.tar_at_far(far, tar, TARGETS, negatives=negatives),
+        "nearest": {f"{target:.0e}": nearest_tar(thin_far, thin_tar, target) for target in TARGETS},
+        "roc": {"far": far[kept].tolist(), "tar": tar[kept].tolist()},
+    }
+
+
+def nearest_tar(far: np.ndarray, tar: np.ndarray, target: float) -> float:
+    """TAR of the ROC point whose FAR is nearest the target; of equally near ones the last on the curve, as the field's script takes it."""
+    distance = np.abs(far[::-1] - target)
+    return float(tar[::-1][int(np.argmin(distance))])
+
+
+def template_features(
+    features: np.ndarray, templates: np.ndarray, media: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Template ids, rising [T], and their features, float64 [T, d], L2-normalised: weighted faces, mean over a medium, sum over media.
+
+    Raises:
+        UserError: NaN features.
+    """
+    if not np.isfinite(features).all():
+        raise verification.diverged(int((~np.isfinite(features)).any(1).sum()), len(features), "faces")
+    order = np.lexsort((media, templates))
+    template, medium = templates[order], media[order]
+    new_template = np.append(True, template[1:] != template[:-1])
+    new_medium = new_template | np.append(True, medium[1:] != medium[:-1])
+    starts = np.flatnonzero(new_medium)
+    counts = np.diff(np.append(starts, len(order)))
+    # in blocks of columns: a float64 copy of all faces of IJB-C would be 2 GB
+    fused = np.empty((int(new_template.sum()), features.shape[1]))
+    first_medium = np.flatnonzero(new_template[starts])
+    for column in range(0, features.shape[1], 64):
+        block = features[order, column : column + 64].astype(np.float64) * weights[order, None]
+        per_medium = np.add.reduceat(block, starts, axis=0) / counts[:, None]
+        fused[:, column : column + 64] = np.add.reduceat(per_medium, first_medium, axis=0)
+    return template[new_template], verification.normalise(fused)
+
+
+def pair_cosines(features: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Cosines of pairs of normalised rows, float64 [P], block by block: 8 bytes a pair are all that stays."""
+    cosines = np.empty(len(first))
+    for start in range(0, len(first), _BLOCK):
+        stop = start + _BLOCK
+        cosines[start:stop] = np.einsum("pd,pd->p", features[first[start:stop]], features[second[start:stop]])
+    return cosines
+
+
+# ------------------------------------------------------------------------------------------------------------ reading text
+
+
+def _rows(path: Path, columns: int) -> list[list[str]]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; IJB needs the release's meta files")
+    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != columns:
+            raise UserError(
+                f"{path}, line {number}: {len(row)} values, {columns} expected; the file is cut short or of another kind"
+            )
+    return rows
+
+
+def _integers(rows: list[list[str]], column: int, path: Path) -> np.ndarray:
+    try:
+        return np.array([row[column] for row in rows]).astype(np.int64)
+    except ValueError as error:
+        raise UserError(f"{path}: template and media ids must be integers ({error})") from error
+
+
+def _pairs(path: Path) -> np.ndarray:
+    """int64 [P, 3]: template, template, label. One call parses the 15.7 million lines of IJB-C in seconds."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; IJB needs the release's meta files")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy only warns where it meets something else than a number, and stops there
+        try:
+            values = np.fromstring(path.read_text(), dtype=np.int64, sep=" ")
+        except (ValueError, DeprecationWarning) as error:
+            raise UserError(f"{path} holds something else than numbers") from error
+    if len(values) % 3 or not len(values):
+        raise UserError(f"{path} holds {len(values)} numbers, three a pair are expected; the file is cut short")
+    pairs = values.reshape(-1, 3)
+    if not np.isin(pairs[:, 2], (0, 1)).all() or len(np.unique(pairs[:, 2])) != 2:
+        raise UserError(f"{path}: the third column must be 0 or 1, and both must occur")
+    return pairs

@@ -1,0 +1,108 @@
+"""Pictures of results: ROC over a logarithmic FAR, histograms of pair cosines, the hardest pairs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from lvtrain.evaluation.bins import read_bin
+from lvtrain.evaluation.extract import decode
+
+_COLORS = ("#2c67c9", "#17866f", "#c24e3a", "#8a63d2", "#a86a00", "#68717d")
+_TEAL, _RED = _COLORS[1], _COLORS[2]
+
+
+def write_plots(
+    results: dict[str, dict[str, Any]], folder: Path, *, pairs: dict[str, Path], image_size: int = 112
+) -> list[Path]:
+    """Writes what the results allow: `roc.png`, and `NAME_cosines.png` and `NAME_hardest.png` of every verification set.
+
+    Args:
+        pairs: path of the `.bin` file of each verification result, for the pictures of its hardest pairs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    curves = {name: result["roc"] for name, result in results.items() if "roc" in result}
+    if curves:
+        written.append(_save(roc(curves), folder / "roc.png"))
+    for name, result in results.items():
+        if result["kind"] == "verification":
+            written.append(_save(cosines(name, result), folder / f"{name}_cosines.png"))
+            written.append(_save(hardest(name, result, pairs[name], image_size), folder / f"{name}_hardest.png"))
+    return written
+
+
+def roc(curves: dict[str, dict[str, list[float]]]) -> Figure:
+    figure, axes = _axes("ROC")
+    lowest = 1.0
+    for number, (name, curve) in enumerate(curves.items()):
+        far, tar = np.asarray(curve["far"]), np.asarray(curve["tar"])
+        shown = far > 0
+        if shown.any():
+            lowest = min(lowest, float(far[shown].min()))
+            axes.step(far[shown], tar[shown], where="post", color=_COLORS[number % len(_COLORS)], label=name)
+    axes.set_xscale("log")
+    axes.set_xlim(lowest, 1)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("false accept rate")
+    axes.set_ylabel("true accept rate")
+    axes.legend(frameon=False)
+    return figure
+
+
+def cosines(name: str, result: dict[str, Any]) -> Figure:
+    figure, axes = _axes(f"{name}: cosines of pairs")
+    edges = np.asarray(result["histogram"]["edges"])
+    for kind, color in (("negative", _RED), ("positive", _TEAL)):
+        counts = np.asarray(result["histogram"][kind], dtype=float)
+        label = f"{kind}, mean {result[f'{kind}_mean']:.3f}"
+        axes.stairs(counts / max(1.0, counts.sum()), edges, fill=True, color=color, alpha=0.3, label=label)
+        axes.stairs(counts / max(1.0, counts.sum()), edges, color=color)
+    axes.axvline(result["cosine_threshold"], color="#1b1f24", linewidth=1, linestyle=(0, (4, 3)), label="threshold")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("cosine")
+    axes.set_ylabel("share of the pairs")
+    axes.legend(frameon=False)
+    return figure
+
+
+def hardest(name: str, result: dict[str, Any], path: Path, image_size: int = 112) -> Figure:
+    """Same people that look most different above, different people that look most alike below, each with its cosine."""
+    images, _ = read_bin(path)
+    kinds = (
+        ("positive", "same person, lowest cosines", _TEAL),
+        ("negative", "different people, highest cosines", _RED),
+    )
+    columns = max(len(result["hardest"][kind]) for kind, _, _ in kinds)
+    figure = Figure(figsize=(1.25 * columns + 0.4, 6.4), layout="constrained")
+    figure.suptitle(f"{name}: hardest pairs", fontsize=12)
+    parts: Any = figure.subfigures(2, 1)
+    for part, (kind, title, color) in zip(parts, kinds):
+        part.suptitle(title, fontsize=10, color=color)
+        grid = part.subplots(2, columns, squeeze=False)
+        for axes in grid.ravel():
+            axes.axis("off")
+        for column, (pair, cosine) in enumerate(result["hardest"][kind]):
+            for row in (0, 1):
+                grid[row, column].imshow(decode(images[2 * pair + row], image_size))
+            grid[0, column].set_title(f"{cosine:.3f}", fontsize=8)
+    return figure
+
+
+def _axes(title: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e7eb", linewidth=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,54 @@
+"""Labelled images to embed: a dataset's shards, a subset manifest, or a folder with one folder a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lvtrain.errors import UserError
+from lvtrain.evaluation.extract import Images
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+
+
+class ShardImages:
+    """The encoded images of a `lvtrain.data.ShardDataset`, by sample id."""
+
+    def __init__(self, path: Path) -> None:
+        from lvtrain.data import ShardDataset
+
+        self.dataset = ShardDataset(path)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: int, /) -> bytes:
+        return self.dataset.read(position)[0]
+
+    def labels(self) -> np.ndarray:
+        return np.asarray(self.dataset.labels(np.arange(len(self.dataset))), dtype=np.int64)
+
+
+def labelled_images(path: str | Path) -> tuple[Images, np.ndarray]:
+    """Images and their labels int64 [N].
+
+    Args:
+        path: folder with `dataset.json`, a subset manifest (.json), or a folder whose folders are people.
+
+    Raises:
+        UserError: none of these, or no image in it.
+    """
+    path = Path(path)
+    if path.suffix == ".json" or (path / "dataset.json").is_file():
+        shards = ShardImages(path)
+        return shards, shards.labels()
+    if not path.is_dir():
+        raise UserError(
+            f"{path} does not exist; a labelled set is a dataset folder, a subset manifest or a folder of people"
+        )
+    files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"{path} holds no images of people; PERSON/IMAGE.jpg is expected, or a dataset.json")
+    people = {folder: label for label, folder in enumerate(sorted({file.parent for file in files}))}
+    return files, np.array([people[file.parent] for file in files], dtype=np.int64)

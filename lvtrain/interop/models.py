@@ -1,0 +1,136 @@
+"""`load_model(path)`: any of the things people have, as one callable on normalised images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lvtrain.errors import UserError
+from lvtrain.interop.architecture import Architecture, fit, recognise
+from lvtrain.interop.reading import read_weights
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass
+class Model:
+    """`forward`: float32 `[B, 3, S, S]`, RGB, (x - 127.5) / 127.5 -> float32 `[B, d]`, not L2-normalised. `backbone` is None for an ONNX file.
+
+    `tokens(images)` gives `(patch tokens [B, N, dim], embeddings [B, d])`: the patch tokens are what a vision-language model takes.
+    """
+
+    name: str
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    embedding_dim: int
+    image_size: int
+    backbone: nn.Module | None
+    architecture: Architecture | None
+    notes: str = ""
+
+    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raises UserError for a model without patch tokens (ONNX, IResNet)."""
+        if self.backbone is None or not hasattr(self.backbone, "tokens"):
+            raise UserError(
+                f"{self.name} gives no patch tokens; load a ViT's weights, not {'an ONNX file' if self.backbone is None else 'a CNN'}"
+            )
+        with torch.inference_mode():
+            found: tuple[torch.Tensor, torch.Tensor] = self.backbone.tokens(images)  # type: ignore[operator]
+        return found
+
+
+def load_model(path: str | Path, *, device: torch.device | str = "cpu", average: bool = False) -> Model:
+    """Opens a run, a checkpoint, an exported folder, others' weights (`reading`) or an ONNX file.
+
+    `average` takes a run's moving average of the weights instead of the weights themselves.
+
+    Raises:
+        UserError: nothing usable at `path`, or no backbone of ours fits it.
+    """
+    path = Path(path)
+    if path.suffix == ".onnx":
+        return _onnx(path)
+    architecture, state, notes = open_backbone(path, average=average)
+    backbone = architecture.create()
+    report = fit(backbone, state)
+    backbone = backbone.to(device).eval()
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            embeddings: torch.Tensor = backbone(images.to(device))
+        return embeddings.float()
+
+    name = f"{architecture.name} from {path}"
+    return Model(
+        name, forward, architecture.embedding_dim, architecture.image_size, backbone, architecture, f"{notes}; {report}"
+    )
+
+
+def open_backbone(path: Path, *, average: bool = False) -> tuple[Architecture, dict[str, torch.Tensor], str]:
+    """Architecture and bare state dict of whatever lies at `path`, without building it."""
+    if path.is_dir() and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+        config = json.loads((path / CONFIG).read_text())
+        if "lvtrain" in config:
+            return architecture_from(config["lvtrain"]["backbone"]), load_file(path / WEIGHTS), "exported folder"
+    if (path.is_dir() and not any(path.glob("*.safetensors"))) or (path / "manifest.json").is_file():
+        return _run(path, average)
+    weights = read_weights(path)
+    if not weights.backbone:
+        raise UserError(f"{path} holds {weights.kind}, no backbone")
+    return recognise(weights.backbone), weights.backbone, weights.kind
+
+
+def architecture_from(section: dict[str, Any]) -> Architecture:
+    """From a recipe's `backbone` section, resolved."""
+    return Architecture(
+        section["name"], section["embedding_dim"], section["image_size"], dict(section.get("overrides", {}))
+    )
+
+
+def _run(path: Path, average: bool) -> tuple[Architecture, dict[str, torch.Tensor], str]:
+    from lvtrain.training.checkpoint_reader import open_weights
+    from lvtrain.training.initial import evaluated_weights
+
+    source = open_weights(path)
+    if average and source.average is None:
+        raise UserError(f"{path} keeps no moving average; the recipe has no ema section")
+    state = source.average if average and source.average is not None else evaluated_weights(source)
+    if source.recipe is None:
+        return recognise(state), state, f"checkpoint of step {source.step}"
+    return architecture_from(source.recipe["backbone"]), state, f"step {source.step}, phase {source.phase}"
+
+
+def _onnx(path: Path) -> Model:
+    from lvtrain.interop.onnx_export import session
+
+    run = session(path)
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    side = graph.input[0].type.tensor_type.shape.dim[2].dim_value or 112
+    fixed = graph.input[0].type.tensor_type.shape.dim[0].dim_value
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        array = images.detach().float().cpu().numpy()
+        if not fixed:
+            return torch.from_numpy(run(array))
+        # a file with a fixed batch: pad the last part
+        parts = []
+        for start in range(0, len(array), fixed):
+            part = array[start : start + fixed]
+            padded = (
+                torch.from_numpy(part)
+                if len(part) == fixed
+                else torch.cat([torch.from_numpy(part), torch.zeros(fixed - len(part), *part.shape[1:])])
+            )
+            parts.append(torch.from_numpy(run(padded.numpy()))[: len(part)])
+        return torch.cat(parts)
+
+    width = forward(torch.zeros(1, 3, side, side)).shape[1]
+    return Model(f"ONNX {path}", forward, width, side, None, None)

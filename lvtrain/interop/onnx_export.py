@@ -1,0 +1,129 @@
+"""A backbone as ONNX, as the field's clients expect it, checked after writing.
+
+The contract: one file, one input `data` float32 `[batch, 3, H, W]` with a symbolic batch, one output `embedding` float32 `[batch, d]` with the
+same symbol, RGB, (x - 127.5) / 127.5 done outside, not normalised. float32 initialisers unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lvtrain.errors import UserError
+
+INPUT, OUTPUT = "data", "embedding"
+_LARGEST = 2_000_000_000  # bytes: protobuf's limit for one file
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the file is from torch over random images and all batch sizes: the largest difference (relative to the largest value of the
+    embedding, where that is above 1), and the smallest cosine."""
+
+    batches: tuple[int, ...]
+    largest_difference: float
+    smallest_cosine: float
+
+
+def export_onnx(backbone: nn.Module, path: str | Path, *, image_size: int = 112, opset: int = 18) -> Parity:
+    """Writes one ONNX file and compares it with torch in onnxruntime at N = 1, 7 and 32.
+
+    Raises:
+        UserError: more weights than one ONNX file holds (2 GB), or a file that does not agree with torch to 1e-4.
+    """
+    path = Path(path)
+    size = sum(p.numel() * 4 for p in backbone.parameters())
+    if size > _LARGEST:
+        raise UserError(
+            f"{size / 1e9:.1f} GB of weights do not fit one ONNX file (2 GB); export to safetensors instead"
+        )
+    backbone = backbone.float().cpu().eval()
+    example = torch.zeros(2, 3, image_size, image_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            backbone,
+            (example,),
+            dynamo=True,
+            external_data=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            opset_version=opset,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(path), external_data=False)
+    parity = compare(backbone, path, image_size=image_size)
+    if parity.largest_difference > 1e-4:
+        raise UserError(f"{path} differs from torch by {parity.largest_difference:.2e}; do not use it")
+    return parity
+
+
+def compare(
+    backbone: nn.Module, path: str | Path, *, image_size: int = 112, batches: Sequence[int] = (1, 7, 32)
+) -> Parity:
+    """torch against onnxruntime on random images."""
+    run = session(path)
+    difference, cosine = 0.0, 1.0
+    generator = torch.Generator().manual_seed(0)
+    for batch in batches:
+        images = torch.rand(batch, 3, image_size, image_size, generator=generator) * 2 - 1
+        with torch.no_grad():
+            ours = backbone(images).numpy()
+        theirs = run(images.numpy())
+        difference = max(difference, float(np.abs(ours - theirs).max() / max(1.0, np.abs(ours).max())))
+        dot = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+        cosine = min(cosine, float(dot.min()))
+    return Parity(tuple(batches), difference, cosine)
+
+
+def session(path: str | Path):  # type: ignore[no-untyped-def]
+    """A function float32 `[N, 3, H, W]` -> float32 `[N, d]` over onnxruntime, whatever the file's input and output are called."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        running = onnxruntime.InferenceSession(str(path), options, providers=_providers(onnxruntime))
+    except Exception as error:
+        raise UserError(f"{path} cannot be opened by onnxruntime: {' '.join(str(error).split())[:200]}") from error
+    source, target = running.get_inputs()[0].name, running.get_outputs()[0].name
+    return lambda images: running.run([target], {source: np.ascontiguousarray(images, dtype=np.float32)})[0]
+
+
+def to_float16(source: str | Path, target: str | Path) -> None:
+    """float16 weights behind float32 input and output: half the size. MFR-Ongoing's rules refuse such a file."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(str(source)), keep_io_types=True), str(target))
+
+
+def to_int8(source: str | Path, target: str | Path) -> None:
+    """Dynamically quantised int8 linears."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(str(source))
+    # the exporter's intermediate shapes name symbols the quantiser cannot follow
+    del model.graph.value_info[:]
+    stripped = Path(target).with_suffix(".stripped.onnx")
+    onnx.save(model, str(stripped))
+    try:
+        quantize_dynamic(str(stripped), str(target), weight_type=QuantType.QInt8)
+    finally:
+        stripped.unlink()
+
+
+def _providers(onnxruntime) -> list[str]:  # type: ignore[no-untyped-def]
+    available = onnxruntime.get_available_providers()
+    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]

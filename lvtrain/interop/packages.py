@@ -1,0 +1,147 @@
+"""Weights out: our own folder (safetensors + config + model card), arcface_torch's `.pt`, insightface's V2 package, class rows of any rank count."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lvtrain.errors import UserError
+from lvtrain.interop.architecture import Architecture
+from lvtrain.interop.model_card import Card, write_card
+from lvtrain.interop.models import CONFIG, WEIGHTS
+
+ROWS = "class_rows.safetensors"
+
+
+def write_folder(
+    folder: str | Path,
+    architecture: Architecture,
+    state: Mapping[str, torch.Tensor],
+    *,
+    card: Card,
+    rows: torch.Tensor | None = None,
+) -> Path:
+    """One float32 safetensors file, `config.json` and a model card: `lvtrain.interop.load_model(folder)` opens it.
+
+    `rows` `[C, d]` are written beside, when the class centres are wanted too.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    section = {
+        "name": architecture.name,
+        "embedding_dim": architecture.embedding_dim,
+        "image_size": architecture.image_size,
+        "overrides": architecture.overrides,
+    }
+    config = {
+        "model_type": "lvtrain",
+        "lvtrain": {"backbone": section},
+        "preprocessing": {
+            "colour": "RGB",
+            "mean": 127.5,
+            "std": 127.5,
+            "size": architecture.image_size,
+            "aligned": "five points, insightface",
+        },
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in state.items()},
+        str(folder / WEIGHTS),
+        metadata={"format": "pt"},
+    )
+    if rows is not None:
+        save_file({"weight": rows.float().contiguous()}, str(folder / ROWS))
+    write_card(folder / "README.md", card)
+    return folder
+
+
+def write_arcface(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
+    """arcface_torch's `model.pt`: the flat state dict, which its `eval` and `onnx_ijbc` scripts load."""
+    torch.save({name: tensor.contiguous() for name, tensor in state.items()}, str(path))
+
+
+def write_insightface(
+    folder: str | Path, onnx_file: Path, *, model_id: str, embedding_dim: int, image_size: int, licence: str
+) -> Path:
+    """An insightface V2 package: `get_model(folder, model_task="recognition")` opens it. The ONNX file lies in `folder` already."""
+    import hashlib
+
+    folder = Path(folder)
+    manifest = {
+        "manifest_version": 2,
+        "model_id": model_id,
+        "license": "MODEL.LICENSE",
+        "tasks": {
+            "recognition": {
+                "file": onnx_file.name,
+                "sha256": hashlib.sha256(onnx_file.read_bytes()).hexdigest(),
+                "preprocessing": {"mean": 127.5, "std": 127.5},
+                "input_size": [image_size, image_size],
+                "embedding_dimension": embedding_dim,
+            }
+        },
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / "MODEL.LICENSE").write_text(licence.strip() + "\n")
+    return folder
+
+
+def arcface_ranges(num_classes: int, ranks: int) -> list[tuple[int, int]]:
+    """arcface_torch's split: the first `C % W` ranks hold one row more."""
+    starts = [num_classes // ranks * rank + min(rank, num_classes % ranks) for rank in range(ranks + 1)]
+    return list(itertools.pairwise(starts))
+
+
+def merge_rows(parts: list[torch.Tensor], *, num_classes: int | None = None) -> torch.Tensor:
+    """Class rows of all ranks, in rank order, as one `[C, d]` tensor.
+
+    Raises:
+        UserError: a part is missing or of another training (the sizes are not those of an even split, or do not add up to `num_classes`).
+    """
+    if not parts:
+        raise UserError("no class rows given; name the files of all ranks in order")
+    total = sum(len(part) for part in parts)
+    if num_classes is not None and total != num_classes:
+        raise UserError(
+            f"the ranks' rows add up to {total} classes, the dataset has {num_classes}: a file is missing or of another run"
+        )
+    expected = [stop - start for start, stop in arcface_ranges(total, len(parts))]
+    if [len(part) for part in parts] != expected:
+        raise UserError(
+            f"rows a rank {[len(part) for part in parts]} are not arcface_torch's split of {total} classes over {len(parts)} ranks; check the order"
+        )
+    if len({part.shape[1] for part in parts}) != 1:
+        raise UserError("the ranks' rows have different widths; they are not of one run")
+    return torch.cat(parts).float()
+
+
+def split_rows(rows: torch.Tensor, ranks: int) -> list[torch.Tensor]:
+    """The rows of each of `ranks` ranks, arcface_torch's split."""
+    return [rows[start:stop].clone() for start, stop in arcface_ranges(len(rows), ranks)]
+
+
+def read_deepspeed(folder: str | Path, tag: str | None = None) -> dict[str, torch.Tensor]:
+    """float32 weights of a DeepSpeed ZeRO-1/2/3 checkpoint folder written by anyone, through DeepSpeed's own `zero_to_fp32`.
+
+    Raises:
+        UserError: not such a folder.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    folder = Path(folder)
+    if tag is None and not (folder / "latest").is_file():
+        raise UserError(
+            f"{folder} has no file `latest`; name the tag with --tag, or give the folder that holds the tags"
+        )
+    try:
+        state: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(f"{folder} is not a DeepSpeed ZeRO checkpoint: {' '.join(str(error).split())[:160]}") from error
+    return {name: tensor.detach().float() for name, tensor in state.items()}

@@ -1,0 +1,138 @@
+"""Other people's weight files -> a flat state dict with bare names, whatever wrapped them. Nothing is unpickled that could run code.
+
+Accepted: arcface_torch `model.pt` and `checkpoint_gpu_{rank}.pt`, its older `rank_{r}_softmax_weight.pt`, LVFace's released `.pt`, CVLface's
+`model.pt` and AdaFace's Lightning `.ckpt`, LAFS's and DINO's `checkpoint*.pth`, safetensors files and folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lvtrain.errors import UserError
+
+_OUTER = ("teacher", "state_dict_backbone", "state_dict", "backbone", "model", "student")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "net.", "encoder.", "model.")
+
+
+@dataclass
+class Weights:
+    """A backbone's tensors by bare name, and what came with them.
+
+    `kind` names the format for people; `rows` are classifier rows `[C or part of it, d]`, if the file holds them; `dropped` names of tensors
+    that belong to neither (a projection head, optimizer state).
+    """
+
+    kind: str
+    backbone: dict[str, torch.Tensor]
+    rows: torch.Tensor | None = None
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_weights(path: str | Path, *, branch: str | None = None) -> Weights:
+    """Reads any of the formats above. `branch` chooses `teacher` or `student` of a self-supervised checkpoint (teacher when absent).
+
+    Raises:
+        UserError: no such file, a pickle that holds more than tensors and plain values, or nothing that looks like a backbone or class rows.
+    """
+    path = Path(path)
+    content = _load(path)
+    if isinstance(content, torch.Tensor):
+        return Weights("class rows of one rank (arcface_torch, older)", {}, rows=content.float())
+    rows = None
+    softmax = content.get("state_dict_softmax_fc")
+    if isinstance(softmax, Mapping) and "weight" in softmax:
+        rows = softmax["weight"].float()
+    kind, state = _inner(content, branch)
+    bare, dropped = _strip(state)
+    if not bare and rows is None:
+        raise UserError(
+            f"{path} holds no backbone and no class rows (its keys start {', '.join(list(map(str, content))[:5])})"
+        )
+    return Weights(_name_kind(content, kind, bare), bare, rows, dropped)
+
+
+def strip_wrappers(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Bare tensor names of a flat state dict."""
+    return _strip(state)[0]
+
+
+def _load(path: Path) -> Any:
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{path} is a folder without *.safetensors; name the weights file in it")
+        merged: dict[str, torch.Tensor] = {}
+        for file in files:
+            merged.update(_load(file))
+        return merged
+    if not path.is_file():
+        raise UserError(f"weights file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {reason}); if you trust it, save its state_dict with torch.save"
+        ) from error
+
+
+def _inner(content: Mapping[str, Any], branch: str | None) -> tuple[str, Mapping[str, torch.Tensor]]:
+    if branch is not None:
+        if not isinstance(content.get(branch), Mapping):
+            raise UserError(f"the checkpoint has no {branch!r}; it has {', '.join(map(str, content))}")
+        return branch, content[branch]
+    for name in _OUTER:
+        if isinstance(content.get(name), Mapping):
+            return name, content[name]
+    return "", content
+
+
+def _strip(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Bare names: wrappers' prefixes go as long as every backbone tensor carries them; heads of self-supervision are left out."""
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    dropped = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    changed = True
+    while changed and tensors:
+        changed = False
+        heads = [name for name in tensors if name.startswith(("head.", "dino_head.", "ibot_head.", "loss."))]
+        if heads and len(heads) < len(tensors):
+            dropped += heads
+            tensors = {name: value for name, value in tensors.items() if name not in set(heads)}
+        for prefix in _PREFIXES:
+            if all(name.startswith(prefix) for name in tensors):
+                tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+                changed = True
+        with_backbone = [name for name in tensors if name.startswith("backbone.")]
+        if with_backbone and len(with_backbone) < len(tensors):
+            dropped += [name for name in tensors if not name.startswith("backbone.")]
+            tensors = {name.removeprefix("backbone."): tensors[name] for name in with_backbone}
+            changed = True
+    return {name: _plain(value) for name, value in tensors.items()}, dropped
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().float().contiguous() if value.is_floating_point() else value.detach().contiguous()
+
+
+def _name_kind(content: Any, outer: str, state: Mapping[str, torch.Tensor]) -> str:
+    if "state_dict_softmax_fc" in content or "state_dict_backbone" in content:
+        return "arcface_torch checkpoint of one rank"
+    if outer in ("teacher", "student"):
+        return f"{outer} of a self-supervised checkpoint (DINO or LAFS)"
+    if "pytorch-lightning_version" in content:
+        return "Lightning checkpoint (AdaFace): BGR input, (x / 255 - 0.5) / 0.5"
+    if "pos_embedding" in state:
+        return "LAFS / Part fViT state dict"
+    return "flat state dict (arcface_torch, LVFace, CVLface)"

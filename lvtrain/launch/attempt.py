@@ -1,0 +1,241 @@
+"""One job's attempt at a phase: run the tasks, look at how they ended, do what was decided.
+
+Runs in the batch script on the job's first node, outside any container, with the standard library alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lvtrain.errors import EXIT_DONE, EXIT_STOPPED, UserError
+from lvtrain.launch import decide as decisions
+from lvtrain.launch.chain import Chain, load_chain
+from lvtrain.launch.decide import MAX_FRUITLESS, Again, Decision, Ended, Finished, Stop
+from lvtrain.launch.ledger import Ledger
+from lvtrain.launch.slurm import Slurm
+from lvtrain.launch.tasks import run_tasks, srun_command, task_environment
+from lvtrain.training import outcome as outcomes
+
+EXIT_CHAIN_STOPPED = 1
+Tasks = Callable[[list[str], dict[str, str], Callable[[], None]], tuple[int, str]]
+
+
+class Attempt:
+    """`Attempt(run_folder, phase).run()` returns the batch script's exit code."""
+
+    def __init__(
+        self,
+        run_folder: Path,
+        phase: str,
+        *,
+        slurm: Slurm | None = None,
+        tasks: Tasks = run_tasks,
+        clock: Callable[[], float] = time.time,
+        pause: Callable[[float], None] = time.sleep,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
+        self.chain: Chain = load_chain(run_folder)
+        self.phase, self.run_folder = phase, Path(run_folder)
+        self.slurm, self.tasks, self.clock, self.pause = slurm or Slurm(), tasks, clock, pause
+        self.ledger = Ledger(self.chain.folder, clock)
+        self.job, self.nodes = int(environment["SLURM_JOB_ID"]), environment.get("SLURM_JOB_NODELIST", "")
+        self.restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
+        self.continued = False  # another job already waits to take over
+
+    def run(self) -> int:
+        if stopped_path(self.chain).exists():
+            say(f"the chain was stopped before this job: see {stopped_path(self.chain)}")
+            return EXIT_CHAIN_STOPPED
+        try:
+            decision = self.refuse_or_finish() or self.train()
+        except UserError as error:  # Slurm does not answer, though asked for a minute
+            decision = Stop(f"job {self.job} could not start phase {self.phase}: {error}")
+        return self.act(decision)
+
+    def refuse_or_finish(self) -> Decision | None:
+        """What is known before anything is started."""
+        if self.chain.is_done(self.phase):
+            return Finished(f"phase {self.phase} was done before this job")
+        earlier = self.chain.first_open_phase()
+        if earlier != self.phase:
+            return Stop(f"phase {self.phase} cannot start: phase {earlier} is not done and has no jobs left")
+        step = outcomes.committed_step(self.run_folder)
+        fruitless = self.ledger.fruitless(self.phase, step)
+        if fruitless >= MAX_FRUITLESS:
+            return Stop(
+                f"{fruitless} attempts at phase {self.phase} made no progress past step {step}; the last one died silently"
+            )
+        return None
+
+    def train(self) -> Decision:
+        """Starts the tasks, waits, judges."""
+        step, attempt = outcomes.committed_step(self.run_folder), self.ledger.next_attempt()
+        outcomes.path_in(self.run_folder).unlink(missing_ok=True)
+        where = {"attempt": attempt, "job": self.job, "phase": self.phase}
+        self.ledger.add("start", **where, restart=self.restart, step=step, nodes=self.nodes)
+        command = srun_command(self.chain, self.phase, self.minutes_left())
+        environment = task_environment(self.slurm.first_address(self.nodes))
+        code, messages = self.tasks(command, environment, self.interrupted)
+        after, found = outcomes.committed_step(self.run_folder), outcomes.read(self.run_folder)
+        suspect = decisions.suspect_node(messages) if found is None else None  # who leaves first with 75 is no culprit
+        if found is not None and found.outcome == "done":
+            self.chain.mark_done(self.phase, found)
+        decision = decisions.decide(
+            Ended(
+                phase=self.phase,
+                phase_done=self.chain.is_done(self.phase),
+                outcome=found,
+                exit_code=code,
+                step_before=step,
+                step_after=after,
+                fruitless=self.ledger.fruitless(self.phase, after),
+                first_hold_seconds=self.chain.site.hold_seconds,
+                suspects=(*self.ledger.suspects(self.phase), suspect),
+            )
+        )
+        said = found.outcome if found else "none"
+        kind, reason = type(decision).__name__.lower(), decision.reason
+        self.ledger.add(
+            "end", **where, step=after, outcome=said, exit_code=code, decision=kind, reason=reason, suspect=suspect
+        )
+        return decision
+
+    def minutes_left(self) -> float | None:
+        """Until the time limit, less what starting the tasks may take (a tenth, two minutes at most)."""
+        end = self.slurm.job(self.job).end
+        if end is None:
+            return None
+        left = end - self.clock()
+        return max(0.0, left - min(120.0, 0.1 * left)) / 60
+
+    def interrupted(self) -> None:
+        """SIGTERM reached the batch script. At the time limit Slurm never starts the job again: hand over while we can."""
+        if not self.chain.site.links and self.fate() == "timeout":
+            self.resubmit(f"time limit of job {self.job}")
+
+    def fate(self) -> decisions.JobFate:
+        try:
+            info = self.slurm.job(self.job)
+        except UserError:
+            return "not ours"
+        return decisions.fate(info.state, info.reason)
+
+    # ------------------------------------------------------------------------------------------------- carrying it out
+
+    def act(self, decision: Decision) -> int:
+        if isinstance(decision, Finished):
+            return self.finish(decision)
+        if isinstance(decision, Again):
+            return self.go_on(decision)
+        return stop(self.chain, self.ledger, self.slurm, decision.reason, phase=self.phase, job=self.job)
+
+    def finish(self, decision: Finished) -> int:
+        say(decision.reason)
+        following = self.chain.next_phase(self.phase)
+        if self.chain.site.links:
+            # the other links of this phase would wait for a whole allocation only to find nothing to do
+            self.slurm.cancel(self.waiting(self.phase))
+        elif following is not None and not self.waiting(following):
+            try:
+                submit_phase(self.chain, self.ledger, self.slurm, following, f"--dependency=afterany:{self.job}")
+            except UserError as error:
+                reason = f"phase {following} could not be submitted: {error}"
+                return stop(self.chain, self.ledger, self.slurm, reason, phase=self.phase, job=self.job)
+        if following is None:
+            say(f"all phases of {self.chain.run_folder} are done")
+        return EXIT_DONE
+
+    def go_on(self, decision: Again) -> int:
+        fate = self.fate()
+        if fate == "not ours":
+            say(f"{decision.reason}; Slurm or its user ended the job, so what happens next is theirs")
+            return EXIT_STOPPED
+        if self.chain.site.links:
+            return self.leave_to_next_link(decision)
+        if not self.continued:
+            refused = "it hit its time limit" if fate == "timeout" else None
+            if decision.hold_seconds == 0 and refused is None:
+                say(f"{decision.reason}; requeued")
+                refused = self.slurm.requeue(self.job)
+                if refused is None:
+                    self.pause(600)  # the requeue ends this script
+                    return EXIT_STOPPED
+            self.resubmit(decision.reason, decision.hold_seconds, decision.exclude)
+        return EXIT_STOPPED
+
+    def leave_to_next_link(self, decision: Again) -> int:
+        links = self.waiting(self.phase)
+        if not links:
+            reason = f"phase {self.phase} is not done after its {self.chain.site.links} links; {decision.reason}"
+            return stop(self.chain, self.ledger, self.slurm, reason, phase=self.phase, job=self.job)
+        if decision.hold_seconds:
+            self.slurm.postpone(links[0], decision.hold_seconds, decision.exclude)
+        say(f"{decision.reason}; {len(links)} links left, next is job {links[0]}")
+        return EXIT_STOPPED
+
+    def resubmit(self, reason: str, hold_seconds: int = 0, exclude: tuple[str, ...] = ()) -> None:
+        """A new job for the phase, where requeuing is not possible or would come too soon."""
+        if self.continued:
+            return
+        self.continued = True
+        options = [f"--dependency=afterany:{self.job}", *([f"--begin=now+{hold_seconds}"] if hold_seconds else [])]
+        without = [f"--exclude={','.join(exclude)}"] if exclude else []
+        try:
+            try:
+                job = submit_phase(self.chain, self.ledger, self.slurm, self.phase, *options, *without)
+            except UserError:
+                if not without:
+                    raise
+                # a small partition cannot spare the blamed node: better try it once more than not at all
+                job = submit_phase(self.chain, self.ledger, self.slurm, self.phase, *options)
+        except UserError as error:
+            reason = f"{reason}; the job to take over could not be submitted: {error}"
+            stop(self.chain, self.ledger, self.slurm, reason, phase=self.phase, job=self.job)
+            return
+        say(f"{reason}; job {job} takes over" + (f" in {hold_seconds} s" if hold_seconds else ""))
+
+    def waiting(self, phase: str) -> list[int]:
+        """Jobs of this chain for a phase that are still in the queue, this one left out."""
+        try:
+            queued = {row.job for row in self.slurm.queue(self.chain.job_name)}
+        except UserError as error:
+            say(f"{error}; going by the ledger alone")
+            return []
+        return [job for job in self.ledger.jobs(phase) if job in queued and job != self.job]
+
+
+def submit_phase(chain: Chain, ledger: Ledger, slurm: Slurm, phase: str, *options: str) -> int:
+    job = slurm.submit(chain.script(phase), *options)
+    ledger.add("submit", job=job, phase=phase, options=list(options))
+    return job
+
+
+def stopped_path(chain: Chain) -> Path:
+    return chain.folder / "stopped.json"
+
+
+def stop(chain: Chain, ledger: Ledger, slurm: Slurm, reason: str, *, phase: str, job: int) -> int:
+    """Ends the chain: the reason is written and said once, jobs that still wait are cancelled."""
+    try:
+        with stopped_path(chain).open("x") as file:
+            record = ledger.add("stop", job=job, phase=phase, reason=reason)
+            json.dump(record, file)
+            file.write("\n")
+    except FileExistsError:
+        return EXIT_CHAIN_STOPPED
+    say(f"chain stopped: {reason}")
+    try:
+        slurm.cancel([row.job for row in slurm.queue(chain.job_name) if row.job != job])
+    except UserError as error:
+        say(f"{error}; jobs that wait will end by themselves when they find the chain stopped")
+    return EXIT_CHAIN_STOPPED
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"lvtrain: {text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,82 @@
+"""A chain: the phases of one run, one resumable Slurm job each, frozen at submission in `runs/NAME/slurm/chain.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lvtrain.errors import UserError
+from lvtrain.launch.site import Site
+from lvtrain.training.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Absolute paths, because jobs may start anywhere; `home` is the checkout the jobs run in."""
+
+    name: str
+    home: str
+    run_folder: str
+    phases: tuple[str, ...]
+    recipe: str
+    ds_config: str
+    overrides: tuple[str, ...]
+    site: Site
+    main: str = "lvtrain/main.py"
+
+    @property
+    def folder(self) -> Path:
+        """Where the chain keeps its plan, ledger, scripts and logs."""
+        return Path(self.run_folder) / "slurm"
+
+    @property
+    def job_name(self) -> str:
+        """The same for every job of the chain: singleton dependencies and `scancel --name` go by it."""
+        return f"lvtrain-{self.name}"
+
+    def script(self, phase: str) -> Path:
+        return self.folder / f"{phase}.sbatch"
+
+    def next_phase(self, phase: str) -> str | None:
+        following = self.phases[self.phases.index(phase) + 1 :]
+        return following[0] if following else None
+
+    def is_done(self, phase: str) -> bool:
+        return (Path(self.run_folder) / "phase_done" / f"{phase}.json").is_file()
+
+    def mark_done(self, phase: str, outcome: Outcome) -> None:
+        """Leaves the mark that makes every later start of this phase a no-op."""
+        folder = Path(self.run_folder) / "phase_done"
+        folder.mkdir(exist_ok=True)
+        beside = folder / f".{phase}.json.new"
+        beside.write_text(json.dumps(asdict(outcome)) + "\n")
+        beside.replace(folder / f"{phase}.json")
+
+    def first_open_phase(self) -> str | None:
+        return next((phase for phase in self.phases if not self.is_done(phase)), None)
+
+    def task_command(self, phase: str, max_minutes: float | None) -> list[str]:
+        """What one task runs: the trainer for this phase, for at most so many minutes."""
+        limit = [] if max_minutes is None else ["--max-time", f"{max_minutes:.2f}"]
+        recipe = ["--recipe", self.recipe, "--ds_config", self.ds_config]
+        return [self.site.python, self.main, *recipe, "--phase", phase, *limit, *self.overrides]
+
+    def save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = self.folder / ".chain.json.new"
+        beside.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        beside.replace(self.folder / "chain.json")
+
+
+def load_chain(run_folder: Path) -> Chain:
+    """Raises UserError when the run has no chain."""
+    path = Path(run_folder) / "slurm" / "chain.json"
+    if not path.is_file():
+        raise UserError(
+            f"{run_folder} has no Slurm chain ({path} is missing); submit one with sbatch slurm/<script>.sh"
+        )
+    values = json.loads(path.read_text())
+    values["site"] = Site(**values["site"])
+    values["phases"], values["overrides"] = tuple(values["phases"]), tuple(values["overrides"])
+    return Chain(**values)

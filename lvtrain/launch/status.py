@@ -1,0 +1,124 @@
+"""Where a chain stands: one line a phase, from the run folder and, where Slurm can be asked, the queue."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvtrain.errors import UserError
+from lvtrain.launch.attempt import stopped_path
+from lvtrain.launch.chain import Chain, load_chain
+from lvtrain.launch.ledger import Ledger, Record
+from lvtrain.launch.slurm import Queued, Slurm
+from lvtrain.training.heartbeat import read_all
+from lvtrain.training.outcome import committed_step
+
+
+@dataclass(frozen=True)
+class PhaseStatus:
+    phase: str
+    state: str  # done, running, queued, lost, stopped or waiting
+    attempts: int
+    fruitless: int  # attempts since the last progress
+    steps: str  # from the step at its first start to the last one known
+    jobs: str
+    note: str
+
+
+@dataclass(frozen=True)
+class ChainStatus:
+    chain: Chain
+    phases: list[PhaseStatus]
+    step: int  # of the newest checkpoint
+    stopped: str | None  # why, if the chain was stopped
+    advice: str | None  # what to do, if nothing goes on by itself
+    heartbeat: str | None
+
+
+def chain_status(run_folder: Path, slurm: Slurm, *, now: float | None = None) -> ChainStatus:
+    """Raises UserError when the run has no chain. Without Slurm's commands the queue is taken to be empty."""
+    chain = load_chain(run_folder)
+    run_folder, ledger, now = Path(run_folder), Ledger(chain.folder), time.time() if now is None else now
+    try:
+        queue: list[Queued] | None = slurm.queue(chain.job_name)
+    except UserError:
+        queue = None
+    stopped = _stop_reason(chain)
+    step, records = committed_step(run_folder), ledger.this_chain()
+    phases = [_phase(chain, phase, ledger, records, queue, step, stopped) for phase in chain.phases]
+    return ChainStatus(chain, phases, step, stopped, _advice(chain, queue, stopped), _heartbeat(run_folder, now))
+
+
+def _phase(
+    chain: Chain,
+    phase: str,
+    ledger: Ledger,
+    records: list[Record],
+    queue: list[Queued] | None,
+    step: int,
+    stopped: str | None,
+) -> PhaseStatus:
+    mine = [record for record in records if record.get("phase") == phase]
+    starts = [record for record in mine if record["event"] == "start"]
+    ends = [record for record in mine if record["event"] == "end"]
+    jobs = ledger.jobs(phase)
+    waiting = {row.job: row for row in queue or [] if row.job in jobs}
+    running = [row for row in waiting.values() if row.state in ("RUNNING", "COMPLETING")]
+    note = str(ends[-1]["reason"]) if ends else ""
+    if chain.is_done(phase):
+        state = "done"
+    elif running:
+        state, note = "running", f"on {running[0].nodes}"
+    elif waiting:
+        row = next(iter(waiting.values()))
+        state, note = "queued", f"{row.reason}; {note}" if note else row.reason
+    elif stopped is not None and any(record["event"] == "stop" for record in mine):
+        state, note = "stopped", stopped
+    elif starts and queue is not None:
+        state = "lost"
+    else:
+        state = "waiting" if queue is not None or not starts else "unknown"
+    last = ends[-1]["step"] if state == "done" and ends else step
+    return PhaseStatus(
+        phase=phase,
+        state=state,
+        attempts=len(starts),
+        fruitless=0 if state == "done" else ledger.fruitless(phase, step),
+        steps=f"{starts[0]['step']} to {last}" if starts else "",
+        jobs=" ".join(map(str, waiting or jobs[-1:])),
+        note=note,
+    )
+
+
+def _stop_reason(chain: Chain) -> str | None:
+    try:
+        record: dict[str, Any] = json.loads(stopped_path(chain).read_text())
+    except (OSError, ValueError):
+        return None
+    return str(record.get("reason", "no reason written"))
+
+
+def _advice(chain: Chain, queue: list[Queued] | None, stopped: str | None) -> str | None:
+    if chain.first_open_phase() is None:
+        return f"all phases are done; report: python tools/report.py {chain.run_folder}"
+    if stopped is not None:
+        return "mend the reason, then submit the same script again: it goes on from the last checkpoint"
+    if queue is None:
+        return "Slurm cannot be asked here; this is what the run folder says"
+    if not queue:
+        return "no job is left in the queue (cancelled, or a time limit in requeue mode); submit the same script again to go on"
+    return None
+
+
+def _heartbeat(run_folder: Path, now: float) -> str | None:
+    beats = read_all(run_folder / "heartbeat")
+    if not beats:
+        return None
+    slowest = min(beats, key=lambda beat: (beat.step, beat.since))
+    return (
+        f"{len(beats)} ranks; the one furthest behind is rank {slowest.rank} on {slowest.host}, "
+        f"{now - slowest.since:.0f} s in {slowest.doing!r} of step {slowest.step}"
+    )

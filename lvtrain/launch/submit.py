@@ -1,0 +1,95 @@
+"""Submitting a chain: freeze the plan, write the phases' scripts, hand the first job (or all links) to Slurm."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lvtrain import recipe as recipes
+from lvtrain.errors import UserError
+from lvtrain.launch.attempt import stopped_path, submit_phase
+from lvtrain.launch.chain import Chain
+from lvtrain.launch.ledger import Ledger
+from lvtrain.launch.script import sbatch_text
+from lvtrain.launch.site import Site
+from lvtrain.launch.slurm import Slurm
+
+
+def submit_chain(
+    recipe_path: str,
+    ds_config: str,
+    overrides: Sequence[str],
+    site: Site,
+    *,
+    home: Path,
+    slurm: Slurm,
+    main: str = "lvtrain/main.py",
+    clock: Callable[[], float] = time.time,
+) -> tuple[Chain, list[int]]:
+    """Submits what is left of the run; a chain that was stopped, or lost its jobs, goes on from its last checkpoint.
+
+    Returns the chain and the ids of the jobs submitted (none when every phase is done).
+
+    Raises:
+        UserError: a recipe that is refused, a number of ranks that does not divide a phase's virtual batches, a chain
+            that already has jobs in the queue, or sbatch's refusal.
+    """
+    words = [*site.words("overrides"), *overrides]
+    recipe = recipes.load(_absolute(home, recipe_path), words)
+    if not Path(_absolute(home, ds_config)).is_file():
+        raise UserError(
+            f"DeepSpeed configuration {ds_config} does not exist; ds_configs/ has those that ship with lvtrain"
+        )
+    _check_ranks(recipe, site)
+    run_folder = (home / recipe.run_folder).absolute()
+    chain = Chain(
+        name=recipe.name,
+        home=str(home),
+        run_folder=str(run_folder),
+        phases=tuple(phase.name for phase in recipe.phases),
+        recipe=str(run_folder / "slurm" / "recipe.yaml"),
+        ds_config=str(run_folder / "slurm" / "ds_config.json"),
+        overrides=tuple(words),
+        site=replace(site, launch_python=site.launch_python or sys.executable),
+        main=main,
+    )
+    queued = slurm.queue(chain.job_name)
+    if queued:
+        listed = ", ".join(f"{row.job} {row.state}" for row in queued)
+        raise UserError(f"{chain.job_name} already has jobs ({listed}); to start over: scancel --name={chain.job_name}")
+    chain.save()
+    # copies, because somebody will edit the originals in the weeks a chain takes
+    shutil.copyfile(_absolute(home, recipe_path), chain.recipe)
+    shutil.copyfile(_absolute(home, ds_config), chain.ds_config)
+    for phase in chain.phases:
+        chain.script(phase).write_text(sbatch_text(chain, phase))
+    stopped_path(chain).unlink(missing_ok=True)
+    ledger = Ledger(chain.folder, clock)
+    ledger.add("chain", mode=site.chain, nodes=site.nodes, ranks=site.ranks)
+    still_open = [phase for phase in chain.phases if not chain.is_done(phase)]
+    if not site.links:
+        return chain, [submit_phase(chain, ledger, slurm, still_open[0])] if still_open else []
+    jobs: list[int] = []
+    for phase in still_open:
+        for _ in range(site.links):
+            jobs.append(submit_phase(chain, ledger, slurm, phase, "--dependency=singleton"))
+    return chain, jobs
+
+
+def _absolute(home: Path, path: str) -> str:
+    return str(home / path)
+
+
+def _check_ranks(recipe: recipes.Recipe, site: Site) -> None:
+    for phase in recipe.phases:
+        v = phase.virtual_batches
+        if v % site.ranks:
+            allowed = ", ".join(str(r) for r in range(1, v + 1) if v % r == 0)
+            raise UserError(
+                f"{site.nodes} nodes x {site.tasks} tasks = {site.ranks} ranks do not divide virtual_batches={v} of phase "
+                f"{phase.name}; ranks may be {allowed}: set LVTRAIN_NODES, LVTRAIN_GPUS_PER_NODE"
+            )

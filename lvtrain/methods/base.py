@@ -1,0 +1,129 @@
+"""What a paper must say to be trained: which modules, which loss, what changes with a phase, and its state. Nothing of DeepSpeed or files.
+
+One step, as the loop runs it (A = accumulation, the micro-batches of this rank):
+
+    method.begin_step(now, global_labels)            # now: which step, its rate, how far the run is
+    for batch in micro_batches:                      # A times
+        outputs = engine(*method.inputs(batch))      # method.module under DeepSpeed
+        engine.backward(method.loss(outputs, batch, now).loss)
+    engine.step(...)                                 # the backbone
+    method.end_step(now, engine.full_parameters)     # class rows, banks, teachers
+    (or method.discard_step() when the loss was not finite)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lvtrain.recipe import Phase, Recipe
+from lvtrain.state import State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lvtrain.data import Batch
+
+
+@dataclass(frozen=True)
+class Now:
+    """Where the run is: `step` counts from 0, `lr` is the backbone's rate in this step, `progress` in [0, 1) the share of the schedule that is
+    behind, `epoch` the samples seen over the dataset's size, `micro` this rank's micro-batch within the step and `virtual` its number in the
+    global batch."""
+
+    step: int
+    lr: float
+    progress: float
+    epoch: float
+    micro: int = 0
+    virtual: int = 0
+
+
+@dataclass
+class LossOutput:
+    """`loss`: scalar, the mean over one micro-step's samples of all ranks. `metrics`: detached scalars for telemetry (device tensors)."""
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """Built afresh for every phase with the recipe; `module` is what the engine trains, everything else is the method's own."""
+
+    module: nn.Module
+
+    @abstractmethod
+    def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None: ...
+
+    @abstractmethod
+    def evaluated(self) -> nn.Module:
+        """The part of `module` that maps `[B, 3, H, W]` images to embeddings `[B, d]`: what is evaluated, averaged (EMA) and exported."""
+
+    @abstractmethod
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """The arguments of `module` for one micro-batch."""
+
+    @abstractmethod
+    def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+        """The loss of one micro-step; may run collectives, so every rank calls it."""
+
+    @abstractmethod
+    def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
+        """Sets what the phase changes. `first_time` is False when a phase is continued from a checkpoint: then nothing is initialised."""
+
+    def after_initial_weights(self) -> None:
+        """Called once, after `init_from` has put weights into `module`."""
+
+    def warnings(self, metrics: dict[str, float]) -> list[str]:
+        """What a log line's figures say is going wrong, in words (a collapse)."""
+        return []
+
+    def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
+        """Told the labels `[G]` of the step's whole global batch (int64, host) before the first micro-batch."""
+
+    def global_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss of all ranks from this rank's: itself, where `loss` is already computed over all ranks' samples."""
+        return loss
+
+    def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
+        """Updates what is not in the engine. Inside `full_parameters()` every weight of `module` is whole on every rank, whatever the ZeRO
+        stage."""
+
+    def discard_step(self) -> None:
+        """Forgets the step begun: its loss was not finite."""
+
+    def state(self) -> State:
+        """Everything outside the engine that a resumed run needs, by dotted names."""
+        return {}
+
+    def load_state(self, reader: Any) -> None:
+        """Takes back what `state` gave, through `reader.rows(name, start, stop)` and `reader.replicated(name)`; reads only its own rows."""
+
+
+def create_method(recipe: Recipe, *, num_classes: int, device: torch.device) -> Method:
+    """The method a recipe names, on this rank's device, weights initialised from the recipe's seed (the same on any number of ranks)."""
+    from lvtrain import methods
+
+    return methods.REGISTRY[recipe.method.name](recipe, num_classes=num_classes, device=device)
+
+
+def initial_backbone(recipe: Recipe, device: torch.device) -> nn.Module:
+    """The recipe's backbone with weights drawn from the seed alone."""
+    from lvtrain import randomness
+    from lvtrain.backbones import create_backbone
+
+    section = recipe.backbone
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(randomness.torch_seed(recipe.seed, "backbone-weights"))
+        arguments: dict[str, Any] = dict(section.overrides)
+        if section.checkpoint_blocks != "none":
+            arguments.update(checkpoint_blocks=section.checkpoint_blocks, checkpoint_every=section.checkpoint_every)
+        backbone = create_backbone(
+            section.name, embedding_dim=section.embedding_dim, image_size=section.image_size, **arguments
+        )
+    return backbone.to(device)

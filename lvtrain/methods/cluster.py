@@ -1,0 +1,315 @@
+"""Cluster: joint label classification and supervised contrastive clustering (arXiv 2312.04029).
+
+A bank holds one centre c_j per class, which follows the features, and its concentration phi_j, the mean distance of
+recent features over log(Z + 10): small = tight (`classifier.banks.CentreBank`). Over the classes S that take part in
+the step:
+
+    L_CG   ArcFace with margin m_i = m_low + (m_high - m_low) lambda_i, lambda = (phi_y - min phi) / (max phi - min phi)
+    L_con  softplus(N - T): T = x.c_y / phi_y, N = log sum over the other centres of exp(x.c_j / phi_j)
+    L_ali  mean of 1 - cos(w_y, c_y), which moves the class centre w_y; the cluster centre is the fixed target
+    L      L_CG + alpha L_con + beta L_ali
+
+| the paper's setting | baseline | 1 | 2 | 3 | 4 | 5 | 6 |
+|---|---|---|---|---|---|---|---|
+| guided | false | true | false | false | true | true | true |
+| alpha (clustering: contrastive) | 0 | 0 | > 0 | 0 | > 0 | 0 | > 0 |
+| beta | 0 | 0 | 0 | > 0 | 0 | > 0 | > 0 |
+
+Setting 3 is inferred (the text we have describes 1, 2, 4, 5 and 6). Our reading, besides the bank's own: the map to
+m_low and m_high; a class without a measured distance counts as loose as the step's mean; lambda = 1/2 where all are
+equal; a floor below the temperatures; classes without a centre yet are left out of L_con and L_ali. The phase's
+`sample_rate` decides S.
+
+What a step reads of the bank is as it was at the step's start, so nothing depends on the number of ranks. Collectives:
+one all-reduce of about three numbers per class of the global batch and one of two at the step's start; in a micro-step
+those of the classifier, L_con adds two all-reduces (MAX and SUM, [B] and [B, 2]) and a reduce-scatter in backward,
+L_ali an all-reduce of one number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lvtrain.classifier import ClassifierOutput, negative_logsumexp
+from lvtrain.classifier.banks import CentreBank
+from lvtrain.classifier.margins import ClusterGuided
+from lvtrain.collectives import all_reduce_sum, gather_rows
+from lvtrain.data import Batch
+from lvtrain.errors import UserError
+from lvtrain.methods.base import LossOutput, Now
+from lvtrain.methods.supervised import SupervisedMethod
+from lvtrain.recipe import Cluster, Phase, Recipe
+from lvtrain.state import Rows, State
+
+
+class WithTemperature(nn.Module):
+    """`[B, 3, H, W]` -> (embeddings, 1 / tau0): the ablation's one learnable temperature, trained by the engine like
+    any weight.
+    """
+
+    def __init__(self, backbone: nn.Module, tau0: float) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.log_temperature = nn.Parameter(torch.full((1,), math.log(tau0)))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.backbone(images), torch.exp(-self.log_temperature.float())
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """What a step reads of the bank. `classes` int64 [P]: the sorted distinct labels of the global batch, the same on
+    every rank, as are `phi` and `known` (its centre exists) [P] and the scalars over the measured classes of the step.
+    `mine` int64 [p]: local rows of
+    those classes that live on this rank."""
+
+    classes: Tensor
+    phi: Tensor
+    known: Tensor
+    mean: Tensor
+    deviation: Tensor
+    lowest: Tensor
+    highest: Tensor
+    mine: Tensor
+
+    def hardness(self) -> Tensor:
+        """lambda [P] in [0, 1]."""
+        span = self.highest - self.lowest
+        return torch.where(span > 0, ((self.phi - self.lowest) / span.clamp_min(1e-30)).clamp(0, 1), 0.5)
+
+    def at(self, values: Tensor, labels: Tensor) -> Tensor:
+        """values [P] of each label's class: [B]; anything for -1."""
+        return F.pad(values, (0, 1), value=1)[torch.searchsorted(self.classes, labels)]
+
+
+class ClusterMethod(SupervisedMethod):
+    def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
+        assert isinstance(recipe.method, Cluster)
+        self.settings = settings = recipe.method
+        margin = recipe.classifier.margin if recipe.classifier else None
+        if margin is not None and (margin.name != "arcface" or margin.straight_through):
+            raise UserError(
+                "method cluster extends ArcFace: set classifier.margin.name: arcface, without straight_through"
+            )
+        if margin is not None:
+            self.plain_margin = 0.5 if margin.m is None else margin.m
+            guided = ClusterGuided(scale=margin.scale, filter_threshold=margin.filter_threshold)
+            super().__init__(recipe, num_classes=num_classes, device=device, margin=guided)
+        else:
+            super().__init__(recipe, num_classes=num_classes, device=device)  # says what is missing
+        self.learnable = settings.clustering == "contrastive" and settings.temperature == "learnable"
+        if self.learnable:
+            self.module = WithTemperature(self.backbone, settings.tau0).to(device)
+        self.bank = CentreBank(
+            num_classes,
+            recipe.backbone.embedding_dim,
+            self.classifier.rows,
+            momentum=settings.momentum,
+            window=settings.recent,
+            alpha=settings.smoothing,
+            device=device,
+        )
+        self.triplet = triplet_loss(settings.triplet_margin) if settings.clustering == "triplet" else None
+        self.seen: list[ClassifierOutput] = []
+
+    def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
+        if phase.expectation != "off":
+            raise UserError(
+                f"phase {phase.name}: expectation={phase.expectation} is PCO's; method cluster has its own bank"
+            )
+        super().enter_phase(phase, first_time=first_time)
+
+    # -------------------------------------------------------------------------------------------------------------------- step
+
+    def begin_step(self, now: Now, global_labels: Tensor) -> None:
+        super().begin_step(now, global_labels)
+        self.seen.clear()
+        warmup = self.settings.warmup
+        self.warm = (now.step if warmup.unit == "steps" else now.epoch) >= warmup.amount
+        self.clusters = self.read_bank(global_labels)
+        if self.settings.guided and self.warm:
+            low, high = self.settings.m_low, self.settings.m_high
+            self.margins = low + (high - low) * self.clusters.hardness()
+        else:
+            self.margins = torch.full_like(self.clusters.phi, self.plain_margin)
+
+    def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+        embeddings, inverse_temperature = outputs if self.learnable else (outputs, None)
+        context = {"classes": self.clusters.classes, "margins": self.margins}
+        output = self.classifier(embeddings, batch.labels, step=now.step, context=context)
+        self.seen.append(output)
+        loss, metrics = output.loss, {"cos2": output.cos2, "loss_classification": output.loss.detach()}
+        metrics |= {"phi_mean": self.clusters.mean, "phi_std": self.clusters.deviation}
+        metrics |= {
+            "phi_min": self.clusters.lowest,
+            "phi_max": self.clusters.highest,
+            "margin_mean": self.margins.mean(),
+        }
+        if self.warm and self.settings.alpha > 0 and self.settings.clustering != "none":
+            term = self.clustering_loss(embeddings, batch.labels, output, inverse_temperature)
+            loss = loss + self.settings.alpha * term
+            metrics["loss_clustering"] = term.detach()
+        if self.warm and self.settings.beta > 0:
+            term = self.aligning_loss(output.labels)
+            loss = loss + self.settings.beta * term
+            metrics["loss_aligning"] = term.detach()
+        if inverse_temperature is not None:
+            metrics["temperature"] = 1 / inverse_temperature.detach().squeeze()
+        return LossOutput(loss, metrics)
+
+    def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
+        super().end_step(now, full_parameters)
+        labels = torch.cat([output.labels for output in self.seen])
+        self.bank.update(torch.cat([output.embeddings for output in self.seen]), labels)
+        self.seen.clear()
+
+    def discard_step(self) -> None:
+        super().discard_step()
+        self.seen.clear()
+
+    # -------------------------------------------------------------------------------------------------------------------- bank
+
+    @torch.no_grad()
+    def read_bank(self, global_labels: Tensor) -> Clusters:
+        """One SUM and one MAX all-reduce; no host synchronisation but to bring the labels to the device."""
+        device, (start, stop) = self.bank.rows_tensor.device, self.bank.rows
+        classes = torch.unique(global_labels[global_labels >= 0])
+        here = (classes >= start) & (classes < stop)
+        mine = (classes[here] - start).to(device)
+        places = torch.where(here, classes - start, stop - start).to(device)  # behind the last row: not of this rank
+        phi, measured, chosen = self.bank.concentration(), self.bank.measured, self.classifier.chosen
+        table = torch.stack(
+            [F.pad(column.to(phi.dtype), (0, 1))[places] for column in (phi, measured, self.bank.valid)]
+        )
+        if chosen is not None:
+            phi, measured = phi[chosen], measured[chosen]
+        # a row that was never measured has phi = 0 and adds nothing to the sums
+        sums = torch.stack([phi.sum(), phi.square().sum(), measured.sum().to(phi.dtype)])
+        ends = torch.stack([torch.where(measured, -phi, -math.inf), torch.where(measured, phi, -math.inf)])
+        ends = F.pad(ends, (0, 1), value=-math.inf).amax(dim=1)
+        sums = all_reduce_sum(torch.cat([sums, table.flatten()]))
+        if self.classifier.ranks > 1:
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        total, squares, count = sums[:3]
+        mean = torch.where(count > 0, total / count.clamp_min(1), 1.0)
+        deviation = (squares / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt() * (count > 0)
+        lowest, highest = torch.where(count > 0, torch.stack([-ends[0], ends[1]]), mean).unbind()
+        of_class, is_measured, known = sums[3:].view(3, -1)
+        of_class = torch.where(is_measured > 0, of_class, mean)
+        return Clusters(classes.to(device), of_class, known > 0, mean, deviation, lowest, highest, mine)
+
+    def temperatures(self, phi: Tensor) -> Tensor:
+        """The temperature of a class from its concentration."""
+        wanted = self.settings.mean_temperature
+        factor = 1.0 if wanted is None else wanted / self.clusters.mean
+        return (phi * factor).clamp_min(self.settings.min_temperature)
+
+    # ------------------------------------------------------------------------------------------------------------------ losses
+
+    def clustering_loss(
+        self, embeddings: Tensor, labels: Tensor, output: ClassifierOutput, inverse_temperature: Tensor | None
+    ) -> Tensor:
+        """Scalar, the same on every rank: the mean over the gathered micro-batch; the gradient goes to the embeddings
+        only.
+        """
+        unit = F.normalize(embeddings.to(output.embeddings.dtype)) * (labels >= 0).unsqueeze(1)
+        if (
+            self.triplet is not None
+        ):  # within this rank's own micro-batch, so that it does not depend on the number of ranks
+            own = self.triplet(unit, labels)
+            return own - own.detach() + all_reduce_sum(own.detach()) / self.classifier.ranks
+        gathered = output.embeddings
+        if inverse_temperature is not None:  # before the gather, whose backward completes its gradient over the ranks
+            unit, gathered = unit * inverse_temperature, gathered * inverse_temperature.detach()
+        sizes, scale = [len(unit)] * self.classifier.ranks, self.classifier.gradient_scale
+        x = gather_rows(unit, sizes=sizes, gradient_scale=scale, gathered=gathered)
+        known = (output.labels >= 0) & self.clusters.at(self.clusters.known, output.labels)
+        if self.settings.clustering == "centre":
+            each = self.centre_terms(x, output.labels)
+        else:
+            each = self.contrastive_terms(x, output.labels, scaled=inverse_temperature is not None)
+        return torch.where(known, each, 0.0).sum() / max(len(each), 1)
+
+    def contrastive_terms(self, x: Tensor, labels: Tensor, *, scaled: bool) -> Tensor:
+        """[B]: softplus(N - T) over the centres; `scaled`: x is already divided by the one temperature."""
+        phi = torch.where(self.bank.measured, self.bank.concentration(), self.clusters.mean)
+        negatives, target = negative_logsumexp(
+            x,
+            self.bank.rows_tensor.to(x.dtype),
+            labels,
+            scale=torch.ones_like(phi, dtype=x.dtype) if scaled else (1 / self.temperatures(phi)).to(x.dtype),
+            rows=self.bank.rows,
+            num_classes=self.bank.num_classes,
+            indices=self.classifier.chosen,
+            mask=self.bank.valid,
+            unit=True,
+            chunk=self.classifier.chunk,
+            precision=self.classifier.precision,
+        )
+        if not scaled:
+            target = target / self.clusters.at(self.temperatures(self.clusters.phi), labels).to(x.dtype)
+        return F.softplus(negatives - target)
+
+    def centre_terms(self, x: Tensor, labels: Tensor) -> Tensor:
+        """[B]: centre loss, |x - c_y|^2 / 2 = 1 - x.c_y for unit vectors, against the bank's centres (Wen et al.
+        2016).
+        """
+        start, stop = self.bank.rows
+        local = torch.where((labels >= start) & (labels < stop), labels - start, stop - start)
+        own = F.pad(self.bank.rows_tensor, (0, 0, 0, 1)).to(x.dtype)[local]
+        return 1 - all_reduce_sum((x * own).sum(dim=1))
+
+    def aligning_loss(self, labels: Tensor) -> Tensor:
+        """Scalar, the same on every rank; the gradient goes to this rank's class rows only. `labels` [B] of the
+        gathered micro-batch.
+        """
+        mine = self.clusters.mine
+        place = torch.searchsorted(mine, labels - self.bank.rows[0])
+        hit = F.pad(mine, (0, 1), value=-1)[place] == labels - self.bank.rows[0]
+        count = torch.zeros(len(mine) + 1, dtype=torch.int64, device=labels.device)
+        count.index_add_(0, torch.where(hit & (labels >= 0), place, len(mine)), torch.ones_like(labels))
+        centres = self.classifier.centres_of(mine)
+        cosine = (F.normalize(centres) * self.bank.rows_tensor[mine].to(centres.dtype)).sum(dim=1)
+        total = (count[:-1] * self.bank.valid[mine] * (1 - cosine)).sum()
+        return all_reduce_sum(total) / max(len(labels), 1)
+
+    # ------------------------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> State:
+        start, total = self.bank.rows[0], self.bank.num_classes
+        bank: State = {f"cluster.{name}": Rows(tensor, start, total) for name, tensor in self.bank.state().items()}
+        return super().state() | bank
+
+    def load_state(self, reader: Any) -> None:
+        super().load_state(reader)
+        self.bank.load_state({name: reader.rows(f"cluster.{name}", *self.bank.rows) for name in self.bank.state()})
+
+
+def triplet_loss(margin: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Batch-hard triplet loss of pytorch-metric-learning on unit embeddings [B, d] and labels [B], -1 left out.
+
+    Raises:
+        UserError: the library is not installed.
+    """
+    try:
+        from pytorch_metric_learning.losses import TripletMarginLoss
+        from pytorch_metric_learning.miners import BatchHardMiner
+    except ImportError as error:
+        raise UserError("method.clustering=triplet needs a library: pip install pytorch-metric-learning") from error
+    loss, miner = TripletMarginLoss(margin=margin), BatchHardMiner()
+
+    def triplet(x: Tensor, labels: Tensor) -> Tensor:
+        x, labels = x[labels >= 0], labels[labels >= 0]
+        value: Tensor = loss(x, labels, miner(x.detach(), labels))
+        return value
+
+    return triplet

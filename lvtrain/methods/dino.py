@@ -1,0 +1,269 @@
+"""DINO: self-distillation without labels (Caron et al., ICCV 2021), as LAFS (CVPR 2024) uses it on faces.
+
+A student sees all views of an image, a teacher the two global ones; the student's distribution over K prototypes is pulled to the teacher's for
+every pair of different views:
+
+    L = mean over pairs (t, s), t != s, and over the batch, of  - softmax((T_t - c) / tau_t) . log softmax(S_s / tau_s)
+
+The teacher is the exponential moving average of the student and gets no gradient. It is no part of what DeepSpeed shards: every rank keeps it
+whole in float32 and updates it alike at the step's end, from the student's gathered weights (under ZeRO-3 they are gathered for that moment),
+so a teacher forward needs no communication. The centre c is the moving average of the teacher's mean output over all V virtual micro-batches of
+the step, added up in their order, so it does not depend on the number of ranks.
+
+Collapse is watched: `teacher_entropy` (of the sharpened teacher, nats; near 0 or near log K is collapse to one prototype or to uniform) and
+`feature_std` (of the student's unit embeddings over the batch; near 0 is collapse to a point) are in the telemetry, and a collapsed run says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from lvtrain import randomness
+from lvtrain.data import Batch
+from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
+from lvtrain.recipe import Phase, Recipe, SelfDistillation
+from lvtrain.state import Replicated, State
+
+
+class ProjectionHead(nn.Module):
+    """`[B, d]` embeddings -> `[B, K]` prototype logits: a three-layer GELU MLP, unit length, then K weight-normalised prototypes.
+
+    The prototypes' norms are fixed at 1 (DINO's `norm_last_layer`), so a logit is a cosine.
+    """
+
+    def __init__(self, embedding_dim: int, prototypes: int, *, hidden: int = 2048, bottleneck: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(embedding_dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
+        self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        x = functional.normalize(self.mlp(embeddings), dim=-1)
+        return functional.linear(x, functional.normalize(self.prototypes.weight, dim=-1))
+
+
+class Student(nn.Module):
+    """Backbone and head as one module: views in, `(logits [views, B, K], embeddings of the first view [B, d])` out.
+
+    Views of one size go through the backbone together.
+    """
+
+    def __init__(self, backbone: nn.Module, head: ProjectionHead) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, *views: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings: list[torch.Tensor] = []
+        for group in _same_size(views):
+            joined = self.backbone(*_join(group))
+            embeddings.extend(joined.chunk(len(group)))
+        logits = self.head(torch.cat(embeddings)).float()
+        return logits.view(len(views), -1, logits.shape[-1]), embeddings[0].detach().float()
+
+
+def view_names(batch: Batch) -> list[str]:
+    """The student's views, global ones first; a landmark CNN's twins (LAFS) are none."""
+    return sorted(name for name in batch.views if not name.endswith("_landmarks"))  # "global" sorts before "local"
+
+
+def dino_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    centre: torch.Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Mean over the pairs of different views and over the samples.
+
+    Args:
+        student: logits `[views, B, K]`, the teacher's views first.
+        teacher: logits `[teacher views, B, K]`, no gradient.
+        centre: `[K]`.
+        weights: `[B]`, 0 for a sample that could not be decoded; the divisor stays B.
+    """
+    target = functional.softmax((teacher - centre) / teacher_temperature, dim=-1)
+    loss = student.new_zeros(())
+    pairs = 0
+    for s, view in enumerate(student):
+        log_probability = functional.log_softmax(view / student_temperature, dim=-1)
+        for t in range(len(target)):
+            if t != s:
+                loss = loss - ((target[t] * log_probability).sum(-1) * weights).mean()
+                pairs += 1
+    return loss / pairs
+
+
+class DinoMethod(Method):
+    def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
+        section = recipe.method
+        assert isinstance(section, SelfDistillation)
+        self.settings, self.recipe, self.device = section, recipe, device
+        backbone = initial_backbone(recipe, device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(randomness.torch_seed(recipe.seed, "projection-head"))
+            head = ProjectionHead(
+                recipe.backbone.embedding_dim, section.prototypes, hidden=section.hidden, bottleneck=section.bottleneck
+            ).to(device)
+        self.module = Student(backbone, head)
+        self.prepare()
+        self.teacher = copy.deepcopy(self.module).eval().requires_grad_(False)
+        self.centre = torch.zeros(section.prototypes, device=device)
+        self._sums: list[torch.Tensor] = []
+
+    def prepare(self) -> None:
+        """Changes the student before the teacher is copied from it (LAFS freezes its landmark CNN)."""
+
+    def after_initial_weights(self) -> None:
+        """The teacher starts as the student."""
+        self.teacher.load_state_dict(self.module.state_dict())
+
+    def evaluated(self) -> nn.Module:
+        return self.module.get_submodule("backbone")
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        return tuple(batch.views[name] for name in view_names(batch))
+
+    def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
+        """DINO has one phase; nothing changes with it."""
+
+    def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
+        self._sums = []
+
+    def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+        student, embeddings = outputs
+        with torch.no_grad():
+            teacher, _ = self.teacher(*self.teacher_inputs(batch, now))
+        weights = (batch.labels >= 0).to(student.dtype)
+        self._sums.append((teacher * weights[:, None]).mean(dim=(0, 1)))
+        temperature = self.teacher_temperature(now)
+        loss = dino_loss(
+            student,
+            teacher,
+            self.centre,
+            student_temperature=self.settings.student_temperature,
+            teacher_temperature=temperature,
+            weights=weights,
+        )
+        with torch.no_grad():
+            probability = functional.softmax((teacher[0] - self.centre) / temperature, dim=-1)
+            entropy = torch.special.entr(probability).sum(-1).mean()
+            spread = functional.normalize(embeddings, dim=-1).std(dim=0).mean()
+        return LossOutput(loss, {"teacher_entropy": entropy, "feature_std": spread})
+
+    def teacher_inputs(self, batch: Batch, now: Now) -> tuple[Any, ...]:
+        """The global views."""
+        return tuple(batch.views[name] for name in view_names(batch) if name.startswith("global"))
+
+    def global_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        if not _several():
+            return loss
+        total = loss.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
+        self._move_centre()
+        momentum = self.teacher_momentum(now)
+        with torch.no_grad(), full_parameters():
+            for theirs, ours in zip(self.teacher.parameters(), self.module.parameters()):
+                theirs.lerp_(ours.to(theirs.dtype), 1.0 - momentum)
+            for their_buffer, our_buffer in zip(self.teacher.buffers(), self.module.buffers()):
+                their_buffer.copy_(our_buffer)
+
+    def _move_centre(self) -> None:
+        sums = torch.stack(self._sums)
+        if _several():
+            parts = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, sums)
+            sums = torch.cat(parts)
+        total = torch.zeros_like(self.centre)
+        for row in sums:  # one by one, in the order of the virtual micro-batches
+            total += row
+        self.centre.lerp_(total / len(sums), 1.0 - self.settings.centre_momentum)
+        self._sums = []
+
+    def discard_step(self) -> None:
+        self._sums = []
+
+    def teacher_momentum(self, now: Now) -> float:
+        """Cosine from its first value to 1 over the schedule."""
+        first = self.settings.teacher_momentum
+        return 1.0 - (1.0 - first) * (math.cos(math.pi * now.progress) + 1.0) / 2.0
+
+    def teacher_temperature(self, now: Now) -> float:
+        """Linear warm-up over the first epochs."""
+        settings = self.settings
+        share = min(1.0, now.epoch / settings.teacher_warmup_epochs) if settings.teacher_warmup_epochs else 1.0
+        return settings.teacher_temperature_start + share * (
+            settings.teacher_temperature - settings.teacher_temperature_start
+        )
+
+    def warnings(self, metrics: dict[str, float]) -> list[str]:
+        """What the telemetry says of collapse, in words."""
+        said = []
+        most = math.log(self.settings.prototypes)
+        if metrics["feature_std"] < 1e-3:
+            said.append("collapse: the embeddings of different images are nearly equal (feature_std < 1e-3)")
+        if metrics["teacher_entropy"] < 1e-2:
+            said.append("collapse: the teacher puts everything on one prototype (teacher_entropy < 0.01)")
+        elif metrics["teacher_entropy"] > 0.999 * most:
+            said.append(
+                f"collapse: the teacher is uniform over its prototypes (teacher_entropy > 0.999 log K = {0.999 * most:.2f})"
+            )
+        return said
+
+    def state(self) -> State:
+        saved: State = {f"teacher.{name}": Replicated(tensor) for name, tensor in self.teacher.state_dict().items()}
+        return saved | {"dino.centre": Replicated(self.centre)}
+
+    def load_state(self, reader: Any) -> None:
+        self.teacher.load_state_dict({name: reader.replicated(f"teacher.{name}") for name in self.teacher.state_dict()})
+        self.centre.copy_(reader.replicated("dino.centre"))
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _shape(view: Any) -> tuple[torch.Size, ...]:
+    parts = view if isinstance(view, tuple) else (view,)
+    return tuple(part.shape[1:] for part in parts)
+
+
+def _same_size(views: tuple[Any, ...]) -> list[list[Any]]:
+    """Consecutive views of one shape, to go through the backbone as one batch."""
+    groups: list[list[Any]] = []
+    for view in views:
+        if groups and _shape(groups[-1][0]) == _shape(view):
+            groups[-1].append(view)
+        else:
+            groups.append([view])
+    return groups
+
+
+def _join(group: list[Any]) -> tuple[torch.Tensor, ...]:
+    """Images, or (images, landmarks) pairs, of several views as one batch."""
+    if isinstance(group[0], tuple):
+        return tuple(torch.cat(parts) for parts in zip(*group))
+    return (torch.cat(group),)

@@ -1,0 +1,86 @@
+"""Fine-tuning pretrained backbones with CosFace, as LAFS does (CVPR 2024, section 3.5 and supplement 8.2).
+
+The backbone's weights come from the recipe's `init_from`; layer-wise decay, rates and schedule are the recipe's. What the landmark CNN of a Part
+fViT does is the paper's options: (a) `fixed`; (b) `trained` with the rest; (c) `anchored`: trained, plus
+beta * mean ||r_hat - r||_2 that holds its points r_hat near those of a frozen copy, r (pixels).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvtrain.backbones.part_fvit import PartFViT
+from lvtrain.data import Batch
+from lvtrain.errors import UserError
+from lvtrain.methods.base import LossOutput, Now
+from lvtrain.methods.supervised import SupervisedMethod
+from lvtrain.recipe import Finetune, Recipe
+from lvtrain.state import Replicated, State
+
+
+class WithLandmarks(nn.Module):
+    """`[B, 3, H, W]` -> (embeddings, landmarks): what the anchored option needs of one forward."""
+
+    def __init__(self, backbone: PartFViT) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings, landmarks = self.backbone(images, return_landmarks=True)
+        return embeddings, landmarks
+
+
+class FinetuneMethod(SupervisedMethod):
+    def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
+        super().__init__(recipe, num_classes=num_classes, device=device)
+        assert isinstance(recipe.method, Finetune)
+        self.settings = recipe.method
+        self.anchor: PartFViT | None = None
+        if self.settings.landmarks == "trained":
+            return
+        if not isinstance(self.backbone, PartFViT):
+            raise UserError(
+                f"method.landmarks={self.settings.landmarks} needs a Part fViT; {recipe.backbone.name} has no landmark CNN"
+            )
+        if self.settings.landmarks == "fixed" and not self.backbone.freeze_landmarks:
+            raise UserError("method.landmarks=fixed: set backbone.overrides.freeze_landmarks: true")
+        if self.settings.landmarks == "anchored":
+            self.module = WithLandmarks(self.backbone)
+            self.anchor = copy.deepcopy(self.backbone).eval().requires_grad_(False)
+
+    def after_initial_weights(self) -> None:
+        """The anchor is the landmark CNN fine-tuning starts from."""
+        if self.anchor is not None:
+            self.anchor.load_state_dict(self.backbone.state_dict())
+
+    def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+        if self.anchor is None:
+            return super().loss(outputs, batch, now)
+        embeddings, landmarks = outputs
+        output = super().loss(embeddings, batch, now)
+        with torch.no_grad():
+            held = self.anchor.predict_landmarks(batch.images)
+        valid = (batch.labels >= 0).to(landmarks.dtype)
+        distance = (torch.linalg.vector_norm(landmarks - held, dim=-1).mean(dim=1) * valid).mean()
+        output.metrics["landmark_distance"] = distance.detach()
+        return LossOutput(output.loss + self.settings.beta * distance, output.metrics)
+
+    def state(self) -> State:
+        if self.anchor is None:
+            return super().state()
+        frozen = _landmark_weights(self.anchor)
+        return super().state() | {f"anchor.{name}": Replicated(tensor) for name, tensor in frozen.items()}
+
+    def load_state(self, reader: Any) -> None:
+        super().load_state(reader)
+        if self.anchor is not None:
+            frozen = {name: reader.replicated(f"anchor.{name}") for name in _landmark_weights(self.anchor)}
+            self.anchor.load_state_dict(frozen, strict=False)
+
+
+def _landmark_weights(backbone: PartFViT) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in backbone.state_dict().items() if name.startswith(("stn.", "output_layer."))}

@@ -1,0 +1,58 @@
+"""From the recipe's `classifier` section to a `ShardedClassifier`, for every method that has one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lvtrain.classifier import ShardedClassifier
+from lvtrain.classifier.margins import Margin, create_margin
+from lvtrain.errors import UserError
+from lvtrain.recipe import Recipe
+
+
+def create_classifier(recipe: Recipe, *, num_classes: int, device: torch.device, **options: Any) -> ShardedClassifier:
+    """The recipe's classifier over `num_classes` identities; `options` go to `ShardedClassifier` and win over the recipe's.
+
+    Raises:
+        UserError: the method needs a classifier and the recipe says there is none; settings that do not go together.
+    """
+    section = recipe.classifier
+    if section is None:
+        raise UserError(f"method {recipe.method.name} needs a classifier; remove `classifier: null` from the recipe")
+    rows, backbone = section.optimizer, recipe.optimizer
+    arguments: dict[str, Any] = {
+        "margin": recipe_margin(recipe),
+        "seed": recipe.seed,
+        "in_backward": rows.in_backward,
+        "precision": section.precision,
+        "kernel": section.kernel,
+        "gather": section.gather,
+        "chunk": section.chunk,
+        "device": device,
+        "optimizer": {
+            "name": rows.name,
+            "mode": rows.mode,
+            "betas": backbone.betas,
+            "eps": backbone.eps,
+            "weight_decay": backbone.weight_decay if rows.weight_decay is None else rows.weight_decay,
+            "momentum": rows.momentum,
+            "moments": rows.moments,
+            "kernel": rows.kernel,
+        },
+    }
+    return ShardedClassifier(num_classes, recipe.backbone.embedding_dim, **(arguments | options))
+
+
+def recipe_margin(recipe: Recipe) -> Margin:
+    """The margin of the recipe's `classifier.margin` section."""
+    assert recipe.classifier is not None
+    return create_margin(**recipe.classifier.margin.model_dump())
+
+
+def rows_lr(recipe: Recipe, lr: float) -> float:
+    """The class rows' rate in a step where the backbone's is `lr`: the same, or in proportion to `classifier.optimizer.lr`."""
+    assert recipe.classifier is not None
+    own = recipe.classifier.optimizer.lr
+    return lr if own is None else lr * own / recipe.optimizer.lr

@@ -1,0 +1,126 @@
+"""LAFS: landmark-based self-supervised pretraining (CVPR 2024, arXiv 2403.08161), DINO over landmarks instead of crops.
+
+A frozen landmark CNN, taken from a supervised Part fViT, places R = 196 patches. The teacher sees all of them, the student `landmarks` (36)
+drawn ones; the loss is DINO's (equation 5). Two augmentations act on landmarks (section 3.3): coordinates are perturbed, r <- r + alpha u,
+u ~ N(0, 1), alpha = 2 pixels (equation 6), and their order is shuffled. The landmark CNN looks at each view's twin, which saw the same flip and
+crop but no colour (supplement 8.1.3).
+
+Our readings: every student view is a subset, those of the global crops too. Shuffling hands landmark pi(k) to position k, the position
+embeddings staying in place; without it a landmark keeps its own position, in a subset too. Teacher landmarks are augmented like the student's
+(algorithm 1, line 7). Draws are a function of (seed, step, sample, view), so they do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lvtrain import randomness
+from lvtrain.backbones.part_fvit import PartFViT
+from lvtrain.data import Batch
+from lvtrain.errors import UserError
+from lvtrain.methods.base import Now
+from lvtrain.methods.dino import DinoMethod, view_names
+from lvtrain.recipe import Lafs
+
+View = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor
+]  # images [B, 3, H, W], landmarks [B, N, 2] pixels, positions [B, N]
+
+
+class LafsMethod(DinoMethod):
+    _now: Now
+    _teacher_views: tuple[View, ...]
+
+    def prepare(self) -> None:
+        assert isinstance(self.settings, Lafs)
+        backbone = self.evaluated()
+        if not isinstance(backbone, PartFViT):
+            raise UserError(
+                "method lafs needs a backbone with landmarks; set backbone.name to part_fvit_tiny or part_fvit_base"
+            )
+        if self.settings.landmarks > backbone.num_tokens:
+            raise UserError(
+                f"method.landmarks={self.settings.landmarks} but the backbone has {backbone.num_tokens} landmarks"
+            )
+        if not backbone.freeze_landmarks:
+            raise UserError("method lafs keeps the landmark CNN fixed; set backbone.overrides.freeze_landmarks: true")
+
+    def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
+        super().begin_step(now, global_labels)
+        self._now = now
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """The student's views: a subset of the landmarks of each."""
+        assert isinstance(self.settings, Lafs)
+        names = view_names(batch)
+        points = {name: self._landmarks(batch.views[f"{name}_landmarks"]) for name in names}
+        globals_ = [name for name in names if name.startswith("global")]
+        self._teacher_views = tuple(self._view(batch, name, points[name], None, "teacher") for name in globals_)
+        return tuple(self._view(batch, name, points[name], self.settings.landmarks, "student") for name in names)
+
+    def _view(self, batch: Batch, name: str, points: torch.Tensor, count: int | None, branch: str) -> View:
+        """One view of one branch: `count` of its landmarks (all, if None), augmented."""
+        assert isinstance(self.settings, Lafs)
+        return landmark_view(
+            batch.views[name],
+            points,
+            count=points.shape[1] if count is None else count,
+            shuffle=self.settings.shuffle,
+            perturbation=self.settings.perturbation,
+            seed=self.recipe.seed,
+            purpose=f"lafs/{branch}/{name}",
+            step=self._now.step,
+            sample_ids=batch.sample_ids.to(self.device),
+        )
+
+    def teacher_inputs(self, batch: Batch, now: Now) -> tuple[Any, ...]:
+        return self._teacher_views
+
+    @torch.no_grad()
+    def _landmarks(self, images: torch.Tensor) -> torch.Tensor:
+        # the teacher's copy of the frozen landmark CNN: whole on every rank under every ZeRO stage
+        teacher = self.teacher.get_submodule("backbone")
+        assert isinstance(teacher, PartFViT)
+        return teacher.predict_landmarks(images)
+
+
+def landmark_view(
+    images: torch.Tensor,
+    landmarks: torch.Tensor,
+    *,
+    count: int,
+    shuffle: bool,
+    perturbation: float,
+    seed: int,
+    purpose: str,
+    step: int,
+    sample_ids: torch.Tensor,
+) -> View:
+    """`count` of the `[B, N, 2]` landmarks of each sample, perturbed, and the position `[B, count]` each is given.
+
+    With `count = N`, `perturbation = 0` and `shuffle` off these are the landmarks themselves, in place.
+    """
+    number = landmarks.shape[1]
+    slot = torch.arange(number, device=landmarks.device)[None]
+    ids = sample_ids[:, None].expand(-1, number)
+
+    def uniform(what: str, counter: torch.Tensor = slot) -> torch.Tensor:
+        return randomness.torch_uniform(seed, f"{purpose}/{what}", step, ids, counter)
+
+    positions = slot.expand(len(landmarks), -1)
+    if count < number:
+        positions = uniform("subset").argsort(dim=1)[:, :count].sort(dim=1).values
+    source = positions
+    if shuffle:
+        source = uniform("shuffle").argsort(dim=1).gather(1, positions)
+    chosen = landmarks.gather(1, source[..., None].expand(-1, -1, 2))
+    if perturbation:
+        radius = torch.sqrt(-2 * torch.log1p(-uniform("radius")))
+        angle = 2 * torch.pi * uniform("angle")
+        noise = torch.stack(
+            [radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1
+        )  # Box-Muller: both are N(0, 1)
+        chosen = chosen + perturbation * noise.gather(1, source[..., None].expand(-1, -1, 2)).to(chosen.dtype)
+    return images, chosen, positions

@@ -1,0 +1,132 @@
+"""A backbone's cost, measured without memory or arithmetic: it is built and run on fake tensors, and what it would do
+is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lvtrain.backbones.memory import KEPT
+
+_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Network:
+    """parameters: all of them; largest: elements of the largest single module's own parameters, which ZeRO-3 gathers
+    whole.
+
+    forward_flops, train_flops: of one image (2 a multiply-add), the second with backward and whatever is recomputed.
+    saved: bytes an image that autograd keeps from forward to backward in bfloat16 autocast, weight copies left out.
+    recomputed: bytes a whole micro-batch's image adds while one block is recomputed. unrecomputed: `saved` with
+    nothing recomputed.
+    """
+
+    name: str
+    parameters: int
+    largest: int
+    forward_flops: float
+    train_flops: float
+    saved: float
+    recomputed: float = 0.0
+    unrecomputed: float = 0.0
+    image_size: int = 112
+
+
+def measure_network(name: str, build: Callable[[], nn.Module], *, image_size: int = 112) -> Network:
+    """`build()` must return the backbone, `[B, 3, image_size, image_size]` -> `[B, d]`; it is called under fake
+    tensors, so any size will do.
+
+    Example: `measure_network("vit_h", lambda: create_backbone("vit_h"))`.
+    """
+    with FakeTensorMode():
+        module = build().train()
+        saved, flops = _train_step(module, image_size, with_flops=True)
+        mode = getattr(module, "checkpoint_blocks", getattr(getattr(module, "transformer", None), "recompute", "none"))
+        unrecomputed = saved
+        if mode != "none":
+            every = _set_recompute(module, "none")
+            unrecomputed, _ = _train_step(module, image_size)
+            _set_recompute(module, mode)
+        else:
+            every = 1
+    sizes = [sum(p.numel() for p in part.parameters(recurse=False)) for part in module.modules()]
+    blocks = max((len(part) for part in module.modules() if isinstance(part, nn.ModuleList)), default=1)
+    recomputed = (unrecomputed - saved) / max(blocks // every, 1) if mode == "block" else 0.0
+    forward, train = flops
+    return Network(
+        name, sum(sizes), max(sizes), forward / _BATCH, train / _BATCH, saved, recomputed, unrecomputed, image_size
+    )
+
+
+def _set_recompute(module: Any, mode: str) -> int:
+    for part in module.modules():
+        if hasattr(part, "checkpoint_blocks"):
+            part.checkpoint_blocks = mode
+            return int(part.checkpoint_every)
+        if hasattr(part, "recompute"):
+            part.recompute = mode
+            return int(part.every)
+    return 1
+
+
+def _train_step(module: nn.Module, image_size: int, with_flops: bool = False) -> tuple[float, tuple[float, float]]:
+    """Bytes an image kept for the backward pass, and (forward, total) flops of `_BATCH` images."""
+    weights = {tuple(p.shape) for p in module.parameters()}
+    weights |= {shape[::-1] for shape in weights}
+    counter, flops, kept = FlopCounterMode(display=False), (0.0, 0.0), _Kept()
+    sizes: dict[int, int] = {}
+    alive = []  # a storage must live while it is counted, or its address may be given to another
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tuple(tensor.shape) not in weights:
+            storage = tensor.untyped_storage()
+            alive.append(storage)
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    images = torch.randn(_BATCH, 3, image_size, image_size)
+    with counter:
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, kept, torch.autocast("cpu", torch.bfloat16):
+            embedding = module(images)
+        forward = counter.get_total_flops()
+        if with_flops:
+            embedding.float().sum().backward()
+            flops = (float(forward), float(counter.get_total_flops()))
+    selective = kept.bytes if _recompute_of(module) == "activation" else 0
+    return (sum(sizes.values()) + selective) / _BATCH, flops
+
+
+def _recompute_of(module: nn.Module) -> str:
+    for part in module.modules():
+        for attribute in ("checkpoint_blocks", "recompute"):
+            if hasattr(part, attribute):
+                return str(getattr(part, attribute))
+    return "none"
+
+
+class _Kept(TorchDispatchMode):
+    """Adds up what selective checkpointing keeps, which saved-tensor hooks do not see: results of matmuls inside
+    blocks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in KEPT:
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, torch.Tensor) and tensor.ndim > 1:
+                    self.bytes += tensor.numel() * tensor.element_size()
+        return result

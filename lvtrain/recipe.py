@@ -1,0 +1,468 @@
+"""The whole configuration: typed, validated, resolved. YAML in, `recipe.yaml` in the run folder out.
+
+`load(path, overrides)` reads a recipe, applies `section.key=value` overrides and validates. An unknown key is a `UserError` naming the
+nearest valid one. This file knows nothing of torch; rooms receive plain values.
+
+Durations (`Duration`) are written "500 steps", "20 epochs" or "1e6 samples" and are turned into samples by `Duration.samples`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import core_schema
+
+from lvtrain.errors import UserError
+
+# --------------------------------------------------------------------------------------------------------------- durations
+
+
+class Duration:
+    """A length of training in steps, epochs or samples: `Duration("20 epochs")`."""
+
+    UNITS = ("steps", "epochs", "samples")
+
+    def __init__(self, text: str | Duration) -> None:
+        self.amount: float
+        self.unit: str
+        if isinstance(text, Duration):
+            self.amount, self.unit = text.amount, text.unit
+            return
+        match = re.fullmatch(r"\s*([0-9_.]+(?:[eE]\+?[0-9]+)?)\s*(step|epoch|sample)s?\s*", str(text))
+        if not match:
+            raise ValueError(
+                f"a duration is a number and a unit (steps, epochs or samples), like '20 epochs', not {text!r}"
+            )
+        self.amount, self.unit = float(match[1].replace("_", "")), match[2] + "s"
+
+    def samples(self, *, global_batch: int, samples_per_epoch: int) -> int:
+        """The duration in samples, rounded up to whole steps of `global_batch`."""
+        per = {"steps": global_batch, "epochs": samples_per_epoch, "samples": 1}[self.unit]
+        return -(-round(self.amount * per) // global_batch) * global_batch
+
+    def __repr__(self) -> str:
+        return f"{self.amount:g} {self.unit}" if self.amount < 1e6 else f"{int(self.amount)} {self.unit}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Duration) and (self.amount, self.unit) == (other.amount, other.unit)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls, serialization=core_schema.plain_serializer_function_ser_schema(repr)
+        )
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sections
+
+
+class Data(Section):
+    """What is trained on and how it reaches the device."""
+
+    path: Path = Field(description="folder with dataset.json, or a subset manifest (.json)")
+    num_classes: int | None = Field(None, gt=0, description="checked against the dataset; taken from it when absent")
+    num_samples: int | None = Field(
+        None, gt=0, description="images, checked against the dataset; lets --dry-run plan without the data"
+    )
+    block: int = Field(4096, gt=0, description="samples read as one run of a shard; 1 is a full shuffle")
+    backend: Literal["auto", "dali", "torch"] = "auto"
+    threads: int = Field(2, gt=0)
+    prefetch: int = Field(2, gt=0, description="batches decoded ahead")
+    cache: Path | None = Field(None, description="local folder (NVMe) for copies of shards")
+    cache_bytes: int = Field(0, ge=0, description="size bound of the cache")
+    augmentation: str = Field("flip", description="name of a set in lvtrain.data.augment")
+    max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="undecodable samples tolerated before the run stops")
+
+
+class Backbone(Section):
+    name: str = "vit_b"
+    embedding_dim: int = Field(512, gt=0)
+    image_size: int = Field(112, gt=0)
+    checkpoint_blocks: Literal["none", "activation", "block"] = Field(
+        "none", description="what is recomputed in backward"
+    )
+    checkpoint_every: int = Field(1, gt=0, description="with checkpoint_blocks=block: every n-th block")
+    compile: bool = False
+    overrides: dict[str, Any] = Field(default_factory=dict, description="extra arguments of create_backbone")
+
+
+class Margin(Section):
+    name: Literal["cosface", "arcface", "combined", "adaface"] = "cosface"
+    scale: float = Field(64.0, gt=0)
+    m: float | None = Field(None, description="margin; the name's own default when absent")
+    m1: float = 1.0
+    m2: float = 0.0
+    m3: float = 0.0
+    straight_through: bool = Field(False, description="arcface_torch's gradient instead of the true derivative")
+    filter_threshold: float | None = Field(
+        None, description="drop negatives with a higher cosine (inter-class filtering)"
+    )
+
+
+class RowOptimizer(Section):
+    """The optimizer of the class rows; what is absent is the backbone's."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    mode: Literal["dense", "row_sparse"] = "dense"
+    lr: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+    momentum: float = 0.9
+    moments: Literal["float32", "bfloat16"] = "float32"
+    kernel: Literal["torch", "triton"] = Field("torch", description="triton: row_sparse adamw in one kernel (CUDA)")
+    in_backward: bool = Field(
+        False, description="apply the update chunk by chunk during backward; needs one micro-batch a step"
+    )
+
+
+class Classifier(Section):
+    margin: Margin = Field(default_factory=Margin)
+    precision: Literal["float32", "tf32", "half", "bfloat16"] = "float32"
+    kernel: Literal["torch", "triton"] = Field("torch", description="triton: one kernel between the matmuls (CUDA)")
+    gather: Literal["float32", "bfloat16"] = "float32"
+    chunk: int | None = Field(None, gt=0, description="classes a chunk; chosen from the shapes when absent")
+    optimizer: RowOptimizer = Field(default_factory=RowOptimizer)
+
+
+class Pco(Section):
+    name: Literal["pco"] = "pco"
+    expectation_init: Literal["weight", "first_feature"] = "weight"
+    expectation_negatives: Literal["own", "shared"] = "own"
+    m2: float = Field(0.4, description="margin on the feature expectation")
+    window: int = Field(20, gt=0, description="steps over which CSS averages the batch mean of cos^2")
+
+
+class SelfDistillation(Section):
+    """The defaults are DINO's, the head's size LAFS's."""
+
+    prototypes: int = Field(100_000, gt=1)
+    hidden: int = Field(2048, gt=0)
+    bottleneck: int = Field(256, gt=0)
+    student_temperature: float = Field(0.1, gt=0)
+    teacher_temperature: float = Field(0.04, gt=0)
+    teacher_temperature_start: float = Field(0.04, gt=0)
+    teacher_warmup_epochs: float = Field(0, ge=0)
+    teacher_momentum: float = Field(0.996, gt=0, le=1, description="first value; goes to 1 by a cosine")
+    centre_momentum: float = Field(0.9, ge=0, lt=1)
+
+
+class Dino(SelfDistillation):
+    name: Literal["dino"] = "dino"
+
+
+class Lafs(SelfDistillation):
+    """DINO on landmarks: the teacher sees all of them, the student a subset."""
+
+    name: Literal["lafs"] = "lafs"
+    landmarks: int = Field(36, gt=0, description="landmarks the student sees")
+    shuffle: bool = True
+    perturbation: float = Field(2.0, ge=0, description="alpha, pixels")
+    landmark_weights: Path | None = Field(
+        None, description="supervised Part fViT run whose landmark CNN is taken, frozen"
+    )
+
+
+class Finetune(Section):
+    """Supervised training from pretrained weights (init_from), LAFS's options for the landmark CNN."""
+
+    name: Literal["finetune"] = "finetune"
+    landmarks: Literal["fixed", "trained", "anchored"] = Field("trained", description="the paper's options a, b, c")
+    beta: float = Field(
+        0.1, ge=0, description="anchored: weight of the distance to a frozen landmark CNN's points, pixels"
+    )
+    window: int = Field(20, gt=0)
+
+
+class Cluster(Section):
+    """Joint label classification and supervised contrastive clustering; the defaults are the paper's setting 6."""
+
+    name: Literal["cluster"] = "cluster"
+    guided: bool = Field(True, description="cluster-guided margins; false: ArcFace with classifier.margin.m")
+    m_low: float = Field(0.4, ge=0, description="margin of the tightest cluster of the step, radians")
+    m_high: float = Field(0.6, ge=0, description="margin of the loosest")
+    clustering: Literal["contrastive", "triplet", "centre", "none"] = Field(
+        "contrastive", description="triplet and centre loss are the paper's comparisons"
+    )
+    alpha: float = Field(1.0, ge=0, description="weight of the clustering loss; 0 is off")
+    beta: float = Field(1.0, ge=0, description="weight of the cluster-aligning loss; 0 is off")
+    temperature: Literal["concentration", "learnable"] = Field(
+        "concentration", description="one per class, phi_j, or a single learnable tau0"
+    )
+    tau0: float = Field(0.07, gt=0, description="first value of the learnable temperature")
+    mean_temperature: float | None = Field(
+        None, gt=0, description="rescale the temperatures to this mean over the step's classes, as PCL does"
+    )
+    min_temperature: float = Field(0.05, gt=0, description="smallest temperature of a class")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of the cluster centres")
+    recent: int = Field(100, gt=0, description="Z: most recent features a concentration is taken over")
+    smoothing: float = Field(10.0, gt=0, description="PCL's alpha in Z log(Z + alpha)")
+    triplet_margin: float = Field(0.2, ge=0)
+    warmup: Duration = Field(
+        default_factory=lambda: Duration("1 epochs"),
+        description="the bank follows the features, the losses are plain ArcFace's; in steps or epochs",
+    )
+    window: int = Field(20, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Cluster:
+        if self.warmup.unit == "samples":
+            raise ValueError("warmup is given in steps or epochs")
+        if self.m_high < self.m_low:
+            raise ValueError(f"m_high {self.m_high} is below m_low {self.m_low}")
+        return self
+
+
+MethodSection = Annotated[Union[Pco, Cluster, Dino, Lafs, Finetune], Field(discriminator="name")]  # noqa: UP007
+
+
+class PhaseEnd(Section):
+    cos2: float | None = Field(None, gt=0, lt=1, description="the windowed mean of cos^2 that ends the phase (CSS)")
+    at_most: Duration | None = Field(None, description="longest length, counted from the phase's start")
+    until: Duration | None = Field(
+        None, description="latest end, counted from the run's start; with neither: the end of the schedule"
+    )
+
+
+class Phase(Section):
+    name: str
+    global_batch: int = Field(gt=0)
+    virtual_batches: int = Field(
+        gt=0, description="V: the global batch is V micro-batches, whatever the number of ranks"
+    )
+    sample_rate: float = Field(1.0, gt=0, le=1, description="r: share of negative classes that take part in a step")
+    expectation: Literal["off", "update", "frozen"] = "off"
+    end: PhaseEnd = Field(default_factory=PhaseEnd)
+
+    @property
+    def micro_batch(self) -> int:
+        return self.global_batch // self.virtual_batches
+
+    @model_validator(mode="after")
+    def _divides(self) -> Phase:
+        if self.global_batch % self.virtual_batches:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of virtual_batches {self.virtual_batches}"
+            )
+        return self
+
+
+class Optimizer(Section):
+    """AdamW of the backbone."""
+
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.1, ge=0)
+    decay_norms: bool = Field(
+        False, description="weight decay on norms, biases and position embeddings too, as arcface_torch does"
+    )
+    layer_decay: float | None = Field(None, gt=0, le=1, description="layer-wise learning-rate decay")
+    clip: float = Field(5.0, gt=0, description="gradient norm of the backbone")
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    gradient_communication: Literal["float32", "bfloat16"] = "float32"
+
+
+class Schedule(Section):
+    total: Duration
+    warmup: Duration = Field(default_factory=lambda: Duration("0 steps"))
+    shape: Literal["polynomial", "cosine", "constant"] = "polynomial"
+    power: float = Field(1.0, gt=0)
+    final: float = Field(0.0, ge=0, le=1, description="last learning rate as a share of the peak")
+
+
+class Checkpoint(Section):
+    every: Duration = Field(default_factory=lambda: Duration("2000 steps"))
+    keep_last: int = Field(2, ge=2)
+    keep_every: Duration | None = None
+    resume: Literal["auto", "must", "never"] = "auto"
+    background: bool = Field(True, description="write while training goes on, from a snapshot in host memory")
+
+
+class InitFrom(Section):
+    path: Path = Field(description="a run, a checkpoint or a weights file")
+    head: Literal["load", "fresh"] = Field(
+        "fresh", description="class rows: load them (class counts must agree) or make them anew"
+    )
+
+
+class Evaluation(Section):
+    benchmarks: dict[str, Path] = Field(default_factory=dict, description="name: path of a .bin verification set")
+    every: Duration | None = None
+    batch: int = Field(128, gt=0)
+
+
+class Logging(Section):
+    every: int = Field(10, gt=0, description="steps between lines; the loss is read back only then")
+    tensorboard: bool = True
+
+
+class Ema(Section):
+    decay: float = Field(0.9999, gt=0, lt=1)
+
+
+class Safety(Section):
+    max_nonfinite: int = Field(3, gt=0, description="non-finite steps in a row that stop the run")
+    rollback: bool = Field(
+        False, description="go back to the last checkpoint and skip the stretch of data instead of stopping"
+    )
+    collective_timeout: float = Field(1800.0, gt=0, description="seconds before a hung rank is an error")
+
+
+class Recipe(Section):
+    name: str
+    runs: Path = Path("runs")
+    seed: int = 0
+    deterministic: bool = True
+    data: Data
+    backbone: Backbone = Field(default_factory=Backbone)
+    classifier: Classifier | None = Field(default_factory=Classifier)
+    method: MethodSection
+    phases: list[Phase] = Field(min_length=1)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    init_from: InitFrom | None = None
+    ema: Ema | None = None
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    logging: Logging = Field(default_factory=Logging)
+    safety: Safety = Field(default_factory=Safety)
+
+    @model_validator(mode="after")
+    def _phase_names_differ(self) -> Recipe:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phase names must differ, got {names}")
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return self.runs / self.name
+
+
+# ---------------------------------------------------------------------------------------------------------- reading, writing
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe, apply overrides such as `schedule.total="10 steps"` or `phases.0.sample_rate=0.5`, validate.
+
+    Raises UserError, one line, for a missing file, bad YAML, an unknown key (with the nearest valid one) or a bad value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml")))
+        raise UserError(f"recipe {path} does not exist; lvtrain/recipes has {known}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return resolve(values, source=str(path))
+
+
+def resolve(values: dict[str, Any], *, source: str = "recipe") -> Recipe:
+    """Validate a plain dict as a recipe; raises UserError, one line naming the dotted key."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, which `load` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"override {override!r} must look like section.key=value")
+    try:
+        value = _parse_scalar(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+    node: Any = values
+    *parents, last = dotted.split(".")
+    for name in parents:
+        node = _child(node, name, override)
+    if isinstance(node, list):
+        node[_position(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
+
+
+def _parse_scalar(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _child(node: Any, name: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, name, override)]
+    if not isinstance(node, dict):
+        raise UserError(f"override {override!r}: {name} lies below a value, not a section")
+    if node.get(name) is None:
+        node[name] = {}
+    return node[name]
+
+
+def _position(node: list[Any], name: str, override: str) -> int:
+    """An element of a list by number, or by its `name` (phases.alignment.sample_rate)."""
+    for position, element in enumerate(node):
+        if name == str(position) or (isinstance(element, dict) and element.get("name") == name):
+            return position
+    raise UserError(f"override {override!r}: the list has no element {name!r}")
+
+
+def _explain(problem: Any) -> str:
+    location = [part for part in problem["loc"] if part not in _discriminators()]
+    dotted = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        valid = _valid_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"
+        return f"unknown key {dotted!r}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = f", got {problem['input']!r}" if isinstance(problem.get("input"), (str, int, float, bool)) else ""
+    return f"{dotted or 'recipe'}: {message}{got}" if problem["type"] != "missing" else f"{dotted} is missing"
+
+
+def _models(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)] if get_origin(annotation) else []
+
+
+def _discriminators() -> set[str]:
+    return {str(model.model_fields["name"].default) for model in _models(MethodSection)}
+
+
+def _valid_keys(location: list[Any]) -> list[str]:
+    models: list[type[Section]] = [Recipe]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        models = [
+            below
+            for model in models
+            if part in model.model_fields
+            for below in _models(model.model_fields[part].annotation)
+        ]
+    return sorted({name for model in models for name in model.model_fields})

@@ -1,0 +1,115 @@
+"""What a run folder holds, read leniently: a report must be possible of a run that is young, broken off or still going."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lvtrain.errors import UserError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PhaseSpan:
+    """One phase as it was run: name, first and last step, why it ended (None while it runs), the delta of CSS, if it has one."""
+
+    name: str
+    start: int
+    stop: int
+    reason: str | None
+    delta: float | None
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    folder: Path
+    recipe: Row
+    recipe_text: str
+    environment: Row
+    metrics: list[Row]
+    events: list[Row]
+    evaluations: dict[str, Row] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name") or self.folder.resolve().name)
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [K] and values [K], float64, of the rows that have a number under `name`."""
+        pairs = [(row["step"], row[name]) for row in self.metrics if isinstance(row.get(name), (int, float))]
+        table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+        return table[:, 0], table[:, 1]
+
+    def phases(self) -> list[PhaseSpan]:
+        """Phases in the order they were entered; a phase entered again after a roll-back keeps its first start."""
+        deltas = {phase.get("name"): (phase.get("end") or {}).get("cos2") for phase in self.recipe.get("phases") or []}
+        last = max((row["step"] for row in self.metrics), default=0)
+        starts: dict[str, int] = {}
+        ends: dict[str, tuple[int, str | None]] = {}
+        for event in self.events:
+            if event["event"] == "phase_start":
+                starts.setdefault(event["phase"], event["step"])
+            elif event["event"] == "phase_end":
+                ends[event["phase"]] = (event["step"], str(event.get("reason")))
+        spans = []
+        for name, start in starts.items():
+            stop, reason = ends.get(name, (max(last, start), None))
+            spans.append(PhaseSpan(name, start, stop, reason, deltas.get(name)))
+        return spans
+
+
+def read_run(folder: str | Path) -> RunFiles:
+    """Reads `recipe.yaml`, `environment.json`, `metrics.jsonl`, `events.jsonl` and `evaluation/*.json`; all but the recipe may be absent.
+
+    Raises:
+        UserError: no such folder, or it is not a run folder (no recipe.yaml).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"run folder {folder} does not exist")
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+    text = recipe.read_text()
+    evaluations = {path.stem: _json(path) for path in sorted((folder / "evaluation").glob("*.json"))}
+    return RunFiles(
+        folder=folder,
+        recipe=yaml.safe_load(text) or {},
+        recipe_text=text,
+        environment=_json(folder / "environment.json"),
+        metrics=[row for row in _lines(folder / "metrics.jsonl") if "step" in row],
+        events=[row for row in _lines(folder / "events.jsonl") if "event" in row],
+        evaluations=dict(sorted(((k, v) for k, v in evaluations.items() if v.get("benchmarks")), key=_moment)),
+    )
+
+
+def _moment(item: tuple[str, Row]) -> tuple[int, int]:
+    name, row = item
+    # before and final stand at the ends even if a step's file has the same step
+    return row.get("step", 0), {"before": -1, "final": 1}.get(name, 0)
+
+
+def _json(path: Path) -> Row:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _lines(path: Path) -> list[Row]:
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the last line of a run that was killed while writing it
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

@@ -1,0 +1,182 @@
+"""A checkpoint folder on disk: tensor files hashed while they are written, and the manifest that makes them a checkpoint.
+
+    checkpoints/step_000012000/
+        manifest.json           names, sizes and sha256 of all other files; where every tensor lies; the run and the step they belong to
+        state.json              step, samples seen, phase and the loop's own numbers
+        rank_00000.safetensors  what rank 0 wrote; and so on
+
+The manifest carries the sha256 of its own content, so that a flipped byte anywhere is found. Files are plain safetensors; the few lines that
+write them are here because the library cannot hash what it writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "lvtrain-checkpoint"
+VERSION = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+WRITING, TRASH, DAMAGED = ".writing_", ".trash_", "damaged_"
+_NAME = re.compile(r"step_(\d{9,})")
+_CHUNK = 16 << 20
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPE_NAMES = _DTYPES
+DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+class Damaged(Exception):
+    """A checkpoint folder is not what its manifest says."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file: its name within the folder, size in bytes, sha256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:09d}"
+
+
+def step_of(folder: Path) -> int | None:
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def write_tensors(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str],
+    *,
+    progress: Callable[[], object] = lambda: None,
+) -> Written:
+    """Writes host tensors as one safetensors file and syncs it to disk; `progress` is called after every chunk.
+
+    Raises:
+        OSError: disk full, read-only and their like.
+    """
+    # widest elements first: every tensor is then aligned to its own element
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    size = 0
+    with open(path, "xb") as file:
+
+        def put(data: bytes | memoryview) -> None:
+            nonlocal size
+            file.write(data)
+            digest.update(data)
+            size += len(data)
+
+        put(len(text).to_bytes(8, "little") + text)
+        progress()
+        for _, tensor in ordered:
+            data = _bytes(tensor)
+            for start in range(0, len(data), _CHUNK):
+                put(data[start : start + _CHUNK])
+                progress()
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(path.name, size, digest.hexdigest())
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def write_text(path: Path, text: str, *, middle: Callable[[], object] = lambda: None) -> Written:
+    """Writes and syncs a small file; `middle` is called when half of it is written."""
+    data = text.encode()
+    with open(path, "xb") as file:
+        file.write(data[: len(data) // 2])
+        file.flush()
+        middle()
+        file.write(data[len(data) // 2 :])
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(path.name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names created or renamed in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def manifest_text(content: dict[str, Any]) -> str:
+    return json.dumps({"sha256": _digest(content), "content": content}, indent=1)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest's content, after every check that needs no file to be read through.
+
+    Raises:
+        Damaged: missing, unreadable or altered manifest; another step's; a file that is missing or has another size.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        content = manifest["content"]
+        if manifest["sha256"] != _digest(content):
+            raise Damaged("the manifest was altered")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"the manifest cannot be read ({type(error).__name__})") from error
+    if content["format"] != FORMAT or content["step"] != step_of(folder):
+        raise Damaged("the manifest belongs to another folder")
+    for name, entry in content["files"].items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            raise Damaged(f"{name} is missing") from error
+        if size != entry["size"]:
+            raise Damaged(f"{name} has {size} bytes instead of {entry['size']}")
+    return content
+
+
+def check_file(folder: Path, name: str, sha256: str) -> str | None:
+    """Reads a file through; what is wrong with it, or None."""
+    digest = hashlib.sha256()
+    try:
+        with open(folder / name, "rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    return None if digest.hexdigest() == sha256 else f"{name} was altered (sha256 differs)"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,201 @@
+"""Reading a checkpoint: whole tensors or a range of rows, by whoever needs them, with or without a process group."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+
+from lvtrain import world as worlds
+from lvtrain.errors import UserError
+from lvtrain.training import checkpoint_files as files
+from lvtrain.training import checkpoint_layout as layout
+
+
+class Reader:
+    """The tensors of a verified checkpoint folder, on the host. It notes what was asked for; `finish` complains of what was not."""
+
+    def __init__(self, path: Path, content: dict[str, Any], meta: dict[str, Any]) -> None:
+        self.path, self.meta = path, meta
+        self._tensors: dict[str, Any] = content["tensors"]
+        self._open: dict[str, Any] = {}
+        self._asked: dict[str, int] = {}  # name -> the last row asked for, by any one call
+
+    @property
+    def opened(self) -> set[str]:
+        """The files read from so far."""
+        return set(self._open)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def shape(self, name: str) -> torch.Size:
+        """The whole tensor's shape, `[total rows, ...]` for rows."""
+        return torch.Size(self._entry(name)["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return files.DTYPES[self._entry(name)["dtype"]]
+
+    def is_rows(self, name: str) -> bool:
+        """Whether the tensor is split by rows (ask for it with `rows`) or whole (with `replicated`)."""
+        return "pieces" in self._entry(name)
+
+    def replicated(self, name: str) -> torch.Tensor:
+        """A tensor that is the same on every rank.
+
+        Raises:
+            UserError: the checkpoint has none of that name, or it is rows.
+        """
+        entry = self._entry(name)
+        if "file" not in entry:
+            raise UserError(
+                f"{self.path}: {name} is split by rows; this run expects it whole (another method or version)"
+            )
+        self._asked[name] = 0
+        return self._file(entry["file"]).get_tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `[start, stop)` of a tensor that was split over the ranks, from however many files they lie in.
+
+        Raises:
+            UserError: the checkpoint has none of that name, or fewer rows.
+        """
+        entry = self._entry(name)
+        if "pieces" not in entry:
+            raise UserError(
+                f"{self.path}: {name} is not split by rows; this run expects it so (another method or version)"
+            )
+        total = entry["shape"][0]
+        if not 0 <= start <= stop <= total:
+            raise UserError(
+                f"{self.path}: {name} has {total} rows, this run asks for rows {start} to {stop}: the class counts differ"
+            )
+        self._asked[name] = max(self._asked.get(name, 0), stop)
+        parts = []
+        for piece in entry["pieces"]:
+            low, high = max(start, piece["start"]), min(stop, piece["stop"])
+            if low < high:
+                part = self._file(piece["file"]).get_slice(name)
+                parts.append(part[low - piece["start"] : high - piece["start"]])
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty((0, *entry["shape"][1:]), dtype=self.dtype(name))
+
+    def finish(self) -> None:
+        """Says that the whole state has been taken; a collective.
+
+        Raises:
+            UserError: the checkpoint holds tensors nobody asked for, or more rows than all ranks together asked for.
+        """
+        asked: dict[str, int] = {}
+        for part in worlds.gather_objects(self._asked):
+            for name, stop in part.items():
+                asked[name] = max(asked.get(name, 0), stop)
+        extra = sorted(self._tensors.keys() - asked.keys())
+        if extra:
+            raise UserError(
+                f"{self.path} holds {len(extra)} tensors this run has no place for ({', '.join(extra[:3])}): it was written by another "
+                "method or model; use init_from to take weights only"
+            )
+        for name, stop in asked.items():
+            entry = self._tensors[name]
+            if "pieces" in entry and stop != entry["shape"][0]:
+                raise UserError(
+                    f"{self.path}: {name} has {entry['shape'][0]} rows, this run has {stop}: the class counts differ"
+                )
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        if name not in self._tensors:
+            raise UserError(
+                f"{self.path} has no tensor {name}: it was written by another method or model; use init_from to take weights only"
+            )
+        return self._tensors[name]
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(str(self.path / name), framework="pt", device="cpu")
+        return self._open[name]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint holds for those who do not train.
+
+    `backbone`: state dict (parameters and buffers) of the method's trained module; `average`: that of the evaluated module's moving average, if
+    the run kept one; `recipe`: the run's resolved recipe as a plain dict, None if it is not there; `reader` gives the class rows
+    (`classifier.weight`) and everything else.
+    """
+
+    path: Path
+    step: int
+    samples_seen: int
+    phase: str
+    backbone: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor] | None
+    recipe: dict[str, Any] | None
+    meta: dict[str, Any]
+    reader: Reader
+
+
+def open_weights(path: str | Path, *, verify: bool = True) -> Weights:
+    """Opens a run folder (its newest valid checkpoint), its `checkpoints` folder or one checkpoint folder; no process group, nothing is renamed.
+
+    Raises:
+        UserError: nothing there, or damaged (`verify`: every file is hashed again).
+    """
+    path = Path(path)
+    folder = path if (path / files.MANIFEST).exists() or files.step_of(path) is not None else None
+    if folder is not None:
+        candidates = [folder]
+    else:
+        candidates = layout.committed(path / "checkpoints") or layout.committed(path)
+    if not candidates or not path.exists():
+        raise UserError(f"{path} is neither a run folder with checkpoints nor a checkpoint")
+    problems = []
+    for candidate in candidates:
+        try:
+            content = files.read_manifest(candidate)
+        except files.Damaged as damage:
+            problems.append(f"{candidate.name}: {damage}")
+            continue
+        checks = (
+            files.check_file(candidate, name, entry["sha256"]) for name, entry in content["files"].items() if verify
+        )
+        problem = next((found for found in checks if found), None)
+        if problem is None:
+            return _weights(candidate, content)
+        problems.append(f"{candidate.name}: {problem}")
+    raise UserError(f"{path} holds no valid checkpoint ({'; '.join(problems[:3])})")
+
+
+def _weights(path: Path, content: dict[str, Any]) -> Weights:
+    state = json.loads((path / files.STATE).read_text())
+    reader = Reader(path, content, state["meta"])
+
+    def named(*prefixes: str) -> dict[str, torch.Tensor]:
+        return {
+            name.removeprefix(prefix): reader.replicated(name)
+            for prefix in prefixes
+            for name in sorted(reader.names)
+            if name.startswith(prefix)
+        }
+
+    recipe_file = path.parent.parent / "recipe.yaml"
+    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else None
+    return Weights(
+        path=path,
+        step=state["step"],
+        samples_seen=state["samples_seen"],
+        phase=state["phase"],
+        backbone=named("backbone.param.", "backbone.buffer."),
+        average=named("ema.") or None,
+        recipe=state["meta"].get("recipe", recipe),
+        meta=state["meta"],
+        reader=reader,
+    )

@@ -1,0 +1,78 @@
+"""Everything that can be found wrong before any expensive work: one line each, on every rank alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lvtrain.data import ShardDataset
+from lvtrain.errors import UserError
+from lvtrain.recipe import Recipe
+from lvtrain.training.ds_config import resolve_ds_config
+
+
+def open_dataset(recipe: Recipe) -> ShardDataset:
+    """The recipe's dataset, structurally checked: manifest, index, every shard present and of its recorded size, every label in range.
+
+    Raises:
+        UserError: missing or cut shard, no images, a label not below the number of classes, not the number of images the recipe expects.
+    """
+    dataset = ShardDataset(recipe.data.path, cache=recipe.data.cache, cache_bytes=recipe.data.cache_bytes)
+    dataset.check_labels()
+    told = recipe.data.num_classes
+    if told is not None and told < dataset.num_classes:
+        raise UserError(
+            f"data.num_classes={told} but {dataset.path} has labels up to {dataset.num_classes - 1}; "
+            f"set data.num_classes to {dataset.num_classes} or leave it out"
+        )
+    if recipe.data.num_samples not in (None, len(dataset)):
+        raise UserError(
+            f"data.num_samples={recipe.data.num_samples} but {dataset.path} holds {len(dataset)} images; correct one of them"
+        )
+    return dataset
+
+
+def check_before_start(
+    recipe: Recipe, ds_config: Path, dataset: ShardDataset, size: int, *, only_phase: str | None = None
+) -> dict[str, Any]:
+    """Checks recipe, DeepSpeed JSON, dataset and number of ranks against each other; returns the resolved DeepSpeed configuration.
+
+    Raises:
+        UserError: they do not fit; the line says what to change.
+    """
+    check_ranks(recipe, num_classes=recipe.data.num_classes or dataset.num_classes, size=size)
+    names = [phase.name for phase in recipe.phases]
+    if only_phase is not None and only_phase not in names:
+        raise UserError(f"--phase {only_phase}: the recipe has {', '.join(names)}")
+    for name, path in recipe.evaluation.benchmarks.items():
+        if not path.is_file():
+            raise UserError(f"evaluation.benchmarks.{name}: {path} does not exist")
+    if recipe.init_from is not None and not recipe.init_from.path.exists():
+        raise UserError(f"init_from.path: {recipe.init_from.path} does not exist")
+    landmark_weights = getattr(recipe.method, "landmark_weights", None)
+    if landmark_weights is not None and not landmark_weights.exists():
+        raise UserError(
+            f"method.landmark_weights: {landmark_weights} does not exist; train a supervised Part fViT first"
+        )
+    in_backward = recipe.classifier is not None and recipe.classifier.optimizer.in_backward
+    for phase in recipe.phases:
+        if in_backward and (phase.virtual_batches != size or phase.sample_rate < 1):
+            raise UserError(
+                f"classifier.optimizer.in_backward updates rows inside backward, so phase {phase.name} needs one micro-batch a rank "
+                f"(virtual_batches={size}) and sample_rate=1; set in_backward=false"
+            )
+    return resolve_ds_config(ds_config, optimizer=recipe.optimizer, phases=recipe.phases, world_size=size)
+
+
+def check_ranks(recipe: Recipe, *, num_classes: int, size: int) -> None:
+    for phase in recipe.phases:
+        v = phase.virtual_batches
+        if v % size:
+            allowed = ", ".join(str(r) for r in range(1, v + 1) if v % r == 0)
+            raise UserError(
+                f"{size} ranks do not divide phases.{phase.name}.virtual_batches={v}; start {allowed} ranks, or change virtual_batches (a new run)"
+            )
+    if size > num_classes:
+        raise UserError(
+            f"{size} ranks but only {num_classes} classes: every rank needs at least one; start at most {num_classes} ranks"
+        )

@@ -1,0 +1,64 @@
+"""`--dry-run`: everything resolved and checked, and the plan of phases, parameters, memory a rank and bytes on the wire. Trains nothing.
+
+Works without the data where the recipe says `data.num_classes` and `data.num_samples`, so a run can be planned before it is downloaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lvtrain import world as worlds
+from lvtrain.errors import UserError
+from lvtrain.planning import plan_phases
+from lvtrain.recipe import Recipe
+from lvtrain.training.checks import check_ranks, open_dataset
+from lvtrain.training.ds_config import resolve_ds_config
+from lvtrain.training.phases import plan_phase
+from lvtrain.training.schedule import learning_rate
+
+
+def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None) -> str:
+    """The plan as text, for `world_size` ranks (the launcher's number when absent).
+
+    Raises:
+        UserError: whatever a real start would refuse, as far as it can be seen without the ranks.
+    """
+    size = world_size or worlds.launch().size
+    classes, samples, where = _sizes(recipe)
+    check_ranks(recipe, num_classes=classes, size=size)
+    config = resolve_ds_config(ds_config, optimizer=recipe.optimizer, phases=recipe.phases, world_size=size)
+    rate = learning_rate(recipe.schedule, recipe.optimizer.lr, phases=recipe.phases, samples_per_epoch=samples)
+    known = recipe.model_copy(update={"data": recipe.data.model_copy(update={"num_classes": classes})})
+    plans = plan_phases(known, ranks=size, zero=config["zero_optimization"])
+
+    lines = [
+        f"recipe {recipe.name}: method {recipe.method.name}, {recipe.backbone.name}, {classes:,} classes, {samples:,} images ({where})",
+        f"{size} ranks, ZeRO-{config['zero_optimization']['stage']}, {recipe.optimizer.precision}; "
+        f"{rate.total:,} samples in all ({rate.total / samples:.4g} epochs), warm-up {rate.warmup:,}",
+        "",
+    ]
+    start = 0
+    for index, phase in enumerate(recipe.phases):
+        plan = plan_phase(phase, index, start_step=0, start_samples=start, total=rate.total, samples_per_epoch=samples)
+        steps = (plan.last_samples - start) // phase.global_batch
+        early = f", or earlier when mean cos^2 reaches {phase.end.cos2}" if phase.end.cos2 is not None else ""
+        lines += [
+            f"phase {phase.name}: up to {steps:,} steps ({(plan.last_samples - start) / samples:.4g} epochs){early}",
+            f"  global batch {phase.global_batch:,} = {phase.virtual_batches} micro-batches of {phase.micro_batch}, "
+            f"{phase.virtual_batches // size} a rank a step; r = {phase.sample_rate:g}, expectation {phase.expectation}",
+            "  " + plans[phase.name].table().replace("\n", "\n  "),
+            "",
+        ]
+        start = plan.last_samples
+    return "\n".join(lines).rstrip()
+
+
+def _sizes(recipe: Recipe) -> tuple[int, int, str]:
+    if recipe.data.path.exists():
+        dataset = open_dataset(recipe)
+        return recipe.data.num_classes or dataset.num_classes, len(dataset), f"counted in {dataset.path}"
+    if recipe.data.num_classes is None or recipe.data.num_samples is None:
+        raise UserError(
+            f"{recipe.data.path} does not exist; to plan without it set data.num_classes and data.num_samples"
+        )
+    return recipe.data.num_classes, recipe.data.num_samples, f"{recipe.data.path} is not here: as the recipe says"

@@ -1,0 +1,48 @@
+"""Faults on demand, for tests: `LVTRAIN_FAULT="point:rank:step:action"` (several with `;`, `*` for any rank or step).
+
+Points are named where they stand in the code, e.g. `save.mid_file`, `loop.step`. Actions:
+
+- `sigkill`, `sigstop`, `sigterm`, `sigusr2`: that signal to this process;
+- `sleep=SECONDS`;
+- `raise`: a RuntimeError;  `enospc`, `eio`, `erofs`: an OSError of that number;
+- any other word is returned to the caller, which knows what to do with it (`nan` at `loop.loss`).
+
+Without the variable a point costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+
+VARIABLE = "LVTRAIN_FAULT"
+_SIGNALS = {"sigkill": signal.SIGKILL, "sigstop": signal.SIGSTOP, "sigterm": signal.SIGTERM, "sigusr2": signal.SIGUSR2}
+_ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "erofs": errno.EROFS}
+
+
+def point(name: str, *, rank: int, step: int) -> str | None:
+    """A place where a fault may be injected; returns the action's word if it is for the caller to carry out."""
+    faults = os.environ.get(VARIABLE)
+    if not faults:
+        return None
+    for fault in faults.split(";"):
+        where, for_rank, for_step, action = fault.split(":")
+        if where == name and for_rank in ("*", str(rank)) and for_step in ("*", str(step)):
+            return _act(action, fault)
+    return None
+
+
+def _act(action: str, fault: str) -> str | None:
+    if action in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[action])
+        return None
+    if action in _ERRORS:
+        raise OSError(_ERRORS[action], os.strerror(_ERRORS[action]))
+    if action == "raise":
+        raise RuntimeError(f"injected fault {fault}")
+    if action.startswith("sleep="):
+        time.sleep(float(action.removeprefix("sleep=")))
+        return None
+    return action

@@ -1,0 +1,157 @@
+"""Finding a hung rank: each rank says where it is, a watchdog thread writes it down, and long silence ends the process.
+
+The training thread only sets an attribute (`beat`); files are written by the watchdog every few seconds. When a
+rank has not beaten for half the timeout its stacks go to `logs/stacks_rank_XXXXX.log`; at the timeout they go there
+again, and the process ends, so that the launcher takes down the others, who wait in a collective. All ranks do the
+same, so the log of the one that is behind holds the reason. A thread that holds the interpreter's lock for good
+would silence the watchdog too: `faulthandler`'s own timer, which needs no lock, is armed behind it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+EXIT_HUNG = 70
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a rank is: `doing` this in `step` since wall time `since`; its file was written at `written` (seconds)."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    doing: str
+    since: float
+    written: float
+
+
+class Heartbeat:
+    """`with Heartbeat(run_folder, rank, timeout_seconds) as heart:`; `heart.beat(step, "data")` at each part."""
+
+    def __init__(
+        self, run_folder: Path, rank: int, timeout_seconds: float = 1800.0, *, interval_seconds: float = 5.0
+    ) -> None:
+        self.rank, self.timeout = rank, timeout_seconds
+        self.interval = min(interval_seconds, timeout_seconds / 8)
+        self.folder = Path(run_folder) / "heartbeat"
+        self.log = Path(run_folder) / "logs" / f"stacks_rank_{rank:05d}.log"
+        self._last = (0, "start", time.monotonic(), time.time())
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="lvtrain-watchdog", daemon=True)
+        self._warned = False
+        self._stacks: Any = None
+
+    def beat(self, step: int, doing: str = "step") -> None:
+        """This rank has come as far as `doing` in `step`; costs no file access."""
+        self._last = (step, doing, time.monotonic(), time.time())
+        self._warned = False
+
+    def __enter__(self) -> Heartbeat:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._stacks = self.log.open("a")
+        self.beat(0, "start")
+        self._arm()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._stacks.close()
+        if self.log.stat().st_size == 0:
+            self.log.unlink()
+        (self.folder / _file_name(self.rank)).unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        while True:
+            self._write()
+            self._arm()
+            silent = time.monotonic() - self._last[2]
+            if silent > self.timeout:
+                self._report(silent)
+                slow = behind(self.folder)
+                sys.stderr.write(
+                    f"lvtrain: rank {self.rank} ends, no step for {silent:.0f} s; {slow}; stacks: {self.log}\n"
+                )
+                sys.stderr.flush()
+                os._exit(EXIT_HUNG)
+            if silent > self.timeout / 2 and not self._warned:
+                self._warned = True
+                self._report(silent)
+            if self._end.wait(self.interval):
+                return
+
+    def _arm(self) -> None:
+        """`faulthandler`'s timer strikes, with all stacks, unless the watchdog comes by in time to set it anew."""
+        faulthandler.dump_traceback_later(self.timeout + 4 * self.interval, exit=True, file=self._stacks)
+
+    def _report(self, silent: float) -> None:
+        step, doing = self._last[:2]
+        where = f"{silent:.0f} s in {doing!r} of step {step}"
+        self._stacks.write(f"\n{time.strftime('%F %T')} rank {self.rank}: {where}; {behind(self.folder)}\n")
+        self._stacks.flush()
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+
+    def _write(self) -> None:
+        step, doing, _, since = self._last
+        beat = Beat(self.rank, socket.gethostname(), os.getpid(), step, doing, since, time.time())
+        target = self.folder / _file_name(self.rank)
+        try:
+            beside = target.with_suffix(".new")
+            beside.write_text(json.dumps(asdict(beat)))
+            beside.replace(target)
+        except OSError:  # a full disk must not end a healthy rank; the missing heartbeat shows in the others' reports
+            pass
+
+
+def _file_name(rank: int) -> str:
+    return f"rank_{rank:05d}.json"
+
+
+def read_all(folder: Path) -> list[Beat]:
+    """The heartbeats of all ranks that can be read."""
+    beats = []
+    for path in sorted(Path(folder).glob("rank_*.json")):
+        try:
+            beats.append(Beat(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError):
+            continue
+    return beats
+
+
+def behind(folder: Path, *, now: float | None = None, stale_seconds: float = 30.0) -> str:
+    """Names the rank all wait for: one whose watchdog is silent (frozen, gone), else the one furthest back."""
+    now = time.time() if now is None else now
+    beats = read_all(folder)
+    if not beats:
+        return "no heartbeats found"
+    frozen = [beat for beat in beats if now - beat.written > stale_seconds]
+    slowest = min(frozen or beats, key=lambda beat: (beat.step, beat.since))
+    state = f"for {now - slowest.since:.0f} s"
+    if frozen:
+        state = f"its watchdog silent for {now - slowest.written:.0f} s, {_process_state(slowest)}"
+    who = f"rank {slowest.rank} on {slowest.host} (pid {slowest.pid})"
+    return f"furthest behind is {who}: {slowest.doing!r} of step {slowest.step}, {state}"
+
+
+def _process_state(beat: Beat) -> str:
+    if beat.host != socket.gethostname():
+        return "on another host"
+    try:
+        lines = Path(f"/proc/{beat.pid}/status").read_text().splitlines()
+        return "process " + next(line for line in lines if line.startswith("State"))
+    except (OSError, StopIteration):
+        return "the process is gone"

@@ -1,0 +1,119 @@
+"""`init_from`: weights of another run, a checkpoint or a safetensors file as the start of a new run; never its schedule or its moments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from lvtrain.errors import UserError
+from lvtrain.methods import Method
+from lvtrain.recipe import InitFrom, Lafs, Recipe
+from lvtrain.training.checkpoint_reader import Weights, open_weights
+
+
+def start_weights(recipe: Recipe, method: Method) -> dict[str, Any]:
+    """Everything a fresh run starts from besides its seed; the fields of an event, empty when there is nothing."""
+    told: dict[str, Any] = {}
+    if recipe.init_from is not None:
+        told = load_initial(recipe.init_from, method)
+    if isinstance(recipe.method, Lafs) and recipe.method.landmark_weights is not None:
+        told["landmark_cnn"] = load_landmark_cnn(recipe.method.landmark_weights, method)
+    if told:
+        method.after_initial_weights()
+    return told
+
+
+def load_landmark_cnn(path: Path, method: Method) -> str:
+    """LAFS's frozen landmark CNN, from a supervised Part fViT.
+
+    Raises:
+        UserError: the source has none, or one for another number of landmarks.
+    """
+    _, weights = read_initial(path)
+    module = method.evaluated()
+    own = module.state_dict()
+    wanted = [name for name in own if name.startswith(("stn.", "output_layer."))]
+    for name in wanted:
+        if name not in weights or weights[name].shape != own[name].shape:
+            raise UserError(
+                f"method.landmark_weights: {path} has no {name} of shape {tuple(own[name].shape)}; "
+                "give a supervised run of the same Part fViT"
+            )
+    module.load_state_dict({name: weights[name] for name in wanted}, strict=False)
+    return str(path)
+
+
+def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
+    """Puts the weights in place and says what was taken, as fields of an event. Reads on every rank, without communication.
+
+    Raises:
+        UserError: the weights fit nowhere, or class rows are asked for whose number or width differs.
+    """
+    source, weights = read_initial(section.path)
+    module = method.evaluated()
+    own = module.state_dict()
+    taken = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    differs = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if differs:
+        name = differs[0]
+        raise UserError(
+            f"init_from.path: {section.path} has {name} as {tuple(weights[name].shape)}, this backbone as {tuple(own[name].shape)}; "
+            "use the same backbone section"
+        )
+    parameters = {name for name, _ in module.named_parameters()}
+    missing = sorted(parameters - taken.keys())
+    if len(missing) == len(parameters):
+        raise UserError(
+            f"init_from.path: {section.path} has no weight of this backbone; import foreign weights with tools/convert_checkpoint.py"
+        )
+    module.load_state_dict(taken, strict=False)
+    told: dict[str, Any] = {"path": str(section.path), "tensors": len(taken), "left_fresh": missing[:8]}
+    if section.head == "load":
+        told["head"] = _load_head(section.path, source, method)
+    return told
+
+
+def read_initial(path: Path) -> tuple[Weights | None, dict[str, torch.Tensor]]:
+    """A checkpoint (ours) and its evaluated module's weights, or just weights from a safetensors file or folder."""
+    if path.is_dir() and not (path / "model.safetensors").exists():
+        source = open_weights(path)
+        return source, evaluated_weights(source)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"init_from.path: {file} is not a run, a checkpoint or a safetensors file; tools/convert_checkpoint.py import makes one"
+        )
+    return None, load_file(file)
+
+
+def evaluated_weights(source: Weights) -> dict[str, torch.Tensor]:
+    """The backbone's weights: of a self-supervised run the teacher's (the better of the two), else the trained module's."""
+    names = sorted(source.reader.names)
+    teacher = "teacher.backbone."
+    if any(name.startswith(teacher) for name in names):
+        return {
+            name.removeprefix(teacher): source.reader.replicated(name) for name in names if name.startswith(teacher)
+        }
+    if source.backbone and all(name.startswith("backbone.") for name in source.backbone):
+        return {name.removeprefix("backbone."): tensor for name, tensor in source.backbone.items()}
+    return source.backbone
+
+
+def _load_head(path: Path, source: Weights | None, method: Method) -> str:
+    classifier: Any = getattr(method, "classifier", None)
+    if classifier is None:
+        raise UserError("init_from.head=load: this method has no class rows; use head=fresh")
+    if source is None:
+        raise UserError(f"init_from.head=load: {path} holds a backbone only; use head=fresh")
+    shape = source.reader.shape("classifier.weight")
+    if tuple(shape) != (classifier.num_classes, classifier.embedding_dim):
+        raise UserError(
+            f"init_from.head=load: {path} has class rows {tuple(shape)}, this run needs {(classifier.num_classes, classifier.embedding_dim)}; "
+            "use head=fresh to start them afresh"
+        )
+    with torch.no_grad():
+        classifier.weight.copy_(source.reader.rows("classifier.weight", *classifier.rows))
+    return f"{shape[0]} rows loaded"

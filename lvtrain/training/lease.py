@@ -1,0 +1,159 @@
+"""One job at a time in a run folder: a lease with a heartbeat, and a token that fences off whoever lost it.
+
+The holder touches `lease.json` every few seconds. A second job refuses to start while the holder lives, and takes over when it is dead: at once
+if that can be seen (same host and no such process, or an earlier start of the same Slurm job), else when the heartbeat has stood still
+long enough. Before a checkpoint becomes visible the holder looks whether the lease is still its own; a job that was frozen and replaced
+meanwhile commits nothing. Ages are measured with the file system's clock alone, so the nodes' clocks need not agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lvtrain.errors import UserError
+
+NAME = "lease.json"
+
+
+class InUse(UserError):
+    """The run folder is another job's."""
+
+
+class Lost(InUse):
+    """Another job has taken the run folder over."""
+
+
+class Lease:
+    """Held from construction to `release`.
+
+    Raises:
+        InUse: another job works in the folder; its host, process and job are named.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        heartbeat: float = 5.0,
+        stale_after: float = 30.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.path = folder / NAME
+        self.token = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._acquire(stale_after, sleep)
+        self._beat = threading.Thread(target=self._keep_alive, args=(heartbeat,), name="lease", daemon=True)
+        self._beat.start()
+
+    def check(self) -> None:
+        """Raises Lost if the lease is another job's."""
+        holder = _read(self.path)
+        if holder is None or holder["token"] != self.token:
+            who = "nobody" if holder is None else _describe(holder)
+            raise Lost(f"{self.path.parent} was taken over by {who}; this job stops without writing")
+
+    def release(self) -> None:
+        self._stop.set()
+        self._beat.join()
+        holder = _read(self.path)
+        if holder is not None and holder["token"] == self.token:
+            self.path.unlink(missing_ok=True)
+
+    def _acquire(self, stale_after: float, sleep: Callable[[float], None]) -> None:
+        waited = 0.0
+        first = _stamp(self.path)
+        while (holder := _read(self.path)) is not None and not _is_dead(holder):
+            if _stamp(self.path) != first:
+                raise InUse(f"{self.path.parent} is in use by {_describe(holder)}; wait for it or stop it")
+            if waited >= stale_after or _age(self.path) >= stale_after:
+                break
+            sleep(0.5)
+            waited += 0.5
+        mine = {
+            "token": self.token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _process_start(os.getpid()),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        }
+        fresh = self.path.with_name(f".{NAME}.{self.token}")
+        try:
+            fresh.write_text(json.dumps(mine))
+            os.replace(fresh, self.path)
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {self.path.parent}: {error.strerror}; choose another folder with runs=PATH"
+            ) from error
+        self.check()
+
+    def _keep_alive(self, heartbeat: float) -> None:
+        while not self._stop.wait(heartbeat):
+            holder = _read(self.path)
+            if holder is None or holder["token"] != self.token:
+                return  # the next commit will notice and say so
+            try:
+                os.utime(self.path)
+            except OSError:
+                continue  # a full or absent file system is the save's business to report
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {"token": "", "host": "?", "pid": -1, "started": None, "slurm_job": None, "slurm_restarts": 0}
+
+
+def _stamp(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _age(path: Path) -> float:
+    """Seconds since the last heartbeat, by the file system's own clock."""
+    probe = path.with_name(f".clock_{uuid.uuid4().hex}")
+    try:
+        probe.touch()
+        return (probe.stat().st_mtime_ns - (_stamp(path) or 0)) / 1e9
+    except OSError:
+        return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    job = os.environ.get("SLURM_JOB_ID")
+    if (
+        job is not None
+        and holder["slurm_job"] == job
+        and holder["slurm_restarts"] < int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    ):
+        return True
+    return holder["host"] == socket.gethostname() and _process_start(holder["pid"]) != holder["started"]
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process of this host started, in clock ticks since boot; None if there is none (a zombie counts as none)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    job = f", Slurm job {holder['slurm_job']}" if holder["slurm_job"] else ""
+    return f"process {holder['pid']} on {holder['host']}{job}"

@@ -1,0 +1,194 @@
+"""A run: its folder, its identity, and what may change between two starts of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import uuid
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lvtrain import recipe as recipes
+from lvtrain import world as worlds
+from lvtrain.errors import UserError
+from lvtrain.recipe import Recipe
+from lvtrain.world import World
+
+if TYPE_CHECKING:
+    from lvtrain.data import ShardDataset
+
+# what another start of the same run may say differently: how it is watched and kept, never what is learned
+_MAY_CHANGE = (
+    "runs",
+    "logging",
+    "evaluation",
+    "checkpoint",
+    "safety",
+    "data.threads",
+    "data.prefetch",
+    "data.cache",
+    "data.cache_bytes",
+    "data.path",
+)
+_MAY_CHANGE_TOLD = ("schedule", "phases.*.end")
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "timm",
+    "numpy",
+    "nvidia-dali-cuda120",
+    "webdataset",
+    "accelerate",
+    "safetensors",
+    "pydantic",
+)
+
+
+@dataclass
+class Run:
+    """Everything that is fixed for one start: what to train, on what, where, and who takes part."""
+
+    recipe: Recipe
+    ds_config: dict[str, Any]
+    dataset: ShardDataset
+    world: World
+    folder: Path
+    run_id: str
+    attempt: int
+
+    @property
+    def num_classes(self) -> int:
+        return self.recipe.data.num_classes or self.dataset.num_classes
+
+
+def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World) -> tuple[Path, str, int, list[str]]:
+    """Makes or reopens the run folder; returns folder, run id, attempt number and the changes that are allowed but worth telling.
+
+    Raises:
+        UserError: the folder holds a run whose recipe differs in something that is learned from.
+    """
+    folder = recipe.run_folder
+    answer: Any = None
+    if world.is_first:
+        try:
+            answer = _open(folder, recipe, ds_config, world)
+        except UserError as error:
+            answer = str(error)
+    answer = worlds.broadcast_object(answer)
+    if isinstance(answer, str):
+        raise UserError(answer)
+    return folder, *answer
+
+
+def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World) -> tuple[str, int, list[str]]:
+    told: list[str] = []
+    identity: dict[str, Any] = {"run_id": uuid.uuid4().hex, "attempt": 0}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "run.json").exists():
+            identity = json.loads((folder / "run.json").read_text())
+            before = _as_now((folder / "recipe.yaml").read_text())
+            told = compare(before, yaml.safe_load(recipes.dump(recipe)), str(folder))
+        identity["attempt"] += 1
+        write(folder / "recipe.yaml", recipes.dump(recipe))
+        write(folder / "ds_config.json", json.dumps(ds_config, indent=2))
+        write(folder / "environment.json", json.dumps(environment(world), indent=2))
+        write(folder / "run.json", json.dumps(identity))
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run folder {folder}: {error.strerror}; choose another with runs=PATH"
+        ) from error
+    return identity["run_id"], identity["attempt"], told
+
+
+def _as_now(text: str) -> dict[str, Any]:
+    """An earlier start's resolved recipe, with today's default for what did not exist then: an update of lvtrain is no other recipe."""
+    values: dict[str, Any] = yaml.safe_load(text)
+    try:
+        resolved: dict[str, Any] = yaml.safe_load(recipes.dump(recipes.resolve(values)))
+    except UserError:  # a key that is gone: let the comparison name it
+        return values
+    return resolved
+
+
+def compare(before: dict[str, Any], now: dict[str, Any], folder: str) -> list[str]:
+    """The told-but-allowed differences of two resolved recipes; any other difference is refused."""
+    old, new = _flat(before), _flat(now)
+    told: list[str] = []
+    refused: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name) or _matches(name, _MAY_CHANGE):
+            continue
+        text = f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+        (told if _matches(name, _MAY_CHANGE_TOLD) else refused).append(text)
+    if refused:
+        raise UserError(
+            f"{folder} holds a run with another recipe ({'; '.join(refused[:4])}); use another name=..., and init_from.path={folder} to start from its weights"
+        )
+    return told
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = [(str(i), element) for i, element in enumerate(value)]
+    else:
+        return {prefix.rstrip("."): value}
+    return {name: leaf for key, below in items for name, leaf in _flat(below, f"{prefix}{key}.").items()}
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    parts = name.split(".")
+    return any(
+        all(p in ("*", part) for p, part in zip(pattern.split("."), parts)) and len(parts) >= len(pattern.split("."))
+        for pattern in patterns
+    )
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Versions, hardware and launch of this start, for `environment.json`."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "git": _git_commit(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "world_size": world.size,
+        "device": str(world.device),
+        "gpus": gpus,
+        "cpus": os.cpu_count(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a whole file or none of it."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text)
+    os.replace(fresh, path)

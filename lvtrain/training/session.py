@@ -1,0 +1,101 @@
+"""One start of a run: open the world and the folder, train, say how it ended, close everything."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from lvtrain import world as worlds
+from lvtrain.data import ShardDataset
+from lvtrain.errors import UserError
+from lvtrain.recipe import Recipe
+from lvtrain.training import outcome
+from lvtrain.training.checkpoint import Checkpoints
+from lvtrain.training.heartbeat import Heartbeat
+from lvtrain.training.lease import InUse
+from lvtrain.training.loop import Ending, train
+from lvtrain.training.preemption import Preemption
+from lvtrain.training.run import Run, open_folder
+from lvtrain.training.telemetry import Telemetry
+
+_STARTED = time.monotonic()
+
+
+def train_session(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    dataset: ShardDataset,
+    *,
+    only_phase: str | None,
+    max_time_minutes: float | None,
+) -> bool:
+    """Returns True when the run (or `only_phase`) is done, False when it stopped early on request.
+
+    Raises:
+        UserError: the run cannot go on; `outcome.json` then says fatal and why.
+    """
+    if recipe.deterministic:
+        _make_deterministic()
+    timeout = recipe.safety.collective_timeout
+    world = worlds.start(timeout)
+    try:
+        folder, run_id, attempt, told = open_folder(recipe, ds_config, world)
+        run = Run(recipe, ds_config, dataset, world, folder, run_id, attempt)
+        telemetry = Telemetry(folder, world, tensorboard=recipe.logging.tensorboard)
+        for change in told:
+            telemetry.event("recipe_changed", change=change)
+        allotted = max_time_minutes * 60 if max_time_minutes else None
+        ending: Ending | None = None  # stays None when the attempt crashes: no outcome.json says so
+        try:
+            with (
+                Heartbeat(folder, world.rank, timeout) as heart,
+                Preemption(world, allotted, started=_STARTED, vote_timeout_seconds=timeout) as preemption,
+                Checkpoints(
+                    folder,
+                    world,
+                    keep_last=recipe.checkpoint.keep_last,
+                    keep_every_samples=_keep_every(recipe, dataset),
+                    run_id=run_id,
+                    fingerprint=dataset.fingerprint,
+                    background=recipe.checkpoint.background,
+                ) as checkpoints,
+            ):
+                ending = train(run, checkpoints, telemetry, preemption, heart, only_phase=only_phase)
+            telemetry.event(
+                "done" if ending.verdict == "done" else "stop",
+                step=ending.step,
+                phase=ending.phase,
+                reason=ending.reason,
+            )
+        except InUse:  # the folder, its events and its outcome are another job's
+            raise
+        except UserError as error:
+            telemetry.event("error", reason=str(error))
+            ending = Ending("fatal", 0, only_phase, str(error))
+            raise
+        finally:
+            telemetry.close()
+            # a fatal error is told by any rank that met it: rank 0 may be waiting for it in a collective
+            if ending is not None and (world.is_first or ending.verdict == "fatal"):
+                outcome.write(
+                    folder, outcome.Outcome(ending.verdict, ending.phase, ending.step, ending.reason, attempt)
+                )
+        # a rank that leaves with 75 before rank 0 has written would have srun take rank 0 down
+        worlds.barrier()
+        return ending.verdict == "done"
+    finally:
+        worlds.stop()
+
+
+def _make_deterministic() -> None:
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _keep_every(recipe: Recipe, dataset: ShardDataset) -> int | None:
+    every = recipe.checkpoint.keep_every
+    return every.samples(global_batch=recipe.phases[0].global_batch, samples_per_epoch=len(dataset)) if every else None

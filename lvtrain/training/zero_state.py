@@ -1,0 +1,253 @@
+"""Where DeepSpeed keeps a parameter's weight and Adam moments under each ZeRO stage, read and written whole and bit for bit.
+
+DeepSpeed's own accessors are not used: its universal checkpoint loses buffers and frozen parameters and shares one Adam step between groups,
+`safe_get_full_optimizer_state` fails on the second group under ZeRO-1/2, and `safe_set_full_optimizer_state` on odd sizes under ZeRO-3.
+Tests named *canary* in `tests/test_engine_canary.py` fail when an upgrade moves what is relied on here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """The parameter's own shape, also when ZeRO-3 has put an empty tensor in its place."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def create(engine: Any, stage: int) -> ZeroState:
+    kinds: dict[int, type[ZeroState]] = {0: Unsharded, 1: FlatPartitions, 2: FlatPartitions, 3: ShardedParameters}
+    return kinds[stage](engine)
+
+
+class ZeroState(ABC):
+    """Common to all stages: AdamW's state hangs on one or more tensors (`_owners`), each with its own step."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.optimizer = engine, engine.optimizer
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.size = dist.get_world_size() if dist.is_initialized() else 1
+
+    def _adam(self) -> torch.optim.Optimizer:
+        return self.engine.basic_optimizer
+
+    @abstractmethod
+    def _owners(self) -> Sequence[torch.Tensor]: ...
+
+    @abstractmethod
+    def group_members(self) -> list[list[torch.nn.Parameter]]:
+        """The module's parameters of each of the optimizer's groups."""
+
+    @abstractmethod
+    def weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """The whole weight; it may be a view of the live one."""
+
+    @abstractmethod
+    def set_weight(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor: ...
+
+    @abstractmethod
+    def set_moment(self, parameter: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def clear_gradients(self) -> None: ...
+
+    def gradient_norm_before_step(self) -> torch.Tensor | None:
+        """The norm where DeepSpeed does not report it itself."""
+        return None
+
+    def finish_import(self) -> None:
+        """What a stage must do after all moments have been set."""
+
+    def adam_step(self) -> int:
+        steps = {int(state["step"]) for owner in self._owners() if (state := self._adam().state.get(owner))}
+        if len(steps) > 1:
+            raise RuntimeError(f"the parameter groups' Adam steps differ: {sorted(steps)}")
+        return steps.pop() if steps else 0
+
+    def check_steps(self) -> None:
+        """One step tensor for each owner, none shared: a shared one advances once for each group."""
+        steps = [id(state["step"]) for owner in self._owners() if (state := self._adam().state.get(owner))]
+        if len(set(steps)) != len(steps):
+            raise RuntimeError("Adam's step tensor is shared between parameter groups")
+
+    def prepare_moments(self, step: float) -> None:
+        """Makes AdamW's state as it would itself, with a step of its own for each owner."""
+        fused = self._adam().defaults.get("fused")
+        for owner in self._owners():
+            device = owner.device if fused else torch.device("cpu")
+            self._adam().state[owner] = {
+                "step": torch.tensor(step, dtype=torch.float32, device=device),
+                **{key: torch.zeros_like(owner, requires_grad=False) for key in MOMENTS},
+            }
+
+
+class Unsharded(ZeroState):
+    """Stage 0: plain AdamW on the module's own parameters."""
+
+    def _owners(self) -> Sequence[torch.Tensor]:
+        return [parameter for group in self._adam().param_groups for parameter in group["params"]]
+
+    def group_members(self) -> list[list[torch.nn.Parameter]]:
+        return [group["params"] for group in self._adam().param_groups]
+
+    def weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return parameter.detach()
+
+    def set_weight(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None:
+        parameter.data.copy_(whole)
+
+    def moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        state = self._adam().state.get(parameter)
+        return state[key] if state else torch.zeros_like(parameter)
+
+    def set_moment(self, parameter: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
+        self._adam().state[parameter][key].copy_(whole)
+
+    def clear_gradients(self) -> None:
+        self.engine.zero_grad()
+
+    def gradient_norm_before_step(self) -> torch.Tensor | None:
+        gradients = [parameter.grad for parameter in self._owners() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+
+class FlatPartitions(ZeroState):
+    """Stages 1 and 2: each group is one flat vector, each rank owns an equal slice of it; weights are whole on every rank."""
+
+    def _owners(self) -> Sequence[torch.Tensor]:
+        return self.optimizer.single_partition_of_fp32_groups
+
+    def group_members(self) -> list[list[torch.nn.Parameter]]:
+        return self.optimizer.bit16_groups
+
+    def weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return parameter.detach()
+
+    def set_weight(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None:
+        parameter.data.copy_(whole)
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is not None:
+            mapping.hp_fragment.data.copy_(_slice(whole, mapping.lp_fragment_address))
+
+    def _fragment(self, parameter: torch.nn.Parameter, key: str) -> tuple[torch.Tensor, Any] | None:
+        """This rank's piece of the parameter's moment, and where in the parameter it lies."""
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return None
+        state = self._adam().state.get(self._owners()[mapping.param_group_index])
+        if not state:
+            return None
+        address = mapping.hp_fragment_address
+        return state[key].narrow(0, address.start, address.numel), mapping.lp_fragment_address
+
+    def moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        piece = self._fragment(parameter, key)
+        if piece is not None:
+            whole.narrow(0, piece[1].start, piece[1].numel).copy_(piece[0])
+        if self.size > 1:
+            # summed as integers, every bit comes from one rank: as floats, a -0.0 would turn into 0.0
+            dist.all_reduce(whole.view(torch.int32))
+        return whole.view(parameter.shape)
+
+    def set_moment(self, parameter: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
+        piece = self._fragment(parameter, key)
+        if piece is not None:
+            piece[0].copy_(_slice(whole, piece[1]))
+
+    def finish_import(self) -> None:
+        # DeepSpeed links fragments to the moments at its first step, once; the moments are new tensors now
+        self.optimizer._hp_optimizer_states_linked = False
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def clear_gradients(self) -> None:
+        optimizer = self.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        optimizer._release_preflattened_grad_buffers()
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+            optimizer._offload_accumulated_param_ids = set()
+        for group in range(len(optimizer.bit16_groups)):
+            optimizer.averaged_gradients[group] = None
+            optimizer.all_grad_tensors[group] = None
+        optimizer.micro_step_id = -1
+        optimizer._epilogue_ran_this_backward = False
+
+
+class ShardedParameters(ZeroState):
+    """Stage 3: every parameter is cut into equal pieces, one a rank, the last one padded; moments are cut alike."""
+
+    def _owners(self) -> Sequence[torch.Tensor]:
+        return self.optimizer.fp32_partitioned_groups_flat
+
+    def group_members(self) -> list[list[torch.nn.Parameter]]:
+        members: list[list[torch.nn.Parameter]] = [[] for _ in self._adam().param_groups]
+        for sub_group, parameters in enumerate(self.optimizer.fp16_groups):
+            members[self.optimizer.sub_group_to_group_id[sub_group]] += parameters
+        return members
+
+    def _gather(self, parameter: Any, piece: torch.Tensor) -> torch.Tensor:
+        piece = piece.to(self._device()).contiguous()
+        whole = torch.empty(piece.numel() * self.size, dtype=piece.dtype, device=piece.device)
+        if self.size > 1:
+            dist.all_gather_into_tensor(whole, piece)
+        else:
+            whole.copy_(piece)
+        return whole[: parameter.ds_numel].view(full_shape(parameter))
+
+    def _device(self) -> torch.device:
+        return torch.device(self.engine.device)
+
+    def _piece(self, parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+        """What this rank owns of a whole tensor, without the padding."""
+        share = parameter.partition_numel()
+        start = min(self.rank * share, parameter.ds_numel)
+        return whole.reshape(-1)[start : min(start + share, parameter.ds_numel)]
+
+    def weight(self, parameter: Any) -> torch.Tensor:
+        return self._gather(parameter, parameter.ds_tensor.detach().reshape(-1))
+
+    def set_weight(self, parameter: Any, whole: torch.Tensor) -> None:
+        piece = self._piece(parameter, whole)
+        parameter.ds_tensor.data.reshape(-1)[: len(piece)].copy_(piece)
+        if parameter.data.numel() == parameter.ds_numel and parameter.data.shape == full_shape(parameter):
+            parameter.data.copy_(whole)  # a small parameter that stays gathered
+        if parameter.requires_grad:
+            flat, _ = self.optimizer._get_fp32_opt_state_partition(parameter, False)
+            flat.data[: len(piece)].copy_(piece)
+
+    def moment(self, parameter: Any, key: str) -> torch.Tensor:
+        group, offset, numel = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        state = self._adam().state.get(self._owners()[group])
+        piece = state[key].narrow(0, offset, numel) if state else torch.zeros(numel, dtype=torch.float32)
+        return self._gather(parameter, piece)
+
+    def set_moment(self, parameter: Any, key: str, whole: torch.Tensor) -> None:
+        group, offset, numel = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        piece = self._piece(parameter, whole)
+        self._adam().state[self._owners()[group]][key].narrow(0, offset, numel)[: len(piece)].copy_(piece)
+
+    def clear_gradients(self) -> None:
+        optimizer = self.optimizer
+        optimizer.zero_grad(
+            set_to_none=True
+        )  # also restarts its count of micro-batches: the next gradient overwrites, it is not added
+        optimizer._offload_boundary_param_ids = set()
+        if optimizer.offload_optimizer:
+            optimizer.reset_cpu_buffers()
+        else:
+            optimizer.averaged_gradients = {}
+
+
+def _slice(whole: torch.Tensor, address: Any) -> torch.Tensor:
+    return whole.reshape(-1).narrow(0, address.start, address.numel)

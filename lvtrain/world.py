@@ -1,0 +1,180 @@
+"""Who am I among the ranks: rank, size, device, and the few host-side agreements a trainer needs.
+
+Started by `deepspeed`, `torchrun` or `srun`, all are understood; a contradiction between Slurm's variables and torch's is refused, because
+the usual outcome otherwise is silent nonsense (every task believing it is rank 0 of 1). Everything here also works in a plain single process
+without a process group.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lvtrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said: rank, number of ranks, rank on this node, rendezvous address and port."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+    launcher: str
+
+
+def launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Reads the launcher's variables.
+
+    Raises:
+        UserError: Slurm and torch variables contradict each other, or RANK is set without WORLD_SIZE.
+    """
+    slurm_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
+    in_step = "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment
+    if "RANK" in environment:
+        if "WORLD_SIZE" not in environment:
+            raise UserError("RANK is set but WORLD_SIZE is not; start with deepspeed, torchrun or srun")
+        return Launch(
+            rank=int(environment["RANK"]),
+            size=int(environment["WORLD_SIZE"]),
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            address=environment.get("MASTER_ADDR", "127.0.0.1"),
+            port=int(environment.get("MASTER_PORT", "29500")),
+            launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed",
+        )
+    if in_step:
+        if environment.get("WORLD_SIZE", str(slurm_tasks)) != str(slurm_tasks):
+            raise UserError(
+                f"WORLD_SIZE={environment['WORLD_SIZE']} contradicts SLURM_NTASKS={slurm_tasks}; unset WORLD_SIZE or start with torchrun"
+            )
+        return Launch(
+            rank=int(environment["SLURM_PROCID"]),
+            size=slurm_tasks,
+            local_rank=int(environment.get("SLURM_LOCALID", "0")),
+            address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")),
+            port=int(environment.get("MASTER_PORT") or 20000 + int(environment.get("SLURM_JOB_ID", "9500")) % 20000),
+            launcher="srun",
+        )
+    return Launch(rank=0, size=1, local_rank=0, address="127.0.0.1", port=0, launcher="python")
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[003-007,9],x1` gives `gpu003`."""
+    match = re.match(r"([^\[,]+)(?:\[([^\]]+)\]([^,]*))?", nodelist)
+    if not match:
+        raise UserError(f"cannot read the node list {nodelist!r}; set MASTER_ADDR yourself")
+    prefix, numbers, suffix = match[1], match[2], match[3] or ""
+    return prefix if numbers is None else prefix + re.split("[-,]", numbers)[0] + suffix
+
+
+def start(timeout_seconds: float = 1800.0) -> World:
+    """Chooses this rank's device and opens the process group (nccl on GPUs, gloo without); a single plain process opens none.
+
+    Raises:
+        UserError: more ranks on this node than GPUs.
+    """
+    started = launch()
+    if torch.cuda.is_available():
+        if started.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {started.rank} is number {started.local_rank} on its node, which has {torch.cuda.device_count()} GPUs; start fewer ranks a node"
+            )
+        device = torch.device("cuda", started.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        device = torch.device("cpu")
+    # DeepSpeed and torch read these, whoever started us
+    os.environ.update(
+        RANK=str(started.rank),
+        WORLD_SIZE=str(started.size),
+        LOCAL_RANK=str(started.local_rank),
+        MASTER_ADDR=started.address,
+        MASTER_PORT=str(started.port or _free_port()),
+    )
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=started.rank,
+            world_size=started.size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return World(started.rank, started.size, started.local_rank, device)
+
+
+def stop() -> None:
+    """Closes the process group; gloo aborts at exit otherwise."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def alone() -> World:
+    """A world of one, without a process group, on the best device here."""
+    return World(0, 1, 0, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def agree_any(flag: bool) -> bool:
+    """True on every rank if it is true on any; a collective."""
+    if not _several():
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    vote = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank; a collective."""
+    if not _several():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank; a collective."""
+    if not _several():
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def barrier() -> None:
+    if _several():
+        dist.barrier()
