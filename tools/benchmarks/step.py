@@ -1,0 +1,311 @@
+"""One whole training step: data, classes chosen, forward, classifier, backward, both optimizers; images/s, MFU, where
+the time went.
+
+Alone or under a launcher (`torchrun --nproc_per_node 8 tools/benchmark.py step ...`), where only rank 0's figures
+count.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lvtrain import randomness
+from lvtrain import world as worlds
+from lvtrain.backbones import create_backbone
+from lvtrain.classifier import ShardedClassifier
+from lvtrain.classifier.margins import create_margin
+from lvtrain.recipe import Optimizer
+from tools.benchmarks import backbone as backbone_benchmark
+from tools.benchmarks.measure import Clock, describe, machine_rates, median, peak_memory, profile
+
+SMALL: dict[str, Any] = {"name": "vit_nano", "batch": 8, "classes": 1000, "steps": 3}
+
+
+def run(
+    name: str = "vit_nano",
+    batch: int = 32,
+    classes: int = 10_000,
+    sample_rate: float = 1.0,
+    expectations: bool = False,
+    as_ranks: int = 1,
+    accumulation: int = 1,
+    steps: int = 5,
+    stage: int = 1,
+    precision: str = "bfloat16",
+    classifier_precision: str = "half",
+    compile: bool = False,
+    checkpoint_blocks: str = "none",
+    data: Path | None = None,
+    peer: Path | None = None,
+    profiled: bool = True,
+) -> dict[str, Any]:
+    """batch: images a rank and micro-batch. stage: ZeRO. expectations: PCO's second anchor.
+
+    as_ranks: give this GPU the classifier's work of one of so many ranks, a share of the classes but every rank's
+    embeddings (made up), which is what a large run does; communication is left out. data: a dataset folder to load
+    from; absent, one batch lies on the device.
+    peer: recognition/arcface_torch of an insightface checkout; its backbone, PartialFC_V2 and AdamW on the same shapes.
+    """
+    world = worlds.start()
+    try:
+        step = _Step(
+            world,
+            name=name,
+            batch=batch,
+            classes=classes,
+            sample_rate=sample_rate,
+            expectations=expectations,
+            as_ranks=as_ranks,
+            accumulation=accumulation,
+            stage=stage,
+            precision=precision,
+            classifier_precision=classifier_precision,
+            compile=compile,
+            checkpoint_blocks=checkpoint_blocks,
+            data=data,
+        )
+        result: dict[str, Any] = {
+            "subject": "step",
+            "name": name,
+            "batch": batch,
+            "accumulation": accumulation,
+            "ranks": world.size,
+            "as_ranks": as_ranks,
+            "classes": classes,
+            "sample_rate": sample_rate,
+            "expectations": expectations,
+            "zero_stage": stage,
+            "precision": precision,
+            "classifier_precision": classifier_precision,
+            "compile": compile,
+            "checkpoint_blocks": checkpoint_blocks,
+            "device": describe(world.device),
+            "torch": torch.__version__,
+            **machine_rates(world.device, precision),
+        }
+        variants: dict[str, Any] = {"lvtrain": step}
+        if peer:
+            variants["arcface_torch"] = _PeerStep(peer, step, classes, sample_rate)
+        for variant in variants.values():
+            variant(None), variant(None)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+        for _ in range(steps):
+            for variant, one in variants.items():
+                clock = Clock(world.device)
+                clock.mark("start")
+                one(clock)
+                times[variant].append(clock.seconds())
+        images = batch * accumulation
+        for variant, found in times.items():
+            total = median([sum(parts.values()) for parts in found])
+            flops = step.flops * images / total
+            figures = {
+                "images_per_second_a_rank": round(images / total, 2),
+                "backbone_tflops": round(flops / 1e12, 3),
+                "mfu": round(flops / 1e12 / result["matmul_tflops"], 4),
+                "ms": {part: round(median([parts[part] for parts in found]) * 1e3, 3) for part in found[0]},
+            }
+            result |= figures if variant == "lvtrain" else {variant: figures}
+        if peer:
+            theirs = result["arcface_torch"]["images_per_second_a_rank"]
+            result["times_arcface_torch"] = round(result["images_per_second_a_rank"] / theirs, 3)
+        result["data_wait_share"] = round(result["ms"]["data"] / sum(result["ms"].values()), 4)
+        result["peak_memory_gb"] = peak_memory(world.device)
+        result["host_syncs"] = host_syncs(step, world.device)
+        if profiled:
+            result["profile"] = profile(lambda: step(None), world.device)
+        return result
+    finally:
+        worlds.stop()
+
+
+class _Step:
+    """A step as the training loop makes it, with the loss left on the device."""
+
+    def __init__(
+        self,
+        world: worlds.World,
+        *,
+        name: str,
+        batch: int,
+        classes: int,
+        sample_rate: float,
+        expectations: bool,
+        as_ranks: int,
+        accumulation: int,
+        stage: int,
+        precision: str,
+        classifier_precision: str,
+        compile: bool,
+        checkpoint_blocks: str,
+        data: Path | None,
+    ) -> None:
+        from lvtrain.training.engine import Engine, resolve_ds_config
+
+        device = self.device = world.device
+        torch.manual_seed(0)
+        module = create_backbone(name, compile=compile, checkpoint_blocks=checkpoint_blocks).to(device)
+        self.image_size, self.dim = module.image_size, module.embedding_dim
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            create_backbone(name).to(device).train()(torch.zeros(2, 3, self.image_size, self.image_size, device=device))
+        self.flops = 3 * counter.get_total_flops() / 2
+        self.name, self.batch, self.accumulation, self.number = name, batch, accumulation, 0
+        self.local_classes = classes // as_ranks
+        self.classifier = ShardedClassifier(
+            self.local_classes,
+            self.dim,
+            margin=create_margin("cosface"),
+            expectation_margin=create_margin("cosface") if expectations else None,
+            precision=classifier_precision,  # type: ignore[arg-type]
+            device=device,
+        )
+        self.classifier.enter_phase(sample_rate=sample_rate, expectation="update" if expectations else "off")
+        others = batch * (as_ranks - 1)
+        self.others = torch.randn(others, self.dim, device=device)
+        self.other_labels = torch.randint(self.local_classes, (others,), device=device)
+        optimizer = Optimizer(precision=precision)  # type: ignore[arg-type]
+        config = resolve_ds_config({"zero_optimization": {"stage": stage}}, optimizer=optimizer)
+        self.engine = Engine(
+            module,
+            ds_config=config,
+            micro_batch=batch,
+            accumulation=accumulation,
+            optimizer=optimizer,
+            device=device,
+        )
+        self.batches = self._loaded(data, world) if data else None
+        self.images = torch.randn(batch, 3, self.image_size, self.image_size, device=device)
+        self.labels = torch.randint(self.local_classes, (batch,), device=device)
+
+    def _loaded(self, data: Path, world: worlds.World) -> Any:
+        from lvtrain.data import Loader, ShardDataset
+
+        loader = Loader(
+            ShardDataset(data),
+            seed=0,
+            micro_batch=self.batch,
+            virtual_batches=self.accumulation * world.size,
+            rank=world.rank,
+            size=world.size,
+            device=self.device,
+            image_size=self.image_size,
+        )
+        return iter(loader)
+
+    def __call__(self, clock: Clock | None) -> None:
+        mark = clock.mark if clock else (lambda name: None)
+        labels = torch.cat([self.labels, self.other_labels])
+        self.classifier.begin_step(self.number, labels)
+        mark("choose classes")
+        for micro in range(self.accumulation):
+            images, labels = self.images, self.labels
+            if self.batches:
+                batch = next(self.batches)
+                images, labels = batch.images, batch.labels % self.local_classes
+            mark("data")
+            torch.manual_seed(randomness.torch_seed(0, "model", self.number, micro))
+            embeddings = self.engine(images)
+            mark("forward")
+            gathered = torch.cat([embeddings, self.others]) if len(self.others) else embeddings
+            gathered_labels = torch.cat([labels, self.other_labels]) if len(self.others) else labels
+            loss = self.classifier(gathered, gathered_labels, step=self.number).loss
+            mark("classifier")
+            self.engine.backward(loss)
+            mark("backward")
+        self.engine.step(1e-4)
+        self.engine.sync_batch_statistics()
+        mark("backbone optimizer")
+        self.classifier.end_step(lr=1e-4)
+        mark("row optimizer")
+        self.number += 1
+
+
+class _PeerStep:
+    """arcface_torch's step: its backbone with our weights, PartialFC_V2 as train_v2.py makes it (float32), one AdamW,
+    clipping, loss.item().
+    """
+
+    def __init__(self, path: Path, ours: _Step, classes: int, sample_rate: float) -> None:
+        device = self.device = ours.device
+        like = create_backbone(ours.name)
+        self.module: nn.Module = backbone_benchmark._peer(path, ours.name, like).to(device).train()
+        sys.path.insert(0, str(path))
+        try:
+            from losses import CombinedMarginLoss  # type: ignore[import-not-found]
+            from partial_fc_v2 import PartialFC_V2  # type: ignore[import-not-found]
+        finally:
+            sys.path.remove(str(path))
+        if device.type == "cpu":  # it calls .cuda() on everything
+            torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
+        self.head = PartialFC_V2(CombinedMarginLoss(64, 1.0, 0.0, 0.4), ours.dim, classes, sample_rate, False)
+        self.head = self.head.train().to(device)
+        parameters = [{"params": self.module.parameters()}, {"params": self.head.parameters()}]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1)
+        self.images, self.labels = ours.images, ours.labels
+        self.batch, self.dim = ours.batch, ours.dim
+
+    def __call__(self, clock: Clock | None) -> None:
+        mark = clock.mark if clock else (lambda name: None)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cpu"):
+            embeddings = self.module(self.images)  # on a GPU it switches its own float16 autocast on
+        mark("forward")
+        loss = self.head(embeddings.float(), self.labels.clone())
+        mark("classifier")
+        loss.backward()
+        mark("backward")
+        nn.utils.clip_grad_norm_(self.module.parameters(), 5)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        mark("optimizer")
+        loss.item()
+
+
+_WAITING = {
+    "aten._local_scalar_dense.default",
+    "aten.nonzero.default",
+    "aten.masked_select.default",
+    "aten._unique2.default",
+}
+
+
+class _Waits(TorchDispatchMode):
+    """Counts the operators whose result the host must wait for on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(function) in _WAITING:
+            self.found[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def host_syncs(step: _Step, device: torch.device) -> dict[str, int]:
+    """How often the host waits for the device in one step, by cause. GPU: torch's own sync warnings; CPU: the
+    operators that would.
+    """
+    if device.type == "cpu":
+        with _Waits() as waits:
+            step(None)
+        return dict(waits.found)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step(None)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return dict(Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)))

@@ -1,0 +1,88 @@
+"""Writes a verification set (`.bin`) from a list of pairs and the images it names."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from lvtrain.errors import EXIT_ERROR, UserError
+
+
+def main(
+    pairs: Annotated[Path, typer.Argument(help="text file, a line a pair: IMAGE IMAGE 1|0 (tab or space between)")],
+    images: Annotated[Path, typer.Argument(help="folder the images' paths start from")],
+    out: Annotated[Path, typer.Argument(help=".bin file to write; a sidecar .bin.json is written beside it")],
+    image_size: Annotated[
+        int, typer.Option(help="images of another size are resized and encoded again; 0 keeps every file as it is")
+    ] = 112,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that are encoded again")] = 95,
+    balance_folds: Annotated[
+        bool,
+        typer.Option(
+            help="reorder the pairs into ten folds with equally many positive ones (the order is kept within each kind)"
+        ),
+    ] = False,
+    alignment: Annotated[
+        str,
+        typer.Option(help="how the faces were aligned, for the sidecar; figures of sets aligned differently differ"),
+    ] = "unknown",
+) -> None:
+    """Ten consecutive folds are part of such a set: keep the list's order, or ask for --balance-folds."""
+    from lvtrain.evaluation.bins import balanced_order, check_folds, write_bin
+
+    try:
+        names, issame = read_pairs(pairs)
+        if balance_folds:
+            order = balanced_order(issame)
+            names, issame = [names[i] for i in order], issame[order]
+        check_folds(issame, out)
+        # one image often stands in many pairs: read it once
+        encoded = {name: encode(images / name, image_size, quality) for pair in names for name in pair}
+        write_bin(out, [encoded[name] for pair in names for name in pair], issame, about={"alignment": alignment})
+    except UserError as error:
+        print(f"build_bin: error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_ERROR) from None
+    print(f"{out}: {len(issame)} pairs, {int(issame.sum())} of one person, {len(encoded)} images")
+
+
+def read_pairs(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """Image names of every pair and issame, bool [P]."""
+    if not path.is_file():
+        raise UserError(f"list of pairs {path} does not exist")
+    names, issame = [], []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        columns = line.rstrip("\n").split("\t") if "\t" in line else line.split()
+        if len(columns) != 3 or columns[2].strip() not in ("0", "1"):
+            raise UserError(f"{path}, line {number}: IMAGE IMAGE 1|0 is expected, got {line!r}")
+        names.append((columns[0], columns[1]))
+        issame.append(columns[2].strip() == "1")
+    return names, np.array(issame, dtype=bool)
+
+
+def encode(path: Path, image_size: int, quality: int) -> bytes:
+    """The file's own bytes where it is an image of the right size, or a new JPEG of it."""
+    from PIL import Image
+
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            if image_size == 0 or picture.size == (image_size, image_size):
+                return data
+            resized = picture.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise UserError(f"image {path} cannot be read: {error}") from error
+    buffer = io.BytesIO()
+    resized.save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,156 @@
+"""Find strangers inside identities, one person under two labels, repeated pictures and people of test sets; write a subset manifest.
+
+The model is a matrix of embeddings (.npy, one row a sample id), or a run, weights or .onnx that `lvtrain.interop.load_model` opens. No image is copied
+or deleted: OUT.json is a subset for `data.path`, OUT.report.json the findings, OUT.png examples of each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from lvtrain.data import clean, contact_sheet
+from lvtrain.data.shards import ShardDataset
+from lvtrain.data.subset import write_subset
+from lvtrain.errors import EXIT_ERROR, UserError
+
+_SHOWN = 6
+
+
+def main(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.json", help="subset manifest to write")],
+    embeddings: Annotated[Path, typer.Option(help=".npy of all samples, or a model: run, weights or .onnx")],
+    evaluation: Annotated[list[Path] | None, typer.Option(help="verification set (.bin) whose people must not be trained on")] = None,
+    evaluation_embeddings: Annotated[list[Path] | None, typer.Option(help=".npy of its images, one for each --evaluation")] = None,
+    outlier: Annotated[float | None, typer.Option(help="cosine below which a sample is a stranger; absent: read off the data")] = None,
+    same_person: Annotated[float | None, typer.Option(help="cosine of centres from which two identities are one")] = None,
+    overlap: Annotated[float | None, typer.Option(help="cosine from which a test picture shows a training identity")] = None,
+    merges: Annotated[str, typer.Option(help="what to do with one person under several labels: merge, drop or keep")] = "merge",
+    min_images: Annotated[int, typer.Option(help="identities with fewer images left are dropped")] = 1,
+    batch: int = 128,
+) -> None:
+    try:
+        report = _clean(
+            dataset, out, embeddings, evaluation or [], evaluation_embeddings or [],
+            clean.Limits(outlier=outlier, same_person=same_person, overlap=overlap), merges, min_images, batch,
+        )  # fmt: skip
+    except UserError as error:
+        typer.echo(f"clean_dataset: {error}", err=True)
+        raise typer.Exit(EXIT_ERROR) from None
+    limits = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["limits"].items())
+    typer.echo(f"cosines used: {limits}")
+    for name, count in report["counts"].items():
+        typer.echo(f"  {name.replace('_', ' ')}: {count}")
+    typer.echo(f"{out}: {report['samples_kept']} of {report['samples']} samples, {report['identities_kept']} of {report['identities']} identities")
+
+
+def _clean(
+    folder: Path, out: Path, model: Path, bins: list[Path], bin_embeddings: list[Path], limits: clean.Limits, merges: str, min_images: int, batch: int
+) -> dict[str, Any]:
+    if merges not in ("merge", "drop", "keep"):
+        raise UserError(f"--merges {merges} is unknown; choose merge, drop or keep")
+    if model.suffix == ".npy" and len(bins) != len(bin_embeddings):
+        raise UserError(f"{len(bins)} --evaluation and {len(bin_embeddings)} --evaluation-embeddings; give one .npy for each .bin, or a model")
+    data = ShardDataset(folder)
+    read = _reader(data)
+    labels = data.labels(np.arange(len(data)))
+    embed = None if model.suffix == ".npy" else _model(model, batch)
+    vectors = _load(model) if embed is None else embed(_Samples(read, len(data)))
+    parts = []
+    for number, path in enumerate(bins):
+        from lvtrain.evaluation.bins import read_bin
+
+        images, _ = read_bin(path, strict=False)
+        theirs = _load(bin_embeddings[number]) if embed is None else embed(images)
+        if len(theirs) != len(images):
+            raise UserError(f"{path} has {len(images)} images, its embeddings {len(theirs)} rows; embed this set again")
+        parts.append(clean.EvaluationSet(path.stem, theirs, images.__getitem__))
+    findings = clean.analyse(vectors, labels, read, limits=limits, evaluation=parts)
+    ids, label_of = clean.choose(findings, labels, data.num_classes, same_person=merges, min_images=min_images)
+    if not len(ids):
+        raise UserError("nothing would be left; the embeddings do not belong to this dataset, or the thresholds are too strict")
+    criteria = {"cleaned_with": model.name, "limits": findings.limits, "merges": merges, "min_images": min_images, **findings.counts()}
+    write_subset(out, data, ids, label_of=label_of, criteria=criteria)
+    _picture(findings, data.label_names(), labels, read, {part.name: part.read for part in parts}, out.with_suffix(".png"))
+    report = {
+        "samples": len(data),
+        "samples_kept": len(ids),
+        "identities": data.num_classes,
+        "identities_kept": int(label_of[label_of != clean.DROPPED].max()) + 1,
+        "counts": findings.counts(),
+        **asdict(findings),
+    }
+    out.with_name(out.stem + ".report.json").write_text(json.dumps(report) + "\n")
+    return report
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as .npy ({error}); save a float array [samples, d] with numpy.save") from None
+
+
+def _reader(data: ShardDataset) -> Callable[[int], bytes]:
+    return lambda sample: data.read(sample)[0]
+
+
+class _Samples:
+    """The dataset's encoded images by sample id."""
+
+    def __init__(self, read: Callable[[int], bytes], count: int) -> None:
+        self._read, self._count = read, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, sample: int) -> bytes:
+        return self._read(sample)
+
+
+def _model(path: Path, batch: int) -> Callable[[Any], np.ndarray]:
+    """Embeds encoded images with whatever `load_model` opens, on the GPU if there is one."""
+    import torch
+
+    from lvtrain.evaluation.extract import embed
+    from lvtrain.interop import load_model
+    from lvtrain.world import alone
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(path, device=device)
+    return lambda images: embed(model.forward, images, world=alone(), batch=batch, device=device, image_size=model.image_size)
+
+
+def _picture(
+    findings: clean.Findings, names: list[str], labels: np.ndarray, read: Callable[[int], bytes], sets: dict[str, Callable[[int], bytes]], path: Path
+) -> None:
+    """A row a finding: the picture in question first, then three of its own identity and three of the other."""
+
+    def some(label: int, without: int = -1) -> list[bytes]:
+        return [read(int(sample)) for sample in np.flatnonzero(labels == label)[:4] if sample != without][:3]
+
+    rows: list[tuple[str, list[bytes]]] = []
+    for sample, label, cosine, other, _ in findings.outliers[:_SHOWN]:
+        rows.append((f"stranger {cosine:.2f} in {names[label]}, like {names[other]}", [read(sample), *some(label, sample), *some(other)]))
+    for group, cosine in findings.same_person[:_SHOWN]:
+        rows.append((f"one person {cosine:.2f} {names[group[0]]} and {names[group[1]]}", [*some(group[0]), *some(group[1])]))
+    for first, second, correlation in findings.duplicates[:_SHOWN]:
+        rows.append((f"repeated {correlation:.3f} {names[labels[second]]}", [read(first), read(second)]))
+    for name, image, label, cosine in findings.overlaps[:_SHOWN]:
+        rows.append((f"in {name} {cosine:.2f} {names[label]}", [sets[name](image), *some(label)]))
+    for name, image, sample, correlation in findings.repeated_images[:_SHOWN]:
+        rows.append((f"picture of {name} {correlation:.3f}", [sets[name](image), read(sample)]))
+    if rows:
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in findings.counts().items())
+        contact_sheet.draw(rows, counts, path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Installs lvtrain, editable, into .venv with the pinned versions of constraints.txt.
+#
+#   bash tools/install.sh            everything: training, tools, alignment of photographs, tests
+#   bash tools/install.sh --train    what training needs, nothing else
+#   bash tools/install.sh --latest   without pins: the newest versions pyproject.toml allows
+#
+# PYTHON=python3.12 chooses the interpreter. Done already and nothing changed: returns at once.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+what=".[tools,align,test]" pins=(--constraint constraints.txt)
+for option in "$@"; do
+    case $option in
+        --train) what="." ;;
+        --latest) pins=() ;;
+        *) echo "install.sh: unknown option $option (known: --train, --latest)" >&2; exit 2 ;;
+    esac
+done
+
+stamp=.venv/.installed
+wanted=$(cat pyproject.toml constraints.txt | cksum)" $what ${pins[*]:-}"
+if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    exit 0
+fi
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "install.sh: lvtrain needs Python 3.11 or newer, $python is $("$python" -V 2>&1); set PYTHON=..." >&2; exit 2; }
+if [ ! -x .venv/bin/python ]; then
+    "$python" -m venv .venv ||
+        { echo "install.sh: cannot make .venv; on Debian: apt-get install python3-venv" >&2; exit 2; }
+fi
+
+# uv installs several times faster than pip; where it cannot be had, pip does the same
+uv=$(command -v uv || true)
+if [ -z "$uv" ]; then
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip --upgrade >/dev/null
+    .venv/bin/python -m pip install --quiet uv && uv=.venv/bin/uv
+fi
+echo "install.sh: installing $what into .venv"
+if [ -z "$uv" ] || ! "$uv" pip install --quiet --python .venv/bin/python "${pins[@]}" --editable "$what"; then
+    .venv/bin/python -m pip install --quiet "${pins[@]}" --editable "$what"
+fi
+echo "$wanted" >"$stamp"

@@ -1,0 +1,74 @@
+"""Writes a subset of a dataset as a manifest (no image is copied); use it as data.path.
+
+python tools/make_subset.py DATASET OUT.json --fraction 0.1 --shots 4 --seed 1
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lvtrain.data.shards import ShardDataset
+from lvtrain.data.subset import choose, write_subset
+from lvtrain.errors import EXIT_ERROR, UserError
+
+
+def main(
+    dataset: Annotated[Path, typer.Argument(help="dataset folder")],
+    out: Annotated[Path, typer.Argument(help="manifest to write, NAME.json")],
+    fraction: Annotated[float, typer.Option(help="share of the identities")] = 1.0,
+    shots: Annotated[int | None, typer.Option(help="at most so many images an identity")] = None,
+    min_images: Annotated[int, typer.Option(help="leave out identities with fewer")] = 1,
+    identities: Annotated[Path | None, typer.Option(help="file of identity names, one a line, to keep to")] = None,
+    without_identities: Annotated[Path | None, typer.Option(help="file of identity names to leave out")] = None,
+    without_samples: Annotated[Path | None, typer.Option(help="file of sample ids to leave out")] = None,
+    seed: Annotated[int, typer.Option(help="with one seed smaller subsets lie inside larger ones")] = 0,
+) -> None:
+    try:
+        whole = ShardDataset(dataset)
+        ids = choose(
+            whole,
+            fraction=fraction,
+            shots=shots,
+            min_images=min_images,
+            identities=_lines(identities),
+            without_identities=_lines(without_identities) or (),
+            without_samples=[int(line) for line in _lines(without_samples) or ()],
+            seed=seed,
+        )
+        criteria = {
+            "fraction": fraction,
+            "shots": shots,
+            "min_images": min_images,
+            **{
+                name: str(path)
+                for name, path in [
+                    ("identities", identities),
+                    ("without_identities", without_identities),
+                    ("without_samples", without_samples),
+                ]
+                if path
+            },
+        }
+        write_subset(out, whole, ids, criteria=criteria, seed=seed)
+        subset = ShardDataset(out)
+        typer.echo(f"{out}: {len(subset)} images of {subset.num_classes} identities, fingerprint {subset.fingerprint}")
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_ERROR)
+
+
+def _lines(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        return [line for line in path.read_text().splitlines() if line]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; correct the path of the list") from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,83 @@
+"""Bring a face dataset in: SRC (image folders, WebFace, RecordIO, Parquet, tars) to WebDataset shards with an index in OUT.
+
+Killed, it goes on where it was when started again with the same options. JPEGs are passed through byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lvtrain.data.importers import KINDS, POLICIES, PackOptions, Policies, pack
+from lvtrain.errors import EXIT_ERROR, UserError
+
+
+def _policy(kind: str) -> Any:
+    text, allowed = POLICIES[kind]
+    return typer.Option(help=f"{text} ({'|'.join(allowed)})", rich_help_panel="Policies")
+
+
+def main(
+    source: Annotated[Path, typer.Argument(metavar="SRC")],
+    out: Annotated[Path, typer.Argument(metavar="OUT")],
+    kind: Annotated[str, typer.Option(help=" | ".join(KINDS))],
+    workers: Annotated[int, typer.Option(help="processes; the result does not depend on it")] = os.cpu_count() or 1,
+    seed: Annotated[int, typer.Option(help="of the shuffle")] = 0,
+    shuffle: Annotated[bool, typer.Option(help="write in random order, so that shards are not sorted by identity")] = True,
+    samples_per_shard: int = 8192,
+    size: Annotated[int, typer.Option(help="pixels of a side; 0 takes images as they are")] = 112,
+    quality: Annotated[int, typer.Option(help="JPEG quality of what must be encoded: PNG, WebP, fixes, alignment")] = 95,
+    label_order: Annotated[str, typer.Option(help="natural (id2 before id10) or lexicographic")] = "natural",
+    align: Annotated[bool, typer.Option("--align", help="raw photographs: find the largest face and align it")] = False,
+    licence: Annotated[str, typer.Option(help="terms of the images; carried into checkpoints and model cards")] = "unknown",
+    image_column: Annotated[str, typer.Option(help="parquet")] = "image",
+    label_column: Annotated[str, typer.Option(help="parquet")] = "label",
+    wrong_size: Annotated[str, _policy("wrong_size")] = "fix",
+    undecodable: Annotated[str, _policy("undecodable")] = "skip",
+    grey: Annotated[str, _policy("grey")] = "keep",
+    empty_identity: Annotated[str, _policy("empty_identity")] = "skip",
+    duplicate: Annotated[str, _policy("duplicate")] = "keep",
+    label_gap: Annotated[str, _policy("label_gap")] = "fix",
+    no_face: Annotated[str, _policy("no_face")] = "skip",
+) -> None:
+    try:
+        options = PackOptions(
+            kind=kind, seed=seed, shuffle=shuffle, samples_per_shard=samples_per_shard, size=size or None, quality=quality,
+            label_order=label_order, align=align, licence=licence, image_column=image_column, label_column=label_column,
+            policies=Policies(wrong_size, undecodable, grey, empty_identity, duplicate, label_gap, no_face),
+        )  # fmt: skip
+        columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as bar:
+            tasks: dict[str, Any] = {}
+
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage, total=total or None)
+                bar.update(tasks[stage], completed=done)
+
+            report = pack(source, out, options, workers=workers, progress=show)
+    except UserError as error:
+        typer.echo(f"pack_dataset: {error}", err=True)
+        raise typer.Exit(EXIT_ERROR) from None
+    _summary(report, out)
+
+
+def _summary(report: dict[str, Any], out: Path) -> None:
+    typer.echo(
+        f"{out}: {report['identities']} identities, {report['images_written']} images in {report['shards']} shards, {report['bytes'] / 1e6:.1f} MB; "
+        f"{report['images_untouched']} passed through, {report['images_encoded']} encoded, {report['images_skipped']} skipped"
+    )
+    for name, trouble in report["troubles"].items():
+        if trouble["count"]:
+            typer.echo(f"  {name}: {trouble['count']} ({trouble['policy']}), first: {trouble['list'][0]}")
+    for reason, count in report["ignored"].items():
+        typer.echo(f"  ignored: {count} x {reason}")
+    typer.echo(f"  {report['contact_sheet']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

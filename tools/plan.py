@@ -1,0 +1,57 @@
+"""What a recipe needs on so many GPUs: memory a rank, time a step, bytes on the wire, hours an epoch. No GPU, no data.
+
+    python tools/plan.py lvtrain/recipes/pco_vitl_webface42m.yaml --gpus 64 --ds-config ds_configs/zero1.json
+
+Times are a roofline with stated efficiencies (lvtrain/planning/timing.py), not measurements.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lvtrain import recipe as recipes
+from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.planning import H200, plan_phases
+
+
+def main(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value changes to the recipe")] = None,
+    gpus: Annotated[int, typer.Option(help="ranks")] = 8,
+    ds_config: Annotated[Path | None, typer.Option(help="DeepSpeed JSON; ZeRO-1 when absent")] = None,
+    matmul: Annotated[float, typer.Option(help="bfloat16 matmul rate of the GPU, Tflop/s (tools/benchmark.py)")] = 790,
+    memory: Annotated[float, typer.Option(help="memory of the GPU, GB")] = 149,
+    link: Annotated[float, typer.Option(help="network between nodes, GB/s a GPU")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    try:
+        loaded = recipes.load(recipe, overrides or [])
+        try:
+            zero = json.loads(ds_config.read_text()).get("zero_optimization", {}) if ds_config else {"stage": 1}
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"DeepSpeed config {ds_config} cannot be read: {error}") from error
+        default = (matmul, memory, link) == (790, 149, 50)
+        name = "H200" if default else "GPU"
+        device = replace(H200, name=name, matmul=matmul * 1e12, memory=memory * 1e9, link=link * 1e9)
+        plans = plan_phases(loaded, ranks=gpus, zero=zero, device=device)
+    except UserError as error:
+        typer.echo(f"plan: error: {error}", err=True)
+        raise typer.Exit(EXIT_ERROR) from error
+    if as_json:
+        typer.echo(json.dumps({phase: found.as_dict() for phase, found in plans.items()}, indent=1))
+        return
+    for phase, found in plans.items():
+        typer.echo(f"phase {phase}: {found.table()}")
+        if loaded.data.num_samples:
+            hours = loaded.data.num_samples / (found.images_per_second * gpus) / 3600
+            typer.echo(f"\nan epoch of {loaded.data.num_samples:,} images takes {hours:.2f} h at this rate")
+        typer.echo("")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,69 @@
+"""RecordIO for others: `write DATASET OUT.rec` (insightface's arrangement), `filter TRAIN.rec OUT.idx` (a choice of records, for DALI)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from lvtrain.data.recordio_export import filter_index, write_recordio
+from lvtrain.data.shards import ShardDataset
+from lvtrain.errors import EXIT_ERROR, UserError
+
+app = typer.Typer(help=__doc__, add_completion=False)
+
+
+@app.command()
+def write(
+    dataset: Annotated[Path, typer.Argument(help="dataset folder or subset manifest")],
+    out: Annotated[Path, typer.Argument(help="OUT.rec; OUT.idx and property are written beside it")],
+) -> None:
+    """Write a dataset or subset as train.rec, train.idx and property."""
+    try:
+        opened = ShardDataset(dataset)
+        with Progress() as bar:
+            task = bar.add_task("images", total=len(opened))
+            count = write_recordio(opened, out, progress=lambda done, _: bar.update(task, completed=done))
+    except UserError as error:
+        _fail(error)
+    typer.echo(f"{out}: {count} images of {opened.num_classes} identities")
+
+
+@app.command("filter")
+def filter_(
+    rec: Annotated[Path, typer.Argument(help="existing .rec; it is not changed")],
+    out: Annotated[Path, typer.Argument(help="OUT.idx")],
+    identities: Annotated[Path | None, typer.Option(help="file of labels to keep to, one a line")] = None,
+    without_keys: Annotated[Path | None, typer.Option(help="file of record keys to leave out, one a line")] = None,
+    min_images: Annotated[int, typer.Option(help="leave out identities with fewer")] = 1,
+    shots: Annotated[int | None, typer.Option(help="at most so many images an identity")] = None,
+    seed: int = 0,
+) -> None:
+    """Write an .idx of some image records beside an untouched .rec."""
+    try:
+        images, people = filter_index(
+            rec, out, identities=_numbers(identities), min_images=min_images, shots=shots, without_keys=_numbers(without_keys) or (), seed=seed
+        )
+    except UserError as error:
+        _fail(error)
+    typer.echo(f"{out}: {images} images of {people} identities; read it with fn.readers.mxnet(path=[{str(rec)!r}], index_path=[{str(out)!r}])")
+
+
+def _numbers(path: Path | None) -> list[int] | None:
+    if path is None:
+        return None
+    try:
+        return [int(line) for line in path.read_text().split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} must hold one whole number a line ({error})") from None
+
+
+def _fail(error: UserError) -> None:
+    typer.echo(f"recordio: {error}", err=True)
+    raise typer.Exit(EXIT_ERROR) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,26 @@
+"""Writes the report of a run as one self-contained HTML file: `python tools/report.py runs/NAME [-o report.html]`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.report import write_report
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="run folder, as a training leaves it (runs/NAME)")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="where to write; RUN/report.html by default")] = None,
+) -> None:
+    """Writes loss, cosine, throughput, verification and events of a run as one HTML file that fetches nothing."""
+    try:
+        print(write_report(run, out))
+    except UserError as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_ERROR) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

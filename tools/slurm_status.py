@@ -1,0 +1,49 @@
+"""Where a Slurm chain stands: python tools/slurm_status.py runs/NAME [--json]"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.launch.slurm import Slurm
+from lvtrain.launch.status import chain_status
+
+COLOURS = {"done": "green", "running": "cyan", "queued": "yellow", "stopped": "red", "lost": "red"}
+
+
+def main(run: Path, as_json: bool = typer.Option(False, "--json", help="for programs")) -> None:
+    """One line a phase, then why the chain stopped, if it did, and what to do about it."""
+    try:
+        status = chain_status(run, Slurm())
+    except UserError as error:
+        print(f"lvtrain: error: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_ERROR) from error
+    if as_json:
+        print(json.dumps(asdict(status), indent=2))
+        return
+    site = status.chain.site
+    title = f"{status.chain.run_folder}: {site.nodes} nodes x {site.tasks} tasks, {site.chain}, checkpoint of step {status.step}"
+    table = Table()
+    for name in ("phase", "state", "attempts", "steps", "jobs", "note"):
+        table.add_column(name, overflow="fold")
+    for phase in status.phases:
+        attempts = f"{phase.attempts}" + (f" ({phase.fruitless} without progress)" if phase.fruitless > 1 else "")
+        colour = COLOURS.get(phase.state, "white")
+        table.add_row(phase.phase, f"[{colour}]{phase.state}[/]", attempts, phase.steps, phase.jobs, phase.note)
+    console = Console(highlight=False)
+    console.print(title, markup=False, soft_wrap=True)
+    console.print(table)
+    for label, text in (("stopped", status.stopped), ("ranks", status.heartbeat), ("next", status.advice)):
+        if text:
+            console.print(f"{label}: {text}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

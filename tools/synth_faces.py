@@ -1,0 +1,53 @@
+"""Make generated identities: OUT/train (shards to train on), OUT/heldout (unseen people) and OUT/heldout.bin (their verification pairs)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lvtrain.data.synthetic import heldout_pairs, write_faces
+from lvtrain.errors import EXIT_ERROR, UserError
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    identities: Annotated[int, typer.Option(help="people to train on")] = 500,
+    images: Annotated[int, typer.Option(help="pictures a person")] = 16,
+    heldout: Annotated[int, typer.Option(help="unseen people")] = 60,
+    pairs: Annotated[int, typer.Option(help="verification pairs, a multiple of 20")] = 3000,
+    seed: int = 0,
+    difficulty: Annotated[str, typer.Option(help="normal or hard")] = "normal",
+    workers: Annotated[int, typer.Option(help="processes; the bytes do not depend on it")] = 2,
+) -> None:
+    # imported here, because every worker process imports this file and needs no torch
+    from lvtrain.evaluation.bins import write_bin
+
+    start = time.perf_counter()
+    try:
+        chosen, same = heldout_pairs(heldout, images, pairs, seed)
+        columns = (TextColumn("faces"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as bar:
+            task = bar.add_task("faces", total=(identities + heldout) * images)
+            written = write_faces(
+                out, identities=identities, images=images, heldout=heldout, seed=seed, difficulty=difficulty, workers=workers,
+                progress=lambda done, _: bar.update(task, completed=done),
+            )  # fmt: skip
+        flat = [written.heldout_images[person][image] for person, image in chosen.reshape(-1, 2).tolist()]
+        write_bin(out / "heldout.bin", flat, same, about={"kind": "generated faces", "seed": seed, "difficulty": difficulty})
+    except UserError as error:
+        typer.echo(f"synth_faces: {error}", err=True)
+        raise typer.Exit(EXIT_ERROR) from None
+    seconds = time.perf_counter() - start
+    total = written.train.samples + written.heldout.samples
+    typer.echo(
+        f"{written.train.num_classes} identities, {written.train.samples} images in {out / 'train'}; "
+        f"{written.heldout.num_classes} unseen, {pairs} pairs in {out / 'heldout.bin'}; {total / seconds:.0f} images/s"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Installs what is missing and runs the tests; arguments go to pytest.
+#
+#   bash tools/test.sh                    everything that runs on this machine in minutes
+#   bash tools/test.sh -m slow            the longer proofs
+#   bash tools/test.sh tests/test_slurm_sandbox.py -k requeue
+#
+# The last lines name each skipped test with its reason; pytest's own count closes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash tools/install.sh
+
+# Two cores are shared by up to four ranks: one thread each is faster, and sums do not depend on the machine.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# deepspeed and ninja are found by name
+export PATH="$PWD/.venv/bin:$PATH"
+
+exec .venv/bin/python -m pytest "$@"
