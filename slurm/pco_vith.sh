@@ -1,0 +1,19 @@
+#!/bin/bash
+#SBATCH --job-name=pco_vith-submit
+#SBATCH --ntasks=1
+#SBATCH --time=00:10:00
+#SBATCH --output=%x-%j.log
+# ViT-H on WebFace42M, PCO's phases: 8 nodes of 8 GPUs; any divisor of 64 GPUs runs the same batches.
+#
+#   sbatch slurm/pco_vith.sh [section.key=value ...]      or, on a login node: bash slurm/pco_vith.sh [section.key=value ...]
+#
+# This job only submits the chain, one resumable job a phase. Run again after an interruption: it goes on where it was.
+# Partition, account, GPUs a node, time, paths: slurm/site.env, see site.env.example and README.md.
+set -euo pipefail
+here=$(dirname "$(realpath "$0")")
+# sbatch runs a copy of this file; the job's record says where the original lies
+[ -f "$here/common.sh" ] || here=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed 's/.* Command=\([^ ]*\).*/\1/' | xargs dirname)
+. "$here/common.sh"
+
+export LVTRAIN_NODES=${LVTRAIN_NODES:-8}
+chain lvtrain/recipes/pco_vith_webface42m.yaml ds_configs/zero1.json "$@"

@@ -1,0 +1,22 @@
+#!/bin/bash
+#SBATCH --job-name=quickstart-submit
+#SBATCH --ntasks=1
+#SBATCH --time=00:10:00
+#SBATCH --output=%x-%j.log
+# The quick start as a chain: generated identities, 2 nodes x 1 task, no GPU needed.
+#
+#   sbatch slurm/quickstart.sh [section.key=value ...]      or, on a login node: bash slurm/quickstart.sh [section.key=value ...]
+#
+# This job only submits the chain, one resumable job a phase. Run again after an interruption: it goes on where it was.
+# Partition, account, GPUs a node, time, paths: slurm/site.env, see site.env.example and README.md.
+set -euo pipefail
+here=$(dirname "$(realpath "$0")")
+# sbatch runs a copy of this file; the job's record says where the original lies
+[ -f "$here/common.sh" ] || here=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed 's/.* Command=\([^ ]*\).*/\1/' | xargs dirname)
+. "$here/common.sh"
+
+if [[ " $* " != *" data.path="* ]] && [ ! -f data/quickstart/heldout.bin ]; then
+    .venv/bin/python tools/synth_faces.py data/quickstart --identities 500 --images 24 --heldout 60 --pairs 3000 --seed 0
+fi
+export LVTRAIN_NODES=${LVTRAIN_NODES:-2} LVTRAIN_GPUS_PER_NODE=${LVTRAIN_GPUS_PER_NODE:-0} LVTRAIN_TIME=${LVTRAIN_TIME:-00:30:00}
+chain lvtrain/recipes/quickstart.yaml ds_configs/zero2.json "$@"

@@ -1,0 +1,19 @@
+#!/bin/bash
+#SBATCH --job-name=recipe-submit
+#SBATCH --ntasks=1
+#SBATCH --time=00:10:00
+#SBATCH --output=%x-%j.log
+# Any recipe as a chain: sbatch slurm/recipe.sh RECIPE.yaml DS_CONFIG.json [section.key=value ...]
+#
+#   sbatch slurm/recipe.sh [section.key=value ...]      or, on a login node: bash slurm/recipe.sh [section.key=value ...]
+#
+# This job only submits the chain, one resumable job a phase. Run again after an interruption: it goes on where it was.
+# Partition, account, GPUs a node, time, paths: slurm/site.env, see site.env.example and README.md.
+set -euo pipefail
+here=$(dirname "$(realpath "$0")")
+# sbatch runs a copy of this file; the job's record says where the original lies
+[ -f "$here/common.sh" ] || here=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed 's/.* Command=\([^ ]*\).*/\1/' | xargs dirname)
+. "$here/common.sh"
+
+[ $# -ge 2 ] || { echo "usage: sbatch slurm/recipe.sh RECIPE.yaml DS_CONFIG.json [section.key=value ...]" >&2; exit 2; }
+chain "$@"
