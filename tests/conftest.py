@@ -1,0 +1,49 @@
+"""Shared fixtures: small generated data, made once a session, and what this machine lacks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/dev/nvidia0").exists():
+    # read when a Triton kernel is defined, so before anything imports one
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """GPU tests skip with a reason where there is no GPU; slow ones run only when asked for by marker."""
+    import torch
+
+    asked = config.getoption("-m")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine (run on one: pytest -m gpu)"))
+        if "slow" in item.keywords and "slow" not in asked:
+            item.add_marker(pytest.mark.skip(reason="longer proof (run: pytest -m slow)"))
+
+
+@pytest.fixture(scope="session")
+def tiny_faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 generated identities x 10 images (`train/`), and 200 pairs of 12 unseen ones (`heldout.bin`)."""
+    folder = tmp_path_factory.mktemp("faces")
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "synth_faces.py"),
+        str(folder),
+        "--identities",
+        "24",
+        "--images",
+        "10",
+        "--heldout",
+        "12",
+        "--pairs",
+        "200",
+    ]
+    subprocess.run([*command, "--seed", "1"], check=True, capture_output=True, cwd=ROOT)
+    return folder

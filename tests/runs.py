@@ -1,0 +1,138 @@
+"""Starts the real front door, `lvtrain/main.py`, on a small recipe, as a user would: one process a rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.conftest import ROOT
+
+# 240 images, global batch 16 = 4 virtual micro-batches of 4: an epoch is 15 steps, the phases are entered by length
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 5,
+    "data": {"block": 8, "augmentation": "flip"},
+    "backbone": {
+        "name": "vit_nano",
+        "embedding_dim": 32,
+        "overrides": {"dim": 32, "depth": 2, "heads": 2, "drop_path": 0.1},
+    },
+    "method": {"name": "pco", "window": 2},
+    "phases": [
+        {
+            "name": "alignment",
+            "global_batch": 16,
+            "virtual_batches": 4,
+            "sample_rate": 0.4,
+            "end": {"at_most": "4 steps"},
+        },
+        {
+            "name": "stabilisation",
+            "global_batch": 16,
+            "virtual_batches": 4,
+            "sample_rate": 0.4,
+            "expectation": "update",
+            "end": {"at_most": "4 steps"},
+        },
+        {"name": "refinement", "global_batch": 16, "virtual_batches": 4, "expectation": "frozen"},
+    ],
+    "optimizer": {"lr": 1e-3, "precision": "float32"},
+    "schedule": {"total": "12 steps", "warmup": "2 steps"},
+    "checkpoint": {"every": "3 steps"},
+    "logging": {"every": 1, "tensorboard": False},
+}
+
+
+def recipe_file(folder: Path, data: Path, /, **changes: Any) -> Path:
+    """The tiny recipe with top-level sections replaced or merged (dicts merge one level deep), written to `folder/recipe.yaml`."""
+    recipe = json.loads(json.dumps(TINY))
+    recipe["runs"] = str(folder / "runs")
+    recipe["data"]["path"] = str(data)
+    for name, value in changes.items():
+        # a method's section is replaced whole: another method has other keys
+        merge = isinstance(value, dict) and isinstance(recipe.get(name), dict) and name != "method"
+        recipe[name] = {**recipe[name], **value} if merge else value
+    path = folder / "recipe.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def start(
+    recipe: Path, *arguments: str, ranks: int = 1, zero: int = 2, environment: dict[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """One process a rank, as torchrun and srun start them; output goes to `recipe`'s folder, `rank_N.log`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "lvtrain/main.py",
+        "--recipe",
+        str(recipe),
+        "--ds_config",
+        f"ds_configs/zero{zero}.json",
+        *arguments,
+    ]
+    processes = []
+    for rank in range(ranks):
+        variables = {
+            "RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_RANK": rank,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": 1,
+        }
+        log = open(recipe.parent / f"rank_{rank}.log", "a")  # noqa: SIM115
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    **{k: str(v) for k, v in variables.items()},
+                    "DS_ACCELERATOR": "cpu",
+                    **(environment or {}),
+                },
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return processes
+
+
+def run(
+    recipe: Path,
+    *arguments: str,
+    ranks: int = 1,
+    zero: int = 2,
+    environment: dict[str, str] | None = None,
+    timeout: float = 300,
+) -> int:
+    """Runs to the end; the exit status of rank 0, all ranks agreeing on it."""
+    processes = start(recipe, *arguments, ranks=ranks, zero=zero, environment=environment)
+    codes = [process.wait(timeout) for process in processes]
+    assert len(set(codes)) == 1, f"ranks ended differently: {codes}\n{output(recipe)}"
+    return codes[0]
+
+
+def output(recipe: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(recipe.parent.glob("rank_*.log")))
+
+
+def metrics(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(run_folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run_folder / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if kind is None or row["event"] == kind]

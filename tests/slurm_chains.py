@@ -1,0 +1,132 @@
+"""A Slurm of our own on loopback for the tests, and chains in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+
+
+@contextmanager
+def sandbox(folder: Path) -> Iterator[dict[str, str]]:
+    """Yields the environment in which sbatch, squeue and so on talk to it; skips, with the reason, where it cannot run."""
+    missing = [
+        program for program in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(program, path=PATH)
+    ]
+    if missing:
+        pytest.skip(f"no Slurm here: {', '.join(missing)} missing (apt-get install slurm-wlm munge)")
+    if os.geteuid() != 0:
+        pytest.skip("the Slurm sandbox is only tried as root")
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "LVTRAIN"))
+    }
+    environment.update(LVTRAIN_SANDBOX=str(folder), PATH=PATH)
+    script = ["bash", str(ROOT / "tools" / "slurm_sandbox.sh")]
+    up = subprocess.run([*script, "up"], env=environment, capture_output=True, text=True)
+    assert up.returncode == 0, up.stderr
+    environment["SLURM_CONF"] = up.stdout.strip().partition("=")[2]
+    try:
+        yield environment
+    finally:
+        subprocess.run([*script, "down"], env=environment, capture_output=True)
+        assert not folder.exists()
+
+
+class ChainRun:
+    """A submitted chain, watched through its run folder and Slurm's commands."""
+
+    def __init__(self, environment: dict[str, str], run_folder: Path) -> None:
+        self.environment, self.run_folder = environment, run_folder
+        self.name = f"lvtrain-{run_folder.name}"
+
+    def command(self, *words: str) -> str:
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def ledger(self, event: str | None = None) -> list[dict[str, Any]]:
+        path = self.run_folder / "slurm" / "attempts.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [record for record in records if event in (None, record["event"])]
+
+    def queue(self) -> list[list[str]]:
+        return [
+            line.split()
+            for line in self.command("squeue", "--noheader", f"--name={self.name}", "--format=%i %T").splitlines()
+        ]
+
+    def step(self) -> int:
+        found = self.run_folder.glob("checkpoints/step_*/manifest.json")
+        return max((int(path.parent.name.removeprefix("step_")) for path in found), default=0)
+
+    def running_job(self, phase: str, *, past_step: int) -> int:
+        """Waits until the phase runs and has committed a checkpoint past this step; returns its job."""
+
+        def found() -> bool:
+            starts = [record for record in self.ledger("start") if record["phase"] == phase]
+            running = {job for job, state in self.queue() if state == "RUNNING"}
+            return bool(starts) and str(starts[-1]["job"]) in running and self.step() > past_step
+
+        self.wait(found, f"phase {phase} past step {past_step}")
+        return int([record for record in self.ledger("start") if record["phase"] == phase][-1]["job"])
+
+    def shorten(self, job: int) -> None:
+        """A time limit of one minute from the job's start, the shortest there is; Slurm looks at it twice a minute."""
+        self.command("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 900) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"{self.name}: waited {seconds} s in vain for {what}\n{self.story()}"
+            time.sleep(0.2)
+
+    def wait_until_over(self, seconds: float = 900) -> None:
+        self.wait(lambda: bool(self.ledger()) and not self.queue(), "the end of the chain", seconds)
+
+    def story(self) -> str:
+        logs = [f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.run_folder.glob("slurm/*.log"))]
+        return "\n".join([*map(json.dumps, self.ledger()), str(self.queue()), *logs])
+
+
+SMALL = {"nodes": "2", "gpus_per_node": "0", "time": "10", "signal_seconds": "20", "hold_seconds": "1"}
+
+
+def submit(environment: dict[str, str], recipe: Path, run_folder: Path, *words: str, **settings: str) -> ChainRun:
+    """Submits a chain of the trainer in miniature over 2 nodes x 1 task, from "a login node".
+
+    Settings in small letters are LVTRAIN_ variables, others are variables as they stand.
+    """
+    chain = ChainRun(with_settings(environment, settings), run_folder)
+    module = [sys.executable, "-m", "lvtrain.launch", "submit", "--main", "tests/slurm_standin.py"]
+    chain.command(*module, "--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json", *words)
+    return chain
+
+
+def with_settings(environment: dict[str, str], settings: dict[str, str]) -> dict[str, str]:
+    python = {"python": sys.executable, "launch_python": sys.executable}
+    variables = {
+        f"LVTRAIN_{name.upper()}": value for name, value in {**SMALL, **python, **settings}.items() if name.islower()
+    }
+    return {**environment, **variables, **{name: value for name, value in settings.items() if name.isupper()}}
+
+
+def sbatch_quickstart(environment: dict[str, str], run_folder: Path, overrides: list[str], **settings: str) -> ChainRun:
+    """`sbatch slurm/quickstart.sh`, as a user would; the small job it starts submits the chain."""
+    chain = ChainRun(with_settings(environment, settings), run_folder)
+    words = [f"name={run_folder.name}", f"runs={run_folder.parent}", *overrides]
+    log = run_folder.parent / f"{run_folder.name}-submit.log"
+    job = chain.command("sbatch", "--parsable", f"--output={log}", "slurm/quickstart.sh", *words).strip()
+    chain.wait(lambda: bool(chain.ledger("submit")), f"job {job} to submit the chain: {log}")
+    return chain

@@ -1,0 +1,115 @@
+"""Backbones under DeepSpeed, torch.compile and ONNX; operators the host would have to wait for."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lvtrain.backbones import create_backbone
+from tests.ranks import run_ranks
+
+SMALL: dict[str, Any] = {"depth": 2, "dim": 64, "heads": 2, "drop_path": 0.2, "mask_ratio": 0.3, "embedding_dim": 16}
+
+
+class Waits(TorchDispatchMode):
+    """Counts operators whose result's size or value the host needs: on a GPU each is a synchronisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        if name.split(".")[1] in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"):
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("vit_nano", SMALL), ("part_fvit_tiny", {"depth": 1}), ("iresnet18", {"image_size": 32})],
+)
+@pytest.mark.parametrize("mode", ["none", "block"])
+def test_forward_and_backward_never_wait_for_the_device(name: str, overrides: dict[str, Any], mode: str) -> None:
+    backbone = create_backbone(name, checkpoint_blocks=mode, **overrides).train()
+    images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
+    with Waits() as waits, torch.autocast("cpu", torch.bfloat16):
+        backbone(images).square().mean().backward()
+    assert not waits.found
+
+
+def _zero_losses(rank: int, world_size: int, stage: int, mode: str) -> list[float]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.manual_seed(0)
+    backbone = create_backbone("vit_nano", checkpoint_blocks=mode, **SMALL)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in backbone.parameters() if parameter.requires_grad], lr=1e-3
+    )
+    engine, *_ = deepspeed.initialize(model=backbone, optimizer=optimizer, config=config)
+    losses = []
+    for step in range(3):
+        torch.manual_seed(100 + 10 * step + rank)
+        loss = (engine(torch.randn(4, 3, 112, 112)) ** 3).mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    with torch.no_grad():  # weights are whole inside the module's own call, for `tokens` too
+        assert engine.module.tokens(torch.randn(4, 3, 112, 112))[0].shape == (4, 49, 64)
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "activation", "block"])
+def test_losses_are_the_same_under_zero_1_and_3(mode: str) -> None:
+    """Two ranks, parameters really partitioned (no persistence threshold), with and without recomputation."""
+    first = run_ranks(2, _zero_losses, 1, "none")
+    third = run_ranks(2, _zero_losses, 3, mode)
+    for ours, theirs in zip(first, third):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_is_eager_to_rounding() -> None:
+    torch.manual_seed(0)
+    eager = create_backbone("vit_nano", **{**SMALL, "drop_path": 0.0, "mask_ratio": 0.0})
+    compiled = create_backbone("vit_nano", compile=True, **{**SMALL, "drop_path": 0.0, "mask_ratio": 0.0})
+    compiled.load_state_dict(eager.state_dict())  # compile changes no parameter's name
+    images = torch.randn(4, 3, 112, 112)
+    a, b = eager(images), compiled(images)
+    assert torch.allclose(a, b, atol=1e-4)
+    a.square().mean().backward(), b.square().mean().backward()
+    for one, other in zip(eager.parameters(), compiled.parameters()):
+        if one.grad is not None:
+            assert torch.allclose(one.grad, other.grad, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_nano", "iresnet18", "part_fvit_tiny"])
+def test_exports_to_onnx_with_a_free_batch(name: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    overrides: dict[str, Any] = {} if name == "iresnet18" else {"depth": 1}
+    backbone = create_backbone(name, **overrides).eval()
+    batch = torch.export.Dim("batch", min=1)
+    images = torch.randn(2, 3, 112, 112)
+    program = torch.onnx.export(backbone, (images,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["data"])
+    path = tmp_path / "model.onnx"
+    program.save(str(path))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        images = torch.randn(count, 3, 112, 112)
+        (found,) = session.run(None, {"data": images.numpy()})
+        assert torch.allclose(torch.from_numpy(found), backbone(images), atol=1e-4)

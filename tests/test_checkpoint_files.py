@@ -1,0 +1,250 @@
+"""The checkpoint's files against the safetensors library and hashlib, and what makes a checkpoint refused, put aside or passed over."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lvtrain.errors import UserError
+from lvtrain.state import Replicated, Rows, State
+from lvtrain.training import checkpoint_files as files
+from lvtrain.training.checkpoint import Checkpoints, open_weights
+from lvtrain.world import World
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def open_checkpoints(folder: Path, **changes: Any) -> Checkpoints:
+    return Checkpoints(folder, ALONE, **({"run_id": "run", "fingerprint": "faces"} | changes))
+
+
+def state_of(step: int, classes: int = 11) -> State:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "backbone.param.w": Replicated(torch.randn(5, 3, generator=generator)),
+        "backbone.buffer.count": Replicated(torch.tensor(step)),
+        "classifier.weight": Rows(torch.randn(classes, 4, generator=generator), 0, classes),
+    }
+
+
+def saved(folder: Path, *steps: int) -> Path:
+    """A run folder with checkpoints of these steps."""
+    with open_checkpoints(folder, keep_last=9) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, step * 16, "one", state_of(step), {"step": step})
+        checkpoints.wait()
+    return folder
+
+
+def newest_step(folder: Path, **changes: Any) -> int | None:
+    with open_checkpoints(folder, **changes) as checkpoints:
+        found = checkpoints.newest()
+        if found is None:
+            return None
+        reader = checkpoints.load(found)
+        for name, value in state_of(found.step).items():
+            whole = reader.rows(name, 0, 11) if isinstance(value, Rows) else reader.replicated(name)
+            assert torch.equal(whole, value.tensor)
+        reader.finish()
+        assert found.meta == {"step": found.step} and found.samples_seen == 16 * found.step
+        return found.step
+
+
+def test_tensor_files_are_safetensors_and_hashed_as_written(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(7, 3),
+        "b.bf16": torch.randn(5).bfloat16(),
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "empty": torch.empty(0, 4),
+        "flags": torch.tensor([True, False, True]),
+        "half": torch.randn(2, 2, 2).half(),
+        "double": torch.randn(3, dtype=torch.float64),
+        "bytes": torch.arange(9, dtype=torch.uint8),
+        "transposed": torch.randn(4, 6).t(),
+        "large": torch.randn(5_000_000),  # more than one chunk
+    }
+    written = files.write_tensors(tmp_path / "x.safetensors", tensors, {"step": "1"})
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert written.sha256 == hashlib.sha256(data).hexdigest() and written.size == len(data)
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+    with pytest.raises(FileExistsError):
+        files.write_tensors(tmp_path / "x.safetensors", tensors, {})
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_step(tmp_path) is None
+
+
+def test_newest_is_taken(tmp_path: Path) -> None:
+    assert newest_step(saved(tmp_path, 2, 10, 9)) == 10
+
+
+def _damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 3] ^= 0x10
+        path.write_bytes(data)
+    elif how == "flip_last":
+        data[-1] ^= 0x01
+        path.write_bytes(data)
+    elif how == "truncate":
+        path.write_bytes(data[:-1])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flip", "flip_last", "truncate", "delete"])
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "rank_00000.safetensors"])
+def test_damage_is_found_put_aside_and_the_one_before_is_taken(tmp_path: Path, name: str, how: str) -> None:
+    saved(tmp_path, 1, 2)
+    _damage(tmp_path / "checkpoints" / "step_000000002" / name, how)
+    assert newest_step(tmp_path) == 1
+    assert [path.name for path in (tmp_path / "checkpoints").glob("damaged_*")] == ["damaged_step_000000002"]
+
+
+def test_flipped_bits_of_the_manifest_are_found(tmp_path: Path) -> None:
+    """A flipped bit is either found, or white space that says nothing."""
+    folder = saved(tmp_path, 3) / "checkpoints" / "step_000000003"
+    manifest = folder / "manifest.json"
+    good, content = manifest.read_bytes(), files.read_manifest(folder)
+    for position in range(0, len(good), 3):
+        manifest.write_bytes(good[:position] + bytes([good[position] ^ 4]) + good[position + 1 :])
+        with contextlib.suppress(files.Damaged):
+            assert files.read_manifest(folder) == content
+
+
+def test_a_shard_of_another_step_is_found(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    name = "rank_00000.safetensors"
+    shutil.copy(tmp_path / "checkpoints/step_000000001" / name, tmp_path / "checkpoints/step_000000002" / name)
+    assert newest_step(tmp_path) == 1
+
+
+def test_a_renamed_folder_is_not_believed(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    (tmp_path / "checkpoints/step_000000002").rename(tmp_path / "checkpoints/step_000000007")
+    assert newest_step(tmp_path) == 1
+
+
+def test_none_valid_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    for step in (1, 2):
+        _damage(tmp_path / f"checkpoints/step_00000000{step}/rank_00000.safetensors", "flip")
+    for _ in range(2):  # the second start finds only what the first put aside
+        with pytest.raises(UserError, match="none is valid"):
+            newest_step(tmp_path)
+
+
+def test_another_run_or_dataset_is_refused_and_left_alone(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    with pytest.raises(UserError, match="belongs to another run"):
+        newest_step(tmp_path, run_id="other")
+    with pytest.raises(UserError, match="another dataset"):
+        newest_step(tmp_path, fingerprint="other")
+    assert newest_step(tmp_path) == 1
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1) / "checkpoints" / "step_000000001"
+    content = files.read_manifest(folder) | {"version": files.VERSION + 1}
+    (folder / "manifest.json").write_text(files.manifest_text(content))
+    with pytest.raises(UserError, match="newer lvtrain"):
+        newest_step(tmp_path)
+
+
+def test_missing_extra_and_misshapen_tensors_are_refused(tmp_path: Path) -> None:
+    with open_checkpoints(saved(tmp_path, 1)) as checkpoints:
+        found = checkpoints.newest()
+        assert found is not None
+        reader = checkpoints.load(found)
+        with pytest.raises(UserError, match=r"no tensor backbone\.param\.v"):
+            reader.replicated("backbone.param.v")
+        with pytest.raises(UserError, match="split by rows"):
+            reader.replicated("classifier.weight")
+        with pytest.raises(UserError, match="not split by rows"):
+            reader.rows("backbone.param.w", 0, 1)
+        with pytest.raises(UserError, match="class counts differ"):
+            reader.rows("classifier.weight", 6, 12)
+        reader.replicated("backbone.param.w")
+        reader.rows("classifier.weight", 0, 10)
+        with pytest.raises(UserError, match=r"no place for \(backbone\.buffer\.count\)"):
+            reader.finish()
+        reader.replicated("backbone.buffer.count")
+        with pytest.raises(UserError, match="11 rows, this run has 10"):
+            reader.finish()
+        reader.rows("classifier.weight", 10, 11)
+        reader.finish()
+
+
+def test_saving_over_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    with open_checkpoints(tmp_path) as checkpoints, pytest.raises(FileExistsError):
+        checkpoints.save(1, 16, "one", state_of(1), {})
+
+
+def test_retention_keeps_the_last_the_marked_and_every_so_many(tmp_path: Path) -> None:
+    with open_checkpoints(tmp_path, keep_last=2, keep_every_samples=100) as checkpoints:
+        for step in range(1, 13):
+            checkpoints.save(step, step * 25, "one", state_of(step), {}, keep=step == 3)
+        checkpoints.wait()
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [f"step_{step:09d}" for step in (3, 4, 8, 11, 12)]
+    with pytest.raises(ValueError, match="keep_last"):
+        open_checkpoints(tmp_path, keep_last=1)
+
+
+def test_a_snapshot_is_what_was_saved_although_training_goes_on(tmp_path: Path) -> None:
+    weight, given = torch.ones(200_000, 4), torch.ones(3)
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, 1, "one", {"w": Rows(weight, 0, 200_000), "g": Replicated(given, given=True)}, {})
+        weight.fill_(2.0)
+        checkpoints.save(2, 2, "one", {"w": Rows(weight, 0, 200_000), "g": Replicated(given, given=True)}, {})
+        weight.fill_(3.0)
+        checkpoints.wait()
+        assert [commit.step for commit in checkpoints.finished()] == [1, 2]
+    for step in (1, 2):
+        opened = open_weights(tmp_path / f"checkpoints/step_{step:09d}")
+        assert torch.equal(opened.reader.rows("w", 0, 200_000), torch.full((200_000, 4), float(step)))
+
+
+def test_open_weights_reads_runs_and_checkpoints_without_changing_them(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    (tmp_path / "recipe.yaml").write_text("name: x\n")
+    opened = open_weights(tmp_path)
+    assert opened.step == 2 and opened.recipe == {"name": "x"} and opened.backbone.keys() == {"w", "count"}
+    assert torch.equal(opened.reader.rows("classifier.weight", 3, 5), state_of(2)["classifier.weight"].tensor[3:5])
+    _damage(tmp_path / "checkpoints/step_000000002/rank_00000.safetensors", "flip")
+    assert open_weights(tmp_path).step == 1
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        open_weights(tmp_path / "checkpoints/step_000000002")
+    assert not list((tmp_path / "checkpoints").glob("damaged_*"))
+    with pytest.raises(UserError, match="neither a run folder"):
+        open_weights(tmp_path / "nothing")
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 1)
+    usage = shutil.disk_usage(tmp_path)
+    with open_checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(UserError, match="earlier checkpoints are intact"):
+            checkpoints.save(2, 32, "one", state_of(2), {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000000001"]
+
+
+def test_manifest_names_everything(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1) / "checkpoints" / "step_000000001"
+    content = json.loads((folder / "manifest.json").read_text())["content"]
+    assert set(content["files"]) == {"state.json", "rank_00000.safetensors"}
+    assert content["tensors"]["classifier.weight"]["shape"] == [11, 4]

@@ -1,0 +1,209 @@
+"""The primitive and every loss built on it, against `F.cross_entropy` and autograd on materialised logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lvtrain.classifier import negative_logsumexp
+from lvtrain.classifier.margins import AdaFace, ArcFace, ClusterGuided, Combined, CosFace
+
+CLASSES, DIM, BATCH = 211, 24, 37  # ragged against every chunk size below
+
+
+def data(seed=0, dtype=torch.float64, classes=CLASSES, batch=BATCH, dim=DIM, late=False):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(classes, dim, generator=generator, dtype=torch.float64) * torch.rand(classes, 1, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, classes, (batch,), generator=generator)
+    x = torch.randn(batch, dim, generator=generator, dtype=torch.float64)
+    if late:  # cosine to the own centre near 0.75
+        x = F.normalize(x) * 0.9 + F.normalize(weight)[labels]
+    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
+
+
+def ours(x, weight, labels, margin, context=None, **options):
+    n, cosine = negative_logsumexp(F.normalize(x), weight, labels, scale=margin.scale, **options)
+    target = margin.target_logit(cosine, labels, x.detach().norm(dim=1), **(context or {}))
+    return torch.logaddexp(torch.zeros_like(n), n - target).mean()
+
+
+def materialised(x, weight, labels, margin, context=None):
+    cosine = F.normalize(x) @ F.normalize(weight).t()
+    index = torch.arange(len(labels))
+    target = margin.target_logit(cosine[index, labels], labels, x.detach().norm(dim=1), **(context or {}))
+    logits = (margin.scale * cosine).index_put((index, labels), target)
+    return F.cross_entropy(logits, labels)
+
+
+MARGINS = {
+    "cosface": CosFace(),
+    "arcface": ArcFace(),
+    "arcface, straight through": ArcFace(straight_through=True),
+    "combined": Combined(m1=1.2, m2=0.2, m3=0.1),
+    "adaface": AdaFace(),
+    "cluster guided": ClusterGuided(),
+    "small scale": CosFace(scale=16.0, m=0.2),
+    "scale beyond the fixed shift": CosFace(scale=900.0, m=0.1),
+}
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 50, 210])
+@pytest.mark.parametrize("name", MARGINS)
+def test_every_margin_equals_cross_entropy_on_materialised_logits(name, chunk):
+    x, weight, labels = data()
+    context = {"classes": torch.arange(CLASSES), "margins": torch.linspace(0.3, 0.6, CLASSES, dtype=torch.float64)}
+    expected = materialised(x, weight, labels, MARGINS[name], context)
+    loss = ours(x, weight, labels, MARGINS[name], context, chunk=chunk)
+    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-13)
+    for got, wanted in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(expected, (x, weight))):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12 * wanted.abs().max().item())
+
+
+def test_gradcheck():
+    x, weight, labels = data(classes=11, batch=5, dim=4)
+    labels[2] = -1
+    scale = torch.linspace(2.0, 9.0, 11, dtype=torch.float64)
+    for s in (7.0, scale):
+
+        def primitive(x, weight, s=s):
+            return negative_logsumexp(F.normalize(x), weight, labels, scale=s, chunk=4)
+
+        assert torch.autograd.gradcheck(primitive, (x, weight))
+
+
+def test_gradients_of_either_sign_and_of_the_cosine_alone():
+    x, weight, labels = data()
+    coefficients = torch.linspace(-1.0, 1.0, BATCH, dtype=torch.float64)  # one of them is 0
+    assert BATCH % 2 == 1
+    n, cosine = negative_logsumexp(F.normalize(x), weight, labels, scale=64.0, chunk=60)
+    full = F.normalize(x) @ F.normalize(weight).t()
+    index = torch.arange(BATCH)
+    n_ref = torch.logsumexp((64 * full).index_put((index, labels), torch.tensor(-math.inf, dtype=torch.float64)), dim=1)
+    for loss, expected in (
+        ((n * coefficients).sum(), (n_ref * coefficients).sum()),
+        (cosine.sum(), full[index, labels].sum()),
+        ((cosine * n).sum(), (full[index, labels] * n_ref).sum()),
+    ):
+        got, wanted = (torch.autograd.grad(value, (x, weight), retain_graph=True) for value in (loss, expected))
+        for a, b in zip(got, wanted):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * b.abs().max().item())
+
+
+def test_per_class_scale_filtering_mask_and_subset_together():
+    """All options at once against plain autograd; scales up to 300 need the running maximum."""
+    x, weight, labels = data(3)
+    labels[5] = -1
+    scale = torch.linspace(1.0, 300.0, CLASSES, dtype=torch.float64)
+    keep = torch.rand(CLASSES, generator=torch.Generator().manual_seed(1)) < 0.6
+    indices = keep.nonzero().squeeze(1)
+    mask = torch.arange(CLASSES) % 7 != 0
+    n, cosine = negative_logsumexp(
+        F.normalize(x), weight, labels, scale=scale, chunk=32, indices=indices, threshold=0.3, mask=mask
+    )
+    full = F.normalize(x) @ F.normalize(weight).t()
+    own = F.one_hot(labels.clamp(min=0), CLASSES).bool() & (labels >= 0)[:, None]
+    out = ~keep[None] | ~mask[None] | (full > 0.3) | (own & keep[None])
+    expected = torch.logsumexp((full * scale).masked_fill(out, -math.inf), dim=1)
+    here = (labels >= 0) & keep[labels.clamp(min=0)]
+    expected_cosine = torch.where(here, full[torch.arange(BATCH), labels.clamp(min=0)], 0.0)
+    torch.testing.assert_close(n, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(cosine, expected_cosine, rtol=1e-13, atol=1e-13)
+    loss, loss_ref = (torch.logaddexp(torch.zeros_like(a), a - 20 * b).sum() for a, b in ((n, cosine), (expected, expected_cosine)))
+    got, wanted = torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(loss_ref, (x, weight))
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * b.abs().max().item())
+    assert got[1][~keep].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("own,others", [(1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0), (1.0, 1.0)])
+def test_cosines_at_plus_and_minus_one(own, others, dtype):
+    """The furthest logits a scale of 64 can give, in both directions: no overflow, no lost sum, finite gradients."""
+    direction = F.normalize(torch.arange(1.0, 9.0, dtype=dtype), dim=0)
+    weight = torch.stack([own * direction] + [others * direction] * 30).requires_grad_()
+    x = direction[None].clone().requires_grad_()
+    labels = torch.zeros(1, dtype=torch.int64)
+    for margin in (CosFace(), ArcFace()):
+        loss, expected = ours(x, weight, labels, margin, chunk=8), materialised(x.double(), weight.double(), labels, margin)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-30)
+        for gradient in torch.autograd.grad(loss, (x, weight)):
+            assert gradient.isfinite().all()
+
+
+def test_no_negative_at_all():
+    x, weight, _ = data(classes=1)
+    n, cosine = negative_logsumexp(F.normalize(x), weight, torch.zeros(BATCH, dtype=torch.int64), scale=64.0)
+    assert (n == -math.inf).all()
+    loss = torch.logaddexp(torch.zeros_like(n), n - 64 * cosine).sum()
+    assert loss.item() == 0
+    for gradient in torch.autograd.grad(loss, (x, weight)):
+        assert gradient.abs().max() == 0
+
+
+def test_ignored_samples_change_nothing():
+    x, weight, labels = data()
+    n, cosine = negative_logsumexp(F.normalize(x), weight, labels, scale=64.0, chunk=64)
+    wanted = torch.autograd.grad((n - 64 * cosine)[: BATCH - 4].sum(), (x, weight))
+    ignored = labels.clone()
+    ignored[BATCH - 4 :] = -1
+    n, cosine = negative_logsumexp(F.normalize(x), weight, ignored, scale=64.0, chunk=64)
+    got = torch.autograd.grad(((n - 64 * cosine) * (ignored >= 0)).sum(), (x, weight))
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def frobenius(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def test_float32_is_no_worse_than_the_materialised_version():
+    x, weight, labels = data(dtype=torch.float32, classes=2003, batch=64, dim=128, late=True)
+    exact = materialised(x.double(), weight.double(), labels, CosFace())
+    truth = torch.autograd.grad(exact, (x, weight))
+    loss, plain = ours(x, weight, labels, CosFace(), chunk=300), materialised(x, weight, labels, CosFace())
+    assert abs(loss.item() - exact.item()) <= abs(plain.item() - exact.item()) + 2e-6 * exact.item()
+    for a, b, c in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(plain, (x, weight)), truth):
+        assert frobenius(a, c.double()) <= frobenius(b, c.double()) + 2e-6
+
+
+@pytest.mark.parametrize("precision,bound", [("half", 1e-3), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("late", [False, True])
+def test_error_of_the_16_bit_modes(precision, bound, late):
+    """Documented: half (float16 operands) below 1e-3, bfloat16 below 1e-2, early and late in training; d = 512."""
+    x, weight, labels = data(dtype=torch.float32, classes=4001, batch=128, dim=512, late=late)
+    truth = torch.autograd.grad(materialised(x.double(), weight.double(), labels, CosFace()), (x, weight))
+    got = torch.autograd.grad(ours(x, weight, labels, CosFace(), precision=precision), (x, weight))
+    for a, b in zip(got, truth):
+        assert frobenius(a, b.double()) < bound
+
+
+def test_autocast_around_it_changes_nothing():
+    x, weight, labels = data(dtype=torch.float32)
+    expected = negative_logsumexp(F.normalize(x), weight, labels, scale=64.0)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = negative_logsumexp(F.normalize(x), weight, labels, scale=64.0)[0]
+    assert torch.equal(got, expected)
+
+
+# What arcface_torch computes, re-derived from its code: normalise, clamp to [-1, 1], change the target, multiply by s, softmax with the target's
+# probability clamped at 1e-30, mean. Its margin functions run without gradient, so the target's derivative is s whatever the margin.
+
+
+def arcface_torch_loss(x, weight, labels, kind):
+    cosine = (F.normalize(x) @ F.normalize(weight).t()).clamp(-1, 1)
+    index = torch.arange(len(labels))
+    target = cosine[index, labels]
+    with torch.no_grad():
+        changed = target - 0.4 if kind == "cosface" else torch.cos(torch.arccos(target) + 0.5)
+        offset = torch.zeros_like(cosine).index_put((index, labels), changed - target)
+    return -torch.softmax((cosine + offset) * 64.0, dim=1)[index, labels].clamp_min(1e-30).log().mean()
+
+
+@pytest.mark.parametrize("kind,margin", [("cosface", CosFace(m=0.4)), ("arcface", ArcFace(m=0.5, straight_through=True))])
+def test_values_and_gradients_of_arcface_torch(kind, margin):
+    x, weight, labels = data(4, late=True)
+    expected, loss = arcface_torch_loss(x, weight, labels, kind), ours(x, weight, labels, margin, chunk=70)
+    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-13)
+    for got, wanted in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(expected, (x, weight))):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12 * wanted.abs().max().item())

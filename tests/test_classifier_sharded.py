@@ -1,0 +1,357 @@
+"""The sharded classifier against one process with materialised logits, on 1, 2 and 4 gloo ranks, in float64, classes and samples ragged."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from lvtrain.classifier import ShardedClassifier, class_range
+from lvtrain.classifier.banks import ExpectationBank
+from lvtrain.classifier.margins import AdaFace, ArcFace, CosFace
+from lvtrain.classifier.sampling import chosen_rows
+from lvtrain.errors import UserError
+from lvtrain.state import Rows
+from tests.ranks import run_ranks
+
+CLASSES, DIM, GLOBAL, VIRTUAL, STEPS = 53, 16, 24, 4, 3
+
+
+def batch(kind="mixed"):
+    """Embeddings and labels of STEPS global batches. "one identity": only class 50, so most ranks have no positive."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(STEPS, GLOBAL, DIM, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, CLASSES, (STEPS, GLOBAL), generator=generator)
+    if kind == "one identity":
+        labels.fill_(50)
+    labels[:, 3] = -1
+    x[:, 3] = torch.nan  # an ignored sample may hold anything
+    return x, labels
+
+
+def head_of(**options):
+    options = copy.deepcopy(options)  # a margin may carry statistics: each head has its own
+    settings = dict(margin=CosFace(scale=32.0), expectation_margin=CosFace(scale=32.0, m=0.3), dtype=torch.float64, chunk=7, seed=5)
+    return ShardedClassifier(options.pop("classes", CLASSES), DIM, **(settings | options))
+
+
+def train(rank, ranks, options, phase, kind):
+    """STEPS steps with VIRTUAL // ranks micro-steps each, as an engine that averages over ranks would run them."""
+    head = head_of(**options)
+    head.enter_phase(**phase)
+    x, labels = batch(kind)
+    accumulation, m = VIRTUAL // ranks, GLOBAL // VIRTUAL
+    losses, gradients, cos2 = [], [], []
+    for step in range(STEPS):
+        head.begin_step(step, labels[step], **({"lr": 0.01} if head.in_backward else {}))
+        micro = []
+        for k in range(accumulation):
+            span = slice((rank * accumulation + k) * m, (rank * accumulation + k + 1) * m)
+            leaf = x[step, span].clone().requires_grad_()
+            output = head(leaf, labels[step, span], step=step)
+            (output.loss / accumulation).backward()
+            losses.append(output.loss.item())
+            cos2.append(output.cos2.item())
+            micro.append(leaf.grad / ranks)
+        head.end_step(lr=0.01)
+        gradients.append(torch.cat(micro))
+    rows = head.expectation.rows_tensor if head.expectation else None
+    return dict(losses=losses, gradients=torch.stack(gradients), weight=head.weight.detach(), rows=rows, cos2=cos2)
+
+
+def reference(options, phase, kind):
+    """The same on one process from the formulas, logits materialised, torch.optim.AdamW on the whole matrix."""
+    head = head_of(**options)
+    weight = head.weight.detach().clone().requires_grad_()
+    optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.1)
+    bank = None
+    if phase.get("expectation", "off") != "off":
+        bank = ExpectationBank(CLASSES, DIM, (0, CLASSES))
+        bank.start_from(weight)
+    margins = [head.margin, head.expectation_margin]
+    x, labels = batch(kind)
+    losses, gradients, cos2 = [], [], []
+    for step in range(STEPS):
+        valid = labels[step] >= 0
+        y = labels[step].clamp(min=0)
+        leaf = torch.where(valid[:, None], x[step], 0.0).requires_grad_()
+        taking = chosen_rows(5, step, (0, CLASSES), phase["sample_rate"], labels[step])
+        taking = torch.arange(CLASSES) if taking is None else taking
+        own = F.one_hot(y, CLASSES)[:, taking].bool()
+        unit = F.normalize(leaf)
+        cosines = [unit @ F.normalize(weight)[taking].t()]
+        if bank is not None:
+            cosines.append(unit @ bank.rows_tensor.double()[taking].t())
+        fractions = []
+        for i, cosine in enumerate(cosines):
+            negatives = cosines[0] if options.get("expectation_negatives") == "shared" else cosine
+            above = torch.where(own, 0.0, torch.exp(32.0 * negatives)).sum(1)
+            fractions.append(above / torch.exp(margins[i].target_logit((cosine * own).sum(1), y, leaf.detach().norm(dim=1))))
+        loss = (torch.log(1 + sum(fractions)) * valid).sum() / GLOBAL
+        optimizer.zero_grad()
+        gradient = torch.autograd.grad(loss, (leaf, weight))
+        weight.grad = gradient[1]
+        target = (cosines[0] * own).sum(1).detach()
+        cos2.append((target.square() * valid).sum().item() / valid.sum().item())
+        losses.append(loss.item())
+        gradients.append(gradient[0])
+        optimizer.step()
+        if bank is not None and phase["expectation"] == "update":
+            bank.update(F.normalize(leaf.detach()), labels[step])
+        head.margin.end_step(leaf.detach().norm(dim=1), labels[step])
+    return dict(losses=losses, gradients=torch.stack(gradients), weight=weight.detach(), rows=bank.rows_tensor if bank else None, cos2=cos2)
+
+
+CASES = {
+    "cosface": ({}, dict(sample_rate=1.0), "mixed"),
+    "sampled": ({}, dict(sample_rate=0.3), "mixed"),
+    "arcface": (dict(margin=ArcFace(scale=32.0)), dict(sample_rate=1.0), "mixed"),
+    "adaface": (dict(margin=AdaFace(scale=32.0)), dict(sample_rate=1.0), "mixed"),
+    "one identity": ({}, dict(sample_rate=0.2), "one identity"),
+    "two anchors": ({}, dict(sample_rate=0.3, expectation="update"), "mixed"),
+    "two anchors, shared negatives": (dict(expectation_negatives="shared"), dict(sample_rate=1.0, expectation="update"), "mixed"),
+    "two anchors, frozen, all classes": ({}, dict(sample_rate=1.0, expectation="frozen"), "mixed"),
+}
+
+
+def everything(rank, ranks):
+    """All multi-rank measurements of this file in one start of the ranks, which costs more than they do."""
+    answers = {case: train(rank, ranks, *CASES[case]) for case in CASES}
+    answers["bf16"] = bf16_gather(rank, ranks)
+    if ranks == 2:
+        answers["ragged"] = ragged(rank, ranks)
+        answers["counted"] = counted(rank, ranks)
+    if ranks == 4:
+        answers["few classes"] = few_classes(rank, ranks)
+    return answers
+
+
+@functools.cache
+def on(ranks):
+    return run_ranks(ranks, everything)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_training_equals_the_formulas_on_any_number_of_ranks(case, ranks):
+    options, phase, kind = CASES[case]
+    answers = [answer[case] for answer in on(ranks)]
+    expected = reference(options, phase, kind)
+    exact = [sum(answers[0]["losses"][i * VIRTUAL // ranks : (i + 1) * VIRTUAL // ranks]) / (VIRTUAL // ranks) for i in range(STEPS)]
+    for got, wanted in zip(exact, expected["losses"]):
+        assert abs(got - wanted) <= 1e-12 * abs(wanted)
+    for answer in answers:
+        assert answer["losses"] == answers[0]["losses"] and answer["cos2"] == answers[0]["cos2"]
+    gradients = torch.cat([answer["gradients"] for answer in answers], dim=1)
+    scale = expected["gradients"].abs().max().item()
+    torch.testing.assert_close(gradients, expected["gradients"], rtol=0, atol=1e-12 * scale)
+    weight = torch.cat([answer["weight"] for answer in answers])
+    torch.testing.assert_close(weight, expected["weight"], rtol=0, atol=1e-10)  # AdamW divides by what may be near its eps
+    if expected["rows"] is not None:
+        torch.testing.assert_close(torch.cat([answer["rows"] for answer in answers]), expected["rows"], rtol=0, atol=2e-7)
+    if ranks == VIRTUAL:
+        for got, wanted in zip(answers[0]["cos2"], expected["cos2"]):
+            assert abs(got - wanted) < 1e-12
+
+
+def few_classes(rank, ranks):
+    """Three classes on four ranks: one rank has none."""
+    head = head_of(classes=3)
+    labels = torch.tensor([0, 1, 2, 2])[rank : rank + 1]
+    head.begin_step(0, torch.tensor([0, 1, 2, 2]))
+    x = torch.eye(4, DIM, dtype=torch.float64)[rank : rank + 1].requires_grad_()
+    loss = head(x, labels, step=0).loss
+    loss.backward()
+    head.end_step(lr=0.1)
+    return head.rows, loss.item(), x.grad
+
+
+def test_a_rank_without_classes():
+    answers = [answer["few classes"] for answer in on(4)]
+    assert [rows for rows, *_ in answers] == [(0, 0), (0, 1), (1, 2), (2, 3)]
+    head = head_of(classes=3)
+    x = torch.eye(4, DIM, dtype=torch.float64).requires_grad_()
+    head.begin_step(0, torch.tensor([0, 1, 2, 2]))
+    loss = head(x, torch.tensor([0, 1, 2, 2]), step=0).loss
+    loss.backward()
+    for _, value, _ in answers:
+        assert abs(value - loss.item()) < 1e-13
+    torch.testing.assert_close(torch.cat([gradient for *_, gradient in answers]) / 4, x.grad, rtol=0, atol=1e-14)
+
+
+def ragged(rank, ranks):
+    head = head_of(ragged=True)
+    x, labels = batch()
+    spans = [slice(0, 11), slice(11, GLOBAL)]
+    head.begin_step(0, labels[0])
+    leaf = x[0, spans[rank]].clone().requires_grad_()
+    output = head(leaf, labels[0, spans[rank]], step=0)
+    output.loss.backward()
+    return output.loss.item(), leaf.grad, output.labels
+
+
+def test_ranks_with_different_numbers_of_samples():
+    answers = [answer["ragged"] for answer in on(2)]
+    expected = reference({}, dict(sample_rate=1.0), "mixed")
+    assert abs(answers[0][0] - expected["losses"][0]) < 1e-12 and answers[0][0] == answers[1][0]
+    torch.testing.assert_close(torch.cat([g for _, g, _ in answers]) / 2, expected["gradients"][0], rtol=0, atol=1e-12)
+    assert torch.equal(answers[1][2], batch()[1][0])
+
+
+def test_the_update_in_backward_is_the_same_update():
+    options, phase = {}, dict(sample_rate=1.0)
+    one = dict(x=batch()[0], labels=batch()[1])
+    weights = []
+    for in_backward in (False, True):
+        head = head_of(in_backward=in_backward, **options)
+        head.enter_phase(**phase)
+        for step in range(STEPS):
+            head.begin_step(step, one["labels"][step], lr=0.01)
+            head(one["x"][step].clone().requires_grad_(), one["labels"][step], step=step).loss.backward()
+            head.end_step(lr=0.01)
+        weights.append(head.weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_the_update_in_backward_refuses_what_it_cannot_do():
+    with pytest.raises(UserError, match="sample_rate"):
+        head_of(in_backward=True).enter_phase(sample_rate=0.1)
+    head = head_of(in_backward=True)
+    x, labels = batch()
+    with pytest.raises(ValueError, match="lr"):
+        head.begin_step(0, labels[0])
+    head.begin_step(0, labels[0], lr=0.1)
+    head(x[0].clone().requires_grad_(), labels[0], step=0).loss.backward()
+    with pytest.raises(UserError, match="micro-step"):
+        head(x[0].clone().requires_grad_(), labels[0], step=0).loss.backward()
+
+
+def test_first_feature_leaves_unknown_classes_out_of_the_second_anchor():
+    """With no class known yet the second anchor adds nothing; then the loss is the one-anchor loss."""
+    x, labels = batch()
+    losses = []
+    for expectation in ("off", "update"):
+        head = head_of(expectation_init="first_feature")
+        head.enter_phase(sample_rate=1.0, expectation=expectation)
+        for step in range(2):
+            head.begin_step(step, labels[step])
+            loss = head(x[step].clone().requires_grad_(), labels[step], step=step).loss
+            loss.backward()
+            losses.append(loss.item())
+            head.end_step(lr=0.0, weight_decay=0.0)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-15)
+    assert losses[3] > losses[1]
+
+
+class Reader:
+    """A checkpoint in memory, as `training.checkpoint` would read it back."""
+
+    def __init__(self, states):
+        self.states = states
+
+    def rows(self, name, start, stop):
+        return torch.cat([state[name].tensor for state in self.states])[start:stop]
+
+    def replicated(self, name):
+        return self.states[0][name].tensor
+
+
+def half_way(rank, ranks, given):
+    """Two steps, or (given a state) the third one, with everything that has state switched on."""
+    head = head_of(margin=AdaFace(scale=32.0), optimizer=dict(mode="row_sparse"))
+    head.enter_phase(sample_rate=0.3, expectation="update", first_time=given is None)
+    if given is not None:
+        head.load_state(Reader(given))
+    x, labels = batch()
+    m = GLOBAL // ranks
+    for step in range(2) if given is None else [2]:
+        head.begin_step(step, labels[step])
+        span = slice(rank * m, rank * m + m)
+        head(x[step, span].clone().requires_grad_(), labels[step, span], step=step).loss.backward()
+        head.end_step(lr=0.01)
+    return head.state()
+
+
+def test_state_written_on_two_ranks_is_taken_up_by_any_number():
+    states = run_ranks(2, half_way, None)
+    assert set(states[0]) == {
+        *("weight", "exp_avg", "exp_avg_sq", "row_step", "expectation", "expectation_valid", "margin.mean", "margin.std")
+    }
+    assert isinstance(states[1]["weight"], Rows) and states[1]["weight"].start == class_range(CLASSES, 1, 2)[0]
+    ends = {ranks: run_ranks(ranks, half_way, states) for ranks in (1, 2, 4)}
+    for name in ("weight", "exp_avg", "row_step", "expectation"):
+        one, two, four = (torch.cat([state[name].tensor for state in ends[ranks]]) for ranks in (1, 2, 4))
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-7 if name == "expectation" else 1e-10)
+        torch.testing.assert_close(one, four, rtol=0, atol=2e-7 if name == "expectation" else 1e-10)
+
+
+def bf16_gather(rank, ranks):
+    head = head_of(gather="bfloat16", dtype=torch.float32)
+    x, labels = batch()
+    head.begin_step(0, labels[0])
+    m = GLOBAL // ranks
+    span = slice(rank * m, rank * m + m)
+    leaf = x[0, span].float().requires_grad_()
+    output = head(leaf, labels[0, span], step=0)
+    output.loss.backward()
+    return output.loss.item(), leaf.grad / ranks, output.labels
+
+
+def test_gather_in_bfloat16_loses_no_more_than_bfloat16_must():
+    expected = reference({}, dict(sample_rate=1.0), "mixed")
+    for ranks in (1, 2):
+        answers = [answer["bf16"] for answer in on(ranks)]
+        assert torch.equal(answers[0][2], batch()[1][0])  # labels travel bit for bit
+        assert abs(answers[0][0] - expected["losses"][0]) < 2e-2
+        got = torch.cat([gradient for _, gradient, _ in answers])
+        assert (got - expected["gradients"][0]).norm() / expected["gradients"][0].norm() < 2e-2
+
+
+def counted(rank, ranks):
+    """How many collectives one micro-step runs."""
+    counts, originals = {}, {}
+    for name in ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "broadcast", "all_gather", "reduce"):
+        originals[name] = getattr(dist, name)
+
+        def counting(*args, _name=name, _call=originals[name], **kwargs):
+            counts[_name] = counts.get(_name, 0) + 1
+            return _call(*args, **kwargs)
+
+        setattr(dist, name, counting)
+    head = head_of()
+    head.enter_phase(sample_rate=0.5, expectation="update")
+    x, labels = batch()
+    head.begin_step(0, labels[0])
+    m = GLOBAL // ranks
+    span = slice(rank * m, rank * m + m)
+    head(x[0, span].clone().requires_grad_(), labels[0, span], step=0).loss.backward()
+    head.end_step(lr=0.1)
+    for name, original in originals.items():
+        setattr(dist, name, original)
+    return counts
+
+
+def test_three_collectives_a_step():
+    assert on(2)[0]["counted"] == {"all_gather_into_tensor": 1, "all_reduce": 1, "reduce_scatter_tensor": 1}
+
+
+def test_wrong_use_is_told():
+    with pytest.raises(UserError, match="label 53"):
+        head_of().begin_step(0, torch.tensor([1, 53]))
+    with pytest.raises(RuntimeError, match="begin_step"):
+        head_of()(torch.zeros(1, DIM), torch.zeros(1, dtype=torch.int64), step=0)
+    with pytest.raises(UserError, match="num_classes"):
+        head_of(classes=0)
+    with pytest.raises(UserError, match="precision"):
+        head_of(precision="fp8")
+
+
+def test_initial_rows_do_not_depend_on_the_split():
+    from lvtrain.classifier.sharded import initial_rows
+
+    whole = initial_rows((0, 10_007), 8, seed=3)
+    parts = [initial_rows(class_range(10_007, rank, 3), 8, seed=3) for rank in range(3)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert abs(whole.std().item() - 0.01) < 1e-4

@@ -1,0 +1,47 @@
+"""The cluster method through the front door: the same losses on one rank and on two, the bank carried over a restart on another number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import metrics, output, recipe_file, run
+
+BATCH = {"global_batch": 16, "virtual_batches": 4}
+
+
+def cluster_recipe(folder: Path, data: Path, **method: Any) -> Path:
+    return recipe_file(
+        folder,
+        data,
+        classifier={"margin": {"name": "arcface", "scale": 32}},
+        method=dict({"name": "cluster", "warmup": "2 steps", "clustering": "contrastive"}, **method),
+        phases=[
+            {"name": "first", **BATCH, "end": {"at_most": "4 steps"}},
+            {"name": "second", **BATCH, "sample_rate": 0.5},
+        ],
+        schedule={"total": "8 steps", "warmup": "1 steps"},
+    )
+
+
+def test_front_door_trains_resumes_and_reports(tiny_faces: Path, tmp_path: Path) -> None:
+    """One rank all the way; and phase by phase, the first on two ranks, the second on one."""
+    rows = {}
+    for name, starts in (("straight", [(1, ())]), ("moved", [(2, ("--phase", "first")), (1, ("--phase", "second"))])):
+        recipe = cluster_recipe(tmp_path / name, tiny_faces / "train", temperature="learnable", beta=0.5)
+        for ranks, arguments in starts:
+            assert run(recipe, *arguments, ranks=ranks) == 0, output(recipe)
+        rows[name] = metrics(tmp_path / name / "runs" / "tiny")
+    straight, moved = rows["straight"], rows["moved"]
+    assert [row["step"] for row in straight] == list(range(1, 9)) == [row["step"] for row in moved]
+    # the parts of the loss are those of a step's last micro-batches, and which these are depends on the number of ranks
+    for column in ("loss", "phi_mean", "phi_max", "margin_mean"):
+        assert [row[column] for row in moved] == pytest.approx([row[column] for row in straight], rel=2e-4), column
+    # the bank's warm-up: two steps of plain ArcFace, then all three losses
+    assert "loss_clustering" not in straight[1] and straight[2]["loss_clustering"] > 0
+    assert "loss_aligning" not in straight[1] and 0 < straight[2]["loss_aligning"] < 2
+    # the engine trains the temperature, and so it comes back with the backbone
+    assert straight[7]["temperature"] != pytest.approx(0.07, rel=1e-6)
+    assert moved[7]["temperature"] == pytest.approx(straight[7]["temperature"], rel=2e-4)

@@ -1,0 +1,121 @@
+"""DeepSpeed's JSON against the recipe, and which parameter lands in which group."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lvtrain.errors import UserError
+from lvtrain.recipe import Optimizer, Phase
+from lvtrain.training.ds_config import resolve_ds_config
+from lvtrain.training.parameter_groups import parameter_groups
+
+ROOT = Path(__file__).resolve().parent.parent
+PHASE = Phase(name="one", global_batch=48, virtual_batches=6)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_the_files_of_the_project_resolve(path: Path) -> None:
+    config = resolve_ds_config(path, optimizer=Optimizer(clip=2.0), phases=[PHASE], world_size=2)
+    assert config["zero_optimization"]["stage"] == int(path.stem[4])
+    assert config["gradient_clipping"] == 2.0
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
+def test_precision_and_communication_are_the_recipes() -> None:
+    def resolve(**optimizer: Any) -> dict[str, Any]:
+        return resolve_ds_config({}, optimizer=Optimizer(**optimizer))
+
+    assert "lower_precision_safe_modules" not in resolve(gradient_communication="bfloat16")["torch_autocast"]
+    assert "torch_autocast" not in resolve(precision="float32")
+    assert resolve(precision="float32")["communication_data_type"] == "fp32"
+    assert resolve(precision="float32", gradient_communication="bfloat16")["communication_data_type"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ({"train_batch_size": 64}, "train_batch_size: 64 but phase 'one' of the recipe gives 48 on 2 ranks"),
+        ({"gradient_accumulation_steps": 6}, "gradient_accumulation_steps: 6 but .* gives 3"),
+        ({"train_micro_batch_size_per_gpu": 9}, "gives 8"),
+        ({"gradient_clipping": 1.0}, r"optimizer\.clip is 5\.0"),
+        ({"bf16": {"enabled": True}}, "torch_autocast with float32 weights"),
+        ({"fp16": {"enabled": True}}, "float16 needs loss scaling"),
+        ({"torch_autocast": {"enabled": False}}, "the recipe's optimizer.precision is bfloat16"),
+        ({"communication_data_type": "bf16"}, "gradient_communication is float32"),
+        ({"optimizer": {"type": "Lion"}}, "the recipe's optimizer section"),
+        ({"scheduler": {"type": "WarmupLR"}}, "the recipe's schedule section"),
+        ({"zero_optimization": {"stage": 4}}, "not 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, 'only "cpu"'),
+    ],
+)
+def test_a_disagreement_is_refused(says: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        resolve_ds_config(says, optimizer=Optimizer(), phases=[PHASE], world_size=2)
+
+
+def test_agreement_and_auto_are_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(
+        json.dumps(
+            {
+                "train_batch_size": 48,
+                "gradient_accumulation_steps": "auto",
+                "gradient_clipping": "auto",
+                "bf16": {"enabled": False},
+            }
+        )
+    )
+    config = resolve_ds_config(path, optimizer=Optimizer(), phases=[PHASE], world_size=2)
+    assert not config.keys() & {"train_batch_size", "gradient_accumulation_steps", "bf16"}
+    path.write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        resolve_ds_config(path, optimizer=Optimizer())
+    with pytest.raises(UserError, match="does not exist; ds_configs has"):
+        resolve_ds_config(tmp_path / "none.json", optimizer=Optimizer())
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Linear(4, 8)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 3, 8))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 2, bias=False)
+        self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+
+def test_decay_is_by_name() -> None:
+    decay, rest = parameter_groups(Tiny(), Optimizer(weight_decay=0.3))
+    assert decay.parameters == ("patch_embed.weight", "blocks.0.weight", "blocks.1.weight", "head.weight")
+    assert decay.weight_decay == 0.3 and rest.weight_decay == 0.0
+    assert {"pos_embed", "mask_token", "norm.weight", "norm.bias", "blocks.0.bias"} <= set(rest.parameters)
+    (everything,) = parameter_groups(Tiny(), Optimizer(weight_decay=0.3, decay_norms=True))
+    assert len(everything.parameters) == 11 and everything.weight_decay == 0.3
+
+
+def test_layer_decay_scales_with_depth() -> None:
+    groups = parameter_groups(Tiny(), Optimizer(layer_decay=0.5))
+    scales = {name: group.lr_scale for group in groups for name in group.parameters}
+    assert {scales[name] for name in ("patch_embed.weight", "patch_embed.bias", "pos_embed", "mask_token")} == {0.125}
+    assert (scales["blocks.0.weight"], scales["blocks.1.bias"]) == (0.25, 0.5)
+    assert (scales["norm.weight"], scales["head.weight"]) == (1.0, 1.0)
+
+
+def test_layer_decay_sees_blocks_of_a_wrapped_backbone() -> None:
+    groups = parameter_groups(nn.ModuleDict({"backbone": Tiny()}), Optimizer(layer_decay=0.5))
+    scales = {name: group.lr_scale for group in groups for name in group.parameters}
+    assert scales["backbone.blocks.0.weight"] == 0.25 and scales["backbone.pos_embed"] == 0.125
+
+
+def test_nothing_trainable_is_an_error() -> None:
+    module = Tiny().requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter"):
+        parameter_groups(module, Optimizer())

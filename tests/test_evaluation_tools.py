@@ -1,0 +1,94 @@
+"""tools/build_bin.py and tools/evaluate.py as a user starts them."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from lvtrain.evaluation.bins import read_bin
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(tool: str, *arguments: object) -> Result:
+    """The tool's command line in this process: starting python costs more than everything it does here."""
+    specification = importlib.util.spec_from_file_location(f"tools_{tool}", ROOT / "tools" / f"{tool}.py")
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    app = typer.Typer()
+    app.command()(module.main)
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten people with six pictures each, and a list of 60 pairs whose positives come first and then some more at the end."""
+    folder = tmp_path_factory.mktemp("people")
+    generator = np.random.default_rng(0)
+    for person in range(10):
+        face = generator.integers(0, 256, (7, 7, 3))
+        (folder / f"p{person}").mkdir()
+        for image in range(6):
+            noisy = np.clip(face + generator.normal(0, 40, (7, 7, 3)), 0, 255).astype(np.uint8)
+            size = (112, 112) if image else (140, 140)
+            Image.fromarray(noisy).resize(size).save(folder / f"p{person}" / f"{image}.jpg", quality=92)
+    lines = [f"p{i % 10}/{i % 6}.jpg\tp{i % 10}/{(i + 1) % 6}.jpg\t1" for i in range(20)]
+    lines += [f"p{i % 10}/{i % 6}.jpg\tp{(i + 1 + i % 8) % 10}/{(i + 2) % 6}.jpg\t0" for i in range(30)]
+    lines += [f"p{i % 10}/{i % 6}.jpg\tp{i % 10}/{(i + 2) % 6}.jpg\t1" for i in range(10)]
+    (folder / "pairs.txt").write_text("# a list\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+def test_build_and_evaluate(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own.bin"
+    refused = start("build_bin", folder / "pairs.txt", folder, out)
+    assert refused.exit_code == 2 and "--balance-folds" in refused.stderr and "Traceback" not in refused.stderr
+    built = start("build_bin", folder / "pairs.txt", folder, out, "--balance-folds", "--alignment", "none")
+    assert built.exit_code == 0, built.stderr
+    images, issame = read_bin(out)
+    assert issame.tolist() == ([True] * 3 + [False] * 3) * 10
+    assert (folder / "p1" / "1.jpg").read_bytes() in images, "an image of the right size keeps its bytes"
+    assert json.loads((tmp_path / "own.bin.json").read_text())["alignment"] == "none"
+
+    done = start(
+        "evaluate", "raw_pixels", "--cpu", "--benchmark", f"own:{out}", "--benchmark", f"all:{folder}",
+        "--cluster", f"groups:{folder}", "--calibrate", f"cal:{out}", "--megaface", f"mega:{folder},{folder}",
+        "-o", tmp_path / "results",
+    )  # fmt: skip
+    # the same folder cannot be probes and distractors
+    assert done.exit_code == 2 and "same as a distractor" in done.stderr, done.stderr
+
+    done = start(
+        "evaluate", "raw_pixels", "--cpu", "--benchmark", f"own:{out}", "--benchmark", f"all:{folder}",
+        "--cluster", f"groups:{folder}", "--calibrate", f"cal:{out}", "-o", tmp_path / "results",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    results = json.loads((tmp_path / "results" / "evaluation.json").read_text())["benchmarks"]
+    assert [result["kind"] for result in results.values()] == ["verification", "all_pairs", "clustering", "calibration"]
+    assert results["own"]["accuracy"] > 0.8 and results["all"]["images"] == 60
+    assert "accuracy" in done.stdout and "BCubed" in done.stdout
+    for picture in ("roc.png", "own_cosines.png", "own_hardest.png"):
+        with Image.open(tmp_path / "results" / picture) as image:
+            assert image.size[0] > 300
+
+
+def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
+    attempts = {
+        "does not exist": ("evaluate", "raw_pixels", "--benchmark", f"x:{tmp_path}/absent.bin"),
+        "nothing to do": ("evaluate", "raw_pixels"),
+        "line 1": ("build_bin", tmp_path / "bad.txt", folder, tmp_path / "x.bin"),
+    }
+    (tmp_path / "bad.txt").write_text("a.jpg b.jpg yes\n")
+    for message, (tool, *arguments) in attempts.items():
+        failed = start(tool, *arguments)
+        assert failed.exit_code == 2
+        assert message in failed.stderr and len(failed.stderr.strip().splitlines()) == 1

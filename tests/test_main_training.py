@@ -1,0 +1,100 @@
+"""The whole thing, small: the front door trains PCO's three phases on real shards, under ZeRO 1, 2 and 3, on 1 and 2 ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.runs import events, metrics, output, recipe_file, run
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Path]:
+    """Run folders by (ZeRO stage, ranks), same recipe."""
+    folders = {}
+    for zero, ranks in ((2, 1), (1, 2), (2, 2), (3, 2)):
+        folder = tmp_path_factory.mktemp(f"zero{zero}x{ranks}")
+        benchmarks = {"evaluation": {"benchmarks": {"heldout": str(tiny_faces / "heldout.bin")}}} if ranks == 2 else {}
+        recipe = recipe_file(folder, tiny_faces / "train", **benchmarks)
+        assert run(recipe, zero=zero, ranks=ranks) == 0, output(recipe)
+        folders[zero, ranks] = folder / "runs" / "tiny"
+    return folders
+
+
+def test_losses_are_the_same_under_every_stage_and_number_of_ranks(trained: dict[tuple[int, int], Path]) -> None:
+    losses = {key: [row["loss"] for row in metrics(folder)] for key, folder in trained.items()}
+    reference = losses[2, 1]
+    assert len(reference) == 12
+    for key, values in losses.items():
+        assert values == pytest.approx(reference, rel=5e-6), key
+
+
+def test_three_phases_are_entered_and_told(trained: dict[tuple[int, int], Path]) -> None:
+    for folder in trained.values():
+        assert [row["phase"] for row in events(folder, "phase_start")] == ["alignment", "stabilisation", "refinement"]
+        ends = events(folder, "phase_end")
+        assert [(row["phase"], row["step"], row["reason"]) for row in ends] == [
+            ("alignment", 4, "length"),
+            ("stabilisation", 8, "length"),
+            ("refinement", 12, "schedule"),
+        ]
+        assert events(folder, "done")
+
+
+def test_run_folder_explains_itself(trained: dict[tuple[int, int], Path]) -> None:
+    folder = trained[3, 2]
+    for name in ("recipe.yaml", "ds_config.json", "environment.json", "metrics.jsonl", "events.jsonl", "outcome.json"):
+        assert (folder / name).is_file(), name
+    assert json.loads((folder / "outcome.json").read_text())["outcome"] == "done"
+    assert json.loads((folder / "environment.json").read_text())["world_size"] == 2
+    final = json.loads((folder / "evaluation" / "final.json").read_text())
+    assert final["step"] == 12 and final["benchmarks"]["heldout"]["pairs"] == 200
+    assert (folder / "evaluation" / "before.json").is_file()
+
+
+def test_css_ends_a_phase_when_the_cosine_is_reached(tiny_faces: Path, tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, tiny_faces / "train")
+    assert run(recipe, "phases.0.end.cos2=1e-9", "phases.0.end.at_most=8 steps") == 0, output(recipe)
+    first = events(tmp_path / "runs" / "tiny", "phase_end")[0]
+    assert (first["phase"], first["step"], first["reason"]) == (
+        "alignment",
+        2,
+        "cos2",
+    )  # the first full window of 2 steps
+    assert first["cos2_window"] > 1e-9
+
+
+def test_starting_a_finished_run_again_does_nothing(trained: dict[tuple[int, int], Path]) -> None:
+    folder = trained[1, 2]
+    before = (folder / "metrics.jsonl").read_bytes()
+    recipe = folder.parent.parent / "recipe.yaml"
+    assert run(recipe, zero=1, ranks=1) == 0, output(recipe)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert len(events(folder, "phase_start")) == 3
+
+
+def test_phases_one_start_each(tiny_faces: Path, tmp_path: Path, trained: dict[tuple[int, int], Path]) -> None:
+    recipe = recipe_file(tmp_path, tiny_faces / "train")
+    assert run(recipe, "--phase", "stabilisation") == 2
+    assert "phase stabilisation cannot start: alignment is not finished" in output(recipe)
+    for phase in ("alignment", "stabilisation", "refinement", "refinement"):
+        assert run(recipe, "--phase", phase) == 0, output(recipe)
+    losses = [row["loss"] for row in metrics(tmp_path / "runs" / "tiny")]
+    assert losses == [row["loss"] for row in metrics(trained[2, 1])]
+
+
+def test_another_recipe_in_the_same_folder_is_refused(trained: dict[tuple[int, int], Path]) -> None:
+    recipe = trained[2, 1].parent.parent / "recipe.yaml"
+    assert run(recipe, "optimizer.weight_decay=0.2") == 2
+    assert "holds a run with another recipe (optimizer.weight_decay: 0.1 -> 0.2)" in output(recipe)
+
+
+def test_ema_and_bfloat16(tiny_faces: Path, tmp_path: Path) -> None:
+    recipe = recipe_file(
+        tmp_path, tiny_faces / "train", evaluation={"benchmarks": {"heldout": str(tiny_faces / "heldout.bin")}}
+    )
+    assert run(recipe, "ema.decay=0.9", "optimizer.precision=bfloat16", zero=3, ranks=2) == 0, output(recipe)
+    final = json.loads((tmp_path / "runs" / "tiny" / "evaluation" / "final.json").read_text())
+    assert final["benchmarks_ema"]["heldout"]["pairs"] == 200

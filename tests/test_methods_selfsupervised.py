@@ -1,0 +1,310 @@
+"""DINO, LAFS and fine-tuning against references written from the papers, and their limit cases."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lvtrain import recipe as recipes
+from lvtrain.data import Batch
+from lvtrain.errors import UserError
+from lvtrain.methods import Now, create_method
+from lvtrain.methods.dino import DinoMethod, dino_loss
+from lvtrain.methods.lafs import landmark_view
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+PART = {"dim": 16, "depth": 1, "heads": 2, "head_dim": 8, "mlp_dim": 32, "patch": 8}
+
+
+def recipe(method: dict[str, Any], **changes: Any) -> recipes.Recipe:
+    values: dict[str, Any] = {
+        "name": "small",
+        "data": {"path": "nowhere"},
+        "backbone": {
+            "name": "part_fvit_tiny",
+            "embedding_dim": 16,
+            "image_size": 32,
+            "overrides": PART | {"freeze_landmarks": True},
+        },
+        "method": method,
+        "phases": [{"name": "only", "global_batch": 8, "virtual_batches": 4}],
+        "schedule": {"total": "10 steps"},
+    }
+    return recipes.resolve(values | changes)
+
+
+DINO = {"name": "dino", "prototypes": 37, "hidden": 24, "bottleneck": 12, "centre_momentum": 0.8}
+
+
+def batch(count: int, *, locals_: int = 3, seed: int = 0, size: int = 32, local: int = 16) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    names = ["global_0", "global_1", *(f"local_{i}" for i in range(locals_))]
+    views = {
+        n: torch.rand(count, 3, *((size, size) if n[0] == "g" else (local, local)), generator=generator) * 2 - 1
+        for n in names
+    }
+    views |= {f"{name}_landmarks": view.flip(1) for name, view in list(views.items())}
+    return Batch(views, torch.arange(count), torch.arange(count) + 100 * seed)
+
+
+# ------------------------------------------------------------------------------------------------------------------- DINO
+
+
+def test_loss_equals_a_plain_reference() -> None:
+    generator = torch.Generator().manual_seed(1)
+    student = torch.randn(5, 7, 11, generator=generator, dtype=torch.float64)
+    teacher = torch.randn(2, 7, 11, generator=generator, dtype=torch.float64)
+    centre = torch.randn(11, generator=generator, dtype=torch.float64)
+    weights = torch.tensor([1, 1, 0, 1, 1, 1, 1], dtype=torch.float64)
+    ours = dino_loss(student, teacher, centre, student_temperature=0.1, teacher_temperature=0.05, weights=weights)
+
+    def softmax(x: np.ndarray) -> np.ndarray:
+        e = np.exp(x - x.max())
+        return e / e.sum()
+
+    s, t, c = student.numpy(), teacher.numpy(), centre.numpy()
+    terms = []
+    for i in range(2):
+        for j in range(5):
+            if i != j:
+                per = [
+                    -(softmax((t[i, b] - c) / 0.05) * np.log(softmax(s[j, b] / 0.1))).sum() * float(weights[b])
+                    for b in range(7)
+                ]
+                terms.append(sum(per) / 7)
+    assert float(ours) == pytest.approx(sum(terms) / len(terms), rel=1e-12)
+
+
+def test_teacher_and_centre_follow_the_formulas() -> None:
+    method = create_method(
+        recipe(DINO, backbone={"name": "fvit_tiny", "embedding_dim": 16, "image_size": 32, "overrides": PART}),
+        num_classes=4,
+        device=CPU,
+    )
+    assert isinstance(method, DinoMethod)
+    now = Now(step=0, lr=0.1, progress=0.25, epoch=0.5)
+    before = {name: tensor.clone() for name, tensor in method.teacher.state_dict().items()}
+    with torch.no_grad():
+        for parameter in method.module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    method.begin_step(now, torch.arange(4))
+    data = batch(4)
+    method.loss(method.module(*method.inputs(data)), data, now)
+    with torch.no_grad():
+        logits, _ = method.teacher(data.views["global_0"], data.views["global_1"])
+    from contextlib import nullcontext
+
+    method.end_step(now, nullcontext)
+    momentum = 1 - (1 - 0.996) * (math.cos(math.pi * 0.25) + 1) / 2
+    for name, parameter in method.module.named_parameters():
+        expected = momentum * before[name] + (1 - momentum) * parameter
+        assert torch.allclose(method.teacher.get_parameter(name), expected, atol=1e-6), name
+    assert torch.allclose(method.centre, 0.2 * logits.mean(dim=(0, 1)), atol=1e-6)
+
+
+def test_a_frozen_last_layer_norm_makes_logits_cosines() -> None:
+    method = create_method(recipe(DINO), num_classes=4, device=CPU)
+    logits, _ = method.module(*[torch.rand(3, 3, 32, 32)] * 2)
+    assert logits.shape == (2, 3, 37) and float(logits.abs().max()) <= 1 + 1e-6
+
+
+def _centre_on_ranks(rank: int, size: int) -> tuple[torch.Tensor, float]:
+    from contextlib import nullcontext
+
+    method = create_method(recipe(DINO), num_classes=4, device=CPU)
+    assert isinstance(method, DinoMethod)
+    now = Now(step=0, lr=0.1, progress=0.0, epoch=0.0)
+    method.begin_step(now, torch.arange(8))
+    losses = []
+    for micro in range(4 // size):
+        data = batch(2, seed=rank * (4 // size) + micro)
+        losses.append(method.loss(method.module(*method.inputs(data)), data, now).loss.detach())
+    loss = method.global_loss(torch.stack(losses).mean())
+    method.end_step(now, nullcontext)
+    return method.centre, float(loss)
+
+
+def test_centre_and_loss_are_the_same_on_1_2_and_4_ranks() -> None:
+    answers = {size: run_ranks(size, _centre_on_ranks) for size in (1, 2, 4)}
+    centre, loss = answers[1][0]
+    for size, results in answers.items():
+        for other, value in results:
+            assert torch.equal(other, centre), size
+            assert value == pytest.approx(loss, rel=1e-6)
+
+
+def test_collapse_is_said() -> None:
+    method = create_method(recipe(DINO), num_classes=4, device=CPU)
+    assert method.warnings({"feature_std": 0.2, "teacher_entropy": 2.0}) == []
+    assert "nearly equal" in method.warnings({"feature_std": 1e-5, "teacher_entropy": 2.0})[0]
+    assert "one prototype" in method.warnings({"feature_std": 0.2, "teacher_entropy": 1e-4})[0]
+    assert "uniform" in method.warnings({"feature_std": 0.2, "teacher_entropy": math.log(37)})[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- LAFS
+
+
+def view(landmarks: torch.Tensor, **changes: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    count = len(landmarks)
+    options: dict[str, Any] = {
+        "count": landmarks.shape[1],
+        "shuffle": False,
+        "perturbation": 0.0,
+        "seed": 3,
+        "purpose": "test",
+        "step": 5,
+    }
+    options |= {"sample_ids": torch.arange(count)} | changes
+    return landmark_view(torch.zeros(count, 3, 8, 8), landmarks, **options)
+
+
+def test_limit_case_is_the_landmarks_themselves() -> None:
+    landmarks = torch.rand(3, 16, 2) * 8
+    _, points, positions = view(landmarks)
+    assert torch.equal(points, landmarks) and torch.equal(positions, torch.arange(16).expand(3, 16))
+
+
+def test_subset_keeps_positions_and_shuffle_permutes_landmarks_only() -> None:
+    landmarks = torch.rand(4, 20, 2)
+    _, points, positions = view(landmarks, count=7)
+    for row in range(4):
+        assert len(set(positions[row].tolist())) == 7
+        assert torch.equal(points[row], landmarks[row, positions[row]])
+    _, points, positions = view(landmarks, shuffle=True)
+    assert torch.equal(positions, torch.arange(20).expand(4, 20))
+    for row in range(4):
+        assert not torch.equal(points[row], landmarks[row])
+        assert torch.equal(points[row].sort(dim=0).values, landmarks[row].sort(dim=0).values)
+
+
+def test_perturbation_is_normal_with_alpha() -> None:
+    landmarks = torch.zeros(400, 50, 2, dtype=torch.float64)
+    _, points, _ = view(landmarks, perturbation=2.0)
+    assert float(points.mean()) == pytest.approx(0, abs=0.05) and float(points.std()) == pytest.approx(2, abs=0.05)
+    assert float((points[..., 0] * points[..., 1]).mean()) == pytest.approx(0, abs=0.1)
+
+
+def test_draws_belong_to_the_sample_not_to_its_place() -> None:
+    landmarks = torch.rand(1, 16, 2).expand(6, 16, 2)
+    ids = torch.tensor([9, 4, 7, 1, 3, 8])
+    whole = view(landmarks, count=5, shuffle=True, perturbation=2.0, sample_ids=ids)
+    part = view(landmarks[2:4], count=5, shuffle=True, perturbation=2.0, sample_ids=ids[2:4])
+    assert torch.equal(whole[1][2:4], part[1]) and torch.equal(whole[2][2:4], part[2])
+    assert not torch.equal(
+        whole[2], view(landmarks, count=5, shuffle=True, perturbation=2.0, sample_ids=ids, step=6)[2]
+    )
+
+
+LAFS = DINO | {"name": "lafs", "landmarks": 5}
+
+
+def test_lafs_without_augmentation_is_dino_on_part_fvit() -> None:
+    """All landmarks, alpha = 0, no shuffle, the landmark CNN seeing the views themselves: DINO's own loss."""
+    plain = create_method(recipe(DINO), num_classes=4, device=CPU)
+    ours = create_method(
+        recipe(LAFS | {"landmarks": 16, "perturbation": 0, "shuffle": False}), num_classes=4, device=CPU
+    )
+    data = batch(4, local=32)
+    data.views |= {f"{n}_landmarks": v for n, v in data.views.items() if not n.endswith("_landmarks")}
+    now = Now(step=0, lr=0.1, progress=0.0, epoch=0.0)
+    losses = []
+    for method in (plain, ours):
+        method.module.train()  # as the engine does; the frozen landmark CNN stays on its stored statistics
+        method.begin_step(now, torch.arange(4))
+        losses.append(method.loss(method.module(*method.inputs(data)), data, now).loss)
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
+
+
+def test_lafs_trains_the_student_but_not_the_landmark_cnn() -> None:
+    method = create_method(recipe(LAFS), num_classes=4, device=CPU)
+    now = Now(step=0, lr=0.1, progress=0.0, epoch=0.0)
+    data = batch(4, local=32)
+    method.begin_step(now, torch.arange(4))
+    inputs = method.inputs(data)
+    assert all(points.shape == (4, 5, 2) for _, points, _ in inputs)
+    assert all(points.shape == (4, 16, 2) for _, points, _ in method.teacher_inputs(data, now))
+    method.loss(method.module(*inputs), data, now).loss.backward()
+    gradients = {name: parameter.grad is not None for name, parameter in method.module.named_parameters()}
+    assert not any(found for name, found in gradients.items() if ".stn." in name or "output_layer" in name)
+    assert gradients["backbone.patch_to_embedding.weight"] and gradients["head.prototypes.weight"]
+
+
+def test_lafs_needs_a_backbone_with_fixed_landmarks() -> None:
+    with pytest.raises(UserError, match="part_fvit"):
+        create_method(
+            recipe(LAFS, backbone={"name": "fvit_tiny", "embedding_dim": 16, "image_size": 32, "overrides": PART}),
+            num_classes=4,
+            device=CPU,
+        )
+    with pytest.raises(UserError, match="freeze_landmarks"):
+        create_method(
+            recipe(LAFS, backbone={"name": "part_fvit_tiny", "embedding_dim": 16, "image_size": 32, "overrides": PART}),
+            num_classes=4,
+            device=CPU,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.mark.parametrize(("option", "reaches"), [("fixed", False), ("trained", True), ("anchored", True)])
+def test_gradients_reach_landmarks_as_the_option_says(option: str, reaches: bool) -> None:
+    overrides = PART | ({"freeze_landmarks": True} if option == "fixed" else {})
+    settings = recipe(
+        {"name": "finetune", "landmarks": option, "beta": 0.5},
+        backbone={"name": "part_fvit_tiny", "embedding_dim": 16, "image_size": 32, "overrides": overrides},
+    )
+    method = create_method(settings, num_classes=6, device=CPU)
+    method.enter_phase(settings.phases[0], first_time=True)
+    if option == "anchored":
+        with torch.no_grad():
+            method.evaluated().get_submodule("output_layer.1").weight.add_(0.01)
+    now = Now(step=0, lr=0.1, progress=0.0, epoch=0.0)
+    data = Batch({"image": torch.rand(4, 3, 32, 32)}, torch.arange(4), torch.arange(4))
+    method.begin_step(now, torch.arange(4))
+    output = method.loss(method.module(*method.inputs(data)), data, now)
+    output.loss.backward()
+    gradient = method.evaluated().get_submodule("output_layer.1").weight.grad
+    assert (gradient is not None and float(gradient.abs().sum()) > 0) == reaches
+    if option == "anchored":
+        distance = output.metrics["landmark_distance"]
+        assert float(distance) > 0
+        anchor = method.anchor.predict_landmarks(data.images)  # type: ignore[attr-defined]
+        points = method.evaluated().predict_landmarks(data.images)  # type: ignore[operator]
+        assert float(distance) == pytest.approx(float((points - anchor).norm(dim=-1).mean()), rel=1e-5)
+
+
+def test_selfsupervised_run_resumes_to_the_same_bits(tiny_faces: Path, tmp_path: Path) -> None:
+    """LAFS under ZeRO-3 on 2 ranks, stopped after its first half and started again, ends with the bits of a run in one piece."""
+    from safetensors.torch import load_file
+
+    from tests.runs import output, recipe_file, run
+
+    changes: dict[str, Any] = {
+        "data": {"block": 8, "augmentation": "lafs"},
+        "backbone": {
+            "name": "part_fvit_tiny",
+            "embedding_dim": 16,
+            "overrides": PART | {"patch": 16, "freeze_landmarks": True},
+        },
+        "method": {"name": "lafs", "prototypes": 31, "hidden": 16, "bottleneck": 8, "landmarks": 9},
+        "phases": [{"name": "pretraining", "global_batch": 8, "virtual_batches": 2}],
+        "schedule": {"total": "4 steps", "shape": "constant"},
+        "checkpoint": {"every": "2 steps"},
+    }
+    ends = []
+    for name in ("whole", "halves"):
+        path = recipe_file(tmp_path / name, tiny_faces / "train", **changes)
+        if name == "halves":
+            assert run(path, "--max-time", "0.001", ranks=2, zero=3) == 75, output(path)
+        assert run(path, ranks=2, zero=3) == 0, output(path)
+        folder = tmp_path / name / "runs" / "tiny" / "checkpoints" / "step_000000004"
+        ends.append({k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()})
+    assert ends[0].keys() == ends[1].keys() and any(name.startswith("teacher.") for name in ends[0])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

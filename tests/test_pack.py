@@ -1,0 +1,290 @@
+"""Importers: every kind of source, every policy, killed and continued, read back by the webdataset library."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from lvtrain.data import recordio
+from lvtrain.data.importers import PackOptions, Policies, pack
+from lvtrain.data.importers.catalogue import natural_key
+from lvtrain.data.shards import ShardDataset
+from lvtrain.data.synthetic import DIFFICULTIES
+from lvtrain.data.synthetic.dataset import encode_face
+from lvtrain.errors import UserError
+
+COUNTS = {"id1": 3, "id2": 5, "id10": 4, "id20": 6}  # ragged, and natural order differs from lexicographic
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return {
+        name: [encode_face(2, number, image, DIFFICULTIES["normal"]) for image in range(count)]
+        for number, (name, count) in enumerate(COUNTS.items())
+    }
+
+
+@pytest.fixture
+def folder(tmp_path, faces):
+    for name, images in faces.items():
+        (tmp_path / "src" / name).mkdir(parents=True)
+        for number, data in enumerate(images):
+            (tmp_path / "src" / name / f"{number}.jpg").write_bytes(data)
+    return tmp_path / "src"
+
+
+def contents(path):
+    """{identity name: sorted images} of a packed dataset, through our own reader."""
+    dataset = ShardDataset(path)
+    names = dataset.label_names()
+    found = {name: [] for name in names}
+    for sample in range(len(dataset)):
+        data, label = dataset.read(sample)
+        found[names[label]].append(data)
+    return {name: sorted(images) for name, images in found.items()}
+
+
+def through_webdataset(path):
+    """{label: sorted images} through the webdataset library, from the tars alone."""
+    found = {}
+    for shard in sorted((path / "shards").iterdir()):
+        for sample in webdataset.WebDataset(str(shard), shardshuffle=False):
+            found.setdefault(int(sample["cls"]), []).append(sample["jpg"])
+    return {label: sorted(images) for label, images in found.items()}
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_folder_passes_bytes_through(folder, faces, tmp_path):
+    report = pack(folder, tmp_path / "out", PackOptions("folder", samples_per_shard=7))
+    assert report["images_untouched"] == 18 and report["images_encoded"] == 0 and report["shards"] == 3
+    expected = {name: sorted(images) for name, images in faces.items()}
+    assert contents(tmp_path / "out") == expected
+    assert list(contents(tmp_path / "out")) == ["id1", "id2", "id10", "id20"]
+    assert through_webdataset(tmp_path / "out") == dict(enumerate(expected.values()))
+    assert not (tmp_path / "out" / ".pack").exists() and (tmp_path / "out" / "contact_sheet.png").stat().st_size > 10000
+    assert json.loads((tmp_path / "out" / "pack_report.json").read_text()) == json.loads(json.dumps({**report, "source": str(folder)}))
+
+
+def test_label_order_is_chosen_and_stored(folder, tmp_path):
+    pack(folder, tmp_path / "out", PackOptions("folder", label_order="lexicographic"))
+    assert list(contents(tmp_path / "out")) == ["id1", "id10", "id2", "id20"]
+    assert ShardDataset(tmp_path / "out").manifest.provenance["label_order"] == "lexicographic"
+    assert sorted(["10_a", "2_b", "2_a", "x1"], key=natural_key) == ["2_a", "2_b", "10_a", "x1"]
+
+
+def test_shuffled_by_seed_or_in_source_order(folder, tmp_path):
+    labels = {}
+    for name, options in {"a": {"seed": 1}, "b": {"seed": 1}, "c": {"seed": 2}, "plain": {"shuffle": False}}.items():
+        pack(folder, tmp_path / name, PackOptions("folder", **options))
+        labels[name] = ShardDataset(tmp_path / name).labels(np.arange(18)).tolist()
+    assert labels["a"] == labels["b"] != labels["c"]
+    assert labels["plain"] == sorted(labels["plain"]) and labels["a"] != labels["plain"]
+
+
+def test_workers_do_not_change_the_result(folder, tmp_path):
+    for workers in (1, 3):
+        pack(folder, tmp_path / str(workers), PackOptions("folder", samples_per_shard=5), workers=workers)
+        (tmp_path / str(workers) / "contact_sheet.png").unlink()  # its title is the folder's name
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_webface_as_extracted_and_as_zips(faces, tmp_path, deflated):
+    named = {f"0_0_{number:07d}": images for number, images in enumerate(faces.values())}
+    for name, images in named.items():
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        for number, data in enumerate(images):
+            (tmp_path / "tree" / name / f"0_{number}.jpg").write_bytes(data)
+    (tmp_path / "tree" / "notes").mkdir()
+    (tmp_path / "zips").mkdir()
+    people = list(named)
+    for part in range(2):
+        method = zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED
+        with zipfile.ZipFile(tmp_path / "zips" / f"0_{part}.zip", "w", method) as file:
+            for name in people[2 * part : 2 * part + 2]:
+                for number, data in enumerate(named[name]):
+                    file.writestr(f"WebFace260M/{name}/0_{number}.jpg", data)
+            file.writestr("WebFace260M/readme.txt", "x")
+    expected = {name: sorted(images) for name, images in named.items()}
+    report = pack(tmp_path / "tree", tmp_path / "a", PackOptions("webface"))
+    assert report["ignored"] == {"folder whose name is no identity": 1}
+    pack(tmp_path / "zips", tmp_path / "b", PackOptions("webface-zip"))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == expected
+    # the same rows in the same order: the same shards
+    assert files_of(tmp_path / "a" / "shards") == files_of(tmp_path / "b" / "shards")
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+def test_recordio_with_header_gaps_and_an_empty_identity(faces, tmp_path, with_index):
+    images = [data for group in faces.values() for data in group]
+    labels = [label for label, group in zip((0, 2, 3, 7), faces.values()) for _ in group]
+    with recordio.RecordWriter(tmp_path / "train.rec") as writer:
+        writer.write(0, recordio.pack_record([len(images) + 1, len(images) + 1 + 8]))
+        for key, (label, data) in enumerate(zip(labels, images), start=1):
+            writer.write(key, recordio.pack_record(label, data))
+        for label in range(8):
+            low, high = np.searchsorted(labels, [label, label + 1]) + 1
+            writer.write(len(images) + 1 + label, recordio.pack_record([int(low), int(high)]))
+    if not with_index:
+        (tmp_path / "train.idx").unlink()
+    expected = {str(label): sorted(group) for label, group in zip((0, 2, 3, 7), faces.values())}
+    report = pack(tmp_path, tmp_path / "fixed", PackOptions("recordio"))
+    assert contents(tmp_path / "fixed") == expected
+    assert report["troubles"]["empty_identity"]["count"] == 4 and report["identities"] == 4
+    keep = PackOptions("recordio", policies=Policies(label_gap="keep", empty_identity="keep"))
+    pack(tmp_path, tmp_path / "kept", keep)
+    assert contents(tmp_path / "kept") == {str(label): expected.get(str(label), []) for label in range(8)}
+
+
+def test_parquet(faces, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    rows = [(label, data) for label, group in enumerate(faces.values()) for data in group]
+    table = pa.table({"face": [{"bytes": data, "path": None} for _, data in rows], "person": [label for label, _ in rows]})
+    metadata = {"info": {"features": {"person": {"names": ["ann", "ben", "cem", "dan"], "_type": "ClassLabel"}}}}
+    (tmp_path / "table").mkdir()
+    table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    parquet.write_table(table.slice(0, 11), tmp_path / "table" / "train-0.parquet", row_group_size=3)
+    parquet.write_table(table.slice(11), tmp_path / "table" / "train-1.parquet", row_group_size=4)
+    options = {"image_column": "face", "label_column": "person", "samples_per_shard": 6}
+    report = pack(tmp_path / "table", tmp_path / "out", PackOptions("parquet", **options))
+    assert contents(tmp_path / "out") == dict(zip(["ann", "ben", "cem", "dan"], (sorted(group) for group in faces.values())))
+    assert report["shards"] == 3
+    with pytest.raises(UserError, match="no column 'image'"):
+        pack(tmp_path / "table", tmp_path / "other", PackOptions("parquet"))
+
+
+def test_webdataset_of_others_and_our_own(folder, faces, tmp_path):
+    (tmp_path / "tars").mkdir()
+    for part, names in enumerate((["id1", "id2"], ["id10", "id20"])):
+        with tarfile.open(tmp_path / "tars" / f"{part}.tar", "w") as tar:
+            for name in names:
+                for number, data in enumerate(faces[name]):
+                    label = {"jpg": data, **({"cls": name.encode()} if part else {"json": json.dumps({"label": name}).encode()})}
+                    for suffix, body in label.items():
+                        info = tarfile.TarInfo(f"{name}/{number}.{suffix}")
+                        info.size = len(body)
+                        tar.addfile(info, io.BytesIO(body))
+    expected = {name: sorted(images) for name, images in faces.items()}
+    pack(tmp_path / "tars", tmp_path / "theirs", PackOptions("webdataset"))
+    assert contents(tmp_path / "theirs") == expected
+    pack(folder, tmp_path / "ours", PackOptions("folder", samples_per_shard=4))
+    pack(tmp_path / "ours", tmp_path / "again", PackOptions("webdataset", samples_per_shard=100))
+    assert contents(tmp_path / "again") == expected
+
+
+@pytest.fixture
+def troubled(folder, faces):
+    """One of every trouble."""
+    picture = Image.open(io.BytesIO(faces["id1"][0]))
+    picture.save(folder / "id1" / "png.png")
+    picture.convert("L").save(folder / "id1" / "grey.jpg")
+    picture.resize((90, 120)).save(folder / "id2" / "size.jpg")
+    (folder / "id2" / "broken.jpg").write_bytes(faces["id2"][0][:900])
+    (folder / "id2" / "nothing.jpg").write_bytes(b"")
+    (folder / "id10" / "copy.jpg").write_bytes(faces["id1"][0])
+    (folder / "zero").mkdir()
+    (folder / "id20" / "Thumbs.db").write_bytes(b"x")
+    return folder
+
+
+def test_defaults_count_list_and_fix(troubled, tmp_path, faces):
+    report = pack(troubled, tmp_path / "out", PackOptions("folder"), workers=2)
+    found = {kind: (trouble["count"], trouble["list"]) for kind, trouble in report["troubles"].items() if trouble["count"]}
+    assert found == {
+        "wrong_size": (1, ["id2/size.jpg (90x120)"]),
+        "undecodable": (2, ["id2/broken.jpg", "id2/nothing.jpg"]),
+        "grey": (1, ["id1/grey.jpg"]),
+        "empty_identity": (1, ["zero"]),
+        "duplicate": (1, ["id10/copy.jpg"]),
+    }
+    assert report["ignored"] == {"file which is no image by its suffix": 1}
+    assert report["images_encoded"] == 2 and report["images_written"] == 22 and report["images_skipped"] == 2
+    pictures = {name: [Image.open(io.BytesIO(data)) for data in images] for name, images in contents(tmp_path / "out").items()}
+    assert list(pictures) == ["id1", "id2", "id10", "id20"]
+    assert all(picture.size == (112, 112) and picture.format == "JPEG" for images in pictures.values() for picture in images)
+    original = np.asarray(Image.open(io.BytesIO(faces["id1"][0]))).astype(int)
+    again = [np.abs(np.asarray(picture.convert("RGB")).astype(int) - original).mean() for picture in pictures["id1"]]
+    assert sum(0 < difference < 2.5 for difference in again) == 1  # the PNG, converted once at quality 95
+
+
+def test_policies_skip_and_keep(troubled, tmp_path, faces):
+    policies = Policies(wrong_size="skip", grey="skip", duplicate="skip", empty_identity="keep")
+    pack(troubled, tmp_path / "skipped", PackOptions("folder", policies=policies))
+    found = {name: len(images) for name, images in contents(tmp_path / "skipped").items()}
+    assert found == {"id1": 4, "id2": 5, "id10": 4, "id20": 6, "zero": 0}
+    policies = Policies(wrong_size="keep", grey="fix", undecodable="keep")
+    pack(troubled, tmp_path / "kept", PackOptions("folder", policies=policies))
+    kept = contents(tmp_path / "kept")
+    assert (troubled / "id2" / "size.jpg").read_bytes() in kept["id2"] and faces["id2"][0][:900] in kept["id2"] and b"" in kept["id2"]
+    assert all(Image.open(io.BytesIO(data)).mode == "RGB" for data in kept["id1"])
+    assert ShardDataset(tmp_path / "kept").manifest.image_size is None
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [("wrong_size", "size.jpg"), ("undecodable", "broken.jpg"), ("grey", "grey.jpg"), ("empty_identity", "zero"), ("duplicate", "copy.jpg")],
+)
+def test_policy_fail_names_the_first(troubled, tmp_path, kind, name):
+    with pytest.raises(UserError, match=name) as error:
+        pack(troubled, tmp_path / "out", PackOptions("folder", policies=Policies(**{kind: "fail"})))
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_impossible_requests_are_one_line(folder, tmp_path):
+    with pytest.raises(UserError, match="undecodable"):
+        Policies(undecodable="fix")
+    with pytest.raises(UserError, match="does not exist"):
+        pack(tmp_path / "nowhere", tmp_path / "out", PackOptions("folder"))
+    with pytest.raises(UserError, match="choose one of folder"):
+        pack(folder, tmp_path / "out1", PackOptions("images"))
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="no image"):
+        pack(tmp_path / "bare", tmp_path / "out2", PackOptions("folder"))
+    pack(folder, tmp_path / "done", PackOptions("folder"))
+    with pytest.raises(UserError, match="finished dataset"):
+        pack(folder, tmp_path / "done", PackOptions("folder"))
+
+
+def test_killed_pack_is_continued_to_the_same_bytes(tmp_path, faces):
+    """SIGKILL while shards are written; the second start, with another number of workers, ends as a pack that was never killed."""
+    source = tmp_path / "src"
+    for person in range(40):
+        (source / f"p{person}").mkdir(parents=True)
+        for number, data in enumerate(image for group in faces.values() for image in group):
+            (source / f"p{person}" / f"{number}.jpg").write_bytes(data + bytes([person]))  # distinct bytes, same picture
+    tool = Path(__file__).parent.parent / "tools" / "pack_dataset.py"
+    environment = {**os.environ, "PYTHONPATH": str(tool.parent.parent)}
+    command = [sys.executable, str(tool), str(source), str(tmp_path / "out"), "--kind", "folder", "--samples-per-shard", "9", "--workers", "1"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out" / "shards").glob("*.tar"))) < 3:
+        assert time.monotonic() < deadline and process.poll() is None, "the pack ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").glob("*.tar")}
+    assert 3 <= len(finished) < 80 and not (tmp_path / "out" / "dataset.json").exists()
+    with pytest.raises(UserError, match="other options"):
+        pack(source, tmp_path / "out", PackOptions("folder", samples_per_shard=10))
+    subprocess.run([*command[:-1], "2"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    # a finished shard whose note was not yet written when the kill came is written again, the same; no other is touched
+    untouched = sum((tmp_path / "out" / "shards" / name).stat().st_mtime_ns == time_ns for name, time_ns in finished.items())
+    assert untouched >= len(finished) - 1
+    pack(source, tmp_path / "whole" / "out", PackOptions("folder", samples_per_shard=9))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole" / "out")

@@ -1,0 +1,86 @@
+"""Recipes: every shipped one loads, overrides apply, and mistakes are told in one line with the nearest right name."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lvtrain import recipe as recipes
+from lvtrain.errors import UserError
+from lvtrain.recipe import Duration
+
+FOLDER = Path(recipes.__file__).parent / "recipes"
+QUICKSTART = FOLDER / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_survive_a_round_trip(path: Path) -> None:
+    recipe = recipes.load(path)
+    assert recipes.resolve(yaml.safe_load(recipes.dump(recipe))) == recipe
+    assert recipe.name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("optimizer.lr=1e-4", lambda r: r.optimizer.lr == 1e-4),
+        ("phases.0.sample_rate=0.25", lambda r: r.phases[0].sample_rate == 0.25),
+        ("phases.refinement.global_batch=64", lambda r: r.phases[2].global_batch == 64),
+        ("schedule.total=10 steps", lambda r: r.schedule.total == Duration("10 steps")),
+        ("checkpoint.keep_every=1e6 samples", lambda r: r.checkpoint.keep_every.amount == 1e6),
+        ("backbone.overrides.depth=2", lambda r: r.backbone.overrides == {"depth": 2}),
+        ("ema.decay=0.99", lambda r: r.ema.decay == 0.99),
+        ("evaluation.benchmarks={}", lambda r: r.evaluation.benchmarks == {}),
+    ],
+)
+def test_overrides(override: str, read) -> None:
+    assert read(recipes.load(QUICKSTART, [override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimzer.lr=1", "unknown key 'optimzer'; did you mean 'optimizer'?"),
+        ("optimizer.rl=1", "unknown key 'optimizer.rl'; did you mean 'lr'?"),
+        ("method.windw=3", "did you mean 'window'?"),
+        ("phases.0.sample_rat=1", "did you mean 'sample_rate'?"),
+        ("phases.nowhere.sample_rate=1", "has no element 'nowhere'"),
+        ("phases.0.virtual_batches=3", "is not a multiple of virtual_batches 3"),
+        ("schedule.total=10 parsecs", "steps, epochs or samples"),
+        ("optimizer.lr=-1", "optimizer.lr"),
+        ("method.name=pca", "does not match any of the expected tags"),
+        ("lr", "must look like section.key=value"),
+        ("seed.x=3", "is a value, not a section"),
+        ("phases.1.name=alignment", "phase names must differ"),
+    ],
+)
+def test_mistakes_are_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=r"recipe|override") as caught:
+        recipes.load(QUICKSTART, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere.yaml does not exist; lvtrain/recipes has .*quickstart.yaml"):
+        recipes.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1,\nb: 2")
+    with pytest.raises(UserError, match="not valid YAML") as caught:
+        recipes.load(tmp_path / "broken.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "samples"),
+    [
+        ("10 steps", 640),
+        ("1 step", 64),
+        ("2 epochs", 2048),
+        ("0.5 epochs", 512),
+        ("100 samples", 128),
+        ("1e3 samples", 1024),
+        ("1_000 samples", 1024),
+    ],
+)
+def test_durations_round_up_to_whole_steps(text: str, samples: int) -> None:
+    assert Duration(text).samples(global_batch=64, samples_per_epoch=1000 + 24) == samples

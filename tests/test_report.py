@@ -1,0 +1,183 @@
+"""The report of a realistic run, of a young run and of a broken-off one: one file, nothing fetched, the figures of the files in it."""
+
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lvtrain.errors import UserError
+from lvtrain.evaluation import verification
+from lvtrain.report import write_report
+from lvtrain.report.figures import POINTS
+
+RECIPE = """\
+name: sample
+data: {path: data/quickstart/train}
+backbone: {name: vit_nano, embedding_dim: 128}
+method: {name: pco}
+phases:
+- {name: alignment, global_batch: 128, virtual_batches: 4, sample_rate: 0.5, expectation: 'off', end: {cos2: 0.2}}
+- {name: stabilisation, global_batch: 128, virtual_batches: 4, sample_rate: 0.5, expectation: update, end: {cos2: 0.35}}
+- {name: refinement, global_batch: 128, virtual_batches: 4, sample_rate: 1.0, expectation: frozen, end: {}}
+"""
+
+
+def benchmark(separation: float, seed: int, pairs: int = 3000) -> dict:
+    generator = np.random.default_rng(seed)
+    issame = np.arange(pairs) % 2 == 0
+    cosines = np.clip(generator.normal(np.where(issame, separation, 0.05), 0.12), -1, 1)
+    return {**verification.summary(2 - 2 * cosines, issame), "xnorm": 11.3}
+
+
+def make_run(folder: Path, steps: int = 600, every: int = 10, resumed: bool = True) -> Path:
+    """A run folder as the quick start leaves it, its curves shaped like a real one's."""
+    generator = np.random.default_rng(0)
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    environment = {
+        "python": "3.11.2",
+        "world_size": 2,
+        "gpus": [],
+        "packages": {"torch": "2.15.0", "deepspeed": "0.19.8"},
+    }
+    (folder / "environment.json").write_text(json.dumps(environment))
+    start = 1_795_000_000.0
+    ends = [0.37 * steps, 0.52 * steps, steps]
+    names = ["alignment", "stabilisation", "refinement"]
+    rows = []
+    for step in range(every, steps + 1, every):
+        share = step / steps
+        cos2 = 0.42 / (1 + np.exp(-9 * (share - 0.42))) + 0.01 * generator.normal() * share
+        rows.append(
+            {
+                "time": start + 0.51 * step,
+                "step": step,
+                "samples_seen": step * 128,
+                "epoch": round(step * 128 / 8000, 4),
+                "phase": names[int(np.searchsorted(ends, step))],
+                "loss": 33 * np.exp(-3.2 * share) + 2 + 0.6 * generator.normal(),
+                "cos2": float(abs(cos2)),
+                "cos2_window": float(abs(cos2)),
+                "lr": 1e-3 * min(1, step / 50) * (1 - share),
+                "grad_norm": float(4 + generator.gamma(2.0)),
+                "images_per_second": 250 + 6 * generator.normal(),
+                "data_wait": float(abs(0.02 + 0.006 * generator.normal())),
+                "nonfinite": 0,
+                "memory_gb": None,
+            }
+        )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    events = [{"time": start, "event": "start", "step": 0, "samples_seen": 0, "world_size": 2, "attempt": 1}]
+    previous = 0
+    for name, end, reason in zip(names, ends, ["cos2", "cos2", "schedule"]):
+        at = {"phase": name, "samples_seen": int(end) * 128}
+        events.append({"time": start + previous, "event": "phase_start", "step": previous, "world_size": 2, **at})
+        if resumed and name == "stabilisation":
+            events.append({"time": start + end - 3, "event": "stop", "step": int(end) - 20, "reason": "SIGTERM", **at})
+            events.append({"time": start + end, "event": "resume", "step": int(end) - 20, "attempt": 2, **at})
+        ended = {"step": int(end), "reason": reason, "cos2_window": 0.2013}
+        events.append({"time": start + end, "event": "phase_end", **ended, **at})
+        saved = {"step": int(end), "reason": "phase_end", "stall_seconds": 0.113}
+        events.append({"time": start + end, "event": "checkpoint", **saved, **at})
+        previous = int(end)
+    events.append(
+        {"time": start + 400, "event": "done", "step": steps, "phase": None, "reason": "the schedule is complete"}
+    )
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    for name, step, separation in (
+        ("before", 0, 0.09),
+        (f"step_{int(ends[0]):09d}", int(ends[0]), 0.4),
+        ("final", steps, 0.62),
+    ):
+        evaluation = {"step": step, "samples_seen": step * 128, "phase": "refinement"}
+        evaluation["benchmarks"] = {"heldout": benchmark(separation, step)}
+        (folder / "evaluation" / f"{name}.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+class Links(html.parser.HTMLParser):
+    """Collects everything a browser would fetch, and the tags left open."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "input", "link"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "img", "iframe", "object"):
+            self.fetched.append(tag)
+        self.fetched += [
+            value or ""
+            for name, value in attributes
+            if name in ("src", "href", "xlink:href") and value and value[0] != "#"
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_report_of_a_whole_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    path = write_report(run)
+    assert path == run / "report.html"
+    text = path.read_text()
+    page = Links()
+    page.feed(text)
+    assert page.fetched == [] and page.open == []
+    assert "url(http" not in text and "@import" not in text
+    assert not re.search(r"#01010\d", text), "a colour of a figure was not given to the page's palette"
+
+    final = json.loads((run / "evaluation" / "final.json").read_text())["benchmarks"]["heldout"]
+    assert f"{100 * final['accuracy']:.2f}%" in text
+    assert "before training" in text and "after training" in text
+    assert "δ1 = 0.2" in text and "δ2 = 0.35" in text
+    assert text.count("cosine stage scheduler") == 2
+    assert "in 2 starts" in text
+    assert "expectation: frozen" in text  # the recipe, folded
+    assert text.count("<svg") == 6 + 4
+    assert write_report(run).read_text() == text, "the same run gives the same file"
+
+
+def test_report_of_a_young_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert "running" in write_report(tmp_path, tmp_path / "elsewhere" / "r.html").read_text()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 30.0, "time": 1.0}\n{"step": 20, "lo')
+    (tmp_path / "events.jsonl").write_text('{"time": 1.0, "event": "start", "step": 0}\n')
+    assert "30.000" in write_report(tmp_path).read_text()
+
+
+def test_report_stays_small_for_a_long_run(tmp_path: Path) -> None:
+    """A hundred thousand rows are drawn as at most POINTS of mean, lowest and highest."""
+    run = make_run(tmp_path / "run", steps=200_000, every=2)
+    with open(run / "events.jsonl", "a") as file:
+        for step in range(500):
+            file.write(json.dumps({"time": 1.8e9, "event": "checkpoint", "step": step, "phase": "refinement"}) + "\n")
+            file.write(json.dumps({"time": 1.8e9, "event": "bad_sample", "step": step, "sample_id": step}) + "\n")
+    text = write_report(run).read_text()
+    assert POINTS < 2000 and len(text) < 1_500_000
+    assert "503 checkpoint events" in text and "500 bad sample events" in text
+
+
+def test_text_of_a_run_cannot_become_markup(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text(RECIPE.replace("name: sample", "name: '<script>alert(1)</script>'"))
+    assert "<script>" not in write_report(run).read_text()
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no recipe\.yaml"):
+        write_report(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        write_report(tmp_path / "absent")

@@ -1,0 +1,92 @@
+"""Learning rate and phase ends, as tables: first and last step included."""
+
+import pytest
+import torch
+
+from lvtrain.errors import UserError
+from lvtrain.recipe import Duration, Phase, PhaseEnd, Schedule
+from lvtrain.training.phases import CosineStage, phase_end_reason, plan_phase
+from lvtrain.training.schedule import learning_rate
+
+PHASE = Phase(name="a", global_batch=10, virtual_batches=2)
+
+
+def rates(**fields) -> list[float]:
+    rate = learning_rate(Schedule(**fields), 1.0, phases=[PHASE], samples_per_epoch=20)
+    return [round(rate.at(step * 10, 10), 6) for step in range(11)]
+
+
+def test_polynomial_with_warmup() -> None:
+    assert rates(total="10 steps", warmup="4 steps", power=2.0) == pytest.approx(
+        [0.25, 0.5, 0.75, 1.0] + [(1 - k / 6) ** 2 for k in range(7)], abs=1e-6
+    )
+
+
+def test_cosine_ends_at_final() -> None:
+    values = rates(total="5 epochs", shape="cosine", final=0.1)
+    assert values[0] == 1.0 and values[5] == 0.55 and values[10] == pytest.approx(0.1)
+
+
+def test_constant() -> None:
+    assert rates(total="100 samples", shape="constant") == [1.0] * 11
+
+
+def test_warmup_equals_torchs_linear_warmup() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 5, total_iters=4)
+    ours = learning_rate(
+        Schedule(total="50 steps", warmup="5 steps", shape="constant"), 1.0, phases=[PHASE], samples_per_epoch=20
+    )
+    for step in range(8):
+        assert ours.at(step * 10, 10) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+
+
+def test_steps_are_refused_where_batches_differ() -> None:
+    with pytest.raises(UserError, match="write it in epochs or samples"):
+        learning_rate(
+            Schedule(total="10 steps"),
+            1.0,
+            phases=[PHASE, Phase(name="b", global_batch=20, virtual_batches=2)],
+            samples_per_epoch=20,
+        )
+
+
+def test_css_compares_the_mean_of_a_full_window() -> None:
+    stage = CosineStage(0.5, window=4, device=torch.device("cpu"))
+    lucky = [0.9, 0.1, 0.1, 0.1, 0.4, 0.6, 0.5, 0.6]
+    assert [stage.observe(torch.tensor(value)) for value in lucky] == [False] * 7 + [True]
+    assert stage.last_mean == pytest.approx(0.525)
+
+
+def test_css_window_survives_a_restart_to_the_bit() -> None:
+    values = torch.rand(23, generator=torch.Generator().manual_seed(0))
+    whole = CosineStage(0.99, window=5, device=torch.device("cpu"))
+    for value in values:
+        whole.observe(value)
+    first = CosineStage(0.99, window=5, device=torch.device("cpu"))
+    for value in values[:13]:
+        first.observe(value)
+    second = CosineStage(0.99, window=5, device=torch.device("cpu"))
+    second.load_state(first.state())
+    for value in values[13:]:
+        second.observe(value)
+    assert second.state() == whole.state()
+
+
+def test_why_a_phase_ends() -> None:
+    phase = Phase(
+        name="a",
+        global_batch=10,
+        virtual_batches=2,
+        end=PhaseEnd(at_most=Duration("3 steps"), until=Duration("70 samples")),
+    )
+    plan = plan_phase(phase, 0, start_step=2, start_samples=20, total=200, samples_per_epoch=20)
+    assert plan.last_samples == 50
+    assert phase_end_reason(plan, 40, reached_delta=False, total=200) is None
+    assert phase_end_reason(plan, 50, reached_delta=False, total=200) == "length"
+    assert phase_end_reason(plan, 30, reached_delta=True, total=200) == "cos2"
+    assert phase_end_reason(plan, 200, reached_delta=False, total=200) == "schedule"
+    late = plan_phase(phase, 0, start_step=6, start_samples=60, total=200, samples_per_epoch=20)
+    assert late.last_samples == 70

@@ -1,0 +1,52 @@
+"""The launch environment: deepspeed, torchrun and srun are understood, contradictions refused."""
+
+import pytest
+
+from lvtrain import world
+from lvtrain.errors import UserError
+
+
+def test_plain_python_is_a_world_of_one() -> None:
+    assert (world.launch({}).size, world.launch({}).launcher) == (1, "python")
+    assert world.agree_any(True) and not world.agree_any(False)
+    assert world.broadcast_object("x") == "x" and world.gather_objects(3) == [3]
+
+
+def test_torch_variables() -> None:
+    found = world.launch(
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n7", "MASTER_PORT": "1234"}
+    )
+    assert (found.rank, found.size, found.local_rank, found.address, found.port) == (3, 4, 1, "n7", 1234)
+
+
+def test_srun_variables() -> None:
+    environment = {
+        "SLURM_PROCID": "5",
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "8",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "gpu[003-004]",
+        "SLURM_JOB_ID": "77",
+    }
+    found = world.launch(environment)
+    assert (found.rank, found.size, found.local_rank, found.address, found.launcher) == (5, 8, 1, "gpu003", "srun")
+    with pytest.raises(UserError, match="contradicts"):
+        world.launch(environment | {"WORLD_SIZE": "1"})
+
+
+def test_a_batch_script_without_srun_is_one_rank() -> None:
+    assert world.launch({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}).size == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[003-007,9],x1", "gpu003"),
+        ("a[1,3]-ib", "a1-ib"),
+        ("rack2-node[17]", "rack2-node17"),
+    ],
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert world.first_host(nodes) == first
