@@ -60,7 +60,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield environment
 
 
-SLOW_SAVES = "save.after_mkdir:0:*:sleep=0.7"
+HELD = (20, 60, 100)  # the quick start waits at these steps, just saved, until it has been struck
 Story = tuple[ChainRun, list[int]]
 
 
@@ -98,9 +98,12 @@ def stories(
         ) -> None:
             stories[name] = pool.submit(tell, disturb, start, name, **settings)
 
-        # slow steps and slow saves: a window of some seconds in which to strike, on any machine
+        # slow steps: a window of some seconds in which to strike, on any machine
         slow = {"STANDIN_STEP_SECONDS": "0.15"}
-        begin("quickstart", quickstart, signal_kill_limit, chain="singleton:3", LVTRAIN_FAULT=SLOW_SAVES)
+        hold = ";".join(f"loop.step:*:{step}:hold={hold_file(runs / 'quickstart', step)}" for step in HELD)
+        for step in HELD:
+            hold_file(runs / "quickstart", step).touch()
+        begin("quickstart", quickstart, signal_kill_limit, chain="singleton:3", LVTRAIN_FAULT=hold)
         begin("undisturbed", quickstart, nothing)
         begin("links", start, limit_cancel, chain="singleton:3", STANDIN_FAULT="deaf:alignment", **slow)
         begin("limit", start, limit, STANDIN_FAULT="deaf:stabilisation")
@@ -114,15 +117,22 @@ def nothing(chain: ChainRun) -> list[int]:
     return []
 
 
+def hold_file(run_folder: Path, step: int) -> Path:
+    return run_folder.parent / f"{run_folder.name}-hold-{step}"
+
+
 def signal_kill_limit(chain: ChainRun) -> list[int]:
-    """One job a phase: pre-empted by a signal, killed, at its time limit."""
-    first = chain.running_job("alignment", past_step=0)
+    """One job a phase: pre-empted by a signal, killed, at its time limit (deaf to the warning before it)."""
+    first = chain.running_job("alignment", past_step=HELD[0] - 1)
     chain.command("scancel", "--signal=USR2", str(first))
-    second = chain.running_job("stabilisation", past_step=40)
+    hold_file(chain.run_folder, HELD[0]).unlink()
+    second = chain.running_job("stabilisation", past_step=HELD[1] - 1)
     chain.command("scancel", "--signal=KILL", str(second))
-    third = chain.running_job("refinement", past_step=80)
-    chain.command("scancel", "--signal=STOP", str(third))  # frozen, so that the limit finds it
+    hold_file(chain.run_folder, HELD[1]).unlink()
+    third = chain.running_job("refinement", past_step=HELD[2] - 1)
     chain.shorten(third)
+    chain.wait(lambda: "JobState=TIMEOUT" in state_of(chain, third), f"the time limit of job {third}")
+    hold_file(chain.run_folder, HELD[2]).unlink()
     return [first, second, third]
 
 
@@ -234,7 +244,9 @@ def test_quickstart_three_ways_interrupted_ends_with_the_same_bits(stories: dict
     assert_complete(chain)
     assert_complete(peer)
     first, second, third = (state_of(chain, job) for job in jobs)
-    assert "ExitCode=75" in first and "JobState=CANCELLED" in second and "JobState=TIMEOUT" in third
+    assert "ExitCode=75" in first, first
+    assert "JobState=CANCELLED" in second, second
+    assert "JobState=TIMEOUT" in third, third
     assert len({record["job"] for record in chain.ledger("start")}) == 6 and len(peer.ledger("start")) == 3
     left, right = (tensors(each.run_folder / "checkpoints" / "step_000000120") for each in (chain, peer))
     assert left.keys() == right.keys() and len(left) > 10

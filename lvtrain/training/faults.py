@@ -3,7 +3,7 @@
 Points are named where they stand in the code, e.g. `save.mid_file`, `loop.step`. Actions:
 
 - `sigkill`, `sigstop`, `sigterm`, `sigusr2`: that signal to this process;
-- `sleep=SECONDS`;
+- `sleep=SECONDS`;  `hold=FILE`: waits, deaf to agreed stops, for as long as that file exists;
 - `raise`: a RuntimeError;  `enospc`, `eio`, `erofs`: an OSError of that number;
 - any other word is returned to the caller, which knows what to do with it (`nan` at `loop.loss`).
 
@@ -42,6 +42,10 @@ def _act(action: str, fault: str) -> str | None:
         raise OSError(_ERRORS[action], os.strerror(_ERRORS[action]))
     if action == "raise":
         raise RuntimeError(f"injected fault {fault}")
+    if action.startswith("hold="):
+        while os.path.exists(action.removeprefix("hold=")):
+            time.sleep(0.05)
+        return None
     if action.startswith("sleep="):
         time.sleep(float(action.removeprefix("sleep=")))
         return None
