@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -164,6 +164,20 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first(action: Callable[[], Any]) -> Any:
+    """Rank 0's result on every rank; what it raises there is raised on every rank. A collective."""
+    answer: tuple[Any, Exception | None] = (None, None)
+    if not _several() or dist.get_rank() == 0:
+        try:
+            answer = (action(), None)
+        except Exception as error:
+            answer = (None, error)
+    value, failure = broadcast_object(answer)
+    if failure is not None:
+        raise failure
+    return value
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from lvtrain.training import checkpoint_files as files
 from lvtrain.training import checkpoint_layout as layout
 from lvtrain.training import faults
 from lvtrain.training.checkpoint import Checkpoints, open_weights
+from lvtrain.training.lease import hold
 from lvtrain.world import World
 
 STEPS, EVERY, CLASSES = 12, 2, 7
@@ -55,7 +56,10 @@ def job(rank: int, size: int, folder: str, outcomes: Any) -> None:
     weights, rows = torch.zeros(5), torch.arange(float(stop - start)).add(start).unsqueeze(1).repeat(1, 3)
     step = 0
     try:
-        with Checkpoints(Path(folder), world, run_id="r", fingerprint="f") as checkpoints:
+        with (
+            hold(Path(folder), world) as lease,
+            Checkpoints(Path(folder), world, run_id="r", fingerprint="f", lease=lease) as checkpoints,
+        ):
             found = checkpoints.newest()
             if found is not None:
                 reader = checkpoints.load(found)

@@ -16,7 +16,7 @@ from lvtrain.errors import UserError
 from lvtrain.state import Replicated, Rows, State
 from lvtrain.training.checkpoint import Checkpoints
 from lvtrain.training.checkpoint_layout import describe, plan
-from lvtrain.training.lease import Lease, Lost
+from lvtrain.training.lease import Lease, Lost, hold
 from lvtrain.world import World
 from tests.ranks import run_ranks
 
@@ -39,7 +39,8 @@ def _pass_on(rank: int, size: int, folder: str, step: int) -> dict[int, list[str
     for classes in CLASS_COUNTS:
         start, stop = classes * rank // size, classes * (rank + 1) // size
         mine = {name: tensor[start:stop] for name, tensor in _whole(classes).items()}
-        with Checkpoints(Path(folder) / str(classes), world, run_id="r", fingerprint="f") as checkpoints:
+        run = Path(folder) / str(classes)
+        with hold(run, world) as lease, Checkpoints(run, world, run_id="r", fingerprint="f", lease=lease) as checkpoints:
             found = checkpoints.newest()
             if found is not None:
                 reader = checkpoints.load(found)
@@ -172,7 +173,8 @@ def test_an_earlier_start_of_the_same_slurm_job_is_dead(tmp_path: Path, monkeypa
 def test_who_lost_the_lease_commits_nothing(tmp_path: Path) -> None:
     world = World(0, 1, 0, torch.device("cpu"))
     state: State = {"w": Replicated(torch.ones(3))}
-    first = Checkpoints(tmp_path, world, run_id="r", fingerprint="f")
+    lease = Lease(tmp_path)
+    first = Checkpoints(tmp_path, world, run_id="r", fingerprint="f", lease=lease)
     first.save(1, 1, "one", state, {})
     first.wait()
     holder = json.loads((tmp_path / "lease.json").read_text())
@@ -181,3 +183,4 @@ def test_who_lost_the_lease_commits_nothing(tmp_path: Path) -> None:
         first.save(2, 2, "one", state, {})
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000000001"]
     first.close()
+    lease.release()

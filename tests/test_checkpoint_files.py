@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from lvtrain.errors import UserError
 from lvtrain.state import Replicated, Rows, State
 from lvtrain.training import checkpoint_files as files
 from lvtrain.training.checkpoint import Checkpoints, open_weights
+from lvtrain.training.lease import hold
 from lvtrain.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def open_checkpoints(folder: Path, **changes: Any) -> Checkpoints:
-    return Checkpoints(folder, ALONE, **({"run_id": "run", "fingerprint": "faces"} | changes))
+@contextlib.contextmanager
+def open_checkpoints(folder: Path, **changes: Any) -> Iterator[Checkpoints]:
+    arguments: dict[str, Any] = {"run_id": "run", "fingerprint": "faces"} | changes
+    with hold(folder, ALONE) as lease, Checkpoints(folder, ALONE, **arguments, lease=lease) as checkpoints:
+        yield checkpoints
 
 
 def state_of(step: int, classes: int = 11) -> State:
@@ -200,8 +205,8 @@ def test_retention_keeps_the_last_the_marked_and_every_so_many(tmp_path: Path) -
         checkpoints.wait()
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == [f"step_{step:09d}" for step in (3, 4, 8, 11, 12)]
-    with pytest.raises(ValueError, match="keep_last"):
-        open_checkpoints(tmp_path, keep_last=1)
+    with pytest.raises(ValueError, match="keep_last"), open_checkpoints(tmp_path, keep_last=1):
+        pass
 
 
 def test_a_snapshot_is_what_was_saved_although_training_goes_on(tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lvtrain.training.lease import hold
+from lvtrain.world import World
 from tests.runs import events, metrics, recipe_file
 from tools.torture import contents, end, start
 
@@ -115,3 +118,15 @@ def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in events(folder_of(thrice), "resume")] == [10]
     assert go(peaceful, 2, 2) == [0, 0], said(peaceful)[-2000:]
     assert not [name for name in differing(peaceful, thrice) if not name.startswith("metrics")]
+
+
+def test_a_second_job_is_fenced_off_before_it_touches_anything(tiny_faces: Path, tmp_path: Path) -> None:
+    recipe = make(tmp_path, tiny_faces)
+    assert go(recipe, 1, 2, "loop.step:0:5:sigterm") == [75], said(recipe)[-2000:]
+    watched = ("recipe.yaml", "run.json", "outcome.json", "events.jsonl", "environment.json")
+    before = {name: (folder_of(recipe) / name).read_bytes() for name in watched}
+    with hold(folder_of(recipe), World(0, 1, 0, torch.device("cpu"))):
+        assert go(recipe, 1, 2) == [2]
+    assert f"{folder_of(recipe)} is in use by process" in said(recipe)
+    assert {name: (folder_of(recipe) / name).read_bytes() for name in watched} == before
+    assert go(recipe, 1, 2) == [0], said(recipe)[-2000:]

@@ -104,8 +104,8 @@ def consolidate(
             architecture = recognise(state)
             card = _card(out.name, architecture, state)
         else:
-            architecture, state, _ = open_backbone(source, average=average)
-            card = _run_card(source, architecture, state)
+            architecture, state, weights = open_backbone(source, average=average)
+            card = _source_card(source, architecture, state, weights)
             if rows:
                 class_rows = _class_rows(source)
         write_folder(out, architecture, state, card=card, rows=class_rows)
@@ -158,18 +158,19 @@ def export(
 ) -> None:
     """The backbone for others' programs, checked after writing."""
     from lvtrain.interop.models import open_backbone
+    from lvtrain.interop.model_card import write_card
     from lvtrain.interop.packages import write_arcface, write_folder, write_insightface
 
     with one_line_errors():
-        architecture, state, _ = open_backbone(source, average=average)
+        architecture, state, weights = open_backbone(source, average=average)
         if to == "arcface":
             write_arcface(out, state)
         elif to == "folder":
-            write_folder(out, architecture, state, card=_run_card(source, architecture, state))
+            write_folder(out, architecture, state, card=_source_card(source, architecture, state, weights))
         elif to == "onnx":
             _onnx(architecture, state, out, opset, precision)
         else:
-            card = _run_card(source, architecture, state)
+            card = _source_card(source, architecture, state, weights)
             out.mkdir(parents=True, exist_ok=True)
             _onnx(architecture, state, out / "recognition.onnx", opset, precision)
             licence = f"Licence of the training data, which these weights inherit: {card.data_licence or 'not stated'}"
@@ -181,6 +182,7 @@ def export(
                 image_size=architecture.image_size,
                 licence=licence,
             )
+            write_card(out / "README.md", card)
         print(f"written: {out}")
 
 
@@ -237,16 +239,26 @@ def _card(name: str, architecture: Any, state: Any) -> Any:
     return Card(name, architecture.name, architecture.embedding_dim, sum(tensor.numel() for tensor in state.values()))
 
 
-def _run_card(source: Path, architecture: Any, state: Any) -> Any:
-    from lvtrain.interop.model_card import from_run
+def _source_card(source: Path, architecture: Any, state: Any, weights: str) -> Any:
+    """The card of a run, of an exported folder, or one that says what can be seen in the weights."""
+    from lvtrain.interop.model_card import from_folder, from_run
 
+    if source.is_dir() and (card := from_folder(source)) is not None:
+        return card
     run = source if (source / "recipe.yaml").is_file() else source.parent.parent
     if not (run / "recipe.yaml").is_file():
         return _card(source.name, architecture, state)
     parameters = sum(tensor.numel() for tensor in state.values())
-    return from_run(
-        run, architecture=architecture.name, embedding_dim=architecture.embedding_dim, parameters=parameters
+    card = from_run(
+        run,
+        architecture=architecture.name,
+        embedding_dim=architecture.embedding_dim,
+        parameters=parameters,
+        weights=weights,
     )
+    if card.stale:
+        print(f"no thresholds in the model card: {card.stale}")
+    return card
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def main(
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME:PATH", help="cosine thresholds at FMR 1e-3 to 1e-6, from a .bin file or a labelled set"
+            metavar="NAME:PATH",
+            help="cosine thresholds at FMR 1e-3 to 1e-6, from a .bin file or a labelled set; kept for the model card of a run or exported folder",
         ),
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for evaluation.json and the pictures")] = Path(
@@ -73,7 +74,7 @@ def main(
             )
         state = PartialState(cpu=cpu)
         console = Console(quiet=not state.is_main_process)
-        name, forward, image_size = _model(model, state.device, average)
+        name, forward, image_size, weights = _model(model, state.device, average)
         setting = suite.Setting(
             world=Ranks(state.process_index, state.num_processes),
             device=state.device,
@@ -88,20 +89,21 @@ def main(
             _show(name, results, console)
             _write(name, results, tasks, out, image_size)
             console.print(f"figures and pictures: {out}/")
+            _calibration(Path(model), weights, results, console)
         state.wait_for_everyone()
         state.destroy_process_group()
 
 
 def _model(path, device, average):
-    """Name, forward on normalised images, and image size."""
+    """Name, forward on normalised images, image size, and which weights these are."""
     from lvtrain.evaluation import raw_pixels
 
     if path == "raw_pixels":
-        return "raw pixels", raw_pixels, 112
+        return "raw pixels", raw_pixels, 112, ""
     from lvtrain.interop import load_model
 
     model = load_model(path, device=device, average=average)
-    return model.name, model.forward, model.image_size
+    return model.name, model.forward, model.image_size, model.weights
 
 
 def _show(name, results, console) -> None:
@@ -125,6 +127,15 @@ def _write(name, results, tasks, out: Path, image_size: int) -> None:
     (out / "evaluation.json").write_text(json.dumps({"model": name, "benchmarks": results}, indent=1) + "\n")
     pairs = {task.name: task.paths[0] for task in tasks if task.kind == "verification"}
     write_plots(results, out, pairs=pairs, image_size=image_size)
+
+
+def _calibration(model: Path, weights: str, results, console) -> None:
+    """Thresholds go where the model card is written from."""
+    from lvtrain.interop.model_card import keep_calibration
+
+    found = {name: result for name, result in results.items() if result["kind"] == "calibration"}
+    if found and (kept := keep_calibration(model, weights, found)) is not None:
+        console.print(f"thresholds for the model card: {kept}")
 
 
 @contextmanager

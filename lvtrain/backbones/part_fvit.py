@@ -183,6 +183,8 @@ class LandmarkFeatures(nn.Module):
         self.num_features = 160
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # channels last halves the time of its depthwise convolutions on a CPU, and is what cuDNN wants
+        images = images.contiguous(memory_format=torch.channels_last)
         return self.blocks(self.bn1(self.conv_stem(images))).mean(dim=(2, 3))
 
 

@@ -198,9 +198,12 @@ SETS: dict[str, tuple[View, ...]] = {
     ),
     # LAFS fine-tuning
     "randaugment": (View("image", _RAND_AUGMENT),),
-    # self-supervision
+    # self-supervision. Local crops: [0.05, 0.4] is the default of DINO's own code (--local_crops_scale), [0.08, 0.4] what LAFS says it starts
+    # from (supplement 8.1.3); 48 pixels of 112 are LAFS's, 24 the same share of small recipes' 56
     "dino": _dino((0.05, 0.4), 48),
-    # LAFS crops its student views as the global ones, at full size
+    "dino_faces": _dino((0.08, 0.4), 48),
+    "dino_faces_56": _dino((0.08, 0.4), 24),
+    # LAFS crops its student views as the global ones, [0.4, 1.0] (section 3.2 and supplement 8.1.3), at full size
     "lafs": _with_landmark_twins(_dino((0.4, 1.0), None)),
 }
 

@@ -1,17 +1,22 @@
-"""The model card that goes with exported weights: what it is, what it was trained on, under which licence, how good, for what."""
+"""The model card that goes with exported weights: what it is, what it was trained on, under which licence, how good, for what, and which cosine
+to accept. An exported folder keeps the card's fields in its `config.json`, so that a card can be written again."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+CONFIG = "config.json"
+CALIBRATION = "calibration.json"  # in a run's folder, until the run is exported
 _UNKNOWN = "not stated in dataset.json; find out before you use or share these weights"
 
 
 @dataclass
 class Card:
+    """`figures`: benchmark name -> result of `lvtrain.evaluation`; `calibration`: labelled set's or pairs' name -> result of its `calibrate`."""
+
     name: str
     architecture: str
     embedding_dim: int
@@ -24,10 +29,11 @@ class Card:
     figures: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
+    stale: str = ""  # why thresholds that were found are not in the card
 
 
-def from_run(run: Path, *, architecture: str, embedding_dim: int, parameters: int) -> Card:
-    """What a run folder knows: recipe, dataset licence, newest evaluation."""
+def from_run(run: Path, *, architecture: str, embedding_dim: int, parameters: int, weights: str = "") -> Card:
+    """What a run folder knows: recipe, dataset licence, newest evaluation, and thresholds if they were found with these very `weights`."""
     card = Card(run.name, architecture, embedding_dim, parameters, source=f"run {run.name}")
     recipe = run / "recipe.yaml"
     if recipe.is_file():
@@ -48,7 +54,43 @@ def from_run(run: Path, *, architecture: str, embedding_dim: int, parameters: in
         found = json.loads(evaluations[-1].read_text())
         card.samples_seen = found.get("samples_seen")
         card.figures = {name: figures for name, figures in found.get("benchmarks", {}).items()}
+    if (run / CALIBRATION).is_file():
+        kept = json.loads((run / CALIBRATION).read_text())
+        if kept["weights"] == weights:
+            card.calibration = kept["sets"]
+        else:
+            card.stale = f"thresholds were found with other weights ({kept['weights']}); these are {weights}"
     return card
+
+
+def from_folder(folder: Path) -> Card | None:
+    """The card of an exported folder; None where it has none (another program's folder)."""
+    config = folder / CONFIG
+    fields = json.loads(config.read_text()).get("lvtrain", {}).get("card") if config.is_file() else None
+    return Card(**fields) if fields else None
+
+
+def keep_calibration(model: Path, weights: str, found: dict[str, Any]) -> Path | None:
+    """Puts thresholds where the model card is written from: a run's `calibration.json`, or an exported folder's card itself.
+
+    `weights` says which of a run's weights were calibrated (step and phase), `found` has a result of `calibrate` for each set's name; results of sets
+    calibrated before with the same weights stay. Returns the file written, None for a model that has no card (one file, an ONNX file, a checkpoint).
+    """
+    if (model / "recipe.yaml").is_file():
+        path = model / CALIBRATION
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        sets = before["sets"] if before.get("weights") == weights else {}
+        path.write_text(json.dumps({"weights": weights, "sets": {**sets, **found}}, indent=1) + "\n")
+        return path
+    card = from_folder(model) if model.is_dir() else None
+    if card is None:
+        return None
+    card.calibration.update(found)
+    config = json.loads((model / CONFIG).read_text())
+    config["lvtrain"]["card"] = asdict(card)
+    (model / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_card(model / "README.md", card)
+    return model / "README.md"
 
 
 def write_card(path: str | Path, card: Card) -> None:
@@ -83,6 +125,10 @@ def write_card(path: str | Path, card: Card) -> None:
         "",
         *_figures(card),
         "",
+        "## Thresholds",
+        "",
+        *_thresholds(card),
+        "",
         "## Intended use and limits",
         "",
         "Face embeddings are biometric data. Use them only with a lawful basis and within the licence of the training data; not for covert "
@@ -95,17 +141,33 @@ def write_card(path: str | Path, card: Card) -> None:
 
 
 def _figures(card: Card) -> list[str]:
-    lines = []
-    if card.figures:
-        lines += ["| benchmark | accuracy, % | TAR@FAR=1e-3, % | pairs |", "|---|---|---|---|"]
-        for name, figures in card.figures.items():
-            tar = figures.get("tar_at_far", {}).get("1e-03")
-            shown = f"{100 * tar:.2f}" if isinstance(tar, (int, float)) else ""
-            lines.append(
-                f"| {name} | {100 * figures['accuracy']:.2f} ± {100 * figures['std']:.2f} | {shown} | {figures['pairs']} |"
-            )
-    else:
-        lines.append("none measured")
-    for name, value in card.calibration.items():
-        lines.append(f"- cosine threshold {name}: {value}")
+    if not card.figures:
+        return ["none measured"]
+    lines = ["| benchmark | accuracy, % | TAR@FAR=1e-3, % | pairs |", "|---|---|---|---|"]
+    for name, figures in card.figures.items():
+        tar = figures.get("tar_at_far", {}).get("1e-03")
+        shown = f"{100 * tar:.2f}" if isinstance(tar, (int, float)) else ""
+        lines.append(
+            f"| {name} | {100 * figures['accuracy']:.2f} ± {100 * figures['std']:.2f} | {shown} | {figures['pairs']} |"
+        )
     return lines
+
+
+def _thresholds(card: Card) -> list[str]:
+    if not card.calibration:
+        return [card.stale or "none found; `tools/evaluate.py MODEL --calibrate NAME:PATH` finds them"]
+    lines = [
+        "Cosine of two single images (no mirror image) at or above which a share FMR of pairs of different people is accepted.",
+        "",
+        "| calibrated on | FMR | cosine at least | interval | pairs of one person refused, % |",
+        "|---|---|---|---|---|",
+    ]
+    notes = []
+    for name, found in card.calibration.items():
+        for fmr, at in found["thresholds"].items():
+            interval = f"{at['low']:.4f} to {at['high']:.4f}"
+            lines.append(f"| {name} | {fmr} | {at['threshold']:.4f} | {interval} | {100 * at['fnmr']:.2f} |")
+        pairs = f"{found['impostor_pairs']:,} impostor and {found['genuine_pairs']:,} genuine pairs"
+        unresolved = f"; too few pairs for {', '.join(found['unresolved'])}" if found["unresolved"] else ""
+        notes.append(f"- {name}: {pairs}, {100 * found['confidence']:.0f} % interval by {found['method']}{unresolved}")
+    return [*lines, "", *notes]

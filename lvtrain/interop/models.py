@@ -14,16 +14,18 @@ from torch import nn
 
 from lvtrain.errors import UserError
 from lvtrain.interop.architecture import Architecture, fit, recognise
+from lvtrain.interop.model_card import CONFIG
 from lvtrain.interop.reading import read_weights
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 
 
 @dataclass
 class Model:
     """`forward`: float32 `[B, 3, S, S]`, RGB, (x - 127.5) / 127.5 -> float32 `[B, d]`, not L2-normalised. `backbone` is None for an ONNX file.
 
-    `tokens(images)` gives `(patch tokens [B, N, dim], embeddings [B, d])`: the patch tokens are what a vision-language model takes.
+    `tokens(images)` gives `(patch tokens [B, N, dim], embeddings [B, d])`: the patch tokens are what a vision-language model takes. `weights` says
+    which weights these are (a run's step and phase, a foreign format), `notes` how they fitted.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Model:
     image_size: int
     backbone: nn.Module | None
     architecture: Architecture | None
+    weights: str = ""
     notes: str = ""
 
     def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +59,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", average:
     path = Path(path)
     if path.suffix == ".onnx":
         return _onnx(path)
-    architecture, state, notes = open_backbone(path, average=average)
+    architecture, state, weights = open_backbone(path, average=average)
     backbone = architecture.create()
     report = fit(backbone, state)
     backbone = backbone.to(device).eval()
@@ -67,13 +70,12 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", average:
         return embeddings.float()
 
     name = f"{architecture.name} from {path}"
-    return Model(
-        name, forward, architecture.embedding_dim, architecture.image_size, backbone, architecture, f"{notes}; {report}"
-    )
+    width, side = architecture.embedding_dim, architecture.image_size
+    return Model(name, forward, width, side, backbone, architecture, weights, f"{weights}; {report}")
 
 
 def open_backbone(path: Path, *, average: bool = False) -> tuple[Architecture, dict[str, torch.Tensor], str]:
-    """Architecture and bare state dict of whatever lies at `path`, without building it."""
+    """Architecture, bare state dict and which weights these are (for people), of whatever lies at `path`, without building it."""
     if path.is_dir() and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
         config = json.loads((path / CONFIG).read_text())
         if "lvtrain" in config:
@@ -101,9 +103,10 @@ def _run(path: Path, average: bool) -> tuple[Architecture, dict[str, torch.Tenso
     if average and source.average is None:
         raise UserError(f"{path} keeps no moving average; the recipe has no ema section")
     state = source.average if average and source.average is not None else evaluated_weights(source)
+    which = ", moving average" if average else ""
     if source.recipe is None:
-        return recognise(state), state, f"checkpoint of step {source.step}"
-    return architecture_from(source.recipe["backbone"]), state, f"step {source.step}, phase {source.phase}"
+        return recognise(state), state, f"checkpoint of step {source.step}{which}"
+    return architecture_from(source.recipe["backbone"]), state, f"step {source.step}, phase {source.phase}{which}"
 
 
 def _onnx(path: Path) -> Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from safetensors.torch import save_file
 
 from lvtrain.errors import UserError
 from lvtrain.interop.architecture import Architecture
-from lvtrain.interop.model_card import Card, write_card
-from lvtrain.interop.models import CONFIG, WEIGHTS
+from lvtrain.interop.model_card import CONFIG, Card, write_card
+from lvtrain.interop.models import WEIGHTS
 
 ROWS = "class_rows.safetensors"
 
@@ -41,7 +42,7 @@ def write_folder(
     }
     config = {
         "model_type": "lvtrain",
-        "lvtrain": {"backbone": section},
+        "lvtrain": {"backbone": section, "card": asdict(card)},
         "preprocessing": {
             "colour": "RGB",
             "mean": 127.5,

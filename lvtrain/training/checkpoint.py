@@ -82,9 +82,10 @@ class Checkpoints:
     """The checkpoints of one run folder, for one job at a time (see `lease`). Construction and all methods are collectives.
 
     `keep_last` newest ones are kept (at least 2), the first one past every `keep_every_samples`, and those saved with `keep=True`.
+    `lease`, on rank 0, is the folder's, held by the caller.
 
     Raises:
-        UserError: another job works in the folder, or it cannot be written.
+        UserError: the folder cannot be written.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Checkpoints:
         run_id: str,
         fingerprint: str,
         background: bool = True,
-        stale_after: float = 30.0,
+        lease: Lease | None,
     ) -> None:
         if keep_last < 2:
             raise ValueError(f"keep_last must be at least 2, got {keep_last}: one may turn out damaged")
@@ -110,8 +111,8 @@ class Checkpoints:
         self._failures = 0
         self._trusted: set[Path] = set()  # committed by this very process: read back without hashing it all again
         self._commits: list[Commit] = []
-        self._lease: Lease | None = None
-        self._first(lambda: self._open(run_folder, stale_after))
+        self._lease = lease
+        self._first(self._open)
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group: Any = dist.new_group(backend="gloo") if several else None
 
@@ -125,8 +126,6 @@ class Checkpoints:
     def close(self, timeout: float | None = None) -> None:
         if self._thread is not None:
             self._thread.join(timeout)
-        if self._lease is not None:
-            self._lease.release()
 
     # ------------------------------------------------------------------------------------------------------------------ saving
 
@@ -379,14 +378,8 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------------------------ helpers
 
-    def _open(self, run_folder: Path, stale_after: float) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write in {run_folder}: {error.strerror}; choose another folder with runs=PATH"
-            ) from error
-        self._lease = Lease(run_folder, stale_after=stale_after)
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         for pattern in (files.WRITING, files.TRASH):  # what attempts that are dead now left behind
             for path in self.folder.glob(f"{pattern}*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -397,26 +390,19 @@ class Checkpoints:
         return self._lease
 
     def _first(self, action: Callable[[], Any]) -> Any:
-        """Rank 0's result on every rank; what it raises is raised on every rank."""
-        answer: tuple[Any, Exception | None] = (None, None)
-        if self.world.is_first:
-            try:
-                answer = (action(), None)
-            except OSError as error:
-                answer = (None, self._explain(error))
-            except Exception as error:
-                answer = (None, error)
-        value, failure = worlds.broadcast_object(answer)
-        if failure is not None:
-            raise failure
-        return value
+        """Rank 0's result on every rank; what it raises is raised on every rank, an OSError in a user's words."""
 
-    def _explain(self, error: OSError) -> Exception:
-        if isinstance(error, FileExistsError):
-            return error
-        return UserError(
-            f"cannot write in {self.folder}: {error.strerror or error}; earlier checkpoints are intact, mend it and start again"
-        )
+        def explained() -> Any:
+            try:
+                return action()
+            except FileExistsError:
+                raise
+            except OSError as error:
+                raise UserError(
+                    f"cannot write in {self.folder}: {error.strerror or error}; earlier checkpoints are intact, mend it and start again"
+                ) from error
+
+        return worlds.on_first(explained)
 
     def _gather(self, value: Any) -> list[Any]:
         """Every rank's value, over the checkpoints' own group: the main one is training's."""

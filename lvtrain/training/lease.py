@@ -14,11 +14,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lvtrain import world as worlds
 from lvtrain.errors import UserError
+from lvtrain.world import World
 
 NAME = "lease.json"
 
@@ -104,6 +107,32 @@ class Lease:
                 os.utime(self.path)
             except OSError:
                 continue  # a full or absent file system is the save's business to report
+
+
+@contextmanager
+def hold(folder: Path, world: World) -> Iterator[Lease | None]:
+    """The folder's lease for the time of a `with`: on rank 0 the lease itself, elsewhere None. The folder is made if need be. A collective.
+
+    Raises:
+        InUse: another job works in the folder; nothing in it has been touched.
+        UserError: the folder cannot be made or written.
+    """
+    mine: Lease | None = None
+
+    def take() -> None:
+        nonlocal mine
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {folder}: {error.strerror}; choose another with runs=PATH") from error
+        mine = Lease(folder)
+
+    worlds.on_first(take)
+    try:
+        yield mine
+    finally:
+        if mine is not None:
+            mine.release()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

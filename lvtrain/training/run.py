@@ -75,16 +75,8 @@ def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World) -> tupl
         UserError: the folder holds a run whose recipe differs in something that is learned from.
     """
     folder = recipe.run_folder
-    answer: Any = None
-    if world.is_first:
-        try:
-            answer = _open(folder, recipe, ds_config, world)
-        except UserError as error:
-            answer = str(error)
-    answer = worlds.broadcast_object(answer)
-    if isinstance(answer, str):
-        raise UserError(answer)
-    return folder, *answer
+    run_id, attempt, told = worlds.on_first(lambda: _open(folder, recipe, ds_config, world))
+    return folder, run_id, attempt, told
 
 
 def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World) -> tuple[str, int, list[str]]:

@@ -13,11 +13,12 @@ from lvtrain.recipe import Recipe
 from lvtrain.training import outcome
 from lvtrain.training.checkpoint import Checkpoints
 from lvtrain.training.heartbeat import Heartbeat
-from lvtrain.training.lease import InUse
+from lvtrain.training.lease import InUse, Lease, hold
 from lvtrain.training.loop import Ending, train
 from lvtrain.training.preemption import Preemption
 from lvtrain.training.run import Run, open_folder
 from lvtrain.training.telemetry import Telemetry
+from lvtrain.world import World
 
 _STARTED = time.monotonic()
 
@@ -40,52 +41,63 @@ def train_session(
     timeout = recipe.safety.collective_timeout
     world = worlds.start(timeout)
     try:
-        folder, run_id, attempt, told = open_folder(recipe, ds_config, world)
-        run = Run(recipe, ds_config, dataset, world, folder, run_id, attempt)
-        telemetry = Telemetry(folder, world, tensorboard=recipe.logging.tensorboard)
-        for change in told:
-            telemetry.event("recipe_changed", change=change)
-        allotted = max_time_minutes * 60 if max_time_minutes else None
-        ending: Ending | None = None  # stays None when the attempt crashes: no outcome.json says so
-        try:
-            with (
-                Heartbeat(folder, world.rank, timeout) as heart,
-                Preemption(world, allotted, started=_STARTED, vote_timeout_seconds=timeout) as preemption,
-                Checkpoints(
-                    folder,
-                    world,
-                    keep_last=recipe.checkpoint.keep_last,
-                    keep_every_samples=_keep_every(recipe, dataset),
-                    run_id=run_id,
-                    fingerprint=dataset.fingerprint,
-                    background=recipe.checkpoint.background,
-                ) as checkpoints,
-            ):
-                ending = train(run, checkpoints, telemetry, preemption, heart, only_phase=only_phase)
-            telemetry.event(
-                "done" if ending.verdict == "done" else "stop",
-                step=ending.step,
-                phase=ending.phase,
-                reason=ending.reason,
-            )
-        except InUse:  # the folder, its events and its outcome are another job's
-            raise
-        except UserError as error:
-            telemetry.event("error", reason=str(error))
-            ending = Ending("fatal", 0, only_phase, str(error))
-            raise
-        finally:
-            telemetry.close()
-            # a fatal error is told by any rank that met it: rank 0 may be waiting for it in a collective
-            if ending is not None and (world.is_first or ending.verdict == "fatal"):
-                outcome.write(
-                    folder, outcome.Outcome(ending.verdict, ending.phase, ending.step, ending.reason, attempt)
-                )
+        with hold(recipe.run_folder, world) as lease:
+            ending = _train(recipe, ds_config, dataset, world, lease, only_phase, max_time_minutes)
         # a rank that leaves with 75 before rank 0 has written would have srun take rank 0 down
         worlds.barrier()
         return ending.verdict == "done"
     finally:
         worlds.stop()
+
+
+def _train(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    dataset: ShardDataset,
+    world: World,
+    lease: Lease | None,
+    only_phase: str | None,
+    max_time_minutes: float | None,
+) -> Ending:
+    timeout = recipe.safety.collective_timeout
+    folder, run_id, attempt, told = open_folder(recipe, ds_config, world)
+    run = Run(recipe, ds_config, dataset, world, folder, run_id, attempt)
+    telemetry = Telemetry(folder, world, tensorboard=recipe.logging.tensorboard)
+    for change in told:
+        telemetry.event("recipe_changed", change=change)
+    allotted = max_time_minutes * 60 if max_time_minutes else None
+    ending: Ending | None = None  # stays None when the attempt crashes: no outcome.json says so
+    try:
+        with (
+            Heartbeat(folder, world.rank, timeout) as heart,
+            Preemption(world, allotted, started=_STARTED, vote_timeout_seconds=timeout) as preemption,
+            Checkpoints(
+                folder,
+                world,
+                keep_last=recipe.checkpoint.keep_last,
+                keep_every_samples=_keep_every(recipe, dataset),
+                run_id=run_id,
+                fingerprint=dataset.fingerprint,
+                background=recipe.checkpoint.background,
+                lease=lease,
+            ) as checkpoints,
+        ):
+            ending = train(run, checkpoints, telemetry, preemption, heart, only_phase=only_phase)
+        telemetry.event(
+            "done" if ending.verdict == "done" else "stop", step=ending.step, phase=ending.phase, reason=ending.reason
+        )
+    except InUse:  # another job took the folder over: its events and its outcome are that job's
+        raise
+    except UserError as error:
+        telemetry.event("error", reason=str(error))
+        ending = Ending("fatal", 0, only_phase, str(error))
+        raise
+    finally:
+        telemetry.close()
+        # a fatal error is told by any rank that met it: rank 0 may be waiting for it in a collective
+        if ending is not None and (world.is_first or ending.verdict == "fatal"):
+            outcome.write(folder, outcome.Outcome(ending.verdict, ending.phase, ending.step, ending.reason, attempt))
+    return ending
 
 
 def _make_deterministic() -> None:

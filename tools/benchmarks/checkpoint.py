@@ -16,6 +16,7 @@ import torch
 
 from lvtrain.state import Replicated, Rows, State
 from lvtrain.training.checkpoint import Checkpoints
+from lvtrain.training.lease import hold
 from lvtrain.world import World
 
 VIT_L = 255_700_000
@@ -48,7 +49,7 @@ def run(
 
 def _measure(work: Path, world: World, state: State, parts: list[torch.Tensor]) -> dict[str, Any]:
     stalls, commits = [], []
-    with Checkpoints(work, world, run_id="r", fingerprint="f") as checkpoints:
+    with hold(work, world) as lease, Checkpoints(work, world, run_id="r", fingerprint="f", lease=lease) as checkpoints:
         for step in (1, 2, 3):
             began = time.perf_counter()
             exported: State = {
@@ -59,7 +60,7 @@ def _measure(work: Path, world: World, state: State, parts: list[torch.Tensor]) 
             checkpoints.wait()
             commits.append(time.perf_counter() - began)
         size = sum(path.stat().st_size for path in next((work / "checkpoints").glob("step_*")).iterdir())
-    with Checkpoints(work, world, run_id="r", fingerprint="f") as checkpoints:
+    with hold(work, world) as lease, Checkpoints(work, world, run_id="r", fingerprint="f", lease=lease) as checkpoints:
         began = time.perf_counter()
         found = checkpoints.newest()
         assert found is not None
