@@ -157,8 +157,8 @@ def export(
     average: Annotated[bool, typer.Option(help="the moving average of the weights")] = False,
 ) -> None:
     """The backbone for others' programs, checked after writing."""
-    from lvtrain.interop.models import open_backbone
     from lvtrain.interop.model_card import write_card
+    from lvtrain.interop.models import open_backbone
     from lvtrain.interop.packages import write_arcface, write_folder, write_insightface
 
     with one_line_errors():
