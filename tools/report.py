@@ -13,10 +13,11 @@ from lvtrain.report import write_report
 def main(
     run: Annotated[Path, typer.Argument(help="run folder, as a training leaves it (runs/NAME)")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="where to write; RUN/report.html by default")] = None,
+    faces: Annotated[bool, typer.Option("--faces", help="draw landmarks and attention on real faces of the dataset, too")] = False,
 ) -> None:
     """Writes loss, cosine, throughput, verification and events of a run as one HTML file that fetches nothing."""
     try:
-        print(write_report(run, out))
+        print(write_report(run, out, any_faces=faces))
     except UserError as error:
         print(f"report: error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None

@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 import lvtrain
-from lvtrain.report import figures
+from lvtrain.report import faces, figures
 from lvtrain.report.files import PhaseSpan, Row, RunFiles, read_run
 
 _SHOWN_EVENTS = 200
@@ -27,10 +27,13 @@ _REASONS = {
 }
 
 
-def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
+def write_report(run_folder: str | Path, out: str | Path | None = None, *, any_faces: bool = False) -> Path:
     """Writes the report of a run, by default as `report.html` in its folder, and returns its path.
 
     Works for a run at any moment of its life: what is not there yet is left out.
+
+    Args:
+        any_faces: draw landmarks and attention on images of a dataset that is not generated, too; the page then holds real faces.
 
     Raises:
         UserError: not a run folder.
@@ -38,11 +41,11 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     run = read_run(run_folder)
     path = Path(out) if out else run.folder / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(run))
+    path.write_text(render(run, any_faces=any_faces))
     return path
 
 
-def render(run: RunFiles) -> str:
+def render(run: RunFiles, *, any_faces: bool = False) -> str:
     template = Path(__file__).with_name("page.html.j2").read_text()
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     phases = run.phases()
@@ -50,6 +53,7 @@ def render(run: RunFiles) -> str:
     fars = sorted(
         {far for row in run.evaluations.values() for b in row["benchmarks"].values() for far in b["tar_at_far"]}
     )
+    pictures, without_pictures = faces.face_pictures(run, any_dataset=any_faces)
     return page.render(
         name=run.name,
         state=_state(run.events),
@@ -60,6 +64,8 @@ def render(run: RunFiles) -> str:
         benchmarks=_benchmarks(run, fars),
         fars=fars,
         evaluation=_evaluation(run),
+        pictures=pictures,
+        without_pictures=without_pictures,
         events=events,
         hidden_events=hidden,
         recipe=run.recipe_text,

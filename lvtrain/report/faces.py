@@ -1,0 +1,158 @@
+"""Pictures that hold faces: landmarks over training, and where the class token looks, of runs with a fViT or Part fViT.
+
+Drawn from the run's kept checkpoints on a few images of the dataset it was trained on, so the page then holds faces. Those of generated datasets
+are drawn without being asked for; those of any other only on request, because a report is passed on more easily than a dataset.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from lvtrain import recipe as recipes
+from lvtrain.backbones.attention import class_attention
+from lvtrain.backbones.part_fvit import FViT, PartFViT
+from lvtrain.data.contact_sheet import decode
+from lvtrain.data.shards import ReadError, ShardDataset
+from lvtrain.errors import UserError
+from lvtrain.methods.base import initial_backbone
+from lvtrain.report.files import RunFiles
+from lvtrain.training.checkpoint_files import step_of
+from lvtrain.training.checkpoint_layout import committed
+from lvtrain.training.initial import read_initial
+
+FACES, MOMENTS, CELL = 6, 4, 160  # images, checkpoints at most, pixels a face
+GENERATED = "generated faces"  # the provenance `lvtrain.data.synthetic` writes
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A backbone as it was at a step of the run."""
+
+    step: int
+    backbone: FViT
+
+
+def face_pictures(run: RunFiles, *, any_dataset: bool = False) -> tuple[list[dict[str, str]], str]:
+    """Figures (`title`, `note`, `png`: a data URI) of a run, and a line that says why there are none (empty if there is nothing to say).
+
+    Args:
+        any_dataset: draw images of datasets that are not generated, too.
+    """
+    kept = sorted(committed(run.folder / "checkpoints"), key=lambda path: step_of(path) or 0)
+    if not kept or "fvit" not in str((run.recipe.get("backbone") or {}).get("name")):
+        return [], ""
+    try:
+        recipe = recipes.load(run.folder / "recipe.yaml")
+        dataset = ShardDataset(recipe.data.path)
+        if not any_dataset and dataset.manifest.provenance.get("kind") != GENERATED:
+            return [], "Pictures with faces of the dataset are drawn on request: tools/report.py RUN --faces."
+        images = _images(dataset)
+        moments = [_moment(recipe, path) for path in _spread(kept, MOMENTS)]
+        return _figures(images, moments, recipe.backbone.image_size), ""
+    except (UserError, ReadError, OSError) as error:  # a report must be possible of a run whose data lies elsewhere
+        return [], f"No pictures with faces: {error}"
+
+
+def _figures(images: list[np.ndarray], moments: list[Moment], size: int) -> list[dict[str, str]]:
+    pixels = torch.stack([_normalised(image, size) for image in images])
+    found = [class_attention(moment.backbone, pixels) for moment in moments]
+    rows = [f"step {moment.step:,}" for moment in moments]
+    drawn = []
+    if isinstance(moments[0].backbone, PartFViT):
+        cells = [[_with_points(image, points, size) for image, points in zip(images, p)] for _, p in found]
+        note = "centres of the patches the landmark CNN places; colour: which of them, so that one colour should stay on one part of the face"
+        drawn.append({"title": "Landmarks", "note": note, "png": _sheet(rows, cells)})
+    cells = [
+        [_with_attention(image, w, p, moments[0].backbone.patch, size) for image, w, p in zip(images, weights.mean(1), points)]
+        for weights, points in found
+    ]
+    note = "attention of the class token in the last block, mean over heads; bright: most of the image's own"
+    drawn.append({"title": "Attention", "note": note, "png": _sheet(rows, cells)})
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------------------------------ reading
+
+
+def _spread(items: list[Path], most: int) -> list[Path]:
+    """At most so many, evenly, the first and the last among them."""
+    places = np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))
+    return [items[place] for place in places]
+
+
+def _moment(recipe: recipes.Recipe, path: Path) -> Moment:
+    backbone = initial_backbone(recipe, torch.device("cpu"))
+    backbone.load_state_dict(read_initial(path)[1], strict=False)
+    assert isinstance(backbone, FViT)
+    return Moment(step_of(path) or 0, backbone.eval())
+
+
+def _images(dataset: ShardDataset) -> list[np.ndarray]:
+    """One image each of identities spread over the dataset, uint8 [h, w, 3]."""
+    labels = np.asarray(dataset.labels(np.arange(min(len(dataset), 100_000))))
+    present, first = np.unique(labels, return_index=True)
+    chosen = first[np.linspace(0, len(present) - 1, min(FACES, len(present))).astype(int)]
+    decoded = [decode(dataset.read(int(sample))[0]) for sample in chosen]
+    return [picture for picture in decoded if picture is not None]
+
+
+def _normalised(image: np.ndarray, size: int) -> torch.Tensor:
+    small = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
+    return torch.from_numpy((small - 127.5) / 127.5).permute(2, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------ drawing
+
+
+def _enlarged(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image).resize((CELL, CELL), Image.Resampling.BICUBIC)
+
+
+def _with_points(image: np.ndarray, points: torch.Tensor, size: int) -> Image.Image:
+    picture = _enlarged(image)
+    pen = ImageDraw.Draw(picture)
+    colours = (matplotlib.colormaps["hsv"](np.linspace(0, 0.9, len(points)))[:, :3] * 255).astype(int)
+    for (x, y), colour in zip(((points.numpy() + 0.5) * CELL / size).tolist(), colours.tolist()):
+        pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=tuple(colour))
+    return picture
+
+
+def _with_attention(image: np.ndarray, weights: torch.Tensor, points: torch.Tensor, patch: int, size: int) -> Image.Image:
+    """The picture, darker where little attention goes: each patch adds its weight where it stands, blurred to half a patch."""
+    scale = CELL / size
+    y, x = np.mgrid[0:CELL, 0:CELL].astype(np.float32)
+    heat, cover = np.zeros((CELL, CELL), np.float32), np.full((CELL, CELL), 1e-6, np.float32)
+    for weight, (px, py) in zip(weights.tolist(), ((points.numpy() + 0.5) * scale).tolist()):
+        bump = np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * (0.5 * patch * scale) ** 2))
+        heat += weight * bump
+        cover += bump
+    heat = np.where(cover > 0.05, heat / cover, 0)
+    share = np.clip(heat / max(float(np.quantile(heat, 0.99)), 1e-9), 0, 1)[..., None]
+    grey = np.asarray(_enlarged(image).convert("L"), dtype=np.float32)[..., None]
+    colour = matplotlib.colormaps["inferno"](share[..., 0])[..., :3] * 255
+    return Image.fromarray((0.45 * grey + 0.55 * colour).clip(0, 255).astype(np.uint8))
+
+
+def _sheet(names: list[str], rows: list[list[Any]]) -> str:
+    """A row a moment, named above, as a PNG data URI with a transparent ground, so that it suits a light and a dark page."""
+    gap, head = 6, 22
+    width = len(rows[0]) * (CELL + gap) - gap
+    sheet = Image.new("RGBA", (width, len(rows) * (CELL + head)), (0, 0, 0, 0))
+    pen = ImageDraw.Draw(sheet)
+    for number, (name, row) in enumerate(zip(names, rows)):
+        top = number * (CELL + head)
+        pen.text((0, top + 4), name, fill=(128, 136, 146, 255), font_size=13)
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (column * (CELL + gap), top + head))
+    data = io.BytesIO()
+    sheet.save(data, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
