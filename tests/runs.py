@@ -65,13 +65,17 @@ def recipe_file(folder: Path, data: Path, /, **changes: Any) -> Path:
     return path
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def start(
     recipe: Path, *arguments: str, ranks: int = 1, zero: int = 2, environment: dict[str, str] | None = None
 ) -> list[subprocess.Popen[str]]:
     """One process a rank, as torchrun and srun start them; output goes to `recipe`'s folder, `rank_N.log`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable,
         "lvtrain/main.py",

@@ -5,6 +5,10 @@ Ranks are forked from a process that has imported everything (`tools/torture.py`
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,9 @@ import torch
 
 from lvtrain.training.lease import hold
 from lvtrain.world import World
-from tests.runs import events, metrics, recipe_file
-from tools.torture import contents, end, start
+from tests.conftest import ROOT
+from tests.runs import events, free_port, metrics, recipe_file
+from tools.torture import contents, end, rows, start
 
 TOTAL = 18  # phases of 4 and 4 steps and the rest; an epoch ends at 15
 
@@ -130,3 +135,52 @@ def test_a_second_job_is_fenced_off_before_it_touches_anything(tiny_faces: Path,
     assert f"{folder_of(recipe)} is in use by process" in said(recipe)
     assert {name: (folder_of(recipe) / name).read_bytes() for name in watched} == before
     assert go(recipe, 1, 2) == [0], said(recipe)[-2000:]
+
+
+def test_stopped_and_resumed_through_deepspeeds_launcher(tiny_faces: Path, tmp_path: Path) -> None:
+    """Ctrl-C, then SIGTERM to `deepspeed` and all it started: each time saved at one step, and ended with the bits of an undisturbed run."""
+    peaceful, disturbed = make(tmp_path / "a", tiny_faces), make(tmp_path / "b", tiny_faces)
+    assert go(peaceful, 2, 2) == [0, 0], said(peaceful)[-2000:]
+
+    def launch(step: int, number: signal.Signals | None = None) -> str:
+        """Runs the launcher; the ranks wait at `step` until they have been sent the signal. Returns what was said."""
+        hold_file, log = tmp_path / f"hold_{step}", tmp_path / f"launcher_{step}.txt"
+        command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "lvtrain/main.py"]
+        command += ["--recipe", str(disturbed), "--ds_config", "ds_configs/zero2.json"]
+        settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        if number is not None:
+            hold_file.touch()
+            settings["LVTRAIN_FAULT"] = f"loop.step:*:{step}:hold={hold_file}"
+        with log.open("w") as file:
+            # a session of its own, so that a signal reaches exactly the launcher and all it started
+            job = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | settings, stdout=file, stderr=file, start_new_session=True
+            )
+        if number is not None:
+            try:
+                while len(rows(folder_of(disturbed))) < step:
+                    assert job.poll() is None, log.read_text()[-2000:]
+                    time.sleep(0.1)
+                os.killpg(job.pid, number)
+                time.sleep(1.0)  # noted by ranks that wait at their step
+            finally:
+                hold_file.unlink()
+        job.wait(300)
+        while not over(job.pid):  # the launcher's front end ends before the ranks it started
+            time.sleep(0.1)
+        return log.read_text()
+
+    assert "stopping after this step" in launch(5, signal.SIGINT)
+    assert "SIGTERM, seen after step" in launch(10, signal.SIGTERM)
+    text = launch(TOTAL)
+    assert "the schedule is complete" in text, text[-2000:]
+    assert len(events(folder_of(disturbed), "stop")) == 2 and not differing(peaceful, disturbed)
+
+
+def over(group: int) -> bool:
+    """Is every process of the group gone?"""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False

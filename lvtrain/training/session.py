@@ -83,9 +83,10 @@ def _train(
             ) as checkpoints,
         ):
             ending = train(run, checkpoints, telemetry, preemption, heart, only_phase=only_phase)
-        telemetry.event(
-            "done" if ending.verdict == "done" else "stop", step=ending.step, phase=ending.phase, reason=ending.reason
-        )
+        verdict = "done" if ending.verdict == "done" else "stop"
+        telemetry.event(verdict, step=ending.step, phase=ending.phase, reason=ending.reason)
+        again = "" if ending.verdict == "done" else "; start the same command again to go on"
+        telemetry.say(f"lvtrain: {verdict} at step {ending.step}: {ending.reason}{again}; run folder {folder}")
     except InUse:  # another job took the folder over: its events and its outcome are that job's
         raise
     except UserError as error:

@@ -1,15 +1,16 @@
-"""The two signals that ask a run to stop, heard from the first moment: one that comes while torch is still being imported must not kill the rank.
+"""The signals that ask a run to stop, heard from the first moment: one that comes while torch is still being imported must not kill the rank.
 
 Standard library only, so that `main.py` can listen before it imports anything that takes time. A handler only sets a flag; `Preemption` reads it.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1: NCCL may use it
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not SIGUSR1: NCCL may use it
 _previous: dict[int, Any] = {}
 _received: int | None = None
 _listeners = 0
@@ -42,3 +43,7 @@ def restore() -> None:
 def _note(number: int, frame: FrameType | None) -> None:
     global _received
     _received = number
+    if number == signal.SIGINT:
+        signal.signal(number, signal.default_int_handler)
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nlvtrain: stopping after this step, with a checkpoint; Ctrl-C again to stop at once\n")
