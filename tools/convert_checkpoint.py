@@ -46,12 +46,20 @@ def import_(
         typer.Option("--rank-file", help="checkpoint_gpu_N.pt of every rank in order: their class rows too"),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="checked against the merged class rows")] = None,
+    bgr: Annotated[
+        bool | None,
+        typer.Option(
+            "--bgr/--rgb",
+            help="colour order the weights want; BGR weights are turned into RGB ones. Default: what the file says, else RGB",
+        ),
+    ] = None,
     licence: Annotated[
         str | None, typer.Option(help="of the data the weights were trained on, for the model card")
     ] = None,
 ) -> None:
     """Others' weights: arcface_torch, LVFace, CVLface, AdaFace, LAFS, DINO, safetensors."""
     from lvtrain.interop.architecture import fit, recognise
+    from lvtrain.interop.foreign import swap_colours
     from lvtrain.interop.packages import merge_rows, write_folder
     from lvtrain.interop.reading import read_weights
 
@@ -59,6 +67,9 @@ def import_(
         weights = read_weights(source, branch=branch)
         if not weights.backbone:
             raise UserError(f"{source} holds {weights.kind}, no backbone; use `reshard` for class rows")
+        turned = weights.bgr if bgr is None else bgr
+        if turned:
+            weights.backbone = swap_colours(weights.backbone)
         architecture = recognise(weights.backbone)
         report = fit(architecture.create(), weights.backbone)
         rows = None
@@ -77,9 +88,14 @@ def import_(
             print(
                 f"left out: {len(weights.dropped)} tensors that are no backbone ({', '.join(weights.dropped[:3])} ...)"
             )
-        print(
-            "input: RGB, (x - 127.5) / 127.5, unless its authors say otherwise (AdaFace and LAFS's MS1MV3 weights want BGR); evaluate it to be sure"
-        )
+        if turned:
+            print(
+                "input: it wanted BGR; red and blue were exchanged in its first layer, so it takes RGB now, (x - 127.5) / 127.5"
+            )
+        else:
+            print(
+                "input: RGB, (x - 127.5) / 127.5, unless its authors say otherwise (LAFS's MS1MV3 weights want BGR: --bgr); evaluate it to be sure"
+            )
         print(f"written: {out}" + (f" with {len(rows)} class rows" if rows is not None else ""))
 
 

@@ -2,12 +2,13 @@
 weights load as they are.
 
 Residual blocks in the order BN, conv, BN, PReLU, conv, BN (He et al. 2016 as modified by ArcFace, arXiv 1801.07698),
-no pooling, a linear over all positions and a last BatchNorm whose weight is held at 1.
+no pooling, a linear over all positions and a last BatchNorm whose weight is held at 1. `first_shortcut="subsample"` is
+the variant of AdaFace and CVLface (their IR-18, -34, -50, -101).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ _EPS = 1e-5
 class _Block(nn.Module):
     """The first block of a layer halves the picture and projects its input; the others add their input as it is."""
 
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
+    def __init__(self, width_in: int, width: int, stride: int, subsample: bool = False) -> None:
         super().__init__()
         self.bn1 = Float32BatchNorm2d(width_in, eps=_EPS)
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1, bias=False)
@@ -38,7 +39,9 @@ class _Block(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
         self.bn3 = Float32BatchNorm2d(width, eps=_EPS)
         self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or width_in != width:
+        if subsample:
+            self.downsample = nn.MaxPool2d(1, stride)  # every other pixel
+        elif stride != 1 or width_in != width:
             project = nn.Conv2d(width_in, width, 1, stride=stride, bias=False)
             self.downsample = nn.Sequential(project, Float32BatchNorm2d(width, eps=_EPS))
 
@@ -53,6 +56,8 @@ class IResNet(nn.Module):
 
     layers: blocks in each of the four layers. dropout: before the last linear (arcface_torch: 0 for its large runs,
     0.4 for small data).
+    first_shortcut: how the very first block, which keeps its width, brings its input to half the size: "project" (1x1
+    convolution and BatchNorm, arcface_torch) or "subsample" (every other pixel).
     checkpoint_blocks, checkpoint_every: see `lvtrain.backbones.memory`.
     """
 
@@ -63,6 +68,7 @@ class IResNet(nn.Module):
         embedding_dim: int = 512,
         image_size: int = 112,
         dropout: float = 0.0,
+        first_shortcut: Literal["project", "subsample"] = "project",
         checkpoint_blocks: Recompute = "none",
         checkpoint_every: int = 1,
     ) -> None:
@@ -74,7 +80,8 @@ class IResNet(nn.Module):
         self.prelu = nn.PReLU(_WIDTHS[0])
         width_in, side = _WIDTHS[0], image_size
         for number, (width, count) in enumerate(zip(_WIDTHS, layers), start=1):
-            blocks = [_Block(width_in if i == 0 else width, width, 2 if i == 0 else 1) for i in range(count)]
+            subsample = number == 1 and first_shortcut == "subsample"
+            blocks = [_Block(width_in, width, 2, subsample), *(_Block(width, width, 1) for _ in range(count - 1))]
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
             width_in, side = width, (side + 1) // 2
         self.bn2 = Float32BatchNorm2d(width_in, eps=_EPS)

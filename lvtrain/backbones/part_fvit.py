@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import nn
 
+from lvtrain.backbones.landmark_cnn import ReleasedLandmarkFeatures
 from lvtrain.backbones.memory import Recompute, drop_path_rates, run_blocks
 from lvtrain.errors import UserError
 
@@ -224,15 +225,20 @@ class PartFViT(FViT):
     landmark_margin: the points are min-max scaled, for each image and axis, to `[margin, image_size - 1 - margin]`
     pixels; the default of half a patch keeps every patch inside the picture and starts training on fViT's grid *(our
     reading)*.
+    released: as LAFS's released code computes it, for its weights: its own landmark CNN (`landmark_cnn`); x and y scaled
+        together to [0, image_size - 1], where the centre of the first pixel is (1, 1); patches read column by column.
+        `landmark_margin` is then not used.
     freeze_landmarks: the landmark CNN is not trained (its BatchNorm runs on its stored statistics) and no gradient
     reaches it.
     Other arguments: `FViT`.
     """
 
-    def __init__(self, *, landmark_margin: float = 3.5, freeze_landmarks: bool = False, **fvit: Any) -> None:
+    def __init__(
+        self, *, landmark_margin: float = 3.5, released: bool = False, freeze_landmarks: bool = False, **fvit: Any
+    ) -> None:
         super().__init__(**fvit)
-        self.landmark_margin, self.freeze_landmarks = landmark_margin, freeze_landmarks
-        self.stn = LandmarkFeatures()
+        self.landmark_margin, self.released, self.freeze_landmarks = landmark_margin, released, freeze_landmarks
+        self.stn: Any = ReleasedLandmarkFeatures() if released else LandmarkFeatures()
         linear = nn.Linear(self.stn.num_features, 2 * self.num_tokens)
         self.output_layer = nn.Sequential(nn.Identity(), linear)
         nn.init.normal_(linear.weight, std=1e-3)
@@ -255,6 +261,9 @@ class PartFViT(FViT):
         with torch.autocast(images.device.type, enabled=False):  # points in bfloat16 would be off by half a pixel
             points = self.output_layer(features.to(torch.promote_types(images.dtype, torch.float32)))
             points = points.unflatten(1, (self.num_tokens, 2))
+            if self.released:
+                low, high = points.amin(dim=(1, 2), keepdim=True), points.amax(dim=(1, 2), keepdim=True)
+                return (points - low) / (high - low).clamp_min(1e-6) * (self.image_size - 1) - 1
             low, high = points.amin(dim=1, keepdim=True), points.amax(dim=1, keepdim=True)
             unit = (points - low) / (high - low).clamp_min(1e-6)
             return self.landmark_margin + unit * (self.image_size - 1 - 2 * self.landmark_margin)
@@ -287,7 +296,10 @@ class PartFViT(FViT):
         else:
             embedded = self.pos_embedding[0, 1:][positions]
             embedded = embedded if embedded.ndim == 3 else embedded[None]
-        output = self._encode(sample_patches(images, landmarks, self.patch), embedded, return_tokens)
+        patches = sample_patches(images, landmarks, self.patch)
+        if self.released:  # (row, column, colour) -> (column, row, colour)
+            patches = patches.unflatten(2, (self.patch, self.patch, 3)).transpose(2, 3).flatten(2)
+        output = self._encode(patches, embedded, return_tokens)
         if not return_landmarks:
             return output
         return (*output, landmarks) if return_tokens else (output, landmarks)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from lvtrain.backbones import create_backbone
+from lvtrain.backbones.dino_vit import SHAPES as DINO_SHAPES
 from lvtrain.backbones.iresnet import LAYERS
 from lvtrain.backbones.part_fvit import SHAPES as FVIT_SHAPES
 from lvtrain.backbones.vit import SHAPES as VIT_SHAPES
@@ -46,8 +47,11 @@ def recognise(state: Mapping[str, torch.Tensor]) -> Architecture:
         return _iresnet(state)
     if "pos_embedding" in state and "patch_to_embedding.weight" in state:
         return _fvit(state)
+    if "cls_token" in state and "blocks.0.attn.qkv.bias" in state and "blocks.0.ls1.gamma" not in state:
+        return _dino(state)
     raise UserError(
-        f"these weights are none of vit (arcface_torch, LVFace), iresnet, fvit or part_fvit; their names start {', '.join(list(state)[:4])}"
+        "these weights are none of vit (arcface_torch, LVFace, CVLface), iresnet, fvit, part_fvit or DINO's ViT; "
+        f"their names start {', '.join(list(state)[:4])}"
     )
 
 
@@ -65,8 +69,8 @@ def _vit(state: Mapping[str, torch.Tensor]) -> Architecture:
     for name, shape in VIT_SHAPES.items():
         if (shape.dim, shape.depth, shape.patch) == (dim, depth, patch) and ratio == 4:
             return Architecture(name, embedding_dim, image_size)
-    # CVLface's own sizes: patch 8, MLP 3 or 5, 16 heads
-    heads = 16 if patch == 8 else 8
+    # CVLface's own sizes, patch 8: small has 12 blocks of 8 heads and MLP 5, base 24 of 16 and MLP 3
+    heads = 16 if patch == 8 and depth == 24 else 8
     overrides = {"dim": dim, "depth": depth, "patch": patch, "heads": heads, "mlp_ratio": ratio}
     return Architecture("vit_b", embedding_dim, image_size, overrides)
 
@@ -76,7 +80,8 @@ def _iresnet(state: Mapping[str, torch.Tensor]) -> Architecture:
     for name, known in LAYERS.items():
         if known == layers:
             side = math.isqrt(state["fc.weight"].shape[1] // 512)
-            return Architecture(name, state["fc.weight"].shape[0], side * 16)
+            overrides = {} if "layer1.0.downsample.0.weight" in state else {"first_shortcut": "subsample"}
+            return Architecture(name, state["fc.weight"].shape[0], side * 16, overrides)
     raise UserError(f"an IResNet with {layers} blocks; known are {', '.join(f'{n} {b}' for n, b in LAYERS.items())}")
 
 
@@ -91,10 +96,25 @@ def _fvit(state: Mapping[str, torch.Tensor]) -> Architecture:
     family = "part_fvit" if any(name.startswith("stn.") for name in state) else "fvit"
     for size, shape in FVIT_SHAPES.items():
         if (shape.dim, shape.depth, shape.mlp_dim, shape.heads * shape.head_dim) == (dim, depth, mlp, inner):
-            return Architecture(f"{family}_{size}", embedding_dim, image_size, {"patch": patch} if patch != 8 else {})
+            overrides: dict[str, Any] = {"patch": patch} if patch != 8 else {}
+            if any(name.startswith("stn.features.") for name in state):  # the landmark CNN of LAFS's own code
+                overrides["released"] = True
+            return Architecture(f"{family}_{size}", embedding_dim, image_size, overrides)
     raise UserError(
         f"a {family} of dim {dim}, depth {depth}, MLP {mlp}, attention width {inner}; known are {', '.join(FVIT_SHAPES)}"
     )
+
+
+def _dino(state: Mapping[str, torch.Tensor]) -> Architecture:
+    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+    depth = _depth(state, r"blocks\.(\d+)\.")
+    image_size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch
+    embedding_dim = state["head.weight"].shape[0] if "head.weight" in state else dim
+    for size, shape in DINO_SHAPES.items():
+        if (shape.dim, shape.depth) == (dim, depth):
+            overrides = {"patch": patch} if patch != 16 else {}
+            return Architecture(f"dino_vit_{size}", embedding_dim, image_size, overrides)
+    raise UserError(f"a DINO ViT of dim {dim}, depth {depth}; known are {', '.join(DINO_SHAPES)}")
 
 
 @dataclass

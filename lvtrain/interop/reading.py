@@ -1,4 +1,4 @@
-"""Other people's weight files -> a flat state dict with bare names, whatever wrapped them. Nothing is unpickled that could run code.
+"""Other people's weight files -> a flat state dict with our names, whatever wrapped them. Nothing is unpickled that could run code.
 
 Accepted: arcface_torch `model.pt` and `checkpoint_gpu_{rank}.pt`, its older `rank_{r}_softmax_weight.pt`, LVFace's released `.pt`, CVLface's
 `model.pt` and AdaFace's Lightning `.ckpt`, LAFS's and DINO's `checkpoint*.pth`, safetensors files and folders.
@@ -6,7 +6,9 @@ Accepted: arcface_torch `model.pt` and `checkpoint_gpu_{rank}.pt`, its older `ra
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lvtrain.errors import UserError
+from lvtrain.interop.foreign import from_ir, is_ir
 
 _OUTER = ("teacher", "state_dict_backbone", "state_dict", "backbone", "model", "student")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "net.", "encoder.", "model.")
@@ -26,14 +29,14 @@ class Weights:
     """A backbone's tensors by bare name, and what came with them.
 
     `kind` names the format for people; `rows` are classifier rows `[C or part of it, d]`, if the file holds them; `dropped` names of tensors
-    that belong to neither (a projection head, optimizer state).
+    that belong to neither (a projection head, optimizer state); `bgr`: the file says that it wants blue before red.
     """
 
     kind: str
     backbone: dict[str, torch.Tensor]
     rows: torch.Tensor | None = None
     dropped: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    bgr: bool = False
 
 
 def read_weights(path: str | Path, *, branch: str | None = None) -> Weights:
@@ -56,7 +59,10 @@ def read_weights(path: str | Path, *, branch: str | None = None) -> Weights:
         raise UserError(
             f"{path} holds no backbone and no class rows (its keys start {', '.join(list(map(str, content))[:5])})"
         )
-    return Weights(_name_kind(content, kind, bare), bare, rows, dropped)
+    kind = _name_kind(content, kind, bare)
+    if is_ir(bare):
+        bare = from_ir(bare)
+    return Weights(kind, bare, rows, dropped, kind.startswith("AdaFace") or _says_bgr(path))
 
 
 def strip_wrappers(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -78,7 +84,8 @@ def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with _inert(path):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
     except Exception as error:
@@ -86,6 +93,42 @@ def _load(path: Path) -> Any:
         raise UserError(
             f"{path} cannot be read as plain tensors ({type(error).__name__}: {reason}); if you trust it, save its state_dict with torch.save"
         ) from error
+
+
+class _Nothing:
+    """Stands for an object that lies beside the weights and is not wanted: takes anything and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+# whose objects checkpoints of the field carry: DINO's and LAFS's arguments, Lightning's callbacks and hyperparameters, configurations, numpy scalars
+_BYSTANDERS = (
+    "argparse",
+    "pytorch_lightning",
+    "lightning",
+    "lightning_fabric",
+    "omegaconf",
+    "easydict",
+    "pathlib",
+    "numpy",
+)
+
+
+def _inert(path: Path) -> AbstractContextManager[Any]:
+    """While it lasts, the known bystanders in the file are read as `_Nothing`; their own code is neither imported nor run."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a zip file: torch.load says what it is
+        names = []
+    return torch.serialization.safe_globals([(_Nothing, name) for name in names if name.split(".")[0] in _BYSTANDERS])
+
+
+def _says_bgr(path: Path) -> bool:
+    """CVLface keeps `model.yaml` beside `model.pt`, with the colour order its weights want."""
+    beside = path.with_suffix(".yaml")
+    return beside.is_file() and re.search(r"^color_space: *['\"]?BGR", beside.read_text(), re.MULTILINE) is not None
 
 
 def _inner(content: Mapping[str, Any], branch: str | None) -> tuple[str, Mapping[str, torch.Tensor]]:
@@ -132,7 +175,9 @@ def _name_kind(content: Any, outer: str, state: Mapping[str, torch.Tensor]) -> s
     if outer in ("teacher", "student"):
         return f"{outer} of a self-supervised checkpoint (DINO or LAFS)"
     if "pytorch-lightning_version" in content:
-        return "Lightning checkpoint (AdaFace): BGR input, (x / 255 - 0.5) / 0.5"
+        return "AdaFace's Lightning checkpoint" if is_ir(state) else "Lightning checkpoint"
+    if is_ir(state):
+        return "CVLface's or AdaFace's IResNet"
     if "pos_embedding" in state:
         return "LAFS / Part fViT state dict"
     return "flat state dict (arcface_torch, LVFace, CVLface)"

@@ -1,0 +1,85 @@
+"""The vision transformer of DINO (Caron et al., ICCV 2021, arXiv 2104.14294) with its parameter names, so that its checkpoints load as they are:
+class token, qkv with bias, GELU, LayerNorm eps 1e-6; the embedding is the class token after the last norm. The blocks are timm's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed, trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from lvtrain.backbones.memory import Recompute, drop_path_rates, run_blocks
+from lvtrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class DinoShape:
+    """One published size; patch 16 or 8."""
+
+    dim: int
+    depth: int
+    heads: int
+
+
+SHAPES = {"tiny": DinoShape(192, 12, 3), "small": DinoShape(384, 12, 6), "base": DinoShape(768, 12, 12)}
+
+
+class DinoViT(nn.Module):
+    """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, not normalised.
+
+    embedding_dim other than `dim` adds a linear after the norm. drop_path: stochastic depth of the last block, growing linearly from 0.
+    checkpoint_blocks, checkpoint_every: see `lvtrain.backbones.memory`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        patch: int = 16,
+        embedding_dim: int = 512,
+        image_size: int = 112,
+        drop_path: float = 0.0,
+        checkpoint_blocks: Recompute = "none",
+        checkpoint_every: int = 1,
+    ) -> None:
+        super().__init__()
+        if image_size % patch:
+            raise UserError(f"backbone: image_size {image_size} is not a multiple of the patch {patch}")
+        self.dim, self.embedding_dim, self.image_size = dim, embedding_dim, image_size
+        self.checkpoint_blocks, self.checkpoint_every = checkpoint_blocks, checkpoint_every
+        self.patch_embed = PatchEmbed(image_size, patch, 3, dim)
+        self.num_tokens = self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens + 1, dim))
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        block = partial(Block, dim, heads, 4.0, qkv_bias=True, norm_layer=norm)
+        self.blocks = nn.ModuleList([block(drop_path=rate) for rate in drop_path_rates(drop_path, depth)])
+        self.norm = norm(dim)
+        self.head = nn.Linear(dim, embedding_dim, bias=False) if embedding_dim != dim else nn.Identity()
+        trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: torch.Tensor, return_tokens: bool = False) -> Any:
+        """Embeddings `[B, embedding_dim]`, or with `return_tokens` `(patch tokens [B, N, dim], embeddings)`."""
+        patches = self.patch_embed(images.contiguous(memory_format=torch.channels_last))
+        x = torch.cat([self.cls_token.to(patches.dtype).expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
+        x = run_blocks(self.blocks, x, self.checkpoint_blocks if self.training else "none", self.checkpoint_every)
+        x = self.norm(x)
+        embedding = self.head(x[:, 0]).float()
+        return (x[:, 1:], embedding) if return_tokens else embedding
+
+    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(patch tokens [B, N, dim] after the last norm, embeddings)`; tokens are row-major over the patch grid."""
+        return self(images, return_tokens=True)
