@@ -74,7 +74,7 @@ class DinoViT(nn.Module):
     def forward(self, images: torch.Tensor, return_tokens: bool = False) -> Any:
         """Embeddings `[B, embedding_dim]`, or with `return_tokens` `(patch tokens [B, N, dim], embeddings)`."""
         patches = self.patch_embed(images.contiguous(memory_format=torch.channels_last))
-        x = torch.cat([self.cls_token.to(patches.dtype).expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], dim=1) + self.pos_embed
         x = run_blocks(self.blocks, x, self.checkpoint_blocks if self.training else "none", self.checkpoint_every)
         x = self.norm(x)
         embedding = self.head(x[:, 0]).float()

@@ -1,4 +1,4 @@
-"""`export --check`: would the programs that open face-recognition ONNX files take this one? Each client's rules, and why it would refuse.
+"""`check`: would the programs that open face-recognition ONNX files take this one? Each client's rules, and why it would refuse.
 
 The rules were read off the clients: insightface's `get_model`, lvface's `LVFaceOnnxEmbedder`, uniface's recogniser base class, and the (now offline)
 MFR-Ongoing server's checks in its `onnx_helper.py`.
@@ -15,6 +15,8 @@ import numpy as np
 
 from lvtrain.errors import UserError
 
+# MFR-Ongoing's server is offline (2026); its rules are checked, but count only for whoever asks for them
+LIVING = ("insightface", "lvface", "uniface")
 _MFR_BYTES = 1024 * 1024 * 1024
 
 
@@ -63,9 +65,8 @@ def check(path: str | Path) -> list[Verdict]:
     file = _File(
         path, model, path.stat().st_size, _shape(model.graph.input[0]), _shape(model.graph.output[0]), session(path)
     )
-    rules = {"insightface": _insightface, "lvface": _lvface, "uniface": _uniface, "MFR-Ongoing": _mfr}
     verdicts = []
-    for client, rule in rules.items():
+    for client, rule in _RULES.items():
         reasons = tuple(rule(file))
         verdicts.append(Verdict(client, not reasons, reasons))
     return verdicts
@@ -170,14 +171,16 @@ def _mfr(file: _File) -> list[str]:
             f'initialiser {narrow[0]} has elements under 4 bytes ("invalid weight type"), {len(narrow)} in all'
         )
     opset = max((entry.version for entry in file.model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    if opset > 14:
-        reasons.append(f"opset {opset}: the server's onnxruntime 1.8 reads up to 14 (newer runtimes read it)")
-    if not reasons or reasons == [
-        f"opset {opset}: the server's onnxruntime 1.8 reads up to 14 (newer runtimes read it)"
-    ]:
+    if not reasons:
         output = file.run(np.random.default_rng(0).uniform(-1, 1, (32, 3, 112, 112)).astype(np.float32))
         if not np.isfinite(output).all():
             reasons.append("a batch of 32 gives NaN or infinity")
         if output.ndim != 2 or output.shape[1] > 1024:
             reasons.append(f"the output is {output.shape}, at most 1024 numbers an image are taken")
+    if opset > 14:
+        reasons.append(f"opset {opset}: the server's onnxruntime 1.8 reads up to 14; `export --opset 14` writes it")
     return reasons
+
+
+_RULES = {"insightface": _insightface, "lvface": _lvface, "uniface": _uniface, "MFR-Ongoing": _mfr}
+CLIENTS = tuple(_RULES)

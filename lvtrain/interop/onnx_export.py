@@ -2,6 +2,8 @@
 
 The contract: one file, one input `data` float32 `[batch, 3, H, W]` with a symbolic batch, one output `embedding` float32 `[batch, d]` with the
 same symbol, RGB, (x - 127.5) / 127.5 done outside, not normalised. float32 initialisers unless asked otherwise.
+
+Opset 18 and above go through torch's present exporter, 14 to 17 through its older TorchScript one: opset 14 is what MFR-Ongoing's runtime reads.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import nn
 from lvtrain.errors import UserError
 
 INPUT, OUTPUT = "data", "embedding"
+OPSETS = range(14, 21)
 _LARGEST = 2_000_000_000  # bytes: protobuf's limit for one file
 
 
@@ -36,9 +39,12 @@ def export_onnx(backbone: nn.Module, path: str | Path, *, image_size: int = 112,
     """Writes one ONNX file and compares it with torch in onnxruntime at N = 1, 7 and 32.
 
     Raises:
-        UserError: more weights than one ONNX file holds (2 GB), or a file that does not agree with torch to 1e-4.
+        UserError: more weights than one ONNX file holds (2 GB), an opset outside `OPSETS` or one that lacks an operator of the backbone, or a file
+            that does not agree with torch to 1e-4.
     """
     path = Path(path)
+    if opset not in OPSETS:
+        raise UserError(f"opset {opset} is not one of {OPSETS.start} to {OPSETS.stop - 1}")
     size = sum(p.numel() * 4 for p in backbone.parameters())
     if size > _LARGEST:
         raise UserError(
@@ -49,23 +55,45 @@ def export_onnx(backbone: nn.Module, path: str | Path, *, image_size: int = 112,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            backbone,
-            (example,),
-            dynamo=True,
-            external_data=False,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            opset_version=opset,
-            verbose=False,
-        )
-        assert program is not None
-        program.save(str(path), external_data=False)
+        (_write if opset >= 18 else _write_old)(backbone, example, path, opset)
     parity = compare(backbone, path, image_size=image_size)
     if parity.largest_difference > 1e-4:
         raise UserError(f"{path} differs from torch by {parity.largest_difference:.2e}; do not use it")
     return parity
+
+
+def _write(backbone: nn.Module, example: torch.Tensor, path: Path, opset: int) -> None:
+    program = torch.onnx.export(
+        backbone,
+        (example,),
+        dynamo=True,
+        external_data=False,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        opset_version=opset,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(str(path), external_data=False)
+
+
+def _write_old(backbone: nn.Module, example: torch.Tensor, path: Path, opset: int) -> None:
+    batch = {0: "batch"}
+    try:
+        torch.onnx.export(
+            backbone,
+            (example,),
+            str(path),
+            dynamo=False,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_axes={INPUT: batch, OUTPUT: batch},
+        )
+    except torch.onnx.errors.UnsupportedOperatorError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"opset {opset} cannot express this backbone ({reason}); use opset 18 or above") from error
 
 
 def compare(
