@@ -157,6 +157,15 @@ def agree_any(flag: bool) -> bool:
     return bool(vote.item())
 
 
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of every rank's tensor, on every rank; a collective."""
+    if not _several():
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank; a collective."""
     if not _several():

@@ -49,6 +49,12 @@ SMALL = [
     "evaluation.benchmarks={}",
     "data.block=8",
 ]
+HEADING = """# Torture
+
+`python tools/torture.py`: the quick start, shortened to {total} steps of 16 images with a checkpoint every {every}, on 2 gloo ranks under ZeRO-{zero}; every
+final state is compared with that of a run left in peace, tensor by tensor, byte by byte, and so is what every step logged.
+
+"""
 POINTS = (
     "save.after_mkdir",
     "save.mid_file",
@@ -315,10 +321,14 @@ def elastic(bench: Bench, case: Case) -> None:
     case.survived += codes == [0, 0]
     case.faults += 1
     ours, theirs = rows(run_folder(runs)), rows(run_folder(bench.peace()))
-    worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours, theirs))
-    same_steps = [row["step"] for row in ours] == [row["step"] for row in theirs]
-    case.wrong_bits = 0 if same_steps and worst < 1e-3 else 1
-    case.note = f"losses of all {len(ours)} steps within {worst:.1e} (relative) of 2 ranks throughout; bits are not promised here"
+    apart = [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours, theirs)]
+    changed = case.details[0]["stopped_at"]  # the first step on another number of ranks starts from the same bits
+    same_samples = [row["samples_seen"] for row in ours] == [row["samples_seen"] for row in theirs]
+    case.wrong_bits = 0 if same_samples and apart[changed] < 1e-6 and max(apart) < 1e-3 else 1
+    case.note = (
+        f"loss of the first step on other ranks within {apart[changed]:.0e} (relative) of 2 ranks throughout, "
+        f"of all {len(ours)} steps within {max(apart):.0e}; bits are not promised here"
+    )
 
 
 def flip(bench: Bench, case: Case, seed: int) -> None:
@@ -479,7 +489,7 @@ def main(
         previous.write_text(
             json.dumps({"conditions": conditions, "cases": [asdict(case) for case in cases]}, indent=1) + "\n"
         )
-        (results / "torture.md").write_text(table(cases))
+        (results / "torture.md").write_text(HEADING.format(total=TOTAL, every=EVERY, zero=zero) + table(cases))
     if any(case.wrong_bits or case.survived != case.faults for case in cases):
         raise typer.Exit(1)
 

@@ -1,37 +1,30 @@
-"""The one training loop, for every method: load, next batch, forward, loss, backward, step, log, save, maybe stop.
-
-A phase is built, restored from the newest checkpoint and run; its end writes a checkpoint, and the next phase is built from that one. So going
-from phase to phase, being pre-empted and coming back, and changing the number of GPUs are one path.
-"""
+"""The one training loop, for every method: next batch, forward, loss, backward, step, log, save, evaluate, maybe stop."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from lvtrain import randomness
 from lvtrain import world as worlds
-from lvtrain.data import Loader
 from lvtrain.errors import UserError
 from lvtrain.evaluation import run_benchmarks
-from lvtrain.methods import Now, create_method
+from lvtrain.methods import Now
 from lvtrain.training import faults
+from lvtrain.training.built import Built
 from lvtrain.training.checkpoint import Checkpoints, Found
-from lvtrain.training.ema import Average
-from lvtrain.training.engine import Engine
 from lvtrain.training.heartbeat import Heartbeat
-from lvtrain.training.initial import start_weights
-from lvtrain.training.outcome import Verdict
-from lvtrain.training.phases import CosineStage, PhasePlan, phase_end_reason, plan_phase
+from lvtrain.training.meter import Pace
+from lvtrain.training.phases import phase_end_reason
 from lvtrain.training.position import Position
 from lvtrain.training.preemption import Preemption
 from lvtrain.training.run import Run
-from lvtrain.training.schedule import LearningRate, learning_rate
+from lvtrain.training.schedule import LearningRate
 from lvtrain.training.telemetry import Telemetry, progress_line
 
 
@@ -42,93 +35,8 @@ class RollBack(Exception):
         self.position = position
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How a start ended: done (the run, or the one phase asked for) or requeue (stopped early on request, checkpoint written)."""
-
-    verdict: Verdict
-    step: int
-    phase: str | None
-    reason: str
-
-
-def train(
-    run: Run,
-    checkpoints: Checkpoints,
-    telemetry: Telemetry,
-    preemption: Preemption,
-    heart: Heartbeat,
-    *,
-    only_phase: str | None = None,
-) -> Ending:
-    """Trains from wherever the run folder stands to its end, to the end of `only_phase`, or until asked to stop.
-
-    Raises:
-        UserError: nothing valid to resume from although something is there, a recipe that does not fit, data or numbers gone bad.
-    """
-    resume = run.recipe.checkpoint.resume
-    found = checkpoints.newest()
-    if found is not None and resume == "never":
-        raise UserError(f"checkpoint.resume=never but {run.folder} holds a run; choose another name=..., or remove it")
-    if found is None and resume == "must":
-        raise UserError(
-            f"checkpoint.resume=must but {run.folder}/checkpoints holds no checkpoint; start with resume=auto"
-        )
-    position = Position(**found.meta["position"]) if found else Position()
-    telemetry.forget_after(position.step)
-    telemetry.event(
-        "resume" if found else "start",
-        step=position.step,
-        samples_seen=position.samples_seen,
-        world_size=run.world.size,
-        attempt=run.attempt,
-    )
-    phases = run.recipe.phases
-    rate = learning_rate(
-        run.recipe.schedule, run.recipe.optimizer.lr, phases=phases, samples_per_epoch=len(run.dataset)
-    )
-    data_skip = position.data_skip
-    while True:
-        index = position.phase_index + int(position.phase_over)
-        if index >= len(phases) or (position.phase_over and position.samples_seen >= rate.total):
-            return Ending("done", position.step, only_phase, "the schedule is complete")
-        if only_phase is not None and phases[index].name != only_phase:
-            _check_order(run, only_phase, index)
-            return Ending("done", position.step, only_phase, f"phase {only_phase} is complete")
-        phase = _PhaseRun(run, checkpoints, telemetry, preemption, heart, rate, position, found, data_skip)
-        try:
-            if not phase.run():
-                return Ending("requeue", phase.position.step, phases[index].name, preemption.reason or "asked to stop")
-        except RollBack as back:
-            found = checkpoints.newest()
-            if found is None:
-                raise UserError(
-                    "the loss is not finite and there is no checkpoint to go back to; lower optimizer.lr or lengthen schedule.warmup"
-                ) from back
-            position = Position(**found.meta["position"])
-            data_skip = back.position.stream - position.samples_seen
-            telemetry.event("rollback", step=back.position.step, to_step=position.step, data_skip=data_skip)
-            telemetry.forget_after(position.step)
-            continue
-        finally:
-            phase.close()
-        found = checkpoints.newest()
-        if found is None:
-            raise UserError(
-                f"the checkpoint of phase {phases[index].name}'s end has vanished from {run.folder}/checkpoints"
-            )
-        position = Position(**found.meta["position"])
-        data_skip = position.data_skip
-
-
-def _check_order(run: Run, only_phase: str, next_index: int) -> None:
-    names = [phase.name for phase in run.recipe.phases]
-    if names.index(only_phase) > next_index:
-        raise UserError(f"phase {only_phase} cannot start: {names[next_index]} is not finished in {run.folder}")
-
-
-class _PhaseRun:
-    """One phase, built for this world size and restored from a checkpoint (of this phase, or of the end of the one before)."""
+class PhaseRun:
+    """One phase from where it stands to its end, or to a stop that all ranks agreed on."""
 
     def __init__(
         self,
@@ -150,76 +58,21 @@ class _PhaseRun:
             heart,
             rate,
         )
-        recipe, world = run.recipe, run.world
-        entering = found is None or position.phase_over
-        restored_phase = recipe.phases[position.phase_index]
-        self.position = position.next_phase() if position.phase_over else Position(**position.to_dict())
-        self.position.data_skip = data_skip
-        phase = recipe.phases[self.position.phase_index]
-        self.plan: PhasePlan = plan_phase(
-            phase,
-            self.position.phase_index,
-            start_step=self.position.phase_start_step,
-            start_samples=self.position.phase_start_samples,
-            total=rate.total,
-            samples_per_epoch=len(run.dataset),
+        self.built = built = Built(run, checkpoints, telemetry, rate, position, found, data_skip)
+        self.phase, self.plan, self.position, self.accumulation = (
+            built.phase,
+            built.plan,
+            built.position,
+            built.accumulation,
         )
-        self.phase = phase
-        self.accumulation = phase.virtual_batches // world.size
-
-        self.method = create_method(recipe, num_classes=run.num_classes, device=world.device)
-        if found is None:
-            told = start_weights(recipe, self.method)
-            if told:
-                telemetry.event("init_from", **told)
-        self.average = Average(self.method.evaluated(), recipe.ema.decay) if recipe.ema else None
-        reader = checkpoints.load(found) if found else None
-        self.engine = Engine(
-            self.method.module,
-            ds_config=run.ds_config,
-            micro_batch=phase.micro_batch,
-            accumulation=self.accumulation,
-            optimizer=recipe.optimizer,
-            device=world.device,
-        )
-        # a phase is entered as it was left, restored, and only then moved on: what the next phase adds is not in the checkpoint
-        self.method.enter_phase(restored_phase, first_time=found is None)
-        if reader is not None:
-            self.engine.import_state(reader)
-            self.method.load_state(reader)
-            if self.average:
-                self.average.load_state(reader)
-            reader.finish()
-        if entering and found is not None:
-            self.method.enter_phase(phase, first_time=True)
-        self.stage = CosineStage(phase.end.cos2, getattr(recipe.method, "window", recipe.logging.every), world.device)
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-        self.loss_count = 0
-        if found is not None and not entering:
-            self.stage.load_state(found.meta["stage"])
-            self.loss_sum.fill_(found.meta["loss_sum"])
-            self.loss_count = found.meta["loss_count"]
-        self.saved_step = self.position.step if found and not entering else -1
+        self.method, self.engine, self.average, self.loader = built.method, built.engine, built.average, built.loader
+        self.stage, self.meter, self.pace = built.stage, built.meter, Pace()
+        self.saved_step = -1 if built.entering else self.position.step
         self.nonfinite_in_row = self.nonfinite_total = 0
-        self.loader = Loader(
-            run.dataset,
-            seed=recipe.seed,
-            block=recipe.data.block,
-            micro_batch=phase.micro_batch,
-            virtual_batches=phase.virtual_batches,
-            rank=world.rank,
-            size=world.size,
-            start=self.position.stream,
-            augmentation=recipe.data.augmentation,
-            device=world.device,
-            backend=recipe.data.backend,
-            threads=recipe.data.threads,
-            prefetch=recipe.data.prefetch,
-            image_size=recipe.backbone.image_size,
-            warn=telemetry.say,
-        )
-        if entering:
-            self._event("phase_start", phase=phase.name, world_size=world.size, accumulation=self.accumulation)
+        if built.entering:
+            self._event(
+                "phase_start", phase=self.phase.name, world_size=run.world.size, accumulation=self.accumulation
+            )
 
     # ------------------------------------------------------------------------------------------------------------- the loop
 
@@ -260,7 +113,7 @@ class _PhaseRun:
         now = Now(position.step, lr, position.samples_seen / self.rate.total, position.stream / len(self.r.dataset))
         self.method.begin_step(now, labels)
         self.engine.train()
-        losses, cos2 = [], []
+        losses, cos2, figures = [], [], []
         for micro in range(self.accumulation):
             self.heart.beat(position.step, "data")
             batch = next(batches)
@@ -274,11 +127,11 @@ class _PhaseRun:
             output = self.method.loss(outputs, batch, now)
             self.engine.backward(output.loss)
             losses.append(output.loss.detach())
+            figures.append({name: value for name, value in output.metrics.items() if name != "cos2"})
             if "cos2" in output.metrics:
                 cos2.append(output.metrics["cos2"].detach())
-        self.metrics = {name: value for name, value in output.metrics.items() if name != "cos2"}
         loss = self.method.global_loss(torch.stack(losses).mean())
-        # On a GPU the host waits here for the forward only: the backward is already queued behind it.
+        # on a GPU the host waits here, once a step: an update that must not happen cannot be taken back
         finite = math.isfinite(float(loss))
         self.heart.beat(position.step, "update")
         if finite:
@@ -303,8 +156,7 @@ class _PhaseRun:
         self.loader.bad_samples.clear()
         if not finite:
             return False
-        self.loss_sum += loss
-        self.loss_count += 1
+        self.meter.add(loss, figures)
         self.cos2 = torch.stack(cos2).mean() if cos2 else None
         return self.cos2 is not None and self.stage.observe(self.cos2)
 
@@ -350,17 +202,8 @@ class _PhaseRun:
             return
         started = time.perf_counter()
         world = self.r.world
-        state = self.engine.export_state(keep=lambda i: i % world.size == world.rank) | self.method.state()
-        if self.average:
-            state |= self.average.state()
-        meta = {
-            "position": self.position.to_dict(),
-            "stage": self.stage.state(),
-            "loss_sum": float(self.loss_sum),
-            "loss_count": self.loss_count,
-            "num_classes": self.r.num_classes,
-            "world_size": world.size,
-        }
+        state = self.built.state(world.rank, world.size)
+        meta = self.built.meta() | {"num_classes": self.r.num_classes, "world_size": world.size}
         keep = self.position.phase_over
         self.checkpoints.save(self.position.step, self.position.samples_seen, self.phase.name, state, meta, keep=keep)
         for commit in self.checkpoints.finished():
@@ -419,11 +262,9 @@ class _PhaseRun:
         return forward
 
     def log(self) -> None:
-        now, waited = time.perf_counter(), self.loader.wait_seconds
-        steps = self.position.step - self._clock_step
-        seconds = now - self._clock_time
-        speed = steps * self.phase.global_batch / seconds
-        loss = float(self.loss_sum) / max(1, self.loss_count)
+        steps_per_second, data_wait = self.pace.since(self.position.step, self.loader.wait_seconds)
+        speed = steps_per_second * self.phase.global_batch
+        loss, figures = self.meter.means()
         row = {
             "step": self.position.step,
             "samples_seen": self.position.samples_seen,
@@ -434,38 +275,28 @@ class _PhaseRun:
             "cos2_window": self.stage.last_mean,
             "lr": self.lr,
             "grad_norm": float(self.grad_norm) if self.grad_norm is not None else None,
-            **{name: float(value) for name, value in self.metrics.items()},
+            **figures,
             "nonfinite": self.nonfinite_total,
             "images_per_second": round(speed, 2),
-            "data_wait": round((waited - self._clock_waited) / seconds, 4),
+            "data_wait": round(data_wait, 4),
             "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3)
             if self.r.world.device.type == "cuda"
             else None,
         }
         self.telemetry.metrics(row)
-        for warning in self.method.warnings({name: float(value) for name, value in self.metrics.items()}):
+        for warning in self.method.warnings(figures):
             self._event("warning", text=warning)
             self.telemetry.say(f"warning: {warning}")
         left = (min(self.plan.last_samples, self.rate.total) - self.position.samples_seen) / speed
         self.telemetry.say(progress_line(row, phase=self.phase.name, seconds_left=left))
-        self.loss_sum.zero_()
-        self.loss_count = 0
+        self.meter.clear()
         self._start_clock()
-
-    def close(self) -> None:
-        self.loader.close()
-        self.engine.close()
 
     cos2: torch.Tensor | None = None
     grad_norm: torch.Tensor | None = None
-    metrics: dict[str, torch.Tensor]
 
     def _start_clock(self) -> None:
-        self._clock_time, self._clock_step, self._clock_waited = (
-            time.perf_counter(),
-            self.position.step,
-            self.loader.wait_seconds,
-        )
+        self.pace.start(self.position.step, self.loader.wait_seconds)
 
     def _due(self, every: Any) -> bool:
         if every is None:

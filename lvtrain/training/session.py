@@ -14,10 +14,10 @@ from lvtrain.training import outcome
 from lvtrain.training.checkpoint import Checkpoints
 from lvtrain.training.heartbeat import Heartbeat
 from lvtrain.training.lease import InUse, Lease, hold
-from lvtrain.training.loop import Ending, train
 from lvtrain.training.preemption import Preemption
 from lvtrain.training.run import Run, open_folder
 from lvtrain.training.telemetry import Telemetry
+from lvtrain.training.train import Ending, train
 from lvtrain.world import World
 
 _STARTED = time.monotonic()

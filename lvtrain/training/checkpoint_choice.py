@@ -1,0 +1,109 @@
+"""Which checkpoint a run goes on from: the newest that is whole and its own. Damaged ones are put aside, never deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lvtrain import world as worlds
+from lvtrain.errors import UserError
+from lvtrain.training import checkpoint_files as files
+from lvtrain.training import checkpoint_layout as layout
+from lvtrain.world import World
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint of this run, verified: `meta` is what `save` was given."""
+
+    path: Path
+    step: int
+    samples_seen: int
+    phase: str
+    meta: dict[str, Any]
+
+
+def on_first(folder: Path, action: Callable[[], Any]) -> Any:
+    """Rank 0's result on every rank; what it raises is raised on every rank, an OSError in a user's words. A collective."""
+
+    def explained() -> Any:
+        try:
+            return action()
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {folder}: {error.strerror or error}; earlier checkpoints are intact, mend it and start again"
+            ) from error
+
+    return worlds.on_first(explained)
+
+
+class Choice:
+    """Among the checkpoints in `folder`, those of the run `run_id` on the dataset `fingerprint`."""
+
+    def __init__(self, folder: Path, world: World, run_id: str, fingerprint: str) -> None:
+        self.folder, self.world, self.run_id, self.fingerprint = folder, world, run_id, fingerprint
+
+    def newest(self, trusted: set[Path]) -> Found | None:
+        """See `Checkpoints.newest`. Files are hashed again, shared out over the ranks, except those of `trusted` folders."""
+        while True:
+            candidate: tuple[Path, dict[str, Any]] | None = on_first(self.folder, self._candidate)
+            if candidate is None:
+                return None
+            path, content = candidate
+            verdict = [] if path in trusted else self._verify(path, content)
+            problems = [problem for part in worlds.gather_objects(verdict) for problem in part]
+            if not problems:
+                break
+            on_first(self.folder, partial(self._quarantine, path, problems[0]))
+        state = json.loads(on_first(self.folder, (path / files.STATE).read_text))
+        return Found(path, state["step"], state["samples_seen"], state["phase"], state["meta"])
+
+    def _candidate(self) -> tuple[Path, dict[str, Any]] | None:
+        """On rank 0: the newest folder whose manifest and sizes are right; damaged ones are put aside on the way."""
+        there = layout.committed(self.folder)
+        for path in there:
+            try:
+                content = files.read_manifest(path)
+            except files.Damaged as damage:
+                self._quarantine(path, str(damage))
+                continue
+            self._own(path, content)
+            return path, content
+        put_aside = sorted(path.name for path in self.folder.glob(f"{files.DAMAGED}*"))
+        if put_aside:
+            raise UserError(
+                f"{self.folder} holds checkpoints but none is valid ({', '.join(put_aside)}); restore one, or remove them to start afresh"
+            )
+        return None
+
+    def _own(self, path: Path, content: dict[str, Any]) -> None:
+        if content["version"] > files.VERSION:
+            raise UserError(f"{path} was written by a newer lvtrain (format {content['version']}); update lvtrain")
+        if content["run_id"] != self.run_id:
+            raise UserError(f"{path} belongs to another run; remove it, or use init_from.path={path} in a new run")
+        if content["fingerprint"] != self.fingerprint:
+            raise UserError(
+                f"{path} was trained on another dataset (its fingerprint differs); point data.path at the same data, or use init_from"
+            )
+
+    def _verify(self, path: Path, content: dict[str, Any]) -> list[str]:
+        """Hashes this rank's share of the files."""
+        names = sorted(content["files"])[self.world.rank :: self.world.size]
+        checked = [files.check_file(path, name, content["files"][name]["sha256"]) for name in names]
+        return [problem for problem in checked if problem]
+
+    def _quarantine(self, path: Path, problem: str) -> None:
+        aside = path.with_name(f"{files.DAMAGED}{path.name}")
+        if aside.exists():
+            aside = aside.with_name(f"{aside.name}_{uuid.uuid4().hex[:8]}")
+        os.rename(path, aside)
+        print(f"damaged checkpoint {path}: {problem}; put aside as {aside.name}", file=sys.stderr, flush=True)

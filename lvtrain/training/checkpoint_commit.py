@@ -1,0 +1,167 @@
+"""The background half of a save: every rank writes its file, all vote, rank 0 renames, and what is superseded goes.
+
+The rename is the commit. Runs in a thread on every rank, over a process group of its own: the main one is training's.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lvtrain.training import checkpoint_files as files
+from lvtrain.training import checkpoint_layout as layout
+from lvtrain.training import faults
+from lvtrain.training.lease import Lease, Lost
+from lvtrain.world import World
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A save that became visible: bytes on disk, seconds from `save` to the rename."""
+
+    step: int
+    size: int
+    seconds: float
+
+
+@dataclass
+class Job:
+    """One save under way: this rank's tensors on the host, what the manifest will say, and in the end why it failed or what was committed."""
+
+    step: int
+    temporary: Path
+    tensors: dict[str, torch.Tensor]
+    state_text: str
+    content: dict[str, Any]
+    started: float
+    failure: BaseException | None = None
+    commit: Commit | None = None
+
+
+class Committer:
+    """Makes jobs visible in `folder`, under rank 0's `lease`. Construction is a collective."""
+
+    def __init__(
+        self, folder: Path, world: World, lease: Lease | None, keep_last: int, keep_every_samples: int | None
+    ) -> None:
+        self.folder, self.world, self.lease = folder, world, lease
+        self._keep_last, self._keep_every = keep_last, keep_every_samples
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group: Any = dist.new_group(backend="gloo") if several else None
+
+    def check_lease(self) -> None:
+        """On rank 0.
+
+        Raises:
+            Lost: the folder is not this job's (any more).
+        """
+        if self.lease is None:
+            raise Lost(f"{self.folder} is not held by this process")
+        self.lease.check()
+
+    def write(self, job: Job) -> None:
+        """In the background, on every rank: write, vote, commit. Sets the job's failure or commit, the same kind on every rank."""
+        rank = self.world.rank
+        written: list[files.Written] | Exception
+        try:
+            written = self._write_files(job)
+            self._point("save.before_vote", job)
+        except Exception as error:  # told to the others: all give up together, or all go on
+            written = error
+        try:
+            votes = self._gather(written)
+            failure = next((vote for vote in votes if isinstance(vote, Exception)), None)
+            if rank == 0:
+                try:
+                    if failure is None:
+                        self._make_visible(job, [entry for vote in votes for entry in vote])
+                    else:
+                        shutil.rmtree(job.temporary, ignore_errors=True)
+                except Exception as error:
+                    failure = error
+                    if job.temporary.exists():
+                        shutil.rmtree(job.temporary, ignore_errors=True)
+            failure = self._gather(failure)[0]
+            self._point("save.after_commit", job)
+        except Exception as error:
+            failure = error
+        job.failure = failure
+        if failure is None:
+            size = sum(entry["size"] for entry in job.content["files"].values()) if rank == 0 else 0
+            job.commit = Commit(job.step, size, time.perf_counter() - job.started)
+
+    def _write_files(self, job: Job) -> list[files.Written]:
+        rank = self.world.rank
+        chunks = 0
+
+        def progress() -> None:
+            nonlocal chunks
+            chunks += 1
+            if chunks == 2:
+                self._point("save.mid_file", job)
+
+        written = []
+        if rank == 0:
+            written.append(files.write_text(job.temporary / files.STATE, job.state_text))
+        if job.tensors:
+            metadata = {"run_id": job.content["run_id"], "step": str(job.step), "rank": str(rank)}
+            path = job.temporary / layout.file_name(rank)
+            written.append(files.write_tensors(path, job.tensors, metadata, progress=progress))
+        self._point("save.after_files", job)
+        return written
+
+    def _make_visible(self, job: Job, written: list[files.Written]) -> None:
+        """On rank 0, when all ranks' files are on disk."""
+        job.content["files"] = {entry.name: {"size": entry.size, "sha256": entry.sha256} for entry in written}
+        job.content["created"] = round(time.time(), 3)
+        for entry in written:
+            size = (job.temporary / entry.name).stat().st_size
+            if size != entry.size:
+                raise OSError(errno.EIO, f"{entry.name} has {size} bytes instead of {entry.size}")
+        self._point("save.before_manifest", job)
+        text = files.manifest_text(job.content)
+        files.write_text(job.temporary / files.MANIFEST, text, middle=lambda: self._point("save.mid_manifest", job))
+        files.sync_folder(job.temporary)
+        self._point("save.before_rename", job)
+        self.check_lease()
+        target = self.folder / files.folder_name(job.step)
+        if target.exists():
+            raise FileExistsError(f"{target} exists already")
+        os.rename(job.temporary, target)
+        files.sync_folder(self.folder)
+        self._point("save.after_rename", job)
+        self._retire(job)
+
+    def _retire(self, job: Job) -> None:
+        """Deletes what need not be kept; only ever after a newer commit. A failure to delete is no failure to save."""
+        self._point("retention.begin", job)
+        try:
+            for path in layout.superseded(self.folder, self._keep_last, self._keep_every):
+                trash = self.folder / f"{files.TRASH}{path.name}_{uuid.uuid4().hex[:8]}"
+                os.rename(path, trash)
+                self._point("retention.renamed", job)
+                shutil.rmtree(trash)
+        except OSError as error:
+            print(f"cannot delete old checkpoints in {self.folder}: {error}", file=sys.stderr, flush=True)
+        self._point("retention.end", job)
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self._group is None:
+            return [value]
+        box: list[Any] = [None] * self.world.size
+        dist.all_gather_object(box, value, group=self._group)
+        return box
+
+    def _point(self, name: str, job: Job) -> None:
+        faults.point(name, rank=self.world.rank, step=job.step)
