@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lvtrain.classifier.passes import Classes, Partial, forward_pass, weight_gradient_pass
+from lvtrain.classifier.classes import Classes
+from lvtrain.classifier.passes import Partial, forward_pass, weight_gradient_pass
 from lvtrain.collectives import Group, group_size
 
 
@@ -62,7 +63,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
         running = classes.needs_running_max(total)
         part = forward_pass(classes, embeddings.detach(), positions, running=running, need_rows=ctx.needs_input_grad[0])
         (logsumexp,), (cosine,) = combine([part], [(embeddings.detach() * targets).sum(dim=1)], running=running, group=group)
-        ctx.classes, ctx.part_rows, ctx.targets = classes, part.rows, targets
+        ctx.classes, ctx.part, ctx.targets, ctx.running = classes, part, targets, running
         ctx.save_for_backward(embeddings, positions, logsumexp)
         return logsumexp, cosine
 
@@ -71,13 +72,13 @@ class _NegativeLogSumExp(torch.autograd.Function):
         embeddings, positions, logsumexp = ctx.saved_tensors
         grad_embeddings = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_embeddings = ctx.part_rows * grad_logsumexp.unsqueeze(1) + ctx.targets * grad_cosine.unsqueeze(1)
+            grad_embeddings = ctx.part.rows * grad_logsumexp.unsqueeze(1) + ctx.targets * grad_cosine.unsqueeze(1)
         if ctx.needs_input_grad[1]:
             classes = ctx.classes
             arguments = (classes, embeddings.detach(), positions, logsumexp, grad_logsumexp, grad_cosine)
             if classes.indices is None:
                 grad_weight = torch.empty_like(classes.weight)
-                weight_gradient_pass(*arguments, out=grad_weight)
+                weight_gradient_pass(*arguments, out=grad_weight, running=ctx.running, kept=ctx.part.kept)
             else:
                 grad_weight = torch.zeros_like(classes.weight)
                 chosen = classes.indices
@@ -85,7 +86,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
                 def emit(start: int, stop: int, gradient: torch.Tensor) -> None:
                     grad_weight[chosen[start:stop]] = gradient
 
-                weight_gradient_pass(*arguments, emit)
+                weight_gradient_pass(*arguments, emit, running=ctx.running, kept=ctx.part.kept)
         return grad_embeddings, grad_weight, None, None, None, None, None
 
 
@@ -105,6 +106,7 @@ def negative_logsumexp(
     chunk: int | None = None,
     precision: str = "float32",
     kernel: str = "torch",
+    keep_mb: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`N_i = log sum_{j != y_i} exp(s_j cos_ij)` and the target cosine `cos_{i, y_i}`, both `[B]` and the same on every rank.
 
@@ -130,7 +132,7 @@ def negative_logsumexp(
     start, stop = rows if rows is not None else (0, len(weight))
     if stop - start != len(weight):
         raise ValueError(f"rows {start}..{stop} are {stop - start} classes but weight has {len(weight)} rows")
-    options = dict(scale=scale, indices=indices, threshold=threshold, mask=mask, unit=unit, chunk=chunk, precision=precision, kernel=kernel)
+    options = dict(scale=scale, indices=indices, threshold=threshold, mask=mask, unit=unit, chunk=chunk, precision=precision, kernel=kernel, keep_mb=keep_mb)
     total = max(num_classes or stop, 1)
     if isinstance(scale, float | int) and not math.isfinite(scale):
         raise ValueError("scale must be finite")

@@ -20,7 +20,9 @@ A sample labelled -1 weighs nothing but still counts in the mean's divisor.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,7 +34,8 @@ from lvtrain.classifier.logsumexp import combine
 from lvtrain.classifier.margins import Margin
 from lvtrain.classifier.optimizer import RowOptimizer
 from lvtrain.classifier.partition import class_range
-from lvtrain.classifier.passes import PRECISIONS, Classes, forward_pass, weight_gradient_pass
+from lvtrain.classifier.classes import PRECISIONS, Classes
+from lvtrain.classifier.passes import forward_pass, weight_gradient_pass
 from lvtrain.classifier.sampling import chosen_rows
 from lvtrain.collectives import (
     Group,
@@ -376,6 +379,7 @@ class _ShardedLoss(torch.autograd.Function):
             for target, g in zip(targets, grad_cosines):
                 grad_x.addcmul_(target, g.unsqueeze(1))
         ctx.head, ctx.step, ctx.classes, ctx.sizes, ctx.wire = head, step, anchors[0], sizes, wire
+        ctx.running, ctx.kept = running, parts[0].kept
         ctx.save_for_backward(x, positions, logsumexps[0], grad_n[0], grad_cosines[0], grad_x)
         if head.expectation is not None and head.expectation_updates:
             step.embeddings.append(x)
@@ -397,7 +401,8 @@ class _ShardedLoss(torch.autograd.Function):
         if grad_x is not None:
             pending = reduce_scatter_rows(grad_x.to(ctx.wire), ctx.sizes, head.group)
         if ctx.needs_input_grad[1]:
-            _row_gradients(ctx.classes, head, step, x, positions, logsumexp, grad_n * grad_loss, grad_cosine * grad_loss)
+            arguments = (ctx.classes, x, positions, logsumexp, grad_n * grad_loss, grad_cosine * grad_loss)
+            _row_gradients(head, step, partial(weight_gradient_pass, *arguments, running=ctx.running, kept=ctx.kept), ctx.classes.count)
         gradient = None
         if pending is not None:
             gradient = pending.wait().to(x.dtype) * (grad_loss * head.gradient_scale)
@@ -422,17 +427,8 @@ class _Centres(torch.autograd.Function):
         return None, None, None
 
 
-def _row_gradients(
-    classes: Classes,
-    head: ShardedClassifier,
-    step: _Step,
-    x: torch.Tensor,
-    positions: torch.Tensor,
-    logsumexp: torch.Tensor,
-    grad_n: torch.Tensor,
-    grad_cosine: torch.Tensor,
-) -> None:
-    """Adds this micro-step's gradient to the rows', or applies it at once."""
+def _row_gradients(head: ShardedClassifier, step: _Step, run: Callable[..., None], count: int) -> None:
+    """Adds this micro-step's gradient to the rows', or applies it at once. `run`: pass 2 but for where its result goes."""
     step.backwards += 1
     if head.in_backward:
         if step.backwards > 1:
@@ -444,15 +440,14 @@ def _row_gradients(
             gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             head.optimizer.step_chunk(gradient, slice(start, stop), lr=step.lr, weight_decay=step.weight_decay)
 
-        weight_gradient_pass(classes, x, positions, logsumexp, grad_n, grad_cosine, apply)
-        return
-    if step.gradient is None:
-        step.gradient = x.new_empty(classes.count, x.shape[1])
-        weight_gradient_pass(classes, x, positions, logsumexp, grad_n, grad_cosine, out=step.gradient)
-        return
-    total = step.gradient
+        run(apply)
+    elif step.gradient is None:
+        step.gradient = head.weight.new_empty(count, head.embedding_dim)
+        run(out=step.gradient)
+    else:
+        total = step.gradient
 
-    def add(start: int, stop: int, gradient: torch.Tensor) -> None:
-        total[start:stop] += gradient
+        def add(start: int, stop: int, gradient: torch.Tensor) -> None:
+            total[start:stop] += gradient
 
-    weight_gradient_pass(classes, x, positions, logsumexp, grad_n, grad_cosine, add)
+        run(add)

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.classifier.logsumexp import combine
 from lvtrain.classifier.margins import CosFace
-from lvtrain.classifier.passes import Classes, chunk_size, forward_pass, matmul_precision, weight_gradient_pass
+from lvtrain.classifier.classes import Classes, chunk_size, matmul_precision
+from lvtrain.classifier.passes import forward_pass, weight_gradient_pass
 from lvtrain.classifier.sharded import initial_rows
 from lvtrain.errors import UserError
 
@@ -313,7 +314,7 @@ def _table(device: torch.device, repeats: int, counts: list[int]) -> list[dict[s
                 part = forward_pass(classes, x, positions, running=False, need_rows=True)
                 (n,), (cosine,) = combine([part], [cosine], running=False, group=None)
                 g = torch.sigmoid(n - 64 * (cosine - 0.4)) / batch
-                weight_gradient_pass(classes, x, positions, n, g, -64 * g, lambda start, stop, gradient: None)
+                weight_gradient_pass(classes, x, positions, n, g, -64 * g, lambda start, stop, gradient: None, running=False)
 
             before = _resident_mb()
             milliseconds = _interleaved({"step": step}, 1 if count > 1_000_000 else repeats, device)["step"]
