@@ -147,6 +147,29 @@ def test_collapse_is_said() -> None:
     assert "uniform" in method.warnings({"feature_std": 0.2, "teacher_entropy": math.log(37)})[0]
 
 
+def test_collapse_of_a_run_is_detected(tiny_faces: Path, tmp_path: Path) -> None:
+    """Without a centre that moves nothing holds the teacher off one prototype, at a rate far too high: the run's log and events say so."""
+    from tests.runs import events, metrics, output, recipe_file, run
+
+    path = recipe_file(
+        tmp_path,
+        tiny_faces / "train",
+        data={"block": 8, "augmentation": "dino_faces_56"},
+        backbone={"name": "fvit_tiny", "embedding_dim": 16, "image_size": 56, "overrides": PART},
+        method=DINO | {"centre_momentum": 0.999999, "teacher_temperature": 0.005, "teacher_temperature_start": 0.005, "teacher_momentum": 0.5},
+        phases=[{"name": "pretraining", "global_batch": 16, "virtual_batches": 1}],
+        optimizer={"lr": 0.02},
+        schedule={"total": "60 steps", "warmup": "0 steps", "shape": "constant"},
+        checkpoint={"every": "1000 steps"},
+    )
+    assert run(path) == 0, output(path)
+    folder = tmp_path / "runs" / "tiny"
+    rows = metrics(folder)
+    assert rows[0]["feature_std"] > 1e-3, "not collapsed from the start"
+    said = [event["text"] for event in events(folder, "warning")]
+    assert any("collapse" in text for text in said) and "warning: collapse" in output(path), rows[-1]
+
+
 # ------------------------------------------------------------------------------------------------------------------- LAFS
 
 
