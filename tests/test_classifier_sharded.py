@@ -349,7 +349,7 @@ def test_wrong_use_is_told():
 
 
 def test_initial_rows_do_not_depend_on_the_split():
-    from lvtrain.classifier.sharded import initial_rows
+    from lvtrain.classifier.partition import initial_rows
 
     whole = initial_rows((0, 10_007), 8, seed=3)
     parts = [initial_rows(class_range(10_007, rank, 3), 8, seed=3) for rank in range(3)]

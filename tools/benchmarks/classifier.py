@@ -30,11 +30,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from lvtrain.classifier import ShardedClassifier
+from lvtrain.classifier.classes import Classes, chunk_size, matmul_precision
 from lvtrain.classifier.logsumexp import combine
 from lvtrain.classifier.margins import CosFace
-from lvtrain.classifier.classes import Classes, chunk_size, matmul_precision
+from lvtrain.classifier.partition import initial_rows
 from lvtrain.classifier.passes import forward_pass, weight_gradient_pass
-from lvtrain.classifier.sharded import initial_rows
 from lvtrain.errors import UserError
 
 SMALL: dict[str, Any] = {"batch": 128, "classes": 10_000, "repeats": 2, "memory": False}
