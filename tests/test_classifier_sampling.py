@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lvtrain import randomness
-from lvtrain.classifier.sampling import capacity, chosen_rows, chosen_rows_padded
+from lvtrain.classifier.sampling import chosen_rows
 
 NONE = torch.tensor([], dtype=torch.int64)
 
 
 def test_rate_one_takes_all() -> None:
     assert chosen_rows(0, 3, (0, 10), 1.0, torch.tensor([1])) is None
-    assert chosen_rows_padded(0, 3, (0, 10), 1.0, torch.tensor([1])) is None
 
 
 def test_membership_is_the_hash_and_the_positives() -> None:
@@ -45,9 +44,6 @@ def test_any_split_gives_the_same_classes(num_classes: int, ranks: int, rate: fl
     parts = [start + chosen_rows(seed, step, (start, stop), rate, positives) for start, stop in pairwise(bounds)]
     assert whole is not None and torch.equal(torch.cat(parts), whole)
     assert set(positives[positives >= 0].tolist()) <= set(whole.tolist())
-    padded = chosen_rows_padded(seed, step, (0, num_classes), rate, positives)
-    assert padded is not None and len(padded) == capacity(num_classes, rate, 17)
-    assert torch.equal(padded[: len(whole)], whole) and (padded[len(whole) :] == -1).all()
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.1, 0.3])
@@ -72,9 +68,15 @@ def test_every_class_has_its_turn_and_steps_differ() -> None:
 
 def test_empty_rank() -> None:
     assert len(chosen_rows(0, 0, (5, 5), 0.5, torch.tensor([5, -1]))) == 0
-    assert len(chosen_rows_padded(0, 0, (5, 5), 0.5, torch.tensor([5, -1]))) == 0
 
 
-def test_capacity_is_rarely_exceeded_by_theory() -> None:
-    for n, rate in ((100, 0.1), (1000, 0.01), (32_186, 0.1), (2_059_906, 0.1), (50, 0.9)):
-        assert stats.binom.sf(capacity(n, rate, 0), n, rate) < 1e-9
+@pytest.mark.gpu
+def test_labels_on_the_host_cost_the_gpu_no_synchronisation() -> None:
+    labels = torch.tensor([7, -1, 90_000])
+    chosen_rows(3, 1, (0, 100_000), 0.1, labels, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        chosen = chosen_rows(3, 2, (0, 100_000), 0.1, labels, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert chosen is not None and torch.equal(chosen.cpu(), chosen_rows(3, 2, (0, 100_000), 0.1, labels))

@@ -7,33 +7,26 @@ every rank evaluates it for its own rows only.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from lvtrain.randomness import torch_uniform
 
 _PURPOSE = "class-sampling"
-_CHUNK = (
-    1 << 16
-)  # classes hashed at once: bounds the float64 temporaries to a few megabytes whatever the number of classes
+_CHUNK = 1 << 16  # classes hashed at once: bounds the float64 temporaries to a few megabytes whatever the number of classes
 
 
-def _membership(
-    seed: int, step: int, rows: tuple[int, int], rate: float, positives: Tensor, device: torch.device
-) -> Tensor:
+def _membership(seed: int, step: int, rows: tuple[int, int], rate: float, positives: Tensor) -> Tensor:
     """[n_local] bool: the rows that take part."""
     start, stop = rows
     n = stop - start
-    member = torch.empty(
-        n + 1, dtype=torch.bool, device=device
-    )  # the last element takes the positives that live elsewhere
+    # the last element takes the positives that live elsewhere
+    member = torch.empty(n + 1, dtype=torch.bool, device=positives.device)
     for first in range(0, n, _CHUNK):
         last = min(first + _CHUNK, n)
-        classes = torch.arange(start + first, start + last, device=device)
+        classes = torch.arange(start + first, start + last, device=positives.device)
         member[first:last] = torch_uniform(seed, _PURPOSE, step, classes) < rate
-    local = positives.to(device) - start
+    local = positives - start
     local = torch.where((local >= 0) & (local < n), local, n)  # -1 (ignored) and other ranks' classes
     member[local] = True
     return member[:n]
@@ -46,30 +39,14 @@ def chosen_rows(
 
     rows: this rank's half-open range of global classes. positives: int64 tensor of global labels of the whole global
     batch, any shape of repetition, -1 ignored. Returns sorted int64 indices relative to `rows[0]`, unique, on `device`.
-    On CUDA the unknown length costs one host synchronisation; `chosen_rows_padded` has none.
+
+    Computed where `positives` are. Given on the host, as the data order knows them, the length is known without asking
+    the GPU: the indices are copied there from pinned memory and the host never waits. Positives on a GPU cost one host
+    synchronisation. The hash takes about 20 ns a local row on one CPU core.
     """
     if rate >= 1:
         return None
-    return _membership(seed, step, rows, rate, positives, torch.device(device)).nonzero().squeeze(1)
-
-
-def capacity(num_rows: int, rate: float, num_positives: int) -> int:
-    """A number of chosen rows that is exceeded with a probability below 1e-9: mean + 6.5 standard deviations + all
-    positives.
-    """
-    expected = num_rows * rate
-    return min(num_rows, math.ceil(expected + 6.5 * math.sqrt(expected * (1 - rate)) + 8) + num_positives)
-
-
-def chosen_rows_padded(
-    seed: int, step: int, rows: tuple[int, int], rate: float, positives: Tensor, device: torch.device | str = "cpu"
-) -> Tensor | None:
-    """As `chosen_rows` but of a fixed length, `capacity(n, rate, len(positives))`, padded with -1 at the end; no host
-    synchronisation.
-
-    In the improbable case of more members than the capacity, the highest class ids are left out.
-    """
-    if rate >= 1:
-        return None
-    member = _membership(seed, step, rows, rate, positives, torch.device(device))
-    return torch.nonzero_static(member, size=capacity(len(member), rate, positives.numel()), fill_value=-1).squeeze(1)
+    chosen = _membership(seed, step, rows, rate, positives).nonzero().squeeze(1)
+    if torch.device(device).type == "cuda" and not chosen.is_cuda:
+        chosen = chosen.pin_memory()
+    return chosen.to(device, non_blocking=True)
