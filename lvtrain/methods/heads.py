@@ -30,6 +30,7 @@ def create_classifier(recipe: Recipe, *, num_classes: int, device: torch.device,
         "kernel": section.kernel,
         "gather": section.gather,
         "chunk": section.chunk,
+        "keep_mb": section.keep_mb,
         "device": device,
         "optimizer": {
             "name": rows.name,
