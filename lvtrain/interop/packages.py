@@ -131,6 +131,9 @@ def split_rows(rows: torch.Tensor, ranks: int) -> list[torch.Tensor]:
 def read_deepspeed(folder: str | Path, tag: str | None = None) -> dict[str, torch.Tensor]:
     """float32 weights of a DeepSpeed ZeRO-1/2/3 checkpoint folder written by anyone, through DeepSpeed's own `zero_to_fp32`.
 
+    That function leaves out parameters that ZeRO-1 did not train (it keeps no shard of them); those are taken from the module's own state beside it.
+    It unpickles the files, so the folder must be one you trust.
+
     Raises:
         UserError: not such a folder.
     """
@@ -141,8 +144,14 @@ def read_deepspeed(folder: str | Path, tag: str | None = None) -> dict[str, torc
         raise UserError(
             f"{folder} has no file `latest`; name the tag with --tag, or give the folder that holds the tags"
         )
+    tag = tag or (folder / "latest").read_text().strip()
     try:
         state: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
     except (OSError, ValueError, AssertionError) as error:
         raise UserError(f"{folder} is not a DeepSpeed ZeRO checkpoint: {' '.join(str(error).split())[:160]}") from error
-    return {name: tensor.detach().float() for name, tensor in state.items()}
+    whole = {name: tensor.detach().float() for name, tensor in state.items()}
+    module_states = folder / tag / "mp_rank_00_model_states.pt"  # of ZeRO-1 and -2; ZeRO-3 writes one a rank, in pieces
+    if module_states.is_file():
+        content = torch.load(module_states, map_location="cpu", weights_only=False)
+        whole = {name: tensor.detach().float() for name, tensor in (content.get("module") or {}).items()} | whole
+    return whole

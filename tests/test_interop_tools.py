@@ -1,0 +1,104 @@
+"""tools/convert_checkpoint.py and tools/evaluate.py as a user starts them, on a run of the real trainer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lvtrain.interop import load_model
+from lvtrain.interop.packages import merge_rows
+from lvtrain.interop.reading import read_weights
+from tests.conftest import ROOT
+from tests.runs import output, recipe_file, run
+
+
+def convert(*arguments: str | Path, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "tools/convert_checkpoint.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def evaluate(model: Path, out: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "tools/evaluate.py", str(model), "--cpu", *arguments, "-o", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads((out / "evaluation.json").read_text())["benchmarks"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: ZeRO-3 on 2 ranks, embeddings of 512 as clients want."""
+    folder = tmp_path_factory.mktemp("trained")
+    heldout = {"benchmarks": {"heldout": str(tiny_faces / "heldout.bin")}}
+    recipe = recipe_file(folder, tiny_faces / "train", evaluation=heldout, backbone={"embedding_dim": 512})
+    assert run(recipe, ranks=2, zero=3) == 0, output(recipe)
+    return folder / "runs" / "tiny"
+
+
+def test_a_run_consolidates_and_evaluates_to_the_live_figures(trained: Path, tiny_faces: Path, tmp_path: Path) -> None:
+    """Consolidated without ranks, it gives the accuracy the run itself measured; so does every other form it is brought to."""
+    live = json.loads((trained / "evaluation" / "final.json").read_text())["benchmarks"]["heldout"]
+    convert("consolidate", trained, tmp_path / "model", "--rows")
+    convert("export", trained, tmp_path / "model.pt", "--to", "arcface")
+    assert "largest difference" in convert("export", tmp_path / "model", tmp_path / "model.onnx")
+    checkpoint = max((trained / "checkpoints").iterdir())
+    heldout = f"heldout:{tiny_faces / 'heldout.bin'}"
+    for form in (tmp_path / "model", checkpoint):
+        assert evaluate(form, tmp_path / "out", "--benchmark", heldout)["heldout"]["accuracy"] == live["accuracy"]
+    few = torch.rand(8, 3, 112, 112) * 2 - 1
+    expected = load_model(tmp_path / "model").forward(few)
+    assert torch.equal(load_model(trained).forward(few), expected)
+    assert torch.allclose(load_model(tmp_path / "model.onnx").forward(few), expected, atol=1e-4)
+    # .pt says nothing of heads where the shape is not a published one; the tensors are the same
+    again, own = read_weights(tmp_path / "model.pt").backbone, load_file(tmp_path / "model" / "model.safetensors")
+    assert again.keys() == own.keys() and all(torch.equal(again[name], tensor) for name, tensor in own.items())
+
+
+def test_class_rows_of_a_run(trained: Path, tmp_path: Path) -> None:
+    convert("consolidate", trained, tmp_path / "model", "--rows")
+    assert "24 class rows as 3 files" in convert("reshard", trained, "--out", tmp_path / "rows", "--ranks", "3")
+    files = [tmp_path / "rows" / f"rank_{rank}_softmax_weight.pt" for rank in range(3)]
+    merged = merge_rows([read_weights(file).rows for file in files], num_classes=24)
+    assert torch.equal(merged, load_file(tmp_path / "model" / "class_rows.safetensors")["weight"])
+    convert("reshard", *files, "--out", tmp_path / "one")
+    assert torch.equal(read_weights(tmp_path / "one" / "rank_0_softmax_weight.pt").rows, merged)
+    assert "no backbone" in convert("import", files[0], tmp_path / "x", code=2)
+
+
+def test_thresholds_end_in_the_model_card(trained: Path, tiny_faces: Path, tmp_path: Path) -> None:
+    people = f"people:{tiny_faces / 'train'}"
+    found = evaluate(trained, tmp_path / "out", "--calibrate", people)["people"]["thresholds"]["1e-03"]
+    row = f"| people | 1e-03 | {found['threshold']:.4f} | {found['low']:.4f} to {found['high']:.4f} |"
+    convert("consolidate", trained, tmp_path / "model")
+    assert row in (tmp_path / "model" / "README.md").read_text()
+    # through the exported folder into insightface's package, with the licence of the data
+    convert("export", tmp_path / "model", tmp_path / "pack", "--to", "insightface")
+    assert row in (tmp_path / "pack" / "README.md").read_text()
+    assert "generated" in (tmp_path / "pack" / "MODEL.LICENSE").read_text()
+    evaluate(tmp_path / "model", tmp_path / "out", "--calibrate", f"again:{tiny_faces / 'train'}")
+    assert row.replace("people", "again") in (tmp_path / "model" / "README.md").read_text()
+    # thresholds of other weights do not travel
+    earlier = min((trained / "checkpoints").iterdir())
+    assert "other weights" in convert("consolidate", earlier, tmp_path / "earlier")
+    assert row not in (tmp_path / "earlier" / "README.md").read_text()
+
+
+def test_check_fails_for_clients_that_live_or_are_named(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.onnx"
+    convert("export", trained, file)
+    assert "opset 18" in convert("check", file)
+    convert("check", file, "--client", "MFR-Ongoing", code=1)
+    convert("export", trained, file, "--opset", "14")
+    convert("check", file, "--client", "MFR-Ongoing", "--client", "lvface")
+    assert "known: insightface" in convert("check", file, "--client", "nobody", code=2)
+    assert "int8 against torch" in convert("export", trained, file, "--precision", "int8")
