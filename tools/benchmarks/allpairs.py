@@ -11,6 +11,8 @@ import torch
 
 from lvtrain.evaluation.allpairs import all_pairs
 
+SMALL = {"images": 4000, "dim": 64}
+
 
 def run(
     images: int = 200_000,
@@ -20,7 +22,10 @@ def run(
     device: str = "cpu",
     larger: int = 1_600_000,
 ) -> dict[str, Any]:
-    """Seconds, peak resident memory (GB) with and above the embeddings, and the estimate for `larger` images (time grows with the square)."""
+    """TAR at FAR over all pairs of generated embeddings: seconds, peak resident memory (GB), and the estimate for `larger` images.
+
+    Time grows with the square of `images`, memory with their number. `cpu_seconds` is what a shared machine's load does not blur.
+    """
     generator = np.random.default_rng(0)
     labels = np.arange(images) // per_identity
     embeddings = generator.standard_normal((images, dim), dtype=np.float32)
@@ -31,7 +36,7 @@ def run(
     started, cpu_started = time.perf_counter(), time.process_time()
     result = all_pairs(embeddings, labels, tile=tile, device=device)
     seconds = time.perf_counter() - started
-    cpu_seconds = time.process_time() - cpu_started  # what a shared machine's load does not blur
+    cpu_seconds = time.process_time() - cpu_started
     pairs = images * (images - 1) / 2
     return {
         "images": images,
