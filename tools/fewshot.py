@@ -91,8 +91,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def cells(options: argparse.Namespace) -> list[Cell]:
     shots = [None if text == "all" else int(text) for text in options.shots]
     starts = [Start.parse(text) for text in options.start]
+    # a seed's whole grid before the next seed's, so that an unfinished batch still compares like with like
     return [
-        Cell(f, k, start, seed) for f in options.fractions for k in shots for start in starts for seed in options.seeds
+        Cell(f, k, start, seed) for seed in options.seeds for f in options.fractions for k in shots for start in starts
     ]
 
 
