@@ -89,6 +89,27 @@ def curve(
         return _svg(figure, axes)
 
 
+def spread(
+    steps: np.ndarray,
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+    phases: list[PhaseSpan],
+) -> str:
+    """A distribution over steps: its mean as a line, one standard deviation as a dark band, its range as a light one."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
+        _phase_bands(axes, phases)
+        for low, high, alpha in ((lowest, highest, 0.12), (mean - deviation, mean + deviation, 0.22)):
+            x, low, _, _ = _thinned(steps, low)
+            axes.fill_between(x, low, _thinned(steps, high)[1], color=BLUE, alpha=alpha, linewidth=0)
+        axes.plot(*_thinned(steps, mean)[:2], color=BLUE)
+        axes.set_ylim(bottom=0)
+        _steps_axis(axes)
+        return _svg(figure, axes)
+
+
 def roc(curves: dict[str, dict[str, Any]]) -> str:
     """TAR over FAR on a log axis; `curves` is name -> {"far": [...], "tar": [...]}, the last drawn strongest."""
     with matplotlib.rc_context(_STYLE):

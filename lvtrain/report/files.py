@@ -35,6 +35,7 @@ class RunFiles:
     metrics: list[Row]
     events: list[Row]
     evaluations: dict[str, Row] = field(default_factory=dict)
+    protocols: dict[str, Row] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -65,7 +66,8 @@ class RunFiles:
 
 
 def read_run(folder: str | Path) -> RunFiles:
-    """Reads `recipe.yaml`, `environment.json`, `metrics.jsonl`, `events.jsonl` and `evaluation/*.json`; all but the recipe may be absent.
+    """Reads `recipe.yaml`, `environment.json`, `metrics.jsonl`, `events.jsonl`, `evaluation/*.json` and tools/evaluate.py's
+    `*/evaluation.json`; all but the recipe may be absent.
 
     Raises:
         UserError: no such folder, or it is not a run folder (no recipe.yaml).
@@ -77,7 +79,8 @@ def read_run(folder: str | Path) -> RunFiles:
     if not recipe.is_file():
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
     text = recipe.read_text()
-    evaluations = {path.stem: _json(path) for path in sorted((folder / "evaluation").glob("*.json"))}
+    evaluations = {path.stem: _json(path) for path in sorted((folder / "evaluation").glob("*.json")) if path.stem != "evaluation"}
+    others = {path.parent.name: _json(path).get("benchmarks") for path in sorted(folder.glob("*/evaluation.json"))}
     return RunFiles(
         folder=folder,
         recipe=yaml.safe_load(text) or {},
@@ -86,6 +89,7 @@ def read_run(folder: str | Path) -> RunFiles:
         metrics=[row for row in _lines(folder / "metrics.jsonl") if "step" in row],
         events=[row for row in _lines(folder / "events.jsonl") if "event" in row],
         evaluations=dict(sorted(((k, v) for k, v in evaluations.items() if v.get("benchmarks")), key=_moment)),
+        protocols={name: found for name, found in others.items() if found},
     )
 
 

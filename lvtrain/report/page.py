@@ -12,13 +12,13 @@ import jinja2
 import numpy as np
 
 import lvtrain
-from lvtrain.report import faces, figures
+from lvtrain.report import faces, figures, protocols
 from lvtrain.report.files import PhaseSpan, Row, RunFiles, read_run
 
 _SHOWN_EVENTS = 200
 # columns of metrics.jsonl that have a figure of their own, or are no curve
 _KNOWN = {"time", "step", "samples_seen", "epoch", "loss", "cos2", "cos2_window", "lr", "grad_norm"}
-_KNOWN |= {"images_per_second", "data_wait", "nonfinite", "memory_gb"}
+_KNOWN |= {"images_per_second", "data_wait", "nonfinite", "memory_gb", "phi_mean", "phi_std", "phi_min", "phi_max"}
 _REASONS = {
     "cos2": "cosine stage scheduler",
     "length": "longest length",
@@ -64,6 +64,8 @@ def render(run: RunFiles, *, any_faces: bool = False) -> str:
         benchmarks=_benchmarks(run, fars),
         fars=fars,
         evaluation=_evaluation(run),
+        clusterings=protocols.clusterings(run),
+        headlines=protocols.headlines(run),
         pictures=pictures,
         without_pictures=without_pictures,
         events=events,
@@ -150,6 +152,11 @@ def _training(run: RunFiles, phases: list[PhaseSpan]) -> list[Row]:
     add("Images per second", "images_per_second", "all ranks together", zero=True)
     add("Waiting for data", "data_wait", "share of the time", zero=True, percent=True, color=figures.RED)
     add("GPU memory, GB", "memory_gb", "peak of rank 0", zero=True)
+    spread = [run.column(f"phi_{part}") for part in ("mean", "std", "min", "max")]
+    if len(spread[0][0]) > 1 and len({len(steps) for steps, _ in spread}) == 1:
+        svg = figures.spread(spread[0][0], *(values for _, values in spread), phases)
+        note = "mean, standard deviation and range over the classes of a step; small is tight"
+        drawn.append({"title": "Concentration φ of the clusters", "note": note, "svg": svg})
     extra = sorted(
         {key for row in run.metrics for key, value in row.items() if isinstance(value, (int, float))} - _KNOWN
     )
@@ -183,7 +190,7 @@ def _evaluation(run: RunFiles) -> list[Row]:
         limit = figures.span([one["histogram"] for _, one in pictures])
         for moment, one in pictures:
             means = (one["positive_mean"], one["negative_mean"])
-            note = f"means {means[0]:.3f} (same person) and {means[1]:.3f} (different people)"
+            note = f"means {means[0]:.3f} (same person) and {means[1]:.3f} (different people), {means[0] - means[1]:.3f} apart"
             title = f"Pair cosines, {name}, {_moment(moment)}"
             drawn.append({"title": title, "note": note, "svg": figures.histogram(one["histogram"], means, limit=limit)})
     return drawn
