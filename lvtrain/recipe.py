@@ -76,7 +76,8 @@ class Data(Section):
     block: int = Field(4096, gt=0, description="samples read as one run of a shard; 1 is a full shuffle")
     backend: Literal["auto", "dali", "torch"] = "auto"
     threads: int = Field(2, gt=0)
-    prefetch: int = Field(2, gt=0, description="batches decoded ahead")
+    prefetch: int = Field(2, gt=0, description="micro-batches decoded ahead")
+    read_ahead: int = Field(2, gt=0, description="micro-batches read from the shards at once, ahead of those")
     cache: Path | None = Field(None, description="local folder (NVMe) for copies of shards")
     cache_bytes: int = Field(0, ge=0, description="size bound of the cache")
     augmentation: str = Field("flip", description="name of a set in lvtrain.data.augment")

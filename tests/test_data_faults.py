@@ -251,6 +251,32 @@ def test_a_stalling_read_is_told(clean, monkeypatch):
     assert any("has waited" in line for line in told)
 
 
+def test_reads_ahead_go_on_side_by_side_and_change_nothing(clean, monkeypatch):
+    import threading
+    import time
+
+    def batches(read_ahead):
+        with Loader(ShardDataset(clean), seed=1, micro_batch=4, virtual_batches=1, read_ahead=read_ahead) as loader:
+            return [next(loader) for _ in range(12)]
+
+    expected = batches(1)
+    real, lock, active, most = os.pread, threading.Lock(), [0], [0]
+
+    def slow(*arguments):
+        with lock:
+            active[0] += 1
+            most[0] = max(most[0], active[0])
+        time.sleep(0.02)
+        with lock:
+            active[0] -= 1
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pread", slow)
+    for batch, reference in zip(batches(4), expected):
+        assert torch.equal(batch.images, reference.images) and torch.equal(batch.labels, reference.labels)
+    assert most[0] == 4
+
+
 # ------------------------------------------------------------------------------------------------- the header's check
 
 

@@ -8,10 +8,13 @@ reading ahead, restarting and changing R cannot change it.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +70,8 @@ class Loader:
         device: where the views are wanted.
         backend: `dali`, `torch`, or `auto` (DALI where it can be imported).
         threads: decoding threads; prefetch: micro-batches decoded ahead.
+        read_ahead: micro-batches being read from the shards at once, ahead of those being decoded: what a file system with a long way to its
+            disks answers slowly it answers side by side.
         warn: told when data is waited for unusually long, and what the dataset has to say.
 
     Raises:
@@ -90,6 +95,7 @@ class Loader:
         backend: str = "auto",
         threads: int = 2,
         prefetch: int = 2,
+        read_ahead: int = 2,
         warn: Callable[[str], None] | None = None,
         stall_seconds: float = 60.0,
     ) -> None:
@@ -108,7 +114,7 @@ class Loader:
         self.bad_count = 0
         self.seen_count = 0
         self.wait_seconds = 0.0
-        self._prefetch = max(1, prefetch)
+        self._prefetch, self._read_ahead = max(1, prefetch), max(1, read_ahead)
         self._known_bad: set[int] = set()
         self._make_backend = lambda: _backend(
             backend,
@@ -200,12 +206,17 @@ class Loader:
 
     def _produce(self) -> None:
         backend: Backend | None = None
+        readers = ThreadPoolExecutor(self._read_ahead, "reader")
+        reading: deque[Future[Job]] = deque()
         try:
             backend = self._make_backend()
+            numbers = itertools.count()
             submitted = collected = 0
             while not self._stop.is_set():
                 while submitted - collected < self._prefetch:
-                    backend.submit(self.job(submitted))
+                    while len(reading) <= self._read_ahead:  # the one that is due, and those ahead of it
+                        reading.append(readers.submit(self.job, next(numbers)))
+                    backend.submit(reading.popleft().result())
                     submitted += 1
                 decoded = backend.collect()
                 collected += 1
@@ -213,6 +224,7 @@ class Loader:
         except BaseException as error:  # handed to the consumer, whoever it was meant for
             self._put(error)
         finally:
+            readers.shutdown(wait=False, cancel_futures=True)
             if backend is not None:
                 backend.close()
 

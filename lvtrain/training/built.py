@@ -97,6 +97,7 @@ class Built:
             backend=recipe.data.backend,
             threads=recipe.data.threads,
             prefetch=recipe.data.prefetch,
+            read_ahead=recipe.data.read_ahead,
             image_size=recipe.backbone.image_size,
             warn=telemetry.say,
         )

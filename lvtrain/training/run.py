@@ -33,6 +33,7 @@ _MAY_CHANGE = (
     "safety",
     "data.threads",
     "data.prefetch",
+    "data.read_ahead",
     "data.cache",
     "data.cache_bytes",
     "data.path",
