@@ -44,6 +44,7 @@ def main(
     label_gap: Annotated[str, _policy("label_gap")] = "fix",
     no_face: Annotated[str, _policy("no_face")] = "skip",
 ) -> None:
+    """Brings a face dataset in: SRC to WebDataset shards, index and manifest in OUT. Killed, it goes on where it was when started again."""
     try:
         options = PackOptions(
             kind=kind, seed=seed, shuffle=shuffle, samples_per_shard=samples_per_shard, size=size or None, quality=quality,
