@@ -152,9 +152,10 @@ def _training(run: RunFiles, phases: list[PhaseSpan]) -> list[Row]:
     add("Images per second", "images_per_second", "all ranks together", zero=True)
     add("Waiting for data", "data_wait", "share of the time", zero=True, percent=True, color=figures.RED)
     add("GPU memory, GB", "memory_gb", "peak of rank 0", zero=True)
-    spread = [run.column(f"phi_{part}") for part in ("mean", "std", "min", "max")]
-    if len(spread[0][0]) > 1 and len({len(steps) for steps, _ in spread}) == 1:
-        svg = figures.spread(spread[0][0], *(values for _, values in spread), phases)
+    steps, mean = run.column("phi_mean")
+    deviation, lowest, highest = (run.column(f"phi_{part}")[1] for part in ("std", "min", "max"))
+    if len(steps) > 1 and len(steps) == len(deviation) == len(lowest) == len(highest):
+        svg = figures.spread(steps, mean, deviation, lowest, highest, phases)
         note = "mean, standard deviation and range over the classes of a step; small is tight"
         drawn.append({"title": "Concentration φ of the clusters", "note": note, "svg": svg})
     extra = sorted(
