@@ -2,7 +2,7 @@
 
 A set is a list of views; a view is a name, an output size and a list of operations with their ranges. Nothing is random in the backends:
 `draw` turns (seed, epochs, sample ids) into arrays, one row a sample, and a backend (`dali`, `torch_backend`) applies them in one fixed
-order: crop and resize, flip, affine, colour, posterise, solarise, resize-down, blur, erase. So a sample looks the same in whatever batch, on
+order: crop and resize, affine, colour, posterise, solarise, resize-down, blur, erase, flip. So a sample looks the same in whatever batch, on
 whatever rank, after whatever restart.
 """
 
