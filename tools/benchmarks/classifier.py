@@ -1,13 +1,12 @@
-"""The classifier's forward and backward: time, memory and the share of its own four matmuls, against storing the logits.
+"""The classifier's forward and backward: time, memory and the share of its own matmuls, against storing the logits and against arcface_torch.
 
-    python tools/benchmark.py classifier --batch 512 --classes 200000                      # this machine
-    python tools/benchmark.py classifier --classes 50000 --peer PATH/recognition/arcface_torch
-    python tools/benchmark.py classifier --table                                           # cost per class to 8 million
-    python tools/benchmark.py classifier --device cuda --batch 24576 --classes 32186 --precisions half,tf32 --kernels torch,triton
-    python tools/benchmark.py classifier --device cuda --batch 1024 --classes 2059906 --precisions half,tf32 --kernels torch,triton
+    python tools/benchmark.py classifier --batch 512 --classes 50000 --kept --peer PATH/recognition/arcface_torch
+    python tools/benchmark.py classifier --device cuda --batch 24576 --classes 32186 --precisions half,tf32 --kernels torch,triton --kept
+    python tools/benchmark.py classifier --device cuda --batch 1024 --classes 2059906 --precisions half,tf32 --kernels torch,triton --no-materialised
 
 Variants take turns in one process and medians are compared. On a CPU the time is process CPU time with one thread and malloc keeps what it freed
 (otherwise whoever allocates most also pays the page faults); memory is measured in a process of its own each, with malloc as it comes.
+`classifier_table` runs a whole grid of these.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,46 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from lvtrain.classifier import ShardedClassifier
-from lvtrain.classifier.classes import Classes, chunk_size, matmul_precision
-from lvtrain.classifier.logsumexp import combine
+from lvtrain.classifier import ShardedClassifier, class_range
+from lvtrain.classifier.classes import chunk_size, formats, matmul_precision
 from lvtrain.classifier.margins import CosFace
 from lvtrain.classifier.partition import initial_rows
-from lvtrain.classifier.passes import forward_pass, weight_gradient_pass
 from lvtrain.errors import UserError
 
 SMALL: dict[str, Any] = {"batch": 128, "classes": 10_000, "repeats": 2, "memory": False}
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
+_ALL = 1e6  # MB: keep every exponential
 
 Step = Callable[[], Any]
+
+
+@dataclass
+class Problem:
+    """One shape: the embeddings of this rank and of all, the labels of this rank and of all, the class rows of this rank."""
+
+    x: torch.Tensor
+    all_x: torch.Tensor
+    labels: torch.Tensor
+    all_labels: torch.Tensor
+    weight: torch.nn.Parameter
+    classes: int
+    rows: tuple[int, int]
+    rate: float
+
+    @property
+    def taking_part(self) -> int:
+        return round(len(self.weight) * self.rate)
+
+
+def problem(batch: int, classes: int, rate: float, weight: torch.nn.Parameter) -> Problem:
+    """`batch` samples over all ranks; `weight`: this rank's rows of `classes`."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, weight.shape[1], generator=generator).to(weight.device)
+    labels = torch.randint(0, classes, (batch,), generator=generator)
+    mine = slice(batch * rank // ranks, batch * (rank + 1) // ranks)
+    rows = class_range(classes, rank, ranks)
+    return Problem(x[mine].clone().requires_grad_(), x, labels[mine].to(weight.device), labels, weight, classes, rows, rate)
 
 
 def run(
@@ -48,9 +77,10 @@ def run(
     classes: int = 50_000,
     dim: int = 512,
     rate: float = 1.0,
-    precisions: str = "float32,half,bfloat16",
+    precisions: str = "float32,bfloat16",
     kernels: str = "torch",
     chunk: int = 0,
+    kept: bool = False,
     peer: str = "",
     repeats: int = 5,
     threads: int = 1,
@@ -58,118 +88,130 @@ def run(
     memory: bool = True,
     materialised: bool = True,
     two_anchors: bool = False,
-    table: bool = False,
-    table_classes: str = "50000,200000,800000,2000000,8000000",
     only: str = "",
 ) -> dict[str, Any]:
     """Milliseconds (CPU time on a CPU) of forward + backward without optimizer; extra MB beyond weights and the rows' gradient.
 
-    `peer`: folder of an arcface_torch checkout, to time its PartialFC_V2 as well. `table`: cost per class from 50 thousand to 8 million at d = 128.
+    `kept`: also with all exponentials kept for backward (three matmuls). `peer`: folder of an arcface_torch checkout, to time its PartialFC_V2 as well.
     `only`: one variant, its peak memory alone (what the memory measurement starts in a process of its own)."""
+    given = dict(locals())
     if device == "cpu" and not only and os.environ.get("MALLOC_MMAP_THRESHOLD_") != _MALLOC["MALLOC_MMAP_THRESHOLD_"]:
-        arguments = {key: value for key, value in locals().items()}  # malloc reads its settings at start-up: once more, with them
-        return _in_child(arguments, {**os.environ, **_MALLOC, "OMP_NUM_THREADS": str(threads)})
+        return in_children("classifier", given, threads=threads)  # malloc reads its settings at start-up: once more, with them
     torch.set_num_threads(threads)
-    place = torch.device(device)
-    if table:
-        rows = _table(place, repeats, [int(count) for count in table_classes.split(",")])
-        return {"subject": "classifier, cost per class", "device": _name(place), "batch": 256, "dim": 128, "rows": rows}
-    variants = _variants(batch, classes, dim, rate, precisions.split(","), kernels.split(","), chunk, peer, place, materialised, two_anchors)
+    weight = torch.nn.Parameter(initial_rows((0, classes), dim, 0).to(device))
+    shape = problem(batch, classes, rate, weight)
+    found = variants(shape, precisions.split(","), kernels.split(","), chunk, peer, materialised, two_anchors, kept)
     if only:
-        return {"extra_mb": _extra_memory(variants[only], place)}
-    milliseconds = _interleaved(variants, repeats, place)
-    result: dict[str, Any] = {
+        return {"extra_mb": _extra_memory(found[only], weight.device)}
+    measured = compared(interleaved(found, repeats, weight.device))
+    if memory:
+        for name, row in measured.items():
+            if not name.startswith("matmuls"):
+                alone = in_children("classifier", given | {"only": name}, threads=threads, malloc=False)
+                row["extra_mb"] = alone["extra_mb"]
+                row["extra_mb_beyond_gradient_rows"] = round(row["extra_mb"] - shape.taking_part * dim * 4 / 2**20, 1)
+    return {
         "subject": "classifier",
-        "device": _name(place),
+        "device": torch.cuda.get_device_name(device) if device == "cuda" else "cpu",
         "threads": threads,
         "torch": torch.__version__,
         "batch": batch,
         "classes": classes,
         "dim": dim,
         "rate": rate,
-        "chunk": chunk_size(batch, dim, classes, chunk or None, place),
+        "chunk": chunk_size(batch, dim, classes, chunk or None, weight.device),
         "weights_mb": round(classes * dim * 4 / 2**20),
-        "gradient_rows_mb": round(classes * rate * dim * 4 / 2**20),
-        "variants": {},
+        "gradient_rows_mb": round(shape.taking_part * dim * 4 / 2**20),
+        "variants": measured,
     }
+
+
+def compared(milliseconds: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Each variant's time, as it is, over its own matmuls and over the peer's."""
+    rows: dict[str, dict[str, Any]] = {}
     for name, value in milliseconds.items():
         row: dict[str, Any] = {"ms": round(value, 2)}
-        bound = milliseconds.get(f"matmuls {name.split()[1]}") if name.startswith("lvtrain") else None
-        if bound:
+        words = name.split()
+        bound = milliseconds.get(f"matmuls {words[1]}" + (" kept" if "kept" in words else "")) if words[0] == "lvtrain" else None
+        if bound and "anchors" not in words:
             row["times_own_matmuls"] = round(value / bound, 3)
-        if "peer" in milliseconds and not name.startswith("matmuls"):
+        if "peer" in milliseconds:
             row["times_peer"] = round(value / milliseconds["peer"], 3)
-        if memory and not name.startswith("matmuls"):
-            wanted = dict(batch=batch, classes=classes, dim=dim, rate=rate, precisions=precisions, kernels=kernels, chunk=chunk, peer=peer)
-            wanted.update(threads=threads, device=device, materialised=materialised, two_anchors=two_anchors, only=name)
-            row["extra_mb"] = _in_child(wanted, {**os.environ, "OMP_NUM_THREADS": str(threads)})["extra_mb"]
-            row["extra_mb_beyond_gradient_rows"] = round(row["extra_mb"] - classes * rate * dim * 4 / 2**20, 1)
-        result["variants"][name] = row
-    return result
+        if name.endswith(" two anchors"):
+            row["times_one_anchor"] = round(value / milliseconds[name.removesuffix(" two anchors")], 3)
+        rows[name] = row
+    return rows
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _in_child(arguments: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
-    code = "import json, sys; from tools.benchmarks.classifier import run; print('RESULT ' + json.dumps(run(**json.loads(sys.argv[1]))))"
-    root = str(Path(__file__).resolve().parents[2])
-    for name in _MALLOC:
-        if arguments.get("only"):
-            environment.pop(name, None)
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], env=environment, cwd=root, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+def in_children(
+    module: str, arguments: dict[str, Any], *, function: str = "run", threads: int = 1, ranks: int = 1, malloc: bool = True
+) -> dict[str, Any]:
+    """`tools.benchmarks.MODULE.FUNCTION(**arguments)` in a process of its own, or one for each gloo rank; what rank 0 returns."""
+    code = f"import json, sys; from tools.benchmarks.{module} import {function} as f; print('RESULT ' + json.dumps(f(**json.loads(sys.argv[1]))))"
+    environment = {key: value for key, value in os.environ.items() if key not in _MALLOC} | (_MALLOC if malloc else {})
+    with tempfile.TemporaryDirectory() as folder:
+        environment |= {"OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(ranks), "BENCHMARK_STORE": f"{folder}/store"}
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, json.dumps(arguments)],
+                env=environment | {"RANK": str(rank)},
+                cwd=Path(__file__).resolve().parents[2],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        ended = [process.communicate() for process in started]
+    lines = [line for line in ended[0][0].splitlines() if line.startswith("RESULT ")]
     if not lines:
-        raise UserError(f"the benchmark's process ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return json.loads(lines[-1][len("RESULT ") :])
+        message = (ended[0][1].strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"the benchmark's process ended with {started[0].returncode}: {message}")
+    found: dict[str, Any] = json.loads(lines[-1][len("RESULT ") :])
+    return found
 
 
-def _variants(
-    batch: int,
-    classes: int,
-    dim: int,
-    rate: float,
+def variants(
+    shape: Problem,
     precisions: list[str],
-    kernels: list[str],
-    chunk: int,
-    peer: str,
-    device: torch.device,
-    materialised: bool,
-    two_anchors: bool,
+    kernels: list[str] | None = None,
+    chunk: int = 0,
+    peer: str = "",
+    materialised: bool = False,
+    two_anchors: bool = False,
+    kept: bool = False,
 ) -> dict[str, Step]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, dim, generator=generator).to(device).requires_grad_()
-    labels = torch.randint(0, classes, (batch,), generator=generator)
-    weight = torch.nn.Parameter(initial_rows((0, classes), dim, 0).to(device))
-    variants: dict[str, Step] = {}
+    """Steps by name: "matmuls P", "lvtrain P [kernel] [kept] [two anchors]", "materialised", "peer"."""
+    steps: dict[str, Step] = {}
     for precision in precisions:
-        for kernel in kernels:
-            for anchors in ["", " two anchors"] if two_anchors else [""]:
-                name = f"lvtrain {precision}" + ("" if kernel == "torch" else f" {kernel}") + anchors
-                variants[name] = _ours(x, labels, weight, rate, precision, kernel, chunk, anchors != "")
-        variants[f"matmuls {precision}"] = _matmuls(x, weight, rate, precision, chunk)
-    if materialised and rate == 1.0:
-        variants["materialised"] = _materialised(x, labels, weight)
+        for keep in ["", " kept"] if kept else [""]:
+            steps[f"matmuls {precision}{keep}"] = _matmuls(shape, precision, chunk, recompute=not keep)
+            for kernel in kernels or ["torch"]:
+                name = f"lvtrain {precision}" + ("" if kernel == "torch" else f" {kernel}") + keep
+                steps[name] = _ours(shape, precision, kernel, chunk, _ALL if keep else None, two=False)
+                if two_anchors:
+                    steps[name + " two anchors"] = _ours(shape, precision, kernel, chunk, _ALL if keep else None, two=True)
+    if materialised and shape.rate == 1.0:
+        steps["materialised"] = _materialised(shape)
     if peer:
-        variants["peer"] = _peer(Path(peer), x, labels, weight, rate)
-    return variants
+        steps["peer"] = _peer(Path(peer), shape)
+    return steps
 
 
-def _ours(
-    x: torch.Tensor, labels: torch.Tensor, weight: torch.nn.Parameter, rate: float, precision: Any, kernel: Any, chunk: int, two: bool
-) -> Step:
-    settings = dict(precision=precision, chunk=chunk or None, kernel=kernel, device=x.device)
+def _ours(shape: Problem, precision: Any, kernel: Any, chunk: int, keep_mb: float | None, *, two: bool) -> Step:
+    x, weight = shape.x, shape.weight
+    settings: dict[str, Any] = dict(precision=precision, chunk=chunk or None, kernel=kernel, device=x.device)
+    if keep_mb is not None:
+        settings["keep_mb"] = keep_mb
     head = ShardedClassifier(1, x.shape[1], margin=CosFace(), expectation_margin=CosFace(), **settings)
     # the same weight for all variants: the head's own would not fit several times
-    head.num_classes, head.rows, head.weight = len(weight), (0, len(weight)), weight
-    head.enter_phase(sample_rate=rate, expectation="frozen" if two else "off")
-    on_device = labels.to(x.device)
+    head.num_classes, head.rows, head.weight = shape.classes, shape.rows, weight
+    head.enter_phase(sample_rate=shape.rate, expectation="frozen" if two else "off")
 
     def step() -> Any:
         x.grad = None
-        head.begin_step(0, labels)
-        loss = head(x, on_device, step=0).loss
+        head.begin_step(0, shape.all_labels)
+        loss = head(x, shape.labels, step=0).loss
         loss.backward()
         head.discard_step()
         return loss
@@ -177,51 +219,50 @@ def _ours(
     return step
 
 
-def _matmuls(x: torch.Tensor, weight: torch.Tensor, rate: float, precision: str, chunk: int) -> Step:
-    """The four matmuls, nothing else, same chunks, same number formats, the rows' gradient written where the classifier writes it."""
-    count = round(len(weight) * rate)
+def _matmuls(shape: Problem, precision: str, chunk: int, *, recompute: bool) -> Step:
+    """The bound: the four matmuls (three without `recompute`) and nothing else, in the number formats and chunks of the precision, the rows' gradient
+    written where the classifier writes it. 16-bit factors are two chunks held in cache; nothing is normalised, rounded or exponentiated."""
+    x, weight, count = shape.all_x, shape.weight.detach(), shape.taking_part
     size = chunk_size(len(x), x.shape[1], count, chunk or None, x.device)
-    left = F.normalize(x.detach())
-    native = {"half": torch.float16, "bfloat16": torch.bfloat16}.get(precision) if x.is_cuda else None
-    rows = F.normalize(weight.detach()[:count])
-    if native:
-        left, rows = left.to(native), rows.to(native)
+    kind = formats(precision, weight.dtype, x.device)
+    unit, factor = (weight.dtype, weight.dtype) if kind.emulated else (kind.unit, kind.factor)
+    left, right = F.normalize(x).to(unit), F.normalize(x).to(factor)
+    unit_rows = None if unit == weight.dtype else weight[:size].to(unit)
+    factor_rows = None if factor == weight.dtype else weight[:size].to(factor)
+    e = None if factor == weight.dtype else torch.ones(len(x) * size, dtype=factor, device=x.device)
+    wide: dict[str, Any] = {"out_dtype": torch.float32} if x.is_cuda and factor != weight.dtype else {}
 
     def step() -> Any:
         gradient = weight.new_empty(count, weight.shape[1])
         total = torch.zeros_like(x)
-        buffer = x.new_empty(len(x) * size, dtype=torch.float32)
-        probability = None if native is None else torch.zeros(len(x) * size, dtype=native, device=x.device)
+        buffer = x.new_empty(len(x) * size)
         with matmul_precision(precision, x.device):
             for backward in (False, True):
                 for start in range(0, count, size):
-                    part = rows[start : start + size]
-                    logits = buffer[: len(x) * len(part)].view(len(x), len(part))
-                    if native is not None and probability is not None:
-                        torch.mm(left, part.t(), out_dtype=torch.float32, out=logits)
-                        p = probability[: len(x) * len(part)].view(len(x), len(part))
-                        if backward:
-                            torch.mm(p.t(), left, out_dtype=torch.float32, out=gradient[start : start + size])
-                        else:
-                            total += torch.mm(p, part, out_dtype=torch.float32)
+                    stop = min(start + size, count)
+                    logits = buffer[: len(x) * (stop - start)].view(len(x), -1)
+                    if recompute or not backward:
+                        rows = weight[start:stop] if unit_rows is None else unit_rows[: stop - start]
+                        torch.mm(left, rows.t(), out=logits, **({} if unit_rows is None else wide))
+                    probability = logits if e is None else e[: logits.numel()].view_as(logits)
+                    if not backward:
+                        total.add_(torch.mm(probability, weight[start:stop] if factor_rows is None else factor_rows[: stop - start], **wide))
+                    elif e is None or wide:
+                        torch.mm(probability.t(), right, out=gradient[start:stop], **wide)
                     else:
-                        torch.mm(left, part.t(), out=logits)
-                        if backward:
-                            torch.mm(logits.t(), left, out=gradient[start : start + size])
-                        else:
-                            total.addmm_(logits, part)
+                        torch.mm(probability.t(), right)
         return total
 
     return step
 
 
-def _materialised(x: torch.Tensor, labels: torch.Tensor, weight: torch.nn.Parameter) -> Step:
-    labels = labels.to(x.device)
+def _materialised(shape: Problem) -> Step:
+    x, weight = shape.x, shape.weight
 
     def step() -> Any:
         x.grad = weight.grad = None
         cosine = F.linear(F.normalize(x), F.normalize(weight))
-        loss = F.cross_entropy(64.0 * (cosine - 0.4 * F.one_hot(labels, len(weight)).to(cosine.dtype)), labels)
+        loss = F.cross_entropy(64.0 * (cosine - 0.4 * F.one_hot(shape.labels, len(weight)).to(cosine.dtype)), shape.labels)
         loss.backward()
         weight.grad = None
         return loss
@@ -229,8 +270,9 @@ def _materialised(x: torch.Tensor, labels: torch.Tensor, weight: torch.nn.Parame
     return step
 
 
-def _peer(folder: Path, x: torch.Tensor, labels: torch.Tensor, weight: torch.nn.Parameter, rate: float) -> Step:
+def _peer(folder: Path, shape: Problem) -> Step:
     """PartialFC_V2 of an arcface_torch checkout, on a CPU with `.cuda()` made to do nothing."""
+    x, weight = shape.x, shape.weight
     if not (folder / "partial_fc_v2.py").exists():
         raise UserError(f"--peer {folder}: no partial_fc_v2.py there; give the recognition/arcface_torch folder of an insightface checkout")
     modules: dict[str, types.ModuleType] = {}
@@ -243,12 +285,13 @@ def _peer(folder: Path, x: torch.Tensor, labels: torch.Tensor, weight: torch.nn.
         torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     if not dist.is_initialized():
         dist.init_process_group("nccl" if x.is_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    module = modules["partial_fc_v2"].PartialFC_V2(modules["losses"].CosFace(64.0, 0.4), x.shape[1], 1, rate)
-    module.num_local, module.num_sample, module.weight = len(weight), int(rate * len(weight)), weight
+    module = modules["partial_fc_v2"].PartialFC_V2(modules["losses"].CosFace(64.0, 0.4), x.shape[1], dist.get_world_size(), shape.rate)
+    module.num_local, module.num_sample, module.weight = len(weight), int(shape.rate * len(weight)), weight
+    module.class_start = shape.rows[0]
 
     def step() -> Any:
         x.grad = weight.grad = None
-        loss = module(x, labels.clone().to(x.device))
+        loss = module(x, shape.labels.clone())
         loss.backward()
         weight.grad = None
         return loss
@@ -256,22 +299,23 @@ def _peer(folder: Path, x: torch.Tensor, labels: torch.Tensor, weight: torch.nn.
     return step
 
 
-def _interleaved(variants: dict[str, Step], repeats: int, device: torch.device) -> dict[str, float]:
-    spent: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(repeats + 1):
-        for name, step in variants.items():
+def interleaved(steps: dict[str, Step], repeats: int, device: torch.device, *, warm_up: bool = True) -> dict[str, float]:
+    """Median milliseconds of each step, the steps taking turns."""
+    spent: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + warm_up):
+        for name, step in steps.items():
             if device.type == "cuda":
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 begin.record()
                 step()
                 end.record()
                 torch.cuda.synchronize()
-                milliseconds = begin.elapsed_time(end)
+                milliseconds = float(begin.elapsed_time(end))
             else:
                 started = time.process_time()
                 step()
                 milliseconds = 1e3 * (time.process_time() - started)
-            if turn:
+            if turn or not warm_up:
                 spent[name].append(milliseconds)
     return {name: statistics.median(values) for name, values in spent.items()}
 
@@ -285,42 +329,12 @@ def _extra_memory(step: Step, device: torch.device) -> float:
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     # warm up on what libraries keep for good (thread pools, oneDNN kernels), so that only the step is seen
     torch.mm(torch.randn(512, 512), torch.randn(512, 512))
-    before = _resident_mb()
+    before = resident_mb()
     step()
     return round(max(0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before), 1)
 
 
-def _resident_mb() -> float:
-    # the peak so far must be the present size, or an earlier, higher peak would hide the step's
+def resident_mb() -> float:
+    """Of this process; its peak so far where that is higher, or an earlier peak would hide the step's."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return max(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def _table(device: torch.device, repeats: int, counts: list[int]) -> list[dict[str, Any]]:
-    """Both passes over C classes, the rows' gradient handed on chunk by chunk and never stored: nanoseconds per class and sample."""
-    batch, dim = 256, 128
-    found = []
-    for count in counts:
-        x = F.normalize(torch.randn(batch, dim, generator=torch.Generator().manual_seed(0))).to(device)
-        labels = torch.randint(0, count, (batch,), generator=torch.Generator().manual_seed(1)).to(device)
-        weight = initial_rows((0, count), dim, 0).to(device)
-        row: dict[str, Any] = {"classes": count, "weights_mb": round(count * dim * 4 / 2**20)}
-        for precision in ("float32", "bfloat16"):
-
-            def step(weight: torch.Tensor = weight, x: torch.Tensor = x, labels: torch.Tensor = labels, precision: str = precision) -> None:
-                classes = Classes(weight, 64.0, precision=precision)
-                positions = classes.positions(labels, 0)
-                cosine = (x * classes.unit_rows_at(positions)).sum(1)
-                part = forward_pass(classes, x, positions, running=False, need_rows=True)
-                (n,), (cosine,) = combine([part], [cosine], running=False, group=None)
-                g = torch.sigmoid(n - 64 * (cosine - 0.4)) / batch
-                weight_gradient_pass(classes, x, positions, n, g, -64 * g, lambda start, stop, gradient: None, running=False)
-
-            before = _resident_mb()
-            milliseconds = _interleaved({"step": step}, 1 if count > 1_000_000 else repeats, device)["step"]
-            row[f"{precision}_ms"] = round(milliseconds, 1)
-            row[f"{precision}_us_per_class"] = round(1e3 * milliseconds / count, 4)
-            row[f"{precision}_extra_mb"] = round(max(0.0, _resident_mb() - before), 1)
-        found.append(row)
-        del weight
-    return found
