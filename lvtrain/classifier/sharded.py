@@ -95,7 +95,7 @@ class ShardedClassifier(nn.Module):
         gather: Literal["float32", "bfloat16"] = "float32",
         kernel: Literal["torch", "triton"] = "torch",
         chunk: int | None = None,
-        keep_mb: float = 16.0,
+        keep_mb: float = 8.0,
         gradient_scale: float | None = None,
         ragged: bool = False,
         device: torch.device | str = "cpu",
