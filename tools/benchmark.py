@@ -1,11 +1,13 @@
 """Benchmarks, each printing JSON. The same commands run on a CPU and on a GPU.
 
-    python tools/benchmark.py backbone --name vit_l --batch 384
-    python tools/benchmark.py step --name vit_s --batch 384 --classes 360232
-    python tools/benchmark.py all
+\b
+python tools/benchmark.py backbone --name vit_l --batch 384
+python tools/benchmark.py step --name vit_s --batch 384 --classes 360232
+python tools/benchmark.py allpairs --images 200000
+python tools/benchmark.py all
 
-A subject is a module of `tools/benchmarks` with a function `run(...) -> dict` whose arguments become the options, and
-`SMALL`, the arguments with which `all` runs it in seconds.
+A subject is a module of `tools/benchmarks` with a function `run(...) -> dict`
+whose arguments become the options, and `SMALL`, with which `all` takes seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import typer
 
 from lvtrain.errors import EXIT_ERROR, UserError
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
 def subjects() -> dict[str, Any]:

@@ -1,10 +1,18 @@
 """Weights in and out.
 
-python tools/convert_checkpoint.py import SOURCE OUT           others' weights -> a folder load_model, evaluate and init_from take
-python tools/convert_checkpoint.py consolidate SOURCE OUT      a run or checkpoint (or a DeepSpeed ZeRO folder) -> one such folder; no GPU
-python tools/convert_checkpoint.py reshard SOURCE OUT --ranks N   class rows -> arcface_torch's files of N ranks, or one file
-python tools/convert_checkpoint.py export SOURCE OUT --to onnx    onnx, arcface, folder or insightface
-python tools/convert_checkpoint.py check FILE.onnx             would insightface, lvface, uniface and MFR-Ongoing take it?
+\b
+import SOURCE OUT                others' weights -> a folder that load_model,
+                                 evaluate and init_from take
+consolidate SOURCE OUT           a run, a checkpoint or a DeepSpeed ZeRO folder
+                                 -> one such folder; no GPU, no ranks
+reshard SOURCE --out OUT         class rows -> arcface_torch's files of N ranks
+        --ranks N                (--ranks 1: one file)
+export SOURCE OUT --to FORMAT    onnx, arcface, folder or insightface
+check FILE.onnx                  would insightface, lvface, uniface and
+                                 MFR-Ongoing take it?
+
+\b
+python tools/convert_checkpoint.py export runs/mine mine.onnx --to onnx
 """
 
 from __future__ import annotations
@@ -19,7 +27,9 @@ import typer
 
 from lvtrain.errors import EXIT_ERROR, UserError
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False
+)
 Source = Annotated[
     Path,
     typer.Argument(help="run, checkpoint, exported folder, .pt/.pth/.ckpt/.safetensors, or .onnx where it says so"),
