@@ -26,22 +26,10 @@ from lvtrain.training import faults
 from lvtrain.training.checkpoint import Checkpoints, open_weights
 from lvtrain.training.lease import hold
 from lvtrain.world import World
+from tools.torture import POINTS
 
 STEPS, EVERY, CLASSES = 12, 2, 7
-SAVE_POINTS = (
-    "save.after_mkdir",
-    "save.mid_file",
-    "save.after_files",
-    "save.before_vote",
-    "save.before_manifest",
-    "save.mid_manifest",
-    "save.before_rename",
-    "save.after_rename",
-    "retention.begin",
-    "retention.renamed",
-    "retention.end",
-    "save.after_commit",
-)
+SAVE_POINTS = (*POINTS, "retention.begin", "retention.end")
 
 
 def advance(weights: torch.Tensor, rows: torch.Tensor, step: int) -> None:

@@ -1,7 +1,7 @@
 """Finding a hung rank: each rank says where it is, a watchdog thread writes it down, and long silence ends the process.
 
 The training thread only sets an attribute (`beat`); files are written by the watchdog every few seconds. When a
-rank has not beaten for half the timeout its stacks go to `logs/stacks_rank_XXXXX.log`; at the timeout they go there
+rank has not beaten for half the timeout its stacks go to `logs/stacks_rank_NUMBER.log`; at the timeout they go there
 again, and the process ends, so that the launcher takes down the others, who wait in a collective. All ranks do the
 same, so the log of the one that is behind holds the reason. A thread that holds the interpreter's lock for good
 would silence the watchdog too: `faulthandler`'s own timer, which needs no lock, is armed behind it.
