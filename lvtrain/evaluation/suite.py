@@ -150,7 +150,7 @@ def _megaface(forward: extract.Forward, task: Task, setting: Setting) -> dict[st
 
 def _features(forward: extract.Forward, path: Path, setting: Setting, labelled: bool) -> tuple[np.ndarray, np.ndarray]:
     """Feature files where there are any, images of people otherwise."""
-    if next(path.rglob("*.bin"), None) is not None:
+    if path.is_dir() and not (path / "dataset.json").is_file() and next(path.rglob("*.bin"), None) is not None:
         return megaface.read_features(path, labelled=labelled)
     images, labels = labelled_images(path)
     return setting.embed(forward, images, mirror=setting.flip), labels
