@@ -102,3 +102,37 @@ def test_check_fails_for_clients_that_live_or_are_named(trained: Path, tmp_path:
     convert("check", file, "--client", "MFR-Ongoing", "--client", "lvface")
     assert "known: insightface" in convert("check", file, "--client", "nobody", code=2)
     assert "int8 against torch" in convert("export", trained, file, "--precision", "int8")
+
+
+def test_two_processes_give_the_figures_of_one(trained: Path, tiny_faces: Path, tmp_path: Path) -> None:
+    """Every protocol that reads a dataset or a .bin, MegaFace with our own datasets as probes and distractors."""
+    heldout, train = tiny_faces / "heldout", tiny_faces / "train"
+    arguments = [
+        "--benchmark",
+        f"pairs:{heldout}.bin",
+        "--benchmark",
+        f"all:{heldout}",
+        "--cluster",
+        f"groups:{heldout}",
+    ]
+    arguments += ["--megaface", f"mega:{heldout},{train}"]
+    one = evaluate(trained, tmp_path / "one", *arguments)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        "tools/evaluate.py",
+    ]
+    done = subprocess.run(
+        [*launch, str(trained), "--cpu", *arguments, "-o", str(tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "two" / "evaluation.json").read_text())["benchmarks"] == one
+    assert set(one["mega"]["identification"]) == {"rank_1", "rank_10"}
