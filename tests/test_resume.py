@@ -90,8 +90,10 @@ def test_resume_on_other_ranks_and_another_stage_trains_alike(tiny_faces: Path, 
     assert go(wandering, 2, 2) == [0, 0], said(wandering)[-2000:]
     ours, theirs = metrics(folder_of(wandering)), metrics(folder_of(peaceful))
     assert [row["samples_seen"] for row in ours] == [row["samples_seen"] for row in theirs]
+    changed = events(folder_of(wandering), "resume")[0]["step"]  # the first step on another number of ranks starts from the same bits
     for row, reference in zip(ours, theirs):
-        assert row["loss"] == pytest.approx(reference["loss"], rel=2e-5), row["step"]
+        tolerance = 1e-6 if row["step"] == changed + 1 else 2e-5
+        assert row["loss"] == pytest.approx(reference["loss"], rel=tolerance), row["step"]
 
 
 def test_damage_falls_back_and_ends_with_the_same_bits(tiny_faces: Path, tmp_path: Path) -> None:
