@@ -150,6 +150,18 @@ def test_positions_are_resized_and_the_class_token_kept() -> None:
     assert torch.allclose(resize_positions(flat, 25), torch.full((1, 25, 4), 3.0), atol=1e-5)
 
 
+def test_heads_are_never_guessed() -> None:
+    state = create_backbone("vit_nano", dim=48, heads=3).state_dict()
+    with pytest.raises(UserError, match="weights do not tell the number of attention heads"):
+        recognise(state)
+    backbone = recognise(state, heads=3).create().eval()
+    fit(backbone, state)
+    original = create_backbone("vit_nano", dim=48, heads=3).eval()
+    original.load_state_dict(state)
+    images = torch.randn(2, 3, 112, 112)
+    assert torch.equal(embed(backbone, images), embed(original, images))
+
+
 def test_shapes_that_cannot_fit_are_named() -> None:
     state = create_backbone("vit_nano", embedding_dim=64).state_dict()
     with pytest.raises(UserError, match=r"feature.2.weight is \(64, 128\) in the file"):

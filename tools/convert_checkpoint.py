@@ -63,6 +63,7 @@ def import_(
             help="colour order the weights want; BGR weights are turned into RGB ones. Default: what the file says, else RGB",
         ),
     ] = None,
+    heads: Annotated[int | None, typer.Option(help="attention heads of a ViT of no published size")] = None,
     licence: Annotated[
         str | None, typer.Option(help="of the data the weights were trained on, for the model card")
     ] = None,
@@ -80,7 +81,7 @@ def import_(
         turned = weights.bgr if bgr is None else bgr
         if turned:
             weights.backbone = swap_colours(weights.backbone)
-        architecture = recognise(weights.backbone)
+        architecture = recognise(weights.backbone, heads=heads)
         report = fit(architecture.create(), weights.backbone)
         rows = None
         if rank_files:
@@ -116,6 +117,9 @@ def consolidate(
     rows: Annotated[bool, typer.Option(help="write the class rows too")] = False,
     average: Annotated[bool, typer.Option(help="the moving average of the weights")] = False,
     tag: Annotated[str | None, typer.Option(help="tag of a DeepSpeed folder")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="attention heads, if a DeepSpeed folder holds a ViT of no published size")
+    ] = None,
 ) -> None:
     """One float32 folder from a run, a checkpoint or a DeepSpeed ZeRO folder."""
     from lvtrain.interop.architecture import recognise
@@ -127,7 +131,7 @@ def consolidate(
         class_rows = None
         if (source / "latest").is_file() or tag is not None:
             state = strip_wrappers(read_deepspeed(source, tag))
-            architecture = recognise(state)
+            architecture = recognise(state, heads=heads)
             card = _card(out.name, architecture, state)
         else:
             architecture, state, weights = open_backbone(source, average=average)

@@ -35,14 +35,14 @@ class Architecture:
         )
 
 
-def recognise(state: Mapping[str, torch.Tensor]) -> Architecture:
-    """The backbone whose weights these are.
+def recognise(state: Mapping[str, torch.Tensor], *, heads: int | None = None) -> Architecture:
+    """The backbone whose weights these are. `heads`: attention heads of a ViT of no published size, which its weights do not tell.
 
     Raises:
-        UserError: none of ours; the line says what the names look like and which families are known.
+        UserError: none of ours (the line says what the names look like and which families are known), or a ViT whose heads must be given.
     """
     if "patch_embed.proj.weight" in state and "feature.0.weight" in state:
-        return _vit(state)
+        return _vit(state, heads)
     if "layer1.0.bn1.weight" in state and "fc.weight" in state:
         return _iresnet(state)
     if "pos_embedding" in state and "patch_to_embedding.weight" in state:
@@ -55,11 +55,15 @@ def recognise(state: Mapping[str, torch.Tensor]) -> Architecture:
     )
 
 
+# CVLface's small and base: (dim, depth, patch, MLP ratio) -> heads
+_CVLFACE_HEADS = {(512, 12, 8, 5.0): 8, (512, 24, 8, 3.0): 16}
+
+
 def _depth(state: Mapping[str, torch.Tensor], pattern: str) -> int:
     return 1 + max(int(match[1]) for name in state if (match := re.match(pattern, name)))
 
 
-def _vit(state: Mapping[str, torch.Tensor]) -> Architecture:
+def _vit(state: Mapping[str, torch.Tensor], heads: int | None) -> Architecture:
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
     depth = _depth(state, r"blocks\.(\d+)\.")
     embedding_dim = state["feature.2.weight"].shape[0]
@@ -69,8 +73,12 @@ def _vit(state: Mapping[str, torch.Tensor]) -> Architecture:
     for name, shape in VIT_SHAPES.items():
         if (shape.dim, shape.depth, shape.patch) == (dim, depth, patch) and ratio == 4:
             return Architecture(name, embedding_dim, image_size)
-    # CVLface's own sizes, patch 8: small has 12 blocks of 8 heads and MLP 5, base 24 of 16 and MLP 3
-    heads = 16 if patch == 8 and depth == 24 else 8
+    heads = heads or _CVLFACE_HEADS.get((dim, depth, patch, ratio))
+    if heads is None:
+        raise UserError(
+            f"a ViT of dim {dim}, depth {depth}, patch {patch}, MLP ratio {ratio:g} is no published size, and weights do not tell the number of "
+            "attention heads; give it: tools/convert_checkpoint.py import --heads N"
+        )
     overrides = {"dim": dim, "depth": depth, "patch": patch, "heads": heads, "mlp_ratio": ratio}
     return Architecture("vit_b", embedding_dim, image_size, overrides)
 
