@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from lvtrain.classifier import ShardedClassifier, class_range
 from lvtrain.classifier.banks import ExpectationBank
-from lvtrain.classifier.margins import AdaFace, ArcFace, CosFace
+from lvtrain.classifier.margins import AdaFace, ArcFace, Combined, CosFace
 from lvtrain.classifier.sampling import chosen_rows
 from lvtrain.errors import UserError
 from lvtrain.state import Rows
@@ -90,6 +90,12 @@ def reference(options, phase, kind):
             above = torch.where(own, 0.0, torch.exp(32.0 * negatives)).sum(1)
             fractions.append(above / torch.exp(margins[i].target_logit((cosine * own).sum(1), y, leaf.detach().norm(dim=1))))
         loss = (torch.log(1 + sum(fractions)) * valid).sum() / GLOBAL
+        if bank is None:  # one anchor: the formula is the library's cross entropy on the logits with the target's changed
+            targets = margins[0].target_logit((cosines[0] * own).sum(1), y, leaf.detach().norm(dim=1))
+            logits = torch.where(own, targets[:, None], 32.0 * cosines[0])
+            library = (F.cross_entropy(logits, own.int().argmax(1), reduction="none") * valid).sum() / GLOBAL
+            assert abs(library.item() - loss.item()) <= 1e-12 * loss.item()
+            loss = library
         optimizer.zero_grad()
         gradient = torch.autograd.grad(loss, (leaf, weight))
         weight.grad = gradient[1]
@@ -108,7 +114,11 @@ CASES = {
     "cosface": ({}, dict(sample_rate=1.0), "mixed"),
     "sampled": ({}, dict(sample_rate=0.3), "mixed"),
     "arcface": (dict(margin=ArcFace(scale=32.0)), dict(sample_rate=1.0), "mixed"),
+    "arcface, straight through": (dict(margin=ArcFace(scale=32.0, straight_through=True)), dict(sample_rate=1.0), "mixed"),
+    "combined": (dict(margin=Combined(scale=32.0, m1=1.2, m2=0.2, m3=0.1)), dict(sample_rate=0.3), "mixed"),
     "adaface": (dict(margin=AdaFace(scale=32.0)), dict(sample_rate=1.0), "mixed"),
+    "nothing kept": (dict(keep_mb=0.0), dict(sample_rate=1.0), "mixed"),
+    "one chunk kept": (dict(keep_mb=2e-3), dict(sample_rate=1.0), "mixed"),
     "one identity": ({}, dict(sample_rate=0.2), "one identity"),
     "two anchors": ({}, dict(sample_rate=0.3, expectation="update"), "mixed"),
     "two anchors, shared negatives": (dict(expectation_negatives="shared"), dict(sample_rate=1.0, expectation="update"), "mixed"),
@@ -226,6 +236,21 @@ def test_the_update_in_backward_refuses_what_it_cannot_do():
     head(x[0].clone().requires_grad_(), labels[0], step=0).loss.backward()
     with pytest.raises(UserError, match="micro-step"):
         head(x[0].clone().requires_grad_(), labels[0], step=0).loss.backward()
+
+
+def test_the_update_in_backward_survives_what_is_not_finite():
+    """It cannot be discarded afterwards, so such a gradient counts as zero: the rows stay as they are but for decay."""
+    head = head_of(in_backward=True)
+    x, labels = batch()
+    before = head.weight.detach().clone()
+    head.begin_step(0, labels[0], lr=0.1, weight_decay=0.5)
+    output = head(x[0].clone().requires_grad_(), labels[0], step=0)
+    (output.loss * torch.inf).backward()
+    head.end_step(lr=0.1, weight_decay=0.5)
+    torch.testing.assert_close(head.weight.detach(), before * 0.95, rtol=1e-14, atol=0)
+    with pytest.raises(UserError, match="further loss"):
+        head.begin_step(1, labels[1], lr=0.1)
+        head.centres_of(torch.tensor([1]))
 
 
 def test_first_feature_leaves_unknown_classes_out_of_the_second_anchor():

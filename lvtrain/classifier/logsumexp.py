@@ -122,7 +122,9 @@ def negative_logsumexp(
     mask        bool per row of `weight`; False = not a negative
     unit        rows have norm 1 already (banks)
     precision   float32 | tf32 (CUDA) | half: float16 operands, float32 cosines and sums, relative gradient error < 1e-3 | bfloat16: likewise, < 1e-2
+                (on a CPU only the gradient's matmuls are bfloat16, < 3e-3)
     kernel      torch | triton (`logsumexp_triton`: needs CUDA)
+    keep_mb     MB of exponentials (the first chunks') that forward leaves for backward; all kept, a quarter of the matmuls is saved
 
     Collectives: forward one all-reduce (SUM) of `[B, 2]`; where the number range demands a running maximum (one scale per class, float16, or a scale
     beyond 60 or so) one more (MAX) of `[B, 1]`. Backward none: `embeddings.grad` is then THIS RANK'S share, from its own classes, to be summed

@@ -66,7 +66,7 @@ class ShardedClassifier(nn.Module):
                             part (r = 1), one micro-step a step, `begin_step` is given the learning rate, nothing can clip the rows'
                             gradient, and `discard_step` comes too late: a gradient that is not finite is taken as zero instead
     precision               "float32", "tf32" (CUDA; elsewhere as float32), "half" (float16 operands, float32 cosines and sums: gradient error below
-                            1e-3) or "bfloat16" (likewise, below 1e-2; a CPU rounds to it in the gradient's matmuls only); see `classes.formats`
+                            1e-3) or "bfloat16" (likewise, below 1e-2; a CPU keeps cosines in float32 then, error below 3e-3); see `classes.formats`
     kernel                  what does the elementwise work of a chunk: "torch", or "triton" (CUDA; see `logsumexp_triton`)
     keep_mb                 MB of exponentials of the first class chunks that forward leaves for backward, which then need not be computed again: with all
                             of them (B x local classes x 4 bytes, 2 in 16 bits) a quarter of the matmuls is saved
