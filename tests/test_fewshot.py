@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from lvtrain.data import ShardDataset
+from lvtrain.errors import EXIT_ERROR
 from tests.conftest import ROOT
 from tests.runs import recipe_file
 from tools import fewshot
@@ -86,7 +87,7 @@ def test_slurm_array_in_dry_form(
     command = next(line for line in script.splitlines() if "SLURM_ARRAY_TASK_ID" in line and "--array" in line)
     task = command.split(" || ")[0].replace('--array "$SLURM_ARRAY_TASK_ID"', "--array 9")
     done = subprocess.run(["bash", "-c", task], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and "there are 4 cells, 0 to 3" in done.stderr
+    assert done.returncode == EXIT_ERROR and "there are 4 cells, 0 to 3" in done.stderr
 
 
 def test_an_interrupted_task_is_put_back_in_the_queue(recipe: Path, tiny_faces: Path, tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_an_interrupted_task_is_put_back_in_the_queue(recipe: Path, tiny_faces: 
 
 
 def test_wrong_words_are_told(recipe: Path, tiny_faces: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fewshot.main([str(tiny_faces / "train"), "--start", "dino=nowhere.yaml"]) == 1
+    assert fewshot.main([str(tiny_faces / "train"), "--start", "dino=nowhere.yaml"]) == EXIT_ERROR
     assert "NAME=RECIPE.yaml" in capsys.readouterr().err
-    assert fewshot.main([str(tiny_faces / "train"), "--start", f"dino={recipe}:nowhere"]) == 1
+    assert fewshot.main([str(tiny_faces / "train"), "--start", f"dino={recipe}:nowhere"]) == EXIT_ERROR
     assert "pretrain it first" in capsys.readouterr().err

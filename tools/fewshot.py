@@ -31,6 +31,7 @@ from lvtrain import recipe as recipes
 from lvtrain.data.shards import ShardDataset
 from lvtrain.data.subset import choose, write_subset
 from lvtrain.errors import EXIT_ERROR, EXIT_STOPPED, UserError
+from lvtrain.launch.script import quoted
 from lvtrain.launch.site import read_site
 from lvtrain.launch.slurm import Slurm
 
@@ -165,7 +166,7 @@ def array_script(options: argparse.Namespace, arguments: list[str], number: int)
     cell = shlex.join([sys.executable, str(Path(__file__).resolve()), *words])
     lines = [
         "#!/bin/bash",
-        *(f"#SBATCH {shlex.quote(setting)}" for setting in settings),
+        *(f"#SBATCH {quoted(setting)}" for setting in settings),
         *([f"module load {site.modules}"] if site.modules else []),
         *([f". {shlex.quote(site.setup)}"] if site.setup else []),
         "code=0",

@@ -34,7 +34,7 @@ def sbatch_text(chain: Chain, phase: str) -> str:
     attempt = [site.launch_python, "-m", "lvtrain.launch", "attempt", chain.run_folder, phase]
     lines = [
         "#!/bin/bash",
-        *(f"#SBATCH {_quoted(option)}" for option in options),
+        *(f"#SBATCH {quoted(option)}" for option in options),
         "# Written by lvtrain.launch at submission. To change it, change slurm/site.env and submit again.",
         f"if [ -f {shlex.quote(site.site)} ]; then set -a; . {shlex.quote(site.site)}; set +a; fi",
         *([f"module load {site.modules}"] if site.modules else []),
@@ -44,6 +44,6 @@ def sbatch_text(chain: Chain, phase: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _quoted(option: str) -> str:
+def quoted(option: str) -> str:
     name, equals, value = option.partition("=")
     return f'{name}{equals}"{value}"' if " " in value else option
