@@ -8,6 +8,8 @@ Opset 18 and above go through torch's present exporter, 14 to 17 through its old
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Sequence
@@ -81,17 +83,19 @@ def _write(backbone: nn.Module, example: torch.Tensor, path: Path, opset: int) -
 def _write_old(backbone: nn.Module, example: torch.Tensor, path: Path, opset: int) -> None:
     batch = {0: "batch"}
     try:
-        torch.onnx.export(
-            backbone,
-            (example,),
-            str(path),
-            dynamo=False,
-            opset_version=opset,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_axes={INPUT: batch, OUTPUT: batch},
-        )
-    except torch.onnx.errors.UnsupportedOperatorError as error:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints whole graphs when it fails
+            torch.onnx.export(
+                backbone,
+                (example,),
+                str(path),
+                dynamo=False,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_axes={INPUT: batch, OUTPUT: batch},
+            )
+        session(path)(example[:1].numpy())
+    except Exception as error:  # an operator the opset lacks, or a tracing that has fixed the batch: the exporter has many kinds of errors
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"opset {opset} cannot express this backbone ({reason}); use opset 18 or above") from error
 
