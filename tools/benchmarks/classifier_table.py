@@ -149,11 +149,34 @@ def _available_gb() -> float:
     return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable"))
 
 
+def _goals(result: dict[str, Any]) -> list[str]:
+    """Each goal with what was found: the range over the numbers of classes measured."""
+    cells = [c["variants"] for c in result["times"] if c["ranks"] == 1 and c["batch"] == 512 and c["rate"] == 1.0]
+    wanted = [(f"{v}: times its own matmuls", v, "times_own_matmuls", limit) for v, limit in (("lvtrain float32", 1.15), ("lvtrain bfloat16", 1.4))]
+    wanted += [(f"{v}: times the peer", v, "times_peer", 0.85) for v in ("lvtrain float32", "lvtrain float32 kept")]
+    wanted += [(f"{v}: times the peer", v, "times_peer", 0.45) for v in ("lvtrain bfloat16", "lvtrain bfloat16 kept")]
+    wanted += [(f"{v}: times one anchor", v, "times_one_anchor", 2.1) for v in ("lvtrain float32 two anchors", "lvtrain bfloat16 two anchors")]
+    found = [(goal, [c[name][key] for c in cells if key in c.get(name, {})], limit) for goal, name, key, limit in wanted]
+    for name in (f"lvtrain {precision}" for precision in _PRECISIONS):
+        extra = [row["beyond_gradient_rows_mb"] for row in result["memory"] if row["variant"] == name]
+        found.append((f"{name}: MB beyond weights and the rows' gradient", extra, 40.0))
+    lines = ["| goal | at most | found | reached |", "|---|---|---|---|"]
+    for goal, values, limit in found:
+        if values:
+            spread = f"{min(values):.2f}" + (f" to {max(values):.2f}" if len(values) > 1 else "")
+            reached = "yes" if max(values) <= limit else "no" if min(values) > limit else "in part"
+            lines.append(f"| {goal} | {limit} | {spread} | {reached} |")
+    costs = [row["float32"]["us_per_class"] for row in result["scale"]]
+    flat = "yes" if costs[-1] <= 1.1 * costs[0] else "no"
+    lines.append(f"| float32: cost per class with the most classes, over that with the fewest | flat | {costs[-1] / costs[0]:.2f} | {flat} |")
+    return lines
+
+
 def _markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
     text = (Path(__file__).parent / "classifier_table.md").read_text()
-    head = f"{machine['cores']} cores of an {machine['cpu']} ({', '.join(machine['instructions'])}), no GPU, torch {result['torch']}, {result['date']}"
-    head += f", load average at the start {machine['load_at_start']}, {result['minutes']} minutes"
+    head = f"Machine: {machine['cores']} cores of an {machine['cpu']} ({', '.join(machine['instructions'])}), no GPU, torch {result['torch']}, {result['date']}"
+    head += f", load average at the start {machine['load_at_start']}, {result['minutes']} minutes."
     times = ["| ranks | B | classes | r | variant | ms | × own matmuls | × peer | × one anchor | turns |", "|---|---|---|---|---|---|---|---|---|---|"]
     for cell in result["times"]:
         for name, row in cell["variants"].items():
@@ -167,6 +190,6 @@ def _markdown(result: dict[str, Any]) -> str:
         wide, narrow = row["float32"], row["bfloat16"]
         first = f"| {row['classes']:,} | {row['weights_mb']:,} | {wide['ms']:,.0f} | {wide['us_per_class']:.2f} | {wide['extra_mb']:.0f} |"
         scale.append(f"{first} {narrow['ms']:,.0f} | {narrow['us_per_class']:.2f} |")
-    for name, lines in (("MACHINE", [head]), ("TIMES", times), ("MEMORY", memory), ("SCALE", scale)):
+    for name, lines in (("MACHINE", [head]), ("GOALS", _goals(result)), ("TIMES", times), ("MEMORY", memory), ("SCALE", scale)):
         text = text.replace(f"<!-- {name} -->", "\n".join(lines))
     return text
