@@ -253,7 +253,6 @@ def test_quickstart_three_ways_interrupted_ends_with_the_same_bits(stories: dict
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-@pytest.mark.slow  # minutes of Slurm's own waiting: bash tools/test.sh -m slow tests/test_slurm_sandbox.py
 def test_preempted_by_an_urgent_job_then_a_node_is_lost(
     stories: dict[str, Future[Story]], slurm: dict[str, str], tmp_path: Path
 ) -> None:
