@@ -18,7 +18,7 @@ class ClassRows:
 
     optimizer, mode, moments, in_backward: as in `lvtrain.classifier`'s row optimizer. shared_negatives: the second
     anchor uses the first's sum over negatives, so it costs no matmul. precision: bytes of the matmuls' operands (2
-    half, 4 float32).
+    half, 4 float32). keep_mb: exponentials that forward leaves for backward, at most.
     """
 
     num_classes: int
@@ -32,6 +32,7 @@ class ClassRows:
     in_backward: bool = False
     operand_bytes: int = 2
     gather_bytes: int = 4
+    keep_mb: float = 0.0
 
     def local(self, ranks: int) -> int:
         """Rows of the rank that has most."""
@@ -89,7 +90,8 @@ def classifier_bytes(rows: ClassRows, *, ranks: int, micro_batch: int) -> dict[s
         "class rows' gradient": 0.0 if rows.in_backward else 4.0 * rows.taking_part(ranks) * rows.dim,
         "class rows' moments": float(slots * rows.moments_bytes * local * rows.dim),
         "classifier workspace": anchors * chunk * (4.0 * batch + rows.operand_bytes * batch + 8 * rows.dim)
-        + embeddings,
+        + embeddings
+        + min(rows.keep_mb * 2**20, rows.operand_bytes * batch * rows.taking_part(ranks)),
     }
     if rows.expectations:
         parts["feature expectations"] = 4.0 * local * rows.dim

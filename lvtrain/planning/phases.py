@@ -104,6 +104,7 @@ def _class_rows(recipe: Recipe, phase: Phase, num_classes: int | None) -> ClassR
         in_backward=classifier.optimizer.in_backward,
         operand_bytes=2 if classifier.precision == "half" else 4,
         gather_bytes=2 if classifier.gather == "bfloat16" else 4,
+        keep_mb=classifier.keep_mb,
     )
 
 
