@@ -24,7 +24,7 @@ import torch
 from lvtrain.interop import load_model
 from tests.conftest import ROOT
 
-PEERS = Path(os.environ.get("LVTRAIN_PEERS", ""))
+PEERS = Path(os.environ.get("LVTRAIN_PEERS", "")).resolve()
 IMAGES = torch.rand(4, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
