@@ -189,8 +189,8 @@ def variants(
             for kernel in kernels or ["torch"]:
                 name = f"lvtrain {precision}" + ("" if kernel == "torch" else f" {kernel}") + keep
                 steps[name] = _ours(shape, precision, kernel, chunk, _ALL if keep else None, two=False)
-                if two_anchors:
-                    steps[name + " two anchors"] = _ours(shape, precision, kernel, chunk, _ALL if keep else None, two=True)
+                if two_anchors and not keep:
+                    steps[name + " two anchors"] = _ours(shape, precision, kernel, chunk, None, two=True)
     if materialised and shape.rate == 1.0:
         steps["materialised"] = _materialised(shape)
     if peer:

@@ -27,7 +27,7 @@ from lvtrain.classifier.passes import forward_pass, weight_gradient_pass
 from tools.benchmarks.classifier import compared, in_children, interleaved, problem, resident_mb, variants
 
 _DIM = 512
-_REPEATS = {50_000: 5, 200_000: 3}  # beyond: 1
+_REPEATS = {50_000: 4, 200_000: 2}  # beyond: 1
 _PRECISIONS = ["float32", "bfloat16"]
 _PEER_GB = 10  # at 800 thousand classes and 512 samples the peer needs that much
 
@@ -37,7 +37,7 @@ def run(
     batches: str = "512,128",
     rates: str = "1.0,0.1",
     ranks: str = "1,2",
-    scale: str = "50000,800000,2000000,8000000",
+    scale: str = "50000,800000,8000000",
     peer: str = "",
     out: str = "",
 ) -> dict[str, Any]:
@@ -72,9 +72,11 @@ def cells(classes: int, shapes: list[dict[str, Any]], peer: str) -> dict[str, An
     found = []
     for shape in shapes:
         batch, rate = shape["batch"], shape["rate"]
-        whole = rate == 1.0 and classes in _REPEATS and batch == max(s["batch"] for s in shapes)
-        enough = _available_gb() > _PEER_GB * classes * batch * rate / ranks / (800_000 * 512)
-        options: dict[str, Any] = dict(kept=whole, peer=peer if enough else "", two_anchors=whole and ranks == 1)
+        whole = rate == 1.0 and classes in _REPEATS and batch == max(s["batch"] for s in shapes) and ranks == 1
+        free = torch.tensor(_available_gb())
+        dist.all_reduce(free, op=dist.ReduceOp.MIN)  # the ranks must agree on whether the peer runs
+        enough = float(free) > _PEER_GB * classes * batch * rate / (800_000 * 512)
+        options: dict[str, Any] = dict(kept=whole, peer=peer if enough else "", two_anchors=whole and classes == min(_REPEATS))
         interleaved(variants(problem(batch, ranks * len(few), rate, few), _PRECISIONS, **options), 1, weight.device, warm_up=False)
         repeats = _REPEATS.get(classes, 1)
         measured = interleaved(variants(problem(batch, classes, rate, weight), _PRECISIONS, **options), repeats, weight.device, warm_up=repeats > 1)
