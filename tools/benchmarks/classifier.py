@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -102,7 +101,7 @@ def run(
     shape = problem(batch, classes, rate, weight)
     found = variants(shape, precisions.split(","), kernels.split(","), chunk, peer, materialised, two_anchors, kept)
     if only:
-        return {"extra_mb": _extra_memory(found[only], weight.device)}
+        return {"extra_mb": extra_memory(found[only], weight.device)}
     measured = compared(interleaved(found, repeats, weight.device))
     if memory:
         for name, row in measured.items():
@@ -320,7 +319,7 @@ def interleaved(steps: dict[str, Step], repeats: int, device: torch.device, *, w
     return {name: statistics.median(values) for name, values in spent.items()}
 
 
-def _extra_memory(step: Step, device: torch.device) -> float:
+def extra_memory(step: Step, device: torch.device) -> float:
     """Peak MB of one step above what was held before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -329,12 +328,13 @@ def _extra_memory(step: Step, device: torch.device) -> float:
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     # warm up on what libraries keep for good (thread pools, oneDNN kernels), so that only the step is seen
     torch.mm(torch.randn(512, 512), torch.randn(512, 512))
-    before = resident_mb()
+    before = _resident_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (getrusage's cannot be, and is inherited from the parent)
     step()
-    return round(max(0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before), 1)
+    return round(max(0.0, _resident_mb("VmHWM") - before), 1)
 
 
-def resident_mb() -> float:
-    """Of this process; its peak so far where that is higher, or an earlier peak would hide the step's."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return max(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+def _resident_mb(name: str) -> float:
+    """This process's resident memory: VmRSS now, VmHWM at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))

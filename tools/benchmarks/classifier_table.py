@@ -24,7 +24,7 @@ from lvtrain.classifier.classes import Classes
 from lvtrain.classifier.logsumexp import combine
 from lvtrain.classifier.partition import class_range, initial_rows
 from lvtrain.classifier.passes import forward_pass, weight_gradient_pass
-from tools.benchmarks.classifier import compared, in_children, interleaved, problem, resident_mb, variants
+from tools.benchmarks.classifier import compared, in_children, interleaved, problem, variants
 
 _DIM = 512
 _REPEATS = {50_000: 4, 200_000: 2}  # beyond: 1
@@ -92,7 +92,7 @@ def _memory(counts: list[int], peer: str) -> list[dict[str, Any]]:
     wanted = [(count, f"lvtrain {precision}") for count in counts for precision in _PRECISIONS if precision == "float32" or count == min(counts)]
     wanted += [(min(counts), "materialised")]
     if peer:
-        wanted += [(count, "peer") for count in (min(counts), max(counts)) if _available_gb() > 1.5 * _PEER_GB * count / 800_000]
+        wanted += [(count, "peer") for count in sorted({min(counts), max(counts)}) if _available_gb() > 1.5 * _PEER_GB * count / 800_000]
 
     def alone(case: tuple[int, str]) -> dict[str, Any]:
         given = {"classes": case[0], "only": case[1], "peer": peer if case[1] == "peer" else ""}
@@ -125,13 +125,11 @@ def cost_per_class(classes: list[int]) -> dict[str, Any]:
                 g = torch.sigmoid(n - 64 * (cosine - 0.4)) / batch
                 weight_gradient_pass(rows, x, positions, n, g, -64 * g, lambda start, stop, gradient: None, running=False)
 
-            before = resident_mb()
             repeats = 3 if count < 1_000_000 else 1
             milliseconds = interleaved({"step": step}, repeats, weight.device, warm_up=repeats > 1)["step"]
             row[precision] = {
                 "ms": round(milliseconds, 1),
                 "us_per_class": round(1e3 * milliseconds / count, 3),
-                "extra_mb": round(max(0.0, resident_mb() - before), 1),
             }
         found.append(row)
         del weight
@@ -187,10 +185,10 @@ def _markdown(result: dict[str, Any]) -> str:
             times.append(f"| {shape} | {name} | {row['ms']:,.0f} | {ratios} | {cell['repeats']} |")
     memory = ["| classes | variant | extra MB | beyond the rows' gradient |", "|---|---|---|---|"]
     memory += [f"| {m['classes']:,} | {m['variant']} | {m['extra_mb']:,.0f} | {m['beyond_gradient_rows_mb']:,.0f} |" for m in result["memory"]]
-    scale = ["| classes | weights MB | float32 ms | µs per class | extra MB | bfloat16 ms | µs per class |", "|---|---|---|---|---|---|---|"]
+    scale = ["| classes | weights MB | float32 ms | µs per class | bfloat16 ms | µs per class |", "|---|---|---|---|---|---|"]
     for row in result["scale"]:
         wide, narrow = row["float32"], row["bfloat16"]
-        first = f"| {row['classes']:,} | {row['weights_mb']:,} | {wide['ms']:,.0f} | {wide['us_per_class']:.2f} | {wide['extra_mb']:.0f} |"
+        first = f"| {row['classes']:,} | {row['weights_mb']:,} | {wide['ms']:,.0f} | {wide['us_per_class']:.2f} |"
         scale.append(f"{first} {narrow['ms']:,.0f} | {narrow['us_per_class']:.2f} |")
     for name, lines in (("MACHINE", [head]), ("GOALS", _goals(result)), ("TIMES", times), ("MEMORY", memory), ("SCALE", scale)):
         text = text.replace(f"<!-- {name} -->", "\n".join(lines))
