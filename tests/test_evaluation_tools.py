@@ -64,14 +64,9 @@ def test_build_and_evaluate(folder: Path, tmp_path: Path) -> None:
         "--cluster", f"groups:{folder}", "--calibrate", f"cal:{out}", "--megaface", f"mega:{folder},{folder}",
         "-o", tmp_path / "results",
     )  # fmt: skip
-    # the same folder cannot be probes and distractors
+    # the same folder cannot be probes and distractors; the other benchmarks are done all the same
     assert done.exit_code == 2 and "same as a distractor" in done.stderr, done.stderr
-
-    done = start(
-        "evaluate", "raw_pixels", "--cpu", "--benchmark", f"own:{out}", "--benchmark", f"all:{folder}",
-        "--cluster", f"groups:{folder}", "--calibrate", f"cal:{out}", "-o", tmp_path / "results",
-    )  # fmt: skip
-    assert done.exit_code == 0, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
     results = json.loads((tmp_path / "results" / "evaluation.json").read_text())["benchmarks"]
     assert [result["kind"] for result in results.values()] == ["verification", "all_pairs", "clustering", "calibration"]
     assert results["own"]["accuracy"] > 0.8 and results["all"]["images"] == 60

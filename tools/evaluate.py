@@ -84,14 +84,19 @@ def main(
             detector_scores=detector_scores,
             cosine=cosine,
         )
-        results = suite.evaluate(forward, tasks, setting, tell=lambda text: console.print(f"[dim]{text}"))
-        if state.is_main_process:
+        refused: dict[str, str] = {}  # what one benchmark lacks costs none of the others
+        results = suite.evaluate(
+            forward, tasks, setting, tell=lambda text: console.print(f"[dim]{text}"), refused=refused
+        )
+        if results and state.is_main_process:
             _show(name, results, console)
             _write(name, results, tasks, out, image_size)
             console.print(f"figures and pictures: {out}/")
             _calibration(Path(model), weights, results, console)
         state.wait_for_everyone()
         state.destroy_process_group()
+        if refused:
+            raise UserError("; ".join(f"{task}: {reason}" for task, reason in refused.items()))
 
 
 def _model(path, device, average):

@@ -85,8 +85,11 @@ def evaluate(
     setting: Setting,
     *,
     tell: Callable[[str], None] = lambda text: None,
+    refused: dict[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Results by task name, JSON values with their `kind`, the same on every rank. A collective.
+
+    With `refused` given, what a protocol refuses is put there by task name and the others go on.
 
     Raises:
         UserError: two tasks of one name, or whatever a protocol refuses.
@@ -97,7 +100,12 @@ def evaluate(
     results = {}
     for task in tasks:
         tell(f"{task.name}: {task.kind.replace('_', ' ')} on {' and '.join(str(path) for path in task.paths)}")
-        results[task.name] = {"kind": task.kind, **_PROTOCOLS[task.kind](forward, task, setting)}
+        try:
+            results[task.name] = {"kind": task.kind, **_PROTOCOLS[task.kind](forward, task, setting)}
+        except UserError as error:
+            if refused is None:
+                raise
+            refused[task.name] = str(error)
     return results
 
 

@@ -38,7 +38,7 @@ _MAY_CHANGE = (
     "data.cache_bytes",
     "data.path",
 )
-_MAY_CHANGE_TOLD = ("schedule", "phases.*.end")
+_MAY_CHANGE_TOLD = ("schedule", "phases.*.end", "classifier.keep_mb")
 _PACKAGES = (
     "torch",
     "deepspeed",
