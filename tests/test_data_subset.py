@@ -133,3 +133,10 @@ def test_cache_copies_within_its_bound_and_changes_nothing(folder, tmp_path):
     copy = next(iter(cache.folder.glob("*.tar")))
     copy.write_bytes(b"")
     assert again.read(0) == plain.read(0) and again.read(199) == plain.read(199)
+
+
+def test_a_manifest_under_a_linked_folder_finds_its_dataset(whole, tmp_path):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "near").symlink_to(tmp_path / "far" / "away")
+    path = write_subset(tmp_path / "near" / "some.json", whole, np.arange(5))
+    assert len(ShardDataset(path)) == 5

@@ -123,7 +123,7 @@ def write_subset(
     body = {
         "format": "lvtrain-subset",
         "schema": SCHEMA,
-        "dataset": os.path.relpath(dataset.folder, path.parent),
+        "dataset": os.path.relpath(dataset.folder.resolve(), path.parent.resolve()),
         "dataset_fingerprint": dataset.manifest.fingerprint,
         "samples": len(ids),
         "num_classes": len(used),

@@ -145,9 +145,10 @@ class Checkpoints:
             raise FileExistsError(f"{target} exists already")
         self._committer.check_lease()
         free = shutil.disk_usage(self.folder).free
-        if free < total_bytes * 1.05 + (1 << 20):
+        needed = total_bytes * 1.05 + (1 << 20)
+        if free < needed:
             raise UserError(
-                f"{self.folder} has {free / 1e6:.1f} MB free but a checkpoint takes {total_bytes / 1e6:.1f} MB; free some and start again "
+                f"{self.folder} has {free / 1e6:.1f} MB free but a checkpoint needs {needed / 1e6:.1f} MB; free some and start again "
                 "(nothing was written, earlier checkpoints are intact)"
             )
         temporary = self.folder / f"{files.WRITING}{files.folder_name(step)}_{uuid.uuid4().hex[:8]}"
