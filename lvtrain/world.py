@@ -114,13 +114,21 @@ def start(timeout_seconds: float = 1800.0) -> World:
         MASTER_PORT=str(started.port or _free_port()),
     )
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=started.rank,
-            world_size=started.size,
-            timeout=timedelta(seconds=timeout_seconds),
-            device_id=device if device.type == "cuda" else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                rank=started.rank,
+                world_size=started.size,
+                timeout=timedelta(seconds=timeout_seconds),
+                device_id=device if device.type == "cuda" else None,
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']} of this node is in use, perhaps by another run; "
+                "give the launcher another (deepspeed and torchrun: --master_port)"
+            ) from error
     return World(started.rank, started.size, started.local_rank, device)
 
 

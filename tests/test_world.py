@@ -1,5 +1,7 @@
 """The launch environment: deepspeed, torchrun and srun are understood, contradictions refused."""
 
+import socket
+
 import pytest
 
 from lvtrain import world
@@ -50,3 +52,13 @@ def test_a_batch_script_without_srun_is_one_rank() -> None:
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert world.first_host(nodes) == first
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        places = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in places.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"port {port} of this node is in use"):
+            world.start(20)
