@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """GPU tests skip with a reason where there is no GPU; slow ones run only when asked for by marker."""
     import torch
 
+    # Slurm's chains mostly wait: begun first, they wait beside the other tests
+    items.sort(key=lambda item: "slurm" not in item.keywords)
     asked = config.getoption("-m")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

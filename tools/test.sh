@@ -15,4 +15,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # deepspeed and ninja are found by name
 export PATH="$PWD/.venv/bin:$PATH"
 
-exec .venv/bin/python -m pytest "$@"
+# The whole suite runs in two processes, a file at a time; chosen tests run in one, where output can be read.
+parallel=()
+if [ $# = 0 ]; then parallel=(--numprocesses 2 --dist loadfile --no-loadscope-reorder); fi
+
+exec .venv/bin/python -m pytest "${parallel[@]}" "$@"
