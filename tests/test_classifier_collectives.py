@@ -1,5 +1,7 @@
 """Collectives with gradient on 1, 2 and 4 ranks, ragged row counts, against plain autograd on one process."""
 
+import functools
+
 import pytest
 import torch
 
@@ -17,11 +19,27 @@ def loss_of(x, share):
     return ((x**3).sum(dim=1) * torch.arange(1.0, len(x) + 1, dtype=x.dtype)).sum() * share
 
 
-def gathered(rank, ranks, known, scale):
+def gathered(rank, ranks, known):
     x = rows_of(rank).requires_grad_()
-    everything = gather_rows(x, sizes=COUNTS[:ranks] if known else None, gradient_scale=scale)
+    everything = gather_rows(x, sizes=COUNTS[:ranks] if known else None, gradient_scale=float(ranks))
     loss_of(everything, rank + 1.0).backward()  # each rank its own part of the whole loss, as each rank has its own classes
     return everything.detach(), x.grad
+
+
+def summed(rank):
+    x = torch.full((3,), rank + 1.0, requires_grad=True)
+    total = all_reduce_sum(x)
+    (total**2).sum().backward()
+    return total.detach(), x.detach(), x.grad
+
+
+def everything(rank, ranks):
+    return {known: gathered(rank, ranks, known) for known in (True, False)} | {"summed": summed(rank)}
+
+
+@functools.cache
+def on(ranks):
+    return run_ranks(ranks, everything)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -29,21 +47,15 @@ def gathered(rank, ranks, known, scale):
 def test_gather_rows_and_its_gradient(ranks, known):
     whole = torch.cat([rows_of(rank) for rank in range(ranks)]).requires_grad_()
     sum(loss_of(whole, rank + 1.0) for rank in range(ranks)).backward()
-    answers = run_ranks(ranks, gathered, known, float(ranks))
-    for everything, _ in answers:
-        assert torch.equal(everything, whole.detach())
+    answers = [answer[known] for answer in on(ranks)]
+    for got, _ in answers:
+        assert torch.equal(got, whole.detach())
     torch.testing.assert_close(torch.cat([gradient for _, gradient in answers]), whole.grad * ranks, rtol=1e-15, atol=0)
 
 
-def summed(rank, ranks):
-    x = torch.full((3,), rank + 1.0, requires_grad=True)
-    total = all_reduce_sum(x)
-    (total**2).sum().backward()
-    return total.detach(), x.detach(), x.grad
-
-
 def test_all_reduce_sum_leaves_its_input_and_passes_the_gradient():
-    for rank, (total, x, gradient) in enumerate(run_ranks(2, summed)):
+    for rank, answer in enumerate(on(2)):
+        total, x, gradient = answer["summed"]
         assert torch.equal(total, torch.full((3,), 3.0))
         assert torch.equal(x, torch.full((3,), rank + 1.0))
         assert torch.equal(gradient, torch.full((3,), 6.0))

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 from lvtrain.classifier import negative_logsumexp
-from lvtrain.classifier.logsumexp_triton import coefficients, exponentials
+from lvtrain.classifier.logsumexp_triton import coefficients, exponentials, row_gradients, unit_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -48,6 +48,26 @@ def test_coefficients():
     out = torch.empty_like(logits)
     coefficients(logits, out, column, shift, value, ceiling=1.0)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("dim", [16, 37])
+def test_rows_are_normalised_and_their_gradient_taken_through_it(dim):
+    """Against autograd through F.normalize; a row of zeros among them."""
+    generator = torch.Generator().manual_seed(2)
+    source = torch.randn(6, dim, generator=generator).to(DEVICE) * 0.01
+    source[4] = 0.0
+    gradient, factor = torch.randn(6, dim, generator=generator).to(DEVICE), torch.tensor(0.25, device=DEVICE)
+    leaf = source.double().requires_grad_()
+    wanted = F.normalize(leaf)
+    (through,) = torch.autograd.grad(wanted, leaf, gradient.double() * 0.25)
+    torch.testing.assert_close(unit_rows(source, torch.empty_like(source), eps=1e-12).double(), wanted.detach(), rtol=1e-6, atol=1e-7)
+    rounded = unit_rows(source, torch.empty_like(source, dtype=torch.float16), eps=1e-12)
+    torch.testing.assert_close(rounded.double(), wanted.detach(), rtol=1e-3, atol=1e-7)
+    for unit in (False, True):
+        got = gradient.clone()
+        row_gradients(got, source, factor, unit=unit, eps=1e-12)
+        expected = 0.25 * (gradient - (gradient * source).sum(1, keepdim=True) * source) if unit else through
+        torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-5 * expected[:4].abs().max().item())
 
 
 @pytest.mark.parametrize("precision", ["float32", "half"])

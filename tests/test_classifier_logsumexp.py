@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from lvtrain.classifier import negative_logsumexp
+from lvtrain.classifier.classes import Classes
 from lvtrain.classifier.margins import AdaFace, ArcFace, ClusterGuided, Combined, CosFace
+from lvtrain.classifier.passes import forward_pass
 
 CLASSES, DIM, BATCH = 211, 24, 37  # ragged against every chunk size below
 
@@ -186,6 +188,15 @@ def test_kept_exponentials_change_nothing(keep_mb, scale):
             assert torch.equal(recomputed, kept)
         else:
             torch.testing.assert_close(kept, recomputed, rtol=0, atol=2e-6 * recomputed.abs().max().item())
+
+
+@pytest.mark.parametrize("precision,itemsize", [("float32", 4), ("half", 2), ("bfloat16", 2)])
+def test_kept_exponentials_take_the_memory_they_are_given(precision, itemsize):
+    x, weight, labels = data(dtype=torch.float32)
+    classes = Classes(weight.detach(), 64.0, chunk=50, precision=precision, keep_mb=120 * BATCH * itemsize / 2**20)
+    running = classes.needs_running_max(CLASSES)
+    part = forward_pass(classes, F.normalize(x.detach()), classes.positions(labels, 0), running=running, need_rows=True)
+    assert [kept.exponentials.nbytes for kept in part.kept] == [50 * BATCH * itemsize] * 2
 
 
 def test_no_tensor_of_logits_is_ever_allocated():

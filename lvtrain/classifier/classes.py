@@ -20,28 +20,40 @@ _MAX_EXPONENT = {torch.float32: 80.0, torch.float64: 650.0}
 @dataclass(frozen=True)
 class Formats:
     """Number formats of a pass: `unit` the vectors multiplied into cosines, `factor` the exponentials and vectors multiplied into gradients.
-    Logits, sums and the target's own terms are in the weight's format. `emulated`: rounded to those formats, but multiplied in the weight's."""
+    Logits, sums and the target's own terms are in the weight's format. `emulated`: rounded to those formats, but multiplied in float32."""
 
     unit: torch.dtype
     factor: torch.dtype
     emulated: bool = False
 
+    def operand(self, rounded: torch.Tensor) -> torch.Tensor:
+        """A tensor in a 16-bit format as the matmul takes it."""
+        return rounded.to(torch.float32) if self.emulated else rounded
+
     def as_unit(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self.unit).to(x.dtype) if self.emulated else x.to(self.unit)
+        return self.operand(x.to(self.unit))
 
     def as_factor(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self.factor).to(torch.float32) if self.emulated else x.to(self.factor)
+        return self.operand(x.to(self.factor))
 
 
 def formats(precision: str, dtype: torch.dtype, device: torch.device) -> Formats:
     """A GPU multiplies 16-bit numbers into float32. PyTorch on a CPU gives bfloat16 for bfloat16, which spoils logits (gradient error late in
-    training 1e-2): there `bfloat16` keeps the cosines in float32. CPUs are slow at float16: `half` there shows a GPU's rounding without its speed."""
+    training 1e-2): there `bfloat16` keeps the cosines in float32. What a CPU has no instructions for (float16; below AVX-512 bfloat16 too, where
+    PyTorch's own matmul is 5 to 100 times slower than float32's) is rounded and then multiplied in float32: a GPU's rounding without its speed."""
     if dtype != torch.float32 or precision in ("float32", "tf32"):
         return Formats(dtype, dtype)
     narrow = torch.float16 if precision == "half" else torch.bfloat16
     if device.type == "cuda":
         return Formats(narrow, narrow)
-    return Formats(narrow, narrow, emulated=True) if precision == "half" else Formats(torch.float32, narrow)
+    if precision == "half":
+        return Formats(narrow, narrow, emulated=True)
+    return Formats(torch.float32, narrow, emulated=not multiplies_bfloat16())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU's matmuls of bfloat16 are worth having."""
+    return not torch.backends.cpu.get_cpu_capability().startswith(("DEFAULT", "NO AVX", "AVX2"))
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,8 @@ class Workspace:
         batch, dim = embeddings.shape
         self.chunk = chunk_size(batch, dim, max(classes.count, 1), classes.chunk, weight.device)
         self.rows = weight.new_empty(self.chunk, dim)
+        narrow = not self.formats.emulated and self.formats.unit != weight.dtype
+        self.units = torch.empty_like(self.rows, dtype=self.formats.unit) if narrow else self.rows
         self.gathered = weight.new_empty(self.chunk, dim) if classes.indices is not None else None
         self.logits = weight.new_empty(batch, self.chunk)
         scalar = not isinstance(classes.scale, torch.Tensor)
@@ -174,15 +188,23 @@ class Workspace:
         assert self.gathered is not None
         return torch.index_select(self.classes.weight, 0, self.classes.indices[start:stop], out=self.gathered[: stop - start])
 
+    def inverse_norms(self, source: torch.Tensor) -> torch.Tensor | None:
+        """As `Classes.inverse_norms`; None also where the kernels find them by themselves."""
+        return None if self.classes.fused else self.classes.inverse_norms(source)
+
     def unit_rows(self, source: torch.Tensor, inverse: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
         """The chunk's unit rows in the format of `formats.unit`, times s_j where there is one scale per class."""
+        if self.classes.fused and not self.classes.unit:
+            from lvtrain.classifier.logsumexp_triton import unit_rows
+
+            return self.formats.as_unit(unit_rows(source, self.units[: stop - start], eps=NORM_EPS))
         factor = inverse
         if isinstance(self.classes.scale, torch.Tensor):
             s = self.of_chunk(self.classes.scale, start, stop)
             factor = s if factor is None else factor * s
         if factor is None:
             return self.formats.as_unit(source)
-        return self.formats.as_unit(torch.mul(source, factor.unsqueeze(1), out=self.rows[: stop - start]))
+        return self.formats.as_unit(torch.mul(source, factor.unsqueeze(1), out=self.units[: stop - start]))
 
     def logits_of(self, rows: torch.Tensor, *, fresh: bool) -> torch.Tensor:
         """[B, k], in this workspace's memory or in fresh memory."""

@@ -1,9 +1,10 @@
 """Triton kernels for what stands between the matmuls of a class chunk, one pass over the logits instead of four to six.
 
 `exponentials` (pass 1): leave out the target and filtered negatives, follow the running maximum, exponentiate, sum, round to the operand format.
-`coefficients` (pass 2): the gradient's coefficients from the recomputed logits, rounded. The matmuls themselves stay with the library. Traffic with
-16-bit operands: 4 bytes a logit written by the matmul, 4 (8 with the running maximum, the second read mostly from cache) read and 2 written here, 2
-read by the next matmul.
+`coefficients` (pass 2): the gradient's coefficients from the recomputed logits, rounded. `unit_rows` (both): a chunk's rows normalised and rounded.
+`row_gradients` (pass 2): the rows' gradient taken through the normalisation. The matmuls themselves stay with the library. Traffic with 16-bit
+operands: 4 bytes a logit written by the matmul, 4 (8 with the running maximum, the second read mostly from cache) read and 2 written here, 2
+read by the next matmul; of a row's element 6 bytes in each pass, and 12 at the end of the second.
 
 Chosen by `kernel="triton"`; not the default, because it has not been measured on a GPU (`tools/benchmark.py classifier --device cuda --kernels
 torch,triton` does). Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is how the tests check them.
@@ -73,6 +74,32 @@ def _coefficients_kernel(
     tl.store(out + row * out_stride + place, g.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _unit_rows_kernel(source, out, dim, eps, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < dim
+    w = tl.load(source + row * dim + columns, mask=inside, other=0.0)
+    norm = tl.maximum(tl.sqrt(tl.sum(w * w, axis=0)), eps)
+    tl.store(out + row * dim + columns, (w / norm).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _row_gradients_kernel(gradient, source, factor, dim, eps, unit: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < dim
+    g = tl.load(gradient + row * dim + columns, mask=inside, other=0.0)
+    w = tl.load(source + row * dim + columns, mask=inside, other=0.0)
+    radial = tl.sum(g * w, axis=0)
+    if unit:
+        g = g - radial * w
+    else:
+        norm = tl.maximum(tl.sqrt(tl.sum(w * w, axis=0)), eps)
+        g = (g - radial / (norm * norm) * w) / norm
+    tl.store(gradient + row * dim + columns, g * tl.load(factor), mask=inside)
+
+
 def exponentials(
     logits: torch.Tensor,
     out: torch.Tensor,
@@ -107,3 +134,17 @@ def coefficients(
         logits, out, column, shift, value, math.inf if ceiling is None else ceiling, width, logits.stride(0), out.stride(0),
         filtered=ceiling is not None, block=block,
     )  # fmt: skip
+
+
+def unit_rows(source: torch.Tensor, out: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """`out` [k, d] = the rows of `source` [k, d] float32 divided by their norm (at least `eps`), both contiguous; returns it."""
+    count, dim = source.shape
+    _unit_rows_kernel[(count,)](source, out, dim, eps, block=triton.next_power_of_2(dim))
+    return out
+
+
+def row_gradients(gradient: torch.Tensor, source: torch.Tensor, factor: torch.Tensor, *, unit: bool, eps: float) -> None:
+    """In place: `gradient` [k, d] with respect to unit rows becomes that with respect to `source` [k, d] times `factor` (one number on the device),
+    all float32 and contiguous. `unit`: the rows have norm 1 already."""
+    count, dim = gradient.shape
+    _row_gradients_kernel[(count,)](gradient, source, factor, dim, eps, unit=unit, block=triton.next_power_of_2(dim))

@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _adamw_rows(
-    weight, exp_avg, exp_avg_sq, gradient, rows, step_sizes, corrections, dim, shrink, keep1, keep2, eps, BLOCK: tl.constexpr
+    weight, exp_avg, exp_avg_sq, gradient, rows, step_sizes, corrections, dim, shrink, add1, keep2, add2, eps, BLOCK: tl.constexpr
 ):  # fmt: skip
     program = tl.program_id(0)
     row = tl.load(rows + program).to(tl.int64)
@@ -26,8 +26,8 @@ def _adamw_rows(
     m = tl.load(exp_avg + there, mask=inside, other=0.0)
     v = tl.load(exp_avg_sq + there, mask=inside, other=0.0)
     w = tl.load(weight + there, mask=inside, other=0.0)
-    m = m + (1.0 - keep1) * (g - m)
-    v = v * keep2 + (1.0 - keep2) * g * g
+    m = m + add1 * (g - m)
+    v = v * keep2 + add2 * g * g
     w = w * shrink - m * step_size / (tl.sqrt(v) / correction + eps)
     tl.store(exp_avg + there, m, mask=inside)
     tl.store(exp_avg_sq + there, v, mask=inside)
@@ -51,11 +51,11 @@ def adamw_rows(
     """Updates `weight`, `exp_avg`, `exp_avg_sq` [n, d] float32 contiguous in place at the distinct `rows` int64 [k]; gradient [k, d] float32.
 
     step_sizes [k] = lr / (1 - beta1^t), corrections [k] = sqrt(1 - beta2^t), t the row's own step count, float32 from float64:
-    computed outside, because 1 - 0.999^t cancels in float32.
+    computed outside, because 1 - 0.999^t cancels in float32 (as 1 - 0.999 does: a kernel's arguments are float32).
     """
     dim = weight.shape[1]
     if len(rows):
         _adamw_rows[(len(rows),)](
             weight, exp_avg, exp_avg_sq, gradient.contiguous(), rows, step_sizes, corrections, dim,
-            1.0 - lr * weight_decay, betas[0], betas[1], eps, BLOCK=triton.next_power_of_2(dim),
+            1.0 - lr * weight_decay, 1.0 - betas[0], betas[1], 1.0 - betas[1], eps, BLOCK=triton.next_power_of_2(dim),
         )  # fmt: skip

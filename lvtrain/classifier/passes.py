@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lvtrain.classifier.classes import Classes, Workspace, matmul_precision, within
+from lvtrain.classifier.classes import NORM_EPS, Classes, Workspace, matmul_precision, within
 
 _HALF_GAIN = 2.0**14  # keeps small exponentials out of float16's subnormals; a power of two, so it costs no accuracy
 
 
 @dataclass
 class Kept:
-    """Exponentials of one chunk: `exponentials` [B, k] = gain * exp(z - shift), without the target; `shift` [B] (0 with a fixed shift)."""
+    """Exponentials of one chunk: `exponentials` [B, k] = gain * exp(z - shift), without the target, in the format `formats.factor`; `shift` [B]
+    (0 with a fixed shift)."""
 
     exponentials: torch.Tensor
     shift: torch.Tensor
@@ -55,7 +56,7 @@ def forward_pass(classes: Classes, embeddings: torch.Tensor, positions: torch.Te
         for start, stop in work.spans():
             room -= batch * (stop - start) * formats.factor.itemsize
             source = work.source(start, stop)
-            rows = work.unit_rows(source, classes.inverse_norms(source), start, stop)
+            rows = work.unit_rows(source, work.inverse_norms(source), start, stop)
             logits = work.logits_of(rows, fresh=room >= 0 and formats.factor == total.dtype)
             if classes.fused:
                 from lvtrain.classifier.logsumexp_triton import exponentials
@@ -70,18 +71,19 @@ def forward_pass(classes: Classes, embeddings: torch.Tensor, positions: torch.Te
                     total.mul_(fade)
                 total.add_(logits.sum(dim=1, dtype=total.dtype))
                 e = logits if gain == 1.0 else logits.mul_(gain)
-            e = formats.as_factor(e)
+            rounded = e.to(formats.factor)
             if weighted is not None:
                 if fade is not None:
                     weighted.mul_(fade.unsqueeze(1))
+                e, right = formats.operand(rounded), formats.as_factor(rows)
                 if e.dtype == weighted.dtype:
-                    weighted.addmm_(e, rows, alpha=1.0 / gain)
+                    weighted.addmm_(e, right, alpha=1.0 / gain)
                 elif e.is_cuda:
-                    weighted.add_(torch.mm(e, formats.as_factor(rows), out_dtype=weighted.dtype), alpha=1.0 / gain)
+                    weighted.add_(torch.mm(e, right, out_dtype=weighted.dtype), alpha=1.0 / gain)
                 else:
-                    weighted.add_(torch.mm(e, formats.as_factor(rows)), alpha=1.0 / gain)
+                    weighted.add_(torch.mm(e, right), alpha=1.0 / gain)
             if room >= 0:
-                partial.kept.append(Kept(e, maximum.clone()))
+                partial.kept.append(Kept(rounded, maximum.clone()))
         if weighted is not None and not isinstance(classes.scale, torch.Tensor):
             weighted.mul_(classes.scale)
     return partial
@@ -123,6 +125,7 @@ def weight_gradient_pass(
         coefficient = (size * torch.exp(shift - logsumexp)).masked_fill(nothing, 0.0)
         return formats.as_factor(embeddings * (coefficient if lift is None else coefficient * lift).unsqueeze(1))
 
+    undo = embeddings.new_ones(()) if lift is None else 1.0 / (lift * gain)
     targets = _target_gradients(classes, embeddings, positions, grad_cosine)
     with matmul_precision(classes.precision, embeddings.device):
         work = Workspace(classes, embeddings)
@@ -130,10 +133,10 @@ def weight_gradient_pass(
         buffer = embeddings.new_empty(work.chunk, embeddings.shape[1]) if out is None else None
         for start, stop in work.spans():
             source = work.source(start, stop)
-            inverse = classes.inverse_norms(source)
+            inverse = work.inverse_norms(source)
             if kept:
                 held = kept.pop(0)
-                e, right = held.exponentials, right_factor(held.shift) if running else recomputed
+                e, right = formats.operand(held.exponentials), right_factor(held.shift) if running else recomputed
             else:
                 right = recomputed
                 logits = work.logits_of(work.unit_rows(source, inverse, start, stop), fresh=False)
@@ -156,15 +159,19 @@ def weight_gradient_pass(
             else:  # bfloat16, summed in float32
                 gradient.copy_(torch.mm(e.t(), right))
             del e
-            # with w = |w| u: s (g - (g.u) u) / |w| = a g - (a / |w|^2) (g.w) w; `work.rows` is free to hold the product
-            a = torch.ones_like(source[:, :1]) if inverse is None else inverse.unsqueeze(1)
-            shrink = a.square()
-            if isinstance(classes.scale, torch.Tensor):
-                a = a * work.of_chunk(classes.scale, start, stop).unsqueeze(1)
-            if lift is not None:
-                a = a / (lift * gain)
-            radial = torch.mul(gradient, source, out=work.rows[: stop - start]).sum(dim=1, keepdim=True).mul_(a).mul_(shrink)
-            gradient.mul_(a).addcmul_(source, radial, value=-1.0)
+            if classes.fused:
+                from lvtrain.classifier.logsumexp_triton import row_gradients
+
+                row_gradients(gradient, source, undo, unit=classes.unit, eps=NORM_EPS)
+            else:
+                # with w = |w| u: s (g - (g.u) u) / |w| = a g - (a / |w|^2) (g.w) w; `work.rows` is free to hold the product
+                a = torch.ones_like(source[:, :1]) if inverse is None else inverse.unsqueeze(1)
+                shrink = a.square()
+                if isinstance(classes.scale, torch.Tensor):
+                    a = a * work.of_chunk(classes.scale, start, stop).unsqueeze(1)
+                a = a * undo
+                radial = torch.mul(gradient, source, out=work.rows[: stop - start]).sum(dim=1, keepdim=True).mul_(a).mul_(shrink)
+                gradient.mul_(a).addcmul_(source, radial, value=-1.0)
             if emit is not None:
                 _add_targets(gradient, positions, start, stop, targets)
                 emit(start, stop, gradient)
@@ -203,4 +210,6 @@ def _target_gradients(classes: Classes, embeddings: torch.Tensor, positions: tor
 
 def _add_targets(gradient: torch.Tensor, positions: torch.Tensor, start: int, stop: int, targets: torch.Tensor) -> None:
     place, here = within(positions, start, stop)
-    gradient.index_add_(0, place, targets * here.unsqueeze(1))
+    # samples of other ranks and chunks add 0 somewhere: each at a place of its own, or a GPU would add them up one after the other
+    elsewhere = torch.arange(len(positions), device=positions.device) % (stop - start)
+    gradient.index_add_(0, torch.where(here, place, elsewhere), targets * here.unsqueeze(1))

@@ -111,7 +111,8 @@ class ShardedClassifier(nn.Module):
         if expectation_negatives not in ("own", "shared"):
             raise UserError(f"method.expectation_negatives: {expectation_negatives!r} is not own or shared")
         self.num_classes, self.embedding_dim = num_classes, embedding_dim
-        self.margin, self.expectation_margin = margin, expectation_margin
+        self.margin = margin.to(device)  # its statistics, if it has any
+        self.expectation_margin = None if expectation_margin is None else expectation_margin.to(device)
         self.expectation_negatives, self.expectation_init = expectation_negatives, expectation_init
         self.sample_rate, self.seed, self.group = sample_rate, seed, group
         self.in_backward, self.precision, self.gather, self.chunk, self.ragged = in_backward, precision, gather, chunk, ragged
