@@ -143,9 +143,11 @@ def compared(milliseconds: dict[str, float]) -> dict[str, dict[str, Any]]:
 
 
 def in_children(
-    module: str, arguments: dict[str, Any], *, function: str = "run", threads: int = 1, ranks: int = 1, malloc: bool = True
+    module: str, arguments: dict[str, Any], *, function: str = "run", threads: int = 1, ranks: int = 1, malloc: bool = True, limit_s: float = 3600
 ) -> dict[str, Any]:
-    """`tools.benchmarks.MODULE.FUNCTION(**arguments)` in a process of its own, or one for each gloo rank; what rank 0 returns."""
+    """`tools.benchmarks.MODULE.FUNCTION(**arguments)` in a process of its own, or one for each gloo rank; what rank 0 returns.
+
+    UserError when it fails (a process killed for its memory among others) or takes longer than `limit_s`."""
     code = f"import json, sys; from tools.benchmarks.{module} import {function} as f; print('RESULT ' + json.dumps(f(**json.loads(sys.argv[1]))))"
     environment = {key: value for key, value in os.environ.items() if key not in _MALLOC} | (_MALLOC if malloc else {})
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +163,13 @@ def in_children(
             )
             for rank in range(ranks)
         ]
-        ended = [process.communicate() for process in started]
+        try:
+            ended = [process.communicate(timeout=limit_s) for process in started]
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"the benchmark's process was still running after {limit_s:.0f} s") from error
+        finally:
+            for process in started:
+                process.kill()
     lines = [line for line in ended[0][0].splitlines() if line.startswith("RESULT ")]
     if not lines:
         message = (ended[0][1].strip().splitlines() or ["no message"])[-1]
@@ -328,13 +336,18 @@ def extra_memory(step: Step, device: torch.device) -> float:
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     # warm up on what libraries keep for good (thread pools, oneDNN kernels), so that only the step is seen
     torch.mm(torch.randn(512, 512), torch.randn(512, 512))
-    before = _resident_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (getrusage's cannot be, and is inherited from the parent)
+    before = forget_peak()
     step()
-    return round(max(0.0, _resident_mb("VmHWM") - before), 1)
+    return round(max(0.0, resident_mb("VmHWM") - before), 1)
 
 
-def _resident_mb(name: str) -> float:
+def forget_peak() -> float:
+    """Resident MB now; `resident_mb("VmHWM")` is the peak from here on (getrusage's cannot be reset, and is inherited from the parent)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_mb("VmRSS")
+
+
+def resident_mb(name: str) -> float:
     """This process's resident memory: VmRSS now, VmHWM at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
