@@ -355,6 +355,36 @@ def test_three_collectives_a_step():
     assert on(2)[0]["counted"] == {"all_gather_into_tensor": 1, "all_reduce": 1, "reduce_scatter_tensor": 1}
 
 
+@pytest.mark.parametrize("precision", ["float32", "half"])
+@pytest.mark.parametrize("device,kernel", [("cpu", "torch"), *(pytest.param("cuda", kernel, marks=pytest.mark.gpu) for kernel in ("torch", "triton"))])
+def test_the_device_computes_the_step_and_the_host_never_waits_for_it(device, precision, kernel):
+    """Sampled classes, a margin with statistics, two anchors, the row-sparse update. The bank's update is left out: it waits twice, and says so."""
+    options, phase = dict(margin=AdaFace(scale=32.0)), dict(sample_rate=0.3, expectation="frozen")
+    expected = reference(options, phase, "mixed")
+    row_optimizer = dict(mode="row_sparse", kernel=kernel)
+    head = head_of(**options, dtype=torch.float32, device=device, precision=precision, kernel=kernel, optimizer=row_optimizer)
+    head.enter_phase(**phase)
+    x, labels = batch()
+    leaves, there = [one.float().to(device).requires_grad_() for one in x], labels.to(device)
+    losses = []
+    try:
+        for step in range(STEPS):
+            if device == "cuda" and step:  # the first step compiles and allocates
+                torch.cuda.set_sync_debug_mode("error")
+            head.begin_step(step, labels[step])  # the labels as the data order knows them, on the host
+            loss = head(leaves[step], there[step], step=step).loss
+            loss.backward()
+            losses.append(loss.detach())
+            head.end_step(lr=0.01)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert [loss.item() for loss in losses[:1]] == pytest.approx(expected["losses"][:1], rel=1e-3)
+    got = leaves[0].grad.cpu().double()
+    assert (got - expected["gradients"][0]).norm() < (1e-3 if precision == "half" else 1e-5) * expected["gradients"][0].norm()
+    assert all(loss.isfinite() for loss in losses) and head.margin.mean.device.type == device
+
+
 def test_wrong_use_is_told():
     with pytest.raises(UserError, match="label 53"):
         head_of().begin_step(0, torch.tensor([1, 53]))

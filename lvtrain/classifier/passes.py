@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lvtrain.classifier.classes import NORM_EPS, Classes, Workspace, matmul_precision, within
+from lvtrain.classifier.classes import NORM_EPS, Classes, Formats, Workspace, matmul_precision, within
 
 _HALF_GAIN = 2.0**14  # keeps small exponentials out of float16's subnormals; a power of two, so it costs no accuracy
 
@@ -71,11 +71,11 @@ def forward_pass(classes: Classes, embeddings: torch.Tensor, positions: torch.Te
                     total.mul_(fade)
                 total.add_(logits.sum(dim=1, dtype=total.dtype))
                 e = logits if gain == 1.0 else logits.mul_(gain)
-            rounded = e.to(formats.factor)
+            e, rounded = _rounded(e, formats)
             if weighted is not None:
                 if fade is not None:
                     weighted.mul_(fade.unsqueeze(1))
-                e, right = formats.operand(rounded), formats.as_factor(rows)
+                right = formats.as_factor(rows)
                 if e.dtype == weighted.dtype:
                     weighted.addmm_(e, right, alpha=1.0 / gain)
                 elif e.is_cuda:
@@ -150,7 +150,7 @@ def weight_gradient_pass(
                     if running:
                         logits.sub_((shift - math.log(gain)).unsqueeze(1))
                     e = logits.exp_()
-                e = formats.as_factor(e)
+                e, _ = _rounded(e, formats)
             gradient = out[start:stop] if out is not None else buffer[: stop - start]  # type: ignore[index]
             if e.dtype == gradient.dtype:
                 torch.mm(e.t(), right, out=gradient)
@@ -181,6 +181,12 @@ def weight_gradient_pass(
 
 def _half_gain(factor: torch.dtype) -> float:
     return _HALF_GAIN if factor == torch.float16 else 1.0
+
+
+def _rounded(e: torch.Tensor, formats: Formats) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exponentials as the matmul takes them (in place where a format is emulated), and in the format in which they may be kept."""
+    rounded = e.to(formats.factor)
+    return (e.copy_(rounded) if formats.emulated else rounded), rounded
 
 
 def _follow_maximum(logits: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
