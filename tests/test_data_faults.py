@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -178,6 +179,8 @@ def test_other_formats_grey_and_odd_sizes_are_read(tmp_path, backend):
         image.save(out, kind, **options)
         return out.getvalue()
 
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3
     replaced = {
         0: stored(picture, "PNG"),
         1: stored(picture.convert("L"), "JPEG"),
@@ -186,6 +189,7 @@ def test_other_formats_grey_and_odd_sizes_are_read(tmp_path, backend):
         4: stored(picture, "JPEG", progressive=True),
         5: stored(picture, "JPEG", optimize=True, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x00\x00\x00\x00\x00"),
         6: stored(picture, "WEBP"),
+        7: stored(picture.rotate(180), "JPEG", quality=95, exif=upside_down),
     }
     folder = make_dataset(tmp_path, samples=8, shards=1, replaced=replaced)
     with Loader(
@@ -196,7 +200,7 @@ def test_other_formats_grey_and_odd_sizes_are_read(tmp_path, backend):
     pixels = torch.from_numpy((np.asarray(picture).astype(np.float32) - 127.5) / 127.5).permute(2, 0, 1)
     row = {int(sample): number for number, sample in enumerate(batch.sample_ids)}
     torch.testing.assert_close(batch.images[row[0]], pixels, atol=1e-6, rtol=0)
-    for sample in (2, 3, 4, 5, 6):
+    for sample in (2, 3, 4, 5, 6, 7):
         assert (batch.images[row[sample]] - pixels).abs().mean() < 0.06, sample
     grey = batch.images[row[1]]
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2])
@@ -239,42 +243,42 @@ def test_a_shard_cut_while_training(folder):
 
 
 def test_a_stalling_read_is_told(clean, monkeypatch):
-    import time
+    """The first read ends only when the waiting rank has said that it waits."""
+    told, waiting = [], threading.Event()
 
-    told = []
-    dataset = ShardDataset(clean, warn=told.append, slow_seconds=0.05)
+    def warn(message):
+        told.append(message)
+        if "has waited" in message:
+            waiting.set()
+
     real = os.pread
-    monkeypatch.setattr(os, "pread", lambda *arguments: (time.sleep(0.2), real(*arguments))[1])
+    monkeypatch.setattr(os, "pread", lambda *arguments: (waiting.wait(60), real(*arguments))[1])
+    dataset = ShardDataset(clean, warn=warn, slow_seconds=0)
     with Loader(dataset, seed=1, micro_batch=1, virtual_batches=1, prefetch=1, stall_seconds=0.05) as loader:
         next(loader)
     assert any("took" in line and "stalling" in line for line in told)
-    assert any("has waited" in line for line in told)
+    assert "rank 0 has waited" in " ".join(told)
 
 
 def test_reads_ahead_go_on_side_by_side_and_change_nothing(clean, monkeypatch):
-    import threading
-    import time
-
     def batches(read_ahead):
         with Loader(ShardDataset(clean), seed=1, micro_batch=4, virtual_batches=1, read_ahead=read_ahead) as loader:
             return [next(loader) for _ in range(12)]
 
     expected = batches(1)
-    real, lock, active, most = os.pread, threading.Lock(), [0], [0]
+    real, together, readers = os.pread, threading.Barrier(4), set()
 
-    def slow(*arguments):
-        with lock:
-            active[0] += 1
-            most[0] = max(most[0], active[0])
-        time.sleep(0.02)
-        with lock:
-            active[0] -= 1
+    def met(*arguments):
+        """Each reader's first read waits for the first reads of three others."""
+        if threading.get_ident() not in readers:
+            readers.add(threading.get_ident())
+            together.wait(60)
         return real(*arguments)
 
-    monkeypatch.setattr(os, "pread", slow)
+    monkeypatch.setattr(os, "pread", met)
     for batch, reference in zip(batches(4), expected):
         assert torch.equal(batch.images, reference.images) and torch.equal(batch.labels, reference.labels)
-    assert most[0] == 4
+    assert len(readers) == 4 and not together.broken
 
 
 # ------------------------------------------------------------------------------------------------- the header's check

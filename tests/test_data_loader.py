@@ -156,6 +156,19 @@ def test_closing_an_unused_or_busy_loader_returns(folder):
     assert loader._thread is None
 
 
+def test_memory_is_lent_again_only_when_nobody_holds_it():
+    from lvtrain.data.dali import Memory
+
+    memory = Memory(keep=2)
+    batch = memory.floats(4, 3)
+    address, row = batch.data_ptr(), batch[2]
+    del batch
+    other = memory.floats(4, 3)
+    assert other.data_ptr() != address and row.shape == (3,)
+    del row
+    assert memory.floats(4, 3).data_ptr() == address
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_does_not_grow_over_epochs(folder, backend):

@@ -80,14 +80,14 @@ class HeaderCheck:
 
 
 def rescue(data: bytes, size: tuple[int, int] | None) -> bytes | None:
-    """The same picture as PNG, RGB, resized to (height, width) if given; None if Pillow cannot read it either."""
-    from PIL import Image
+    """The same picture as PNG, RGB, upright, resized to (height, width) if given; None if Pillow cannot read it either."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(data)) as image:
             if max(image.size) > _LARGEST:
                 return None
-            colour = image.convert("RGB")
+            colour = ImageOps.exif_transpose(image).convert("RGB")
             if size and colour.size != size[::-1]:
                 colour = colour.resize(size[::-1], Image.Resampling.BILINEAR)
             out = io.BytesIO()

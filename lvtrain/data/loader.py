@@ -107,6 +107,9 @@ class Loader:
         self.micro_batch, self.virtual_batches, self.rank, self.size = micro_batch, virtual_batches, rank, size
         self.views = augmentation_views(augmentation)
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            # the loader's thread has a current device of its own
+            self.device = torch.device("cuda", torch.cuda.current_device())
         if warn is not None:
             dataset.warn = warn
         self.warn, self.stall_seconds = dataset.warn, stall_seconds

@@ -21,7 +21,7 @@ _YIQ_TO_RGB = torch.tensor([[1.0, 0.956, 0.621], [1.0, -0.272, -0.647], [1.0, -1
 
 
 def decode(encoded: bytes) -> torch.Tensor:
-    """JPEG bytes -> uint8 [3, height, width] RGB; whatever torchvision does not know goes through Pillow.
+    """JPEG bytes -> uint8 [3, height, width] RGB, turned upright by its EXIF; whatever torchvision does not know goes through Pillow.
 
     Raises:
         ValueError: nobody can read them.
@@ -29,17 +29,18 @@ def decode(encoded: bytes) -> torch.Tensor:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        return decode_jpeg(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
     except (RuntimeError, ValueError):
         return _decode_with_pillow(encoded)
 
 
 def _decode_with_pillow(encoded: bytes) -> torch.Tensor:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, struct.error
         raise ValueError("cannot be decoded") from error
 

@@ -1,13 +1,16 @@
-"""CPU time an image costs on the way from a shard to a float32 batch, our path beside others in one run; index and order at 42.5 and 260 million.
+"""CPU time an image costs on the way from a shard to a float32 batch, our path beside others in one run; memory over epochs; index and order at
+42.5 and 260 million samples.
 
-CPU time (user + system of the process, all its threads) is what a shared machine's load blurs least; wall time stands beside it.
-Every path ends in a float32 [batch, 3, 112, 112] tensor of randomly mirrored images, except those named `decode_only`.
+    python tools/benchmark.py data --out tools/results/data
+
+writes `OUT.json` and `OUT.md` in about 3 minutes on two free cores. CPU time (user + system of the process, all its threads) is what a shared
+machine's load blurs least; wall time stands beside it. Every path ends in a float32 [batch, 3, 112, 112] tensor of randomly mirrored images,
+except those named `decode_only`.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import resource
@@ -26,8 +29,10 @@ import torch
 from lvtrain.data import Loader, ShardDataset
 from lvtrain.data.index import RECORD, IndexWriter
 from lvtrain.data.shard_writer import ShardWriter
+from tools.benchmarks.data_paths import paths as all_paths
 
-SMALL = {"images": 512, "batch": 64, "batches": 4, "repeats": 1, "large": "1000000"}
+SMALL = {"images": 512, "batch": 64, "batches": 4, "repeats": 1, "large": "1000000", "epochs": 2}
+GOALS = {"dali_webdataset_reader": 1.0, "decode_only_simplejpeg": 1.5, "dataloader_pillow": 0.25}
 
 
 def run(
@@ -35,21 +40,27 @@ def run(
     batch: int = 128,
     batches: int = 40,
     threads: int = 2,
-    repeats: int = 3,
+    repeats: int = 5,
+    epochs: int = 20,
     large: str = "42474557,260890076",
     only: str = "",
+    out: str = "",
 ) -> dict[str, Any]:
-    """Medians of `repeats` interleaved rounds: microseconds an image; then opening an index and asking the order for positions."""
+    """Medians of `repeats` interleaved rounds: microseconds an image; then resident memory over `epochs`, opening an index and asking the order
+    for positions. With `out` also as OUT.json and OUT.md.
+    """
     torch.set_num_threads(1)
+    load = [round(value, 1) for value in os.getloadavg()]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         stored = _make(folder / "data", images)
-        paths = _paths(folder / "data", batch, threads)
+        paths = all_paths(folder / "data", batch, threads)
         paths = {path: opened for path, opened in paths.items() if not only or path in only.split(",")}
         rounds: dict[str, list[tuple[float, float]]] = {path: [] for path in paths}
         for _ in range(repeats):
             for path, open_path in paths.items():
                 rounds[path].append(_measure(open_path, batch, batches))
+        memory = _memory_over_epochs(folder / "data", batch, threads, epochs) if epochs else {}
         sizes = {size: _large(folder / "large", int(size)) for size in large.split(",") if size}
     table = {
         path: {
@@ -60,21 +71,30 @@ def run(
     }
     ours = table.get("lvtrain_dali", {}).get("cpu_us_per_image", float("nan"))
     ratios = {f"lvtrain_dali / {path}": round(ours / row["cpu_us_per_image"], 2) for path, row in table.items()}
-    return {
+    result = {
         "images": images,
         "jpeg_bytes_mean": round(stored / images),
         "batch": batch,
+        "batches": batches,
         "threads": threads,
         "repeats": repeats,
-        "load_average": [round(value, 1) for value in os.getloadavg()],
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d"),
+        "load_average_at_start": load,
         "paths": table,
         "ratios": ratios,
+        "memory_over_epochs": memory,
         "index_and_order": sizes,
     }
+    if out:
+        Path(out).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        Path(out).with_suffix(".md").write_text(_markdown(result))
+    return result
 
 
 def _make(folder: Path, images: int) -> int:
-    """Textured 112x112 JPEGs of quality 95 in four shards; bytes of all images."""
+    """Textured 112x112 JPEGs of quality 95, as large as those of aligned faces (4.7 KB), in four shards; bytes of all images."""
     from PIL import Image
 
     writer, stored = IndexWriter(folder), 0
@@ -82,10 +102,10 @@ def _make(folder: Path, images: int) -> int:
         with ShardWriter(folder, f"shards/{number:06d}.tar") as shard:
             for sample in part.tolist():
                 rng = np.random.default_rng(sample)
-                low = Image.fromarray(rng.integers(0, 255, (14, 14, 3)).astype(np.uint8))
+                low = Image.fromarray(rng.integers(70, 190, (12, 12, 3)).astype(np.uint8))
                 pixels = np.asarray(low.resize((112, 112), Image.Resampling.BICUBIC)).astype(int)
                 out = io.BytesIO()
-                noisy = np.clip(pixels + rng.normal(0, 4, (112, 112, 1)), 0, 255).astype(np.uint8)
+                noisy = np.clip(pixels + rng.normal(0, 1.5, (112, 112, 1)), 0, 255).astype(np.uint8)
                 Image.fromarray(noisy).save(out, "JPEG", quality=95)
                 shard.add(f"{sample:09d}", out.getvalue(), sample % 100)
                 stored += len(out.getvalue())
@@ -114,138 +134,28 @@ def _cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _paths(folder: Path, batch: int, threads: int) -> dict[str, Callable[[], Any]]:
+def _memory_over_epochs(folder: Path, batch: int, threads: int, epochs: int) -> dict[str, Any]:
+    """Resident MB of this process after two epochs of our path, and after `epochs` more."""
     dataset = ShardDataset(folder)
-    encoded = [dataset.read(sample)[0] for sample in range(min(len(dataset), 512))]
-
-    def loader(backend: str) -> Any:
-        made = Loader(
-            dataset, seed=0, micro_batch=batch, virtual_batches=1, block=256, backend=backend, threads=threads
-        )
-        return lambda: next(made), made.close
-
-    def decode_only(decode: Callable[[bytes], Any]) -> Any:
-        turn = itertools.cycle(encoded)
-        return lambda: [decode(next(turn)) for _ in range(batch)], lambda: None
-
-    def per_image(decode: Callable[[bytes], np.ndarray]) -> Any:
-        """A map-style dataset under torch's DataLoader, in this process: no cost of worker processes is counted against it."""
-        from torch.utils.data import DataLoader
-
-        def collate(samples: list[np.ndarray]) -> torch.Tensor:
-            pixels = (
-                torch.from_numpy(np.stack(samples))
-                .permute(0, 3, 1, 2)
-                .to(torch.float32, memory_format=torch.contiguous_format)
-            )
-            return pixels.sub_(127.5).div_(127.5)
-
-        class Images(torch.utils.data.Dataset):  # type: ignore[type-arg]
-            def __len__(self) -> int:
-                return len(dataset)
-
-            def __getitem__(self, sample: int) -> np.ndarray:
-                image = decode(dataset.read(sample)[0])
-                return np.ascontiguousarray(image[:, ::-1]) if sample % 2 else image
-
-        batches = itertools.chain.from_iterable(
-            DataLoader(Images(), batch, shuffle=True, collate_fn=collate, drop_last=True) for _ in itertools.count()
-        )
-        return lambda: next(batches), lambda: None
-
-    def pillow() -> Any:
-        """The usual chain: Pillow, ToTensor, Normalize, default collate."""
-        from PIL import Image
-        from torch.utils.data import DataLoader
-        from torchvision import transforms
-
-        chain = transforms.Compose(
-            [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-        )
-
-        class Images(torch.utils.data.Dataset):  # type: ignore[type-arg]
-            def __len__(self) -> int:
-                return len(dataset)
-
-            def __getitem__(self, sample: int) -> torch.Tensor:
-                return chain(Image.open(io.BytesIO(dataset.read(sample)[0])).convert("RGB"))  # type: ignore[no-any-return]
-
-        batches = itertools.chain.from_iterable(
-            DataLoader(Images(), batch, shuffle=True, drop_last=True) for _ in itertools.count()
-        )
-        return lambda: next(batches), lambda: None
-
-    paths: dict[str, Callable[[], Any]] = {"lvtrain_torch": lambda: loader("torch"), "dataloader_pillow": pillow}
-    try:
-        paths["dali_webdataset_reader"] = _dali_reader(dataset, batch, threads)
-        paths["lvtrain_dali"] = lambda: loader("dali")
-    except ImportError:
-        pass
-    try:
-        import simplejpeg
-
-        paths["decode_only_simplejpeg"] = lambda: decode_only(simplejpeg.decode_jpeg)
-    except ImportError:
-        pass
-    try:
-        import cv2
-
-        paths["dataloader_cv2"] = lambda: per_image(
-            lambda data: cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-        )
-    except ImportError:
-        pass
-    from torchvision.io import decode_jpeg
-
-    def torchvision_decode(data: bytes) -> torch.Tensor:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-
-    paths["decode_only_torchvision"] = lambda: decode_only(torchvision_decode)
-    paths["dataloader_torchvision_io"] = lambda: per_image(
-        lambda data: torchvision_decode(data).permute(1, 2, 0).numpy()
-    )
-    return paths
+    with Loader(
+        dataset, seed=0, micro_batch=batch, virtual_batches=1, block=256, threads=threads, augmentation="strong"
+    ) as loader:
+        found = []
+        for count in (2, epochs):
+            for _ in range(count * len(dataset) // batch):
+                next(loader)
+            found.append(_resident_mb())
+    return {"epochs": epochs, "mb_before": found[0], "mb_after": found[1]}
 
 
-def _dali_reader(dataset: ShardDataset, batch: int, threads: int) -> Callable[[], Any]:
-    """DALI's own reader of the same tars, its shuffle and its random flip, the same operations after it."""
-    from nvidia.dali import fn, pipeline_def, types
+def _resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return round(pages * resource.getpagesize() / 1e6, 1)
 
-    indexes = []
-    for number in range(len(dataset.manifest.shards)):
-        lines = [
-            f"jpg {record['offset']} {record['length']} {dataset.describe(int(sample))[1]}.jpg"
-            for sample, record in enumerate(dataset.index)
-            if record["shard"] == number
-        ]
-        path = dataset.folder / f"{number}.idx"
-        path.write_text(f"v1.2 {len(lines)}\n" + "".join(f"{line}\n" for line in lines))
-        indexes.append(str(path))
 
-    @pipeline_def(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=2, exec_dynamic=True)
-    def graph() -> Any:
-        encoded = fn.readers.webdataset(
-            paths=[str(dataset.folder / shard.name) for shard in dataset.manifest.shards],
-            index_paths=indexes,
-            ext=["jpg"],
-            random_shuffle=True,
-            initial_fill=1024,
-        )
-        return fn.crop_mirror_normalize(
-            fn.decoders.image(encoded),
-            dtype=types.FLOAT,
-            mean=[127.5] * 3,
-            std=[127.5] * 3,
-            mirror=fn.random.coin_flip(),
-            output_layout="CHW",
-        )
-
-    def open_path() -> Any:
-        pipeline = graph()
-        pipeline.build()
-        return lambda: torch.from_dlpack(pipeline.run()[0].as_tensor()), lambda: None
-
-    return open_path
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 _OPEN = """
@@ -288,3 +198,41 @@ def _large(folder: Path, samples: int) -> dict[str, Any]:
     index = (folder / "index.bin").stat().st_size
     (folder / "index.bin").unlink()
     return {"index_gib": round(index / 2**30, 3), "bytes_a_sample": RECORD.itemsize, **json.loads(code.stdout)}
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    lines = [
+        "# Data path on a CPU",
+        "",
+        f"`python tools/benchmark.py data --out tools/results/data`, {result['date']}, {result['cores']} cores of an {result['cpu']}, load average "
+        f"{result['load_average_at_start'][0]} at the start. 112x112 JPEG of quality 95, {result['jpeg_bytes_mean']} bytes on average, batch "
+        f"{result['batch']}, {result['threads']} threads, medians of {result['repeats']} interleaved rounds of {result['batches']} batches. Every path ends in",
+        "a float32 batch of randomly mirrored images, except those that only decode; torch's DataLoader works in the process itself, so no worker's",
+        "cost is counted against it.",
+        "",
+        "| path | CPU µs an image | wall µs | ours by it (CPU) | goal |",
+        "|---|---|---|---|---|",
+    ]
+    for path, row in sorted(result["paths"].items(), key=lambda item: item[1]["cpu_us_per_image"]):
+        ratio = result["ratios"][f"lvtrain_dali / {path}"]
+        goal = f"{GOALS[path]}: {'met' if ratio <= GOALS[path] else 'missed'}" if path in GOALS else ""
+        lines.append(f"| {path} | {row['cpu_us_per_image']} | {row['wall_us_per_image']} | {ratio} | {goal} |")
+    if memory := result["memory_over_epochs"]:
+        lines += [
+            "",
+            f"Resident memory of the process with our path (set `strong`): {memory['mb_before']} MB after two epochs, "
+            f"{memory['mb_after']} MB after {memory['epochs']} more.",
+        ]
+    lines += [
+        "",
+        "Index and order on generated data sets (shards of 10,000 images as sparse files; every shard's size is checked while opening):",
+        "",
+        "| samples | index GiB | bytes a sample | open s | open MB | process MB after 50 batches (private) | order, million positions a CPU second |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for samples, row in result["index_and_order"].items():
+        lines.append(
+            f"| {int(samples):,} | {row['index_gib']} | {row['bytes_a_sample']} | {row['open_seconds']} | {row['open_mb']} | "
+            f"{row['process_mb_after_reading_50_batches']} ({row['of_it_private_mb']}) | {row['order_million_positions_per_cpu_second']} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,149 @@
+"""The ways from a shard to a batch that `data` compares: ours, DALI's own reader, torch's DataLoader, and decoding alone."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lvtrain.data import Loader, ShardDataset
+
+
+def paths(folder: Path, batch: int, threads: int) -> dict[str, Callable[[], Any]]:
+    """By name: opens the way and gives (next batch, close)."""
+    dataset = ShardDataset(folder)
+    encoded = [dataset.read(sample)[0] for sample in range(min(len(dataset), 512))]
+
+    def loader(backend: str) -> Any:
+        made = Loader(
+            dataset, seed=0, micro_batch=batch, virtual_batches=1, block=256, backend=backend, threads=threads
+        )
+        return lambda: next(made), made.close
+
+    def decode_only(decode: Callable[[bytes], Any]) -> Any:
+        turn = itertools.cycle(encoded)
+        return lambda: [decode(next(turn)) for _ in range(batch)], lambda: None
+
+    def per_image(decode: Callable[[bytes], np.ndarray]) -> Any:
+        """A map-style dataset under torch's DataLoader, in this process: no cost of worker processes is counted against it."""
+        from torch.utils.data import DataLoader
+
+        def collate(samples: list[np.ndarray]) -> torch.Tensor:
+            pixels = (
+                torch.from_numpy(np.stack(samples))
+                .permute(0, 3, 1, 2)
+                .to(torch.float32, memory_format=torch.contiguous_format)
+            )
+            return pixels.sub_(127.5).div_(127.5)
+
+        class Images(torch.utils.data.Dataset):  # type: ignore[type-arg]
+            def __len__(self) -> int:
+                return len(dataset)
+
+            def __getitem__(self, sample: int) -> np.ndarray:
+                image = decode(dataset.read(sample)[0])
+                return np.ascontiguousarray(image[:, ::-1]) if sample % 2 else image
+
+        batches = itertools.chain.from_iterable(
+            DataLoader(Images(), batch, shuffle=True, collate_fn=collate, drop_last=True) for _ in itertools.count()
+        )
+        return lambda: next(batches), lambda: None
+
+    def pillow() -> Any:
+        """The usual chain: Pillow, ToTensor, Normalize, default collate."""
+        from PIL import Image
+        from torch.utils.data import DataLoader
+        from torchvision import transforms
+
+        chain = transforms.Compose(
+            [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+        )
+
+        class Images(torch.utils.data.Dataset):  # type: ignore[type-arg]
+            def __len__(self) -> int:
+                return len(dataset)
+
+            def __getitem__(self, sample: int) -> torch.Tensor:
+                return chain(Image.open(io.BytesIO(dataset.read(sample)[0])).convert("RGB"))  # type: ignore[no-any-return]
+
+        batches = itertools.chain.from_iterable(
+            DataLoader(Images(), batch, shuffle=True, drop_last=True) for _ in itertools.count()
+        )
+        return lambda: next(batches), lambda: None
+
+    found: dict[str, Callable[[], Any]] = {"lvtrain_torch": lambda: loader("torch"), "dataloader_pillow": pillow}
+    try:
+        found["dali_webdataset_reader"] = _dali_reader(dataset, batch, threads)
+        found["lvtrain_dali"] = lambda: loader("dali")
+    except ImportError:
+        pass
+    try:
+        import simplejpeg
+
+        found["decode_only_simplejpeg"] = lambda: decode_only(simplejpeg.decode_jpeg)
+    except ImportError:
+        pass
+    try:
+        import cv2
+
+        found["dataloader_cv2"] = lambda: per_image(
+            lambda data: cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        )
+    except ImportError:
+        pass
+    from torchvision.io import decode_jpeg
+
+    def torchvision_decode(data: bytes) -> torch.Tensor:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+    found["decode_only_torchvision"] = lambda: decode_only(torchvision_decode)
+    found["dataloader_torchvision_io"] = lambda: per_image(
+        lambda data: torchvision_decode(data).permute(1, 2, 0).numpy()
+    )
+    return found
+
+
+def _dali_reader(dataset: ShardDataset, batch: int, threads: int) -> Callable[[], Any]:
+    """DALI's own reader of the same tars, its shuffle and its random flip, the same operations after it."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    indexes = []
+    for number in range(len(dataset.manifest.shards)):
+        lines = [
+            f"jpg {record['offset']} {record['length']} {dataset.describe(int(sample))[1]}.jpg"
+            for sample, record in enumerate(dataset.index)
+            if record["shard"] == number
+        ]
+        path = dataset.folder / f"{number}.idx"
+        path.write_text(f"v1.2 {len(lines)}\n" + "".join(f"{line}\n" for line in lines))
+        indexes.append(str(path))
+
+    @pipeline_def(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=2, exec_dynamic=True)
+    def graph() -> Any:
+        encoded = fn.readers.webdataset(
+            paths=[str(dataset.folder / shard.name) for shard in dataset.manifest.shards],
+            index_paths=indexes,
+            ext=["jpg"],
+            random_shuffle=True,
+            initial_fill=1024,
+        )
+        return fn.crop_mirror_normalize(
+            fn.decoders.image(encoded),
+            dtype=types.FLOAT,
+            mean=[127.5] * 3,
+            std=[127.5] * 3,
+            mirror=fn.random.coin_flip(),
+            output_layout="CHW",
+        )
+
+    def open_path() -> Any:
+        pipeline = graph()
+        pipeline.build()
+        return lambda: torch.from_dlpack(pipeline.run()[0].as_tensor()), lambda: None
+
+    return open_path
