@@ -94,6 +94,7 @@ def run(
     `kept`: also with all exponentials kept for backward (three matmuls). `peer`: folder of an arcface_torch checkout, to time its PartialFC_V2 as well.
     `only`: one variant, its peak memory alone (what the memory measurement starts in a process of its own)."""
     given = dict(locals())
+    check_peer(peer)
     if device == "cpu" and not only and os.environ.get("MALLOC_MMAP_THRESHOLD_") != _MALLOC["MALLOC_MMAP_THRESHOLD_"]:
         return in_children("classifier", given, threads=threads)  # malloc reads its settings at start-up: once more, with them
     torch.set_num_threads(threads)
@@ -277,11 +278,16 @@ def _materialised(shape: Problem) -> Step:
     return step
 
 
+def check_peer(folder: str) -> None:
+    """UserError unless PartialFC_V2 is there, or no peer is wanted."""
+    if folder and not Path(folder, "partial_fc_v2.py").exists():
+        raise UserError(f"--peer {folder}: no partial_fc_v2.py there; give the recognition/arcface_torch folder of an insightface checkout")
+
+
 def _peer(folder: Path, shape: Problem) -> Step:
     """PartialFC_V2 of an arcface_torch checkout, on a CPU with `.cuda()` made to do nothing."""
     x, weight = shape.x, shape.weight
-    if not (folder / "partial_fc_v2.py").exists():
-        raise UserError(f"--peer {folder}: no partial_fc_v2.py there; give the recognition/arcface_torch folder of an insightface checkout")
+    check_peer(str(folder))
     modules: dict[str, types.ModuleType] = {}
     for name in ("partial_fc_v2", "losses"):
         spec = importlib.util.spec_from_file_location(f"peer_{name}", folder / f"{name}.py")

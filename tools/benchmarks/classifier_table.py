@@ -27,7 +27,16 @@ from lvtrain.classifier.classes import multiplies_bfloat16
 from lvtrain.classifier.margins import CosFace
 from lvtrain.classifier.partition import class_range, initial_rows
 from lvtrain.errors import UserError
-from tools.benchmarks.classifier import compared, forget_peak, in_children, interleaved, problem, resident_mb, variants
+from tools.benchmarks.classifier import (
+    check_peer,
+    compared,
+    forget_peak,
+    in_children,
+    interleaved,
+    problem,
+    resident_mb,
+    variants,
+)
 
 _DIM = 512
 _REPEATS = {50_000: 4, 200_000: 2}  # beyond: 1
@@ -47,6 +56,7 @@ def run(
 ) -> dict[str, Any]:
     """The table as a dict; with `out` also as OUT.json and OUT.md. `scale`: the classes of the table of cost per class, d = 128.
     `minutes`: after these no further part begins."""
+    check_peer(peer)
     started = time.time()
     counts = _numbers(classes)
     shapes = [{"batch": batch, "rate": float(rate)} for rate in rates.split(",") for batch in _numbers(batches)]
@@ -58,7 +68,7 @@ def run(
             if time.time() - started > 60 * minutes:
                 raise UserError(f"not begun within {minutes:g} minutes")
             result[into] += measure()["rows"]
-        except UserError as error:
+        except Exception as error:  # whatever it is, the other parts go on
             result["missing"].append(f"{what}: {error}")
         result["minutes"] = round((time.time() - started) / 60, 1)
         if out:
@@ -73,7 +83,7 @@ def run(
 
     first, *others = _numbers(ranks)
     times(first)
-    part("memory", "memory", partial(_memory, counts, peer))
+    part("memory", "memory", partial(_memory, counts, peer, result["missing"]))
     for count in _numbers(scale):
         measure = partial(in_children, "classifier_table", {"classes": count}, function="whole_step", malloc=False, limit_s=600)
         part("scale", f"a step over {count:,} classes", measure)
@@ -112,7 +122,7 @@ def cells(classes: int, shapes: list[dict[str, Any]], peer: str) -> dict[str, An
     return {"rows": found}
 
 
-def _memory(counts: list[int], peer: str) -> dict[str, Any]:
+def _memory(counts: list[int], peer: str, missing: list[str]) -> dict[str, Any]:
     """MB beyond weights and the rows' gradient, each in a process of its own with malloc as it comes; B = 512."""
     ends = sorted({min(counts), max(counts)})
     wanted = [(count, f"lvtrain {precision}") for count in counts for precision in _PRECISIONS if precision == "float32" or count in ends]
@@ -120,14 +130,17 @@ def _memory(counts: list[int], peer: str) -> dict[str, Any]:
     if peer:
         wanted += [(count, "peer") for count in ends if _available_gb() > 1.5 * _PEER_GB * count / 800_000]
 
-    def alone(case: tuple[int, str]) -> dict[str, Any]:
-        given = {"classes": case[0], "only": case[1], "peer": peer if case[1] == "peer" else ""}
-        extra = in_children("classifier", given, malloc=False)["extra_mb"]
-        gradient = case[0] * _DIM * 4 / 2**20
-        return {"classes": case[0], "variant": case[1], "extra_mb": extra, "beyond_gradient_rows_mb": round(extra - gradient, 1)}
+    def alone(case: tuple[int, str]) -> list[dict[str, Any]]:
+        count, variant = case
+        try:
+            extra = in_children("classifier", {"classes": count, "only": variant, "peer": peer if variant == "peer" else ""}, malloc=False)["extra_mb"]
+        except UserError as error:
+            missing.append(f"memory of {variant} at {count:,} classes: {error}")
+            return []
+        return [{"classes": count, "variant": variant, "extra_mb": extra, "beyond_gradient_rows_mb": round(extra - count * _DIM * 4 / 2**20, 1)}]
 
     with ThreadPoolExecutor(2) as two:  # memory is the same whoever else runs
-        return {"rows": list(two.map(alone, wanted))}
+        return {"rows": [row for rows in two.map(alone, wanted) for row in rows]}
 
 
 def whole_step(classes: int) -> dict[str, Any]:
