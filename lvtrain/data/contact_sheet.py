@@ -52,9 +52,10 @@ def draw(rows: Sequence[tuple[str, Sequence[bytes]]], title: str, path: str | Pa
     means = channel_means([picture for row in decoded for picture in row])
     line = f"channel means of the middle: R {means[0]:.1f}  G {means[1]:.1f}  B {means[2]:.1f}; colour order: {colour_order(means)}"
     head = 40
-    sheet = Image.new("RGB", (max(_MARGIN + columns * _CELL, 640), head + len(rows) * _CELL), (250, 250, 250))
-    pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
+    width = max(_MARGIN + columns * _CELL, *(12 + int(font.getlength(text)) for text in (title, line)))
+    sheet = Image.new("RGB", (width, head + len(rows) * _CELL), (250, 250, 250))
+    pen = ImageDraw.Draw(sheet)
     pen.text((6, 4), title, fill=(20, 20, 20), font=font)
     pen.text((6, 21), line, fill=(160, 20, 20) if "BGR" in line else (90, 90, 90), font=font)
     for number, ((name, _), pictures) in enumerate(zip(rows, decoded)):

@@ -177,6 +177,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         body = json.loads(path.read_text())
     except FileNotFoundError:
+        if (path.parent / ".pack").exists():
+            raise UserError(
+                f"{path.parent} holds a pack that did not end; run tools/pack_dataset.py again with the same options"
+            ) from None
         raise UserError(
             f"{path} is missing; pack the images first (tools/pack_dataset.py) or correct data.path"
         ) from None

@@ -62,7 +62,7 @@ def inspect(data: bytes, target: Target, detector: align.Detector | None) -> tup
 
 def jpeg(data: bytes, target: Target, *, resize: bool, widen: bool, matrix: np.ndarray | None) -> bytes:
     """The JPEG of an image that cannot be passed through: aligned by `matrix`, or resized, or three-channelled, or only converted."""
-    picture = _decode(data, upright=matrix is not None)
+    picture = _decode(data, upright=True)  # the encoded picture carries no EXIF
     if matrix is not None:
         picture = Image.fromarray(align.warp(np.asarray(picture.convert("RGB")), matrix, target.size or align.TEMPLATE_SIZE))
     elif picture.mode not in ("RGB", "L") or (widen and picture.mode == "L"):
