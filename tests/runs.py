@@ -1,7 +1,8 @@
-"""Starts the real front door, `lvtrain/main.py`, on a small recipe, as a user would: one process a rank."""
+"""Starts the real front door, `lvtrain/main.py`, on a small recipe, as a user would: one process a rank; and the tools in this process."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -10,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import typer
 import yaml
+from click.testing import Result
+from typer.testing import CliRunner
 
 from tests.conftest import ROOT
 
@@ -120,13 +124,26 @@ def run(
     ranks: int = 1,
     zero: int = 2,
     environment: dict[str, str] | None = None,
-    timeout: float = 300,
+    timeout: float = 1200,  # a hang, not a slow machine
 ) -> int:
     """Runs to the end; the exit status of rank 0, all ranks agreeing on it."""
     processes = start(recipe, *arguments, ranks=ranks, zero=zero, environment=environment)
     codes = [process.wait(timeout) for process in processes]
     assert len(set(codes)) == 1, f"ranks ended differently: {codes}\n{output(recipe)}"
     return codes[0]
+
+
+def tool(name: str, *arguments: object) -> Result:
+    """`python tools/NAME.py ARGUMENTS` in this process: starting python costs more than most of what a tool does."""
+    specification = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    if not (app := getattr(module, "app", None)):
+        app = typer.Typer()
+        app.command()(module.main)
+    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 def output(recipe: Path) -> str:

@@ -117,6 +117,21 @@ def test_refuses_to_have_its_own_names_changed(tmp_path: Path) -> None:
         read_bin(path)
 
 
+@pytest.mark.parametrize(
+    "issame",
+    [
+        b"\x8c\x13numpy._core.numeric\x8c\x0b_frombuffer\x93C\x03abc\x8c\x05numpy\x8c\x05dtype\x93\x8c\x02i8\x85R\x86R",
+        b"\x8c\x16numpy._core.multiarray\x8c\x0c_reconstruct\x93)R",
+    ],
+    ids=["3 bytes of int64", "an array without content"],
+)
+def test_damaged_flags_are_one_line(tmp_path: Path, issame: bytes) -> None:
+    path = tmp_path / "set.bin"
+    path.write_bytes(b"\x80\x04]" + issame + b"\x86.")
+    with pytest.raises(UserError, match="issame is damaged"):
+        read_bin(path)
+
+
 def test_round_trip_and_sidecar(tmp_path: Path) -> None:
     images, issame = jpegs(40), labels(20)
     path = tmp_path / "set.bin"

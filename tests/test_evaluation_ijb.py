@@ -127,6 +127,9 @@ def swap_two(lines: list[str]) -> list[str]:
     [
         ("name_5pts_score", swap_two, "same order"),
         ("name_5pts_score", lambda lines: lines[:-1], "cut short"),
+        ("name_5pts_score", lambda lines: [lines[0].replace(lines[0].split()[1], "x"), *lines[1:]], "than numbers"),
+        ("name_5pts_score", lambda lines: [lines[0].replace(lines[0].split()[1], "nan"), *lines[1:]], "line 1: points"),
+        ("name_5pts_score", lambda lines: [f"1.jpg {'50 ' * 10}0.9", *lines[1:]], "points coincide"),
         ("face_tid_mid", lambda lines: lines[:-1], "cut short"),
         ("face_tid_mid", lambda lines: [*lines[:-1], lines[-1].split()[0]], "1 values, 3 expected"),
         ("face_tid_mid", lambda lines: [*lines[:-1], lines[-1].split()[0] + " x 1"], "must be integers"),
@@ -146,7 +149,7 @@ def test_planted_errors_are_named(tmp_path: Path, name: str, change, message: st
 def test_missing_crop_and_missing_faces(tmp_path: Path) -> None:
     folder = make_release(tmp_path / "r", templates=6, people=3)
     (folder / "loose_crop" / "2.jpg").unlink()
-    with pytest.raises(UserError, match=r"2\.jpg cannot be read"):
+    with pytest.raises(UserError, match=r"2\.jpg cannot be decoded"):
         ijb.run(extract.raw_pixels, folder, world=ALONE, batch=4, device="cpu")
     for path in (folder / "meta").iterdir():
         path.rename(path.with_name(path.name.replace("ijbtest", "ijbc")))

@@ -1,32 +1,14 @@
 """tools/build_bin.py and tools/evaluate.py as a user starts them."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
-from click.testing import Result
 from PIL import Image
-from typer.testing import CliRunner
 
 from lvtrain.evaluation.bins import read_bin
-
-ROOT = Path(__file__).parent.parent
-
-
-def start(tool: str, *arguments: object) -> Result:
-    """The tool's command line in this process: starting python costs more than everything it does here."""
-    specification = importlib.util.spec_from_file_location(f"tools_{tool}", ROOT / "tools" / f"{tool}.py")
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    app = typer.Typer()
-    app.command()(module.main)
-    return CliRunner().invoke(app, list(map(str, arguments)))
+from tests.runs import tool
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +32,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_build_and_evaluate(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "own.bin"
-    refused = start("build_bin", folder / "pairs.txt", folder, out)
+    refused = tool("build_bin", folder / "pairs.txt", folder, out)
     assert refused.exit_code == 2 and "--balance-folds" in refused.stderr and "Traceback" not in refused.stderr
-    built = start("build_bin", folder / "pairs.txt", folder, out, "--balance-folds", "--alignment", "none")
+    built = tool("build_bin", folder / "pairs.txt", folder, out, "--balance-folds", "--alignment", "none")
     assert built.exit_code == 0, built.stderr
     images, issame = read_bin(out)
     assert issame.tolist() == ([True] * 3 + [False] * 3) * 10
     assert (folder / "p1" / "1.jpg").read_bytes() in images, "an image of the right size keeps its bytes"
     assert json.loads((tmp_path / "own.bin.json").read_text())["alignment"] == "none"
 
-    done = start(
+    done = tool(
         "evaluate", "raw_pixels", "--cpu", "--benchmark", f"own:{out}", "--benchmark", f"all:{folder}",
         "--cluster", f"groups:{folder}", "--calibrate", f"cal:{out}", "--megaface", f"mega:{folder},{folder}",
         "-o", tmp_path / "results",
@@ -77,13 +59,23 @@ def test_build_and_evaluate(folder: Path, tmp_path: Path) -> None:
 
 
 def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
+    people = tmp_path / "people"
+    for name in ("a/cut.jpg", "b/0.jpg"):
+        (people / name).parent.mkdir(parents=True, exist_ok=True)
+        (people / name).write_bytes((folder / "p1" / "1.jpg").read_bytes()[: 400 if "cut" in name else None])
+    (tmp_path / "deep" / "a").mkdir(parents=True)
+    Image.fromarray(np.full((112, 112), 40000, dtype=np.uint16)).save(tmp_path / "deep" / "a" / "0.png")
+    (tmp_path / "bad.txt").write_text("a.jpg b.jpg yes\n")
+    (tmp_path / "none.txt").write_text("a.jpg b.jpg 1\na.jpg c.jpg 0\n" * 10)
     attempts = {
         "does not exist": ("evaluate", "raw_pixels", "--benchmark", f"x:{tmp_path}/absent.bin"),
         "nothing to do": ("evaluate", "raw_pixels"),
+        "cut.jpg cannot be decoded": ("evaluate", "raw_pixels", "--cpu", "--cluster", f"x:{people}"),
+        "more than 8 bits": ("evaluate", "raw_pixels", "--cpu", "--cluster", f"x:{tmp_path / 'deep'}"),
         "line 1": ("build_bin", tmp_path / "bad.txt", folder, tmp_path / "x.bin"),
+        "No such file": ("build_bin", tmp_path / "none.txt", folder, tmp_path / "x.bin"),
     }
-    (tmp_path / "bad.txt").write_text("a.jpg b.jpg yes\n")
-    for message, (tool, *arguments) in attempts.items():
-        failed = start(tool, *arguments)
+    for message, (name, *arguments) in attempts.items():
+        failed = tool(name, *arguments)
         assert failed.exit_code == 2
         assert message in failed.stderr and len(failed.stderr.strip().splitlines()) == 1

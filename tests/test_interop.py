@@ -16,7 +16,7 @@ import torch
 
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
-from lvtrain.interop import load_model
+from lvtrain.interop import convert, load_model
 from lvtrain.interop.architecture import Architecture, fit, recognise, resize_positions
 from lvtrain.interop.foreign import from_ir, swap_colours
 from lvtrain.interop.model_card import Card
@@ -139,6 +139,29 @@ def test_foreign_files_are_told_apart(tmp_path: Path) -> None:
         read_weights(tmp_path / "cut.safetensors")
     with pytest.raises(UserError, match="does not exist"):
         read_weights(tmp_path / "nowhere.pt")
+    torch.save([torch.ones(1)], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="holds a list"):
+        read_weights(tmp_path / "list.pt")
+    for names in (("layer1.0.bn1.weight", "fc.weight"), ("patch_embed.proj.weight", "feature.0.weight")):
+        with pytest.raises(UserError, match="named like a backbone's, but"):
+            recognise({name: torch.ones(3, 4) for name in names})
+    write_folder(tmp_path / "folder", Architecture("vit_nano", 64), {}, card=Card("test", "vit_nano", 64, 1))
+    (tmp_path / "folder" / "model.safetensors").write_bytes(b"123456789")
+    with pytest.raises(UserError, match="damaged folder"):
+        load_model(tmp_path / "folder")
+    with pytest.raises(UserError, match="keeps no moving average"):
+        load_model(tmp_path / "other.pt", average=True)
+
+
+def test_a_diverged_model_is_not_exported(tmp_path: Path) -> None:
+    state = create_backbone("vit_nano", embedding_dim=64).state_dict()
+    state["norm.weight"][3] = torch.nan
+    torch.save(state, tmp_path / "nan.pt")
+    out = tmp_path / "out"
+    for conversion in (convert.import_weights, convert.consolidate, convert.export):
+        with pytest.raises(UserError, match=r"norm.weight holds NaN"):
+            conversion(tmp_path / "nan.pt", out)
+    assert not out.exists()
 
 
 def test_positions_are_resized_and_the_class_token_kept() -> None:

@@ -12,6 +12,7 @@ import torch
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
 from lvtrain.interop import load_model
+from lvtrain.interop.architecture import Architecture
 from lvtrain.interop.clients import check
 from lvtrain.interop.onnx_export import compare, export_onnx, to_float16, to_int8
 from lvtrain.interop.packages import write_insightface
@@ -24,9 +25,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module,
     backbone = small_vit()
     parity = export_onnx(backbone, folder / "recognition.onnx")
     assert parity.largest_difference < 1e-4 and parity.smallest_cosine > 0.99999
-    write_insightface(
-        folder, folder / "recognition.onnx", model_id="test", embedding_dim=512, image_size=112, licence="for tests"
-    )
+    architecture = Architecture("vit_nano", 512)
+    write_insightface(folder, folder / "recognition.onnx", architecture, model_id="test", licence="for tests")
     return backbone, folder
 
 
@@ -145,3 +145,11 @@ def test_files_clients_would_refuse_are_refused(tmp_path: Path, exported: tuple[
     (tmp_path / "no.onnx").write_bytes(b"not onnx at all")
     with pytest.raises(UserError, match=r"no\.onnx"):
         check(tmp_path / "no.onnx")
+    vector = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [3])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [vector], [vector])
+    graph.output[0].name = "y"
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), str(tmp_path / "vector.onnx"))
+    for opener in (check, load_model):
+        with pytest.raises(UserError, match="it is no recogniser"):
+            opener(tmp_path / "vector.onnx")

@@ -21,7 +21,10 @@ from typing import Any
 import pytest
 import torch
 
+from lvtrain.backbones import create_backbone
 from lvtrain.interop import load_model
+from lvtrain.interop.architecture import Architecture, fit, recognise
+from lvtrain.interop.reading import read_weights
 from tests.conftest import ROOT
 
 PEERS = Path(os.environ.get("LVTRAIN_PEERS", "")).resolve()
@@ -214,7 +217,10 @@ def test_dino(name: str, patch: int, tmp_path: Path) -> None:
     assert_equal(f"DINO {name}/{patch}", tmp_path / "checkpoint.pth", expected, images=images)
 
 
-@pytest.mark.parametrize("name", ["vit_t", "vit_s", "vit_b_dp005_mask_005", "r18", "r34", "r50", "r100", "r200"])
+ARCFACE = ["vit_t", "vit_s", "vit_b_dp005_mask_005", "vit_l_dp005_mask_005", "r18", "r34", "r50", "r100", "r200"]
+
+
+@pytest.mark.parametrize("name", ARCFACE)
 def test_arcface_torch(name: str, tmp_path: Path) -> None:
     seeded()
     with code_of("insightface", "recognition/arcface_torch") as load:
@@ -229,3 +235,33 @@ def test_arcface_torch(name: str, tmp_path: Path) -> None:
     }
     torch.save(checkpoint, tmp_path / "checkpoint_gpu_0.pt")
     assert_equal(f"arcface_torch {name}", tmp_path / "checkpoint_gpu_0.pt", expected)
+
+
+def test_arcface_torch_vit_h(tmp_path: Path) -> None:
+    """3 GB a copy, so two blocks' weights stand in all 48 places, in their network and in ours."""
+    seeded()
+    shape = {
+        "img_size": 112,
+        "patch_size": 9,
+        "num_classes": 512,
+        "embed_dim": 1024,
+        "num_heads": 8,
+        "norm_layer": "ln",
+    }
+    with code_of("insightface", "recognition/arcface_torch") as load:
+        model = load("backbones.vit").VisionTransformer(depth=2, mask_ratio=0, **shape)
+        model.blocks = torch.nn.ModuleList([model.blocks[i % 2] for i in range(48)])
+        model = settled(model)
+        with torch.no_grad():
+            expected = model(IMAGES)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    weights = read_weights(tmp_path / "model.pt").backbone
+    assert recognise(weights) == Architecture("vit_h", 512)
+    ours = create_backbone("vit_h", depth=2)
+    fit(ours, {name: tensor for name, tensor in weights.items() if name in ours.state_dict()})
+    ours.blocks = torch.nn.ModuleList([ours.blocks[i % 2] for i in range(48)])
+    with torch.no_grad():
+        got = ours.eval()(IMAGES)
+    difference, scale = float((got - expected).abs().max()), float(expected.abs().max())
+    print(f"\narcface_torch vit_h: largest difference {difference:.1e}, embeddings up to {scale:.2f}")
+    assert difference <= 1e-5 * max(1.0, scale)

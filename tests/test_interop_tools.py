@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,21 +17,18 @@ from lvtrain.interop import load_model
 from lvtrain.interop.packages import merge_rows
 from lvtrain.interop.reading import read_weights
 from tests.conftest import ROOT
-from tests.runs import output, recipe_file, run
+from tests.runs import output, recipe_file, run, tool
 
 
 def convert(*arguments: str | Path, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "tools/convert_checkpoint.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    done = tool("convert_checkpoint", *arguments)
+    assert done.exit_code == code, done.output
+    return done.output
 
 
 def evaluate(model: Path, out: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "tools/evaluate.py", str(model), "--cpu", *arguments, "-o", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = tool("evaluate", model, "--cpu", *arguments, "-o", out)
+    assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads((out / "evaluation.json").read_text())["benchmarks"]
     return found
 
@@ -48,7 +46,11 @@ def trained(tiny_faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_consolidates_and_evaluates_to_the_live_figures(trained: Path, tiny_faces: Path, tmp_path: Path) -> None:
     """Consolidated without ranks, it gives the accuracy the run itself measured; so does every other form it is brought to."""
     live = json.loads((trained / "evaluation" / "final.json").read_text())["benchmarks"]["heldout"]
-    convert("consolidate", trained, tmp_path / "model", "--rows")
+    command = [sys.executable, "tools/convert_checkpoint.py", "consolidate", trained, tmp_path / "model", "--rows"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)  # a process without a process group
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"| heldout | {100 * live['accuracy']:.2f} ±" in card and "virtual_batches: 4" in card
+    assert "which these weights inherit: CC0-1.0 (generated" in card and "Intended use" in card
     convert("export", trained, tmp_path / "model.pt", "--to", "arcface")
     assert "largest difference" in convert("export", tmp_path / "model", tmp_path / "model.onnx")
     checkpoint = max((trained / "checkpoints").iterdir())
@@ -87,13 +89,14 @@ def test_thresholds_end_in_the_model_card(trained: Path, tiny_faces: Path, tmp_p
     assert "generated" in (tmp_path / "pack" / "MODEL.LICENSE").read_text()
     evaluate(tmp_path / "model", tmp_path / "out", "--calibrate", f"again:{tiny_faces / 'train'}")
     assert row.replace("people", "again") in (tmp_path / "model" / "README.md").read_text()
-    # thresholds of other weights do not travel
-    earlier = min((trained / "checkpoints").iterdir())
-    assert "other weights" in convert("consolidate", earlier, tmp_path / "earlier")
-    assert row not in (tmp_path / "earlier" / "README.md").read_text()
+    # thresholds and figures of other weights do not travel
+    other = trained / "checkpoints" / "step_000000009"
+    assert "other weights" in convert("consolidate", other, tmp_path / "other")
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert row not in card and "none measured with these weights" in card
 
 
-def test_check_fails_for_clients_that_live_or_are_named(trained: Path, tmp_path: Path) -> None:
+def test_check_fails_for_clients_that_live_or_are_named(trained: Path, tiny_faces: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.onnx"
     convert("export", trained, file)
     assert "opset 18" in convert("check", file)
@@ -101,7 +104,8 @@ def test_check_fails_for_clients_that_live_or_are_named(trained: Path, tmp_path:
     convert("export", trained, file, "--opset", "14")
     convert("check", file, "--client", "MFR-Ongoing", "--client", "lvface")
     assert "known: insightface" in convert("check", file, "--client", "nobody", code=2)
-    assert "int8 against torch" in convert("export", trained, file, "--precision", "int8")
+    told = convert("export", trained, file, "--precision", "int8", "--benchmark", tiny_faces / "heldout.bin")
+    assert "int8 against torch" in told and re.search(r"% by torch, [\d.]+% by the int8 file", told)
 
 
 def test_two_processes_give_the_figures_of_one(trained: Path, tiny_faces: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def main(
         # one image often stands in many pairs: read it once
         encoded = {name: encode(images / name, image_size, quality) for pair in names for name in pair}
         write_bin(out, [encoded[name] for pair in names for name in pair], issame, about={"alignment": alignment})
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"build_bin: error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None
     print(f"{out}: {len(issame)} pairs, {int(issame.sum())} of one person, {len(encoded)} images")
@@ -55,7 +55,11 @@ def read_pairs(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
     if not path.is_file():
         raise UserError(f"list of pairs {path} does not exist")
     names, issame = [], []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"list of pairs {path} is no text") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
         columns = line.rstrip("\n").split("\t") if "\t" in line else line.split()
@@ -70,15 +74,13 @@ def encode(path: Path, image_size: int, quality: int) -> bytes:
     """The file's own bytes where it is an image of the right size, or a new JPEG of it."""
     from PIL import Image
 
-    try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            if image_size == 0 or picture.size == (image_size, image_size):
-                return data
-            resized = picture.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
-    except OSError as error:
-        raise UserError(f"image {path} cannot be read: {error}") from error
+    from lvtrain.evaluation.extract import decode
+
+    data = path.read_bytes()
+    picture = decode(data, None, f"image {path}")
+    if image_size == 0 or picture.shape[:2] == (image_size, image_size):
+        return data
+    resized = Image.fromarray(picture).resize((image_size, image_size), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     resized.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()

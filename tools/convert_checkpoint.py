@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 Source = Annotated[
     Path,
-    typer.Argument(help="run, checkpoint, exported folder, .pt/.pth/.ckpt/.safetensors, or .onnx where it says so"),
+    typer.Argument(help="run, checkpoint, exported folder, .pt, .pth, .ckpt or .safetensors"),
 ]
 Out = Annotated[Path, typer.Argument(help="folder or file to write")]
 
@@ -41,7 +41,7 @@ Out = Annotated[Path, typer.Argument(help="folder or file to write")]
 def one_line_errors() -> Iterator[None]:
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"convert_checkpoint: error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None
 
@@ -69,45 +69,19 @@ def import_(
     ] = None,
 ) -> None:
     """Others' weights: arcface_torch, LVFace, CVLface, AdaFace, LAFS, DINO, safetensors."""
-    from lvtrain.interop.architecture import fit, recognise
-    from lvtrain.interop.foreign import swap_colours
-    from lvtrain.interop.packages import merge_rows, write_folder
-    from lvtrain.interop.reading import read_weights
+    from lvtrain.interop import convert
 
     with one_line_errors():
-        weights = read_weights(source, branch=branch)
-        if not weights.backbone:
-            raise UserError(f"{source} holds {weights.kind}, no backbone; use `reshard` for class rows")
-        turned = weights.bgr if bgr is None else bgr
-        if turned:
-            weights.backbone = swap_colours(weights.backbone)
-        architecture = recognise(weights.backbone, heads=heads)
-        report = fit(architecture.create(), weights.backbone)
-        rows = None
-        if rank_files:
-            parts = [read_weights(file).rows for file in rank_files]
-            if any(part is None for part in parts):
-                raise UserError("a --rank-file holds no class rows")
-            rows = merge_rows([part for part in parts if part is not None], num_classes=num_classes)
-        card = _card(out.name, architecture, weights.backbone)
-        card.source, card.data_licence = f"{weights.kind}, {source.name}", licence
-        write_folder(out, architecture, weights.backbone, card=card, rows=rows)
-        print(
-            f"{weights.kind}: {architecture.name}, {architecture.embedding_dim} numbers, image {architecture.image_size}; {report}"
+        convert.import_weights(
+            source,
+            out,
+            branch=branch,
+            rank_files=rank_files or (),
+            num_classes=num_classes,
+            bgr=bgr,
+            heads=heads,
+            licence=licence,
         )
-        if weights.dropped:
-            print(
-                f"left out: {len(weights.dropped)} tensors that are no backbone ({', '.join(weights.dropped[:3])} ...)"
-            )
-        if turned:
-            print(
-                "input: it wanted BGR; red and blue were exchanged in its first layer, so it takes RGB now, (x - 127.5) / 127.5"
-            )
-        else:
-            print(
-                "input: RGB, (x - 127.5) / 127.5, unless its authors say otherwise (LAFS's MS1MV3 weights want BGR: --bgr); evaluate it to be sure"
-            )
-        print(f"written: {out}" + (f" with {len(rows)} class rows" if rows is not None else ""))
 
 
 @app.command()
@@ -121,28 +95,14 @@ def consolidate(
         int | None, typer.Option(help="attention heads, if a DeepSpeed folder holds a ViT of no published size")
     ] = None,
 ) -> None:
-    """One float32 folder from a run, a checkpoint or a DeepSpeed ZeRO folder."""
-    from lvtrain.interop.architecture import recognise
-    from lvtrain.interop.models import open_backbone
-    from lvtrain.interop.packages import read_deepspeed, write_folder
-    from lvtrain.interop.reading import strip_wrappers
+    """One float32 folder from a run, a checkpoint or a DeepSpeed ZeRO folder.
+
+    A DeepSpeed folder is unpickled by DeepSpeed's own script, which could run code: give it only one you trust.
+    """
+    from lvtrain.interop import convert
 
     with one_line_errors():
-        class_rows = None
-        if (source / "latest").is_file() or tag is not None:
-            state = strip_wrappers(read_deepspeed(source, tag))
-            architecture = recognise(state, heads=heads)
-            card = _card(out.name, architecture, state)
-        else:
-            architecture, state, weights = open_backbone(source, average=average)
-            card = _source_card(source, architecture, state, weights)
-            if rows:
-                class_rows = _class_rows(source)
-        write_folder(out, architecture, state, card=card, rows=class_rows)
-        print(
-            f"written: {out} ({architecture.name}, {len(state)} tensors"
-            + (f", {len(class_rows)} class rows)" if class_rows is not None else ")")
-        )
+        convert.consolidate(source, out, rows=rows, average=average, tag=tag, heads=heads)
 
 
 @app.command()
@@ -155,26 +115,10 @@ def reshard(
     num_classes: Annotated[int | None, typer.Option(help="refuse another total")] = None,
 ) -> None:
     """Class rows for another number of ranks: rank_{r}_softmax_weight.pt, arcface_torch's split."""
-    import torch
-
-    from lvtrain.interop.packages import merge_rows, split_rows
-    from lvtrain.interop.reading import read_weights
+    from lvtrain.interop import convert
 
     with one_line_errors():
-        if len(source) == 1 and source[0].is_dir():
-            whole = _class_rows(source[0])
-            if num_classes not in (None, len(whole)):
-                raise UserError(f"{source[0]} has {len(whole)} class rows, not {num_classes}")
-        else:
-            parts = [read_weights(file).rows for file in source]
-            empty = [str(file) for file, part in zip(source, parts) if part is None]
-            if empty:
-                raise UserError(f"{empty[0]} holds no class rows")
-            whole = merge_rows([part for part in parts if part is not None], num_classes=num_classes)
-        out.mkdir(parents=True, exist_ok=True)
-        for rank, part in enumerate(split_rows(whole, ranks)):
-            torch.save(part, out / f"rank_{rank}_softmax_weight.pt")
-        print(f"written: {len(whole)} class rows as {ranks} file{'s' if ranks > 1 else ''} in {out}")
+        convert.reshard(source, out, ranks=ranks, num_classes=num_classes)
 
 
 @app.command()
@@ -184,36 +128,16 @@ def export(
     to: Annotated[Literal["onnx", "arcface", "folder", "insightface"], typer.Option(help="format")] = "onnx",
     opset: Annotated[int, typer.Option(help="ONNX opset, 14 (what MFR-Ongoing takes) to 20")] = 18,
     precision: Annotated[Literal["float32", "float16", "int8"], typer.Option(help="of the ONNX weights")] = "float32",
+    benchmark: Annotated[
+        Path | None, typer.Option(help=".bin set on which the ONNX file's accuracy is compared with the weights' own")
+    ] = None,
     average: Annotated[bool, typer.Option(help="the moving average of the weights")] = False,
 ) -> None:
     """The backbone for others' programs, checked after writing."""
-    from lvtrain.interop.model_card import write_card
-    from lvtrain.interop.models import open_backbone
-    from lvtrain.interop.packages import write_arcface, write_folder, write_insightface
+    from lvtrain.interop import convert
 
     with one_line_errors():
-        architecture, state, weights = open_backbone(source, average=average)
-        if to == "arcface":
-            write_arcface(out, state)
-        elif to == "folder":
-            write_folder(out, architecture, state, card=_source_card(source, architecture, state, weights))
-        elif to == "onnx":
-            _onnx(architecture, state, out, opset, precision)
-        else:
-            card = _source_card(source, architecture, state, weights)
-            out.mkdir(parents=True, exist_ok=True)
-            _onnx(architecture, state, out / "recognition.onnx", opset, precision)
-            licence = f"Licence of the training data, which these weights inherit: {card.data_licence or 'not stated'}"
-            write_insightface(
-                out,
-                out / "recognition.onnx",
-                model_id=out.name,
-                embedding_dim=architecture.embedding_dim,
-                image_size=architecture.image_size,
-                licence=licence,
-            )
-            write_card(out / "README.md", card)
-        print(f"written: {out}")
+        convert.export(source, out, to=to, opset=opset, precision=precision, benchmark=benchmark, average=average)
 
 
 @app.command()
@@ -245,64 +169,6 @@ def check(
         table.add_row(verdict.client, "accepts" if verdict.accepted else "refuses", "\n".join(verdict.reasons))
     Console(width=160).print(table)
     raise SystemExit(0 if all(verdict.accepted for verdict in verdicts if verdict.client in (client or LIVING)) else 1)
-
-
-def _onnx(architecture: Any, state: Any, out: Path, opset: int, precision: str) -> None:
-    from lvtrain.interop import onnx_export
-    from lvtrain.interop.architecture import fit
-
-    backbone = architecture.create()
-    fit(backbone, state)
-    plain = out if precision == "float32" else out.with_suffix(".float32.onnx")
-    parity = onnx_export.export_onnx(backbone, plain, image_size=architecture.image_size, opset=opset)
-    print(
-        f"float32 against torch, N = {parity.batches}: largest difference {parity.largest_difference:.1e}, cosine at least {parity.smallest_cosine:.7f}"
-    )
-    if precision != "float32":
-        (onnx_export.to_float16 if precision == "float16" else onnx_export.to_int8)(plain, out)
-        plain.unlink()
-        narrow = onnx_export.compare(backbone, out, image_size=architecture.image_size)
-        print(
-            f"{precision} against torch: largest difference {narrow.largest_difference:.1e}, "
-            f"cosine at least {narrow.smallest_cosine:.5f}, {out.stat().st_size / 1e6:.1f} MB"
-        )
-
-
-def _class_rows(source: Path) -> Any:
-    from lvtrain.training.checkpoint_reader import open_weights
-
-    reader = open_weights(source).reader
-    if "classifier.weight" not in reader.names:
-        raise UserError(f"{source} has no class rows (a self-supervised run)")
-    return reader.rows("classifier.weight", 0, reader.shape("classifier.weight")[0])
-
-
-def _card(name: str, architecture: Any, state: Any) -> Any:
-    from lvtrain.interop.model_card import Card
-
-    return Card(name, architecture.name, architecture.embedding_dim, sum(tensor.numel() for tensor in state.values()))
-
-
-def _source_card(source: Path, architecture: Any, state: Any, weights: str) -> Any:
-    """The card of a run, of an exported folder, or one that says what can be seen in the weights."""
-    from lvtrain.interop.model_card import from_folder, from_run
-
-    if source.is_dir() and (card := from_folder(source)) is not None:
-        return card
-    run = source if (source / "recipe.yaml").is_file() else source.parent.parent
-    if not (run / "recipe.yaml").is_file():
-        return _card(source.name, architecture, state)
-    parameters = sum(tensor.numel() for tensor in state.values())
-    card = from_run(
-        run,
-        architecture=architecture.name,
-        embedding_dim=architecture.embedding_dim,
-        parameters=parameters,
-        weights=weights,
-    )
-    if card.stale:
-        print(f"no thresholds in the model card: {card.stale}")
-    return card
 
 
 if __name__ == "__main__":

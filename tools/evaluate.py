@@ -147,7 +147,7 @@ def _calibration(model: Path, weights: str, results, console) -> None:
 def _one_line_errors(debug: bool) -> Iterator[None]:
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         if debug:
             raise
         print(f"evaluate: error: {error}", file=sys.stderr)

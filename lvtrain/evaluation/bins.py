@@ -198,7 +198,7 @@ class _Array:
     def values(self) -> np.ndarray:
         if self.dtype is None:
             raise ValueError("array without content")
-        return np.frombuffer(self.raw, dtype=self.dtype.name)
+        return np.frombuffer(self.raw, dtype=self.dtype.name)  # ValueError where the length does not fit the type
 
 
 class _Name:
@@ -275,7 +275,10 @@ def _plain(content: Any, path: Path) -> tuple[list[bytes], np.ndarray]:
         raise UserError(f"{path} is a pickle, but not of (images, issame)")
     bins, issame = content
     if isinstance(issame, _Array):
-        issame = issame.values().tolist()
+        try:
+            issame = issame.values().tolist()
+        except ValueError as error:
+            raise UserError(f"{path}: issame is damaged ({error}); copy it again") from error
     if not isinstance(bins, (list, tuple)) or not isinstance(issame, (list, tuple)):
         raise UserError(f"{path} is a pickle, but not of (images, issame)")
     if len(bins) != 2 * len(issame):

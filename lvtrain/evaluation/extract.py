@@ -1,7 +1,8 @@
 """Images through a model on all ranks, in order.
 
 Two properties decide the shape of this file. Every rank makes the same number of forward calls, because a ZeRO-3 forward is a collective. And
-image i stands in the same padded batch whatever the number of ranks, so the embeddings are the same to the bit on 1, 2 or 64 of them.
+image i stands in the same padded batch whatever the number of ranks, so the embeddings are the same to the bit on 1, 2 or 64 of them, if each has
+as many threads (another number of threads may add in another order).
 """
 
 from __future__ import annotations
@@ -46,28 +47,31 @@ def raw_pixels(images: torch.Tensor) -> torch.Tensor:
     return images.flatten(1)
 
 
-def decode(image: Any, image_size: int) -> np.ndarray:
-    """uint8 RGB [image_size, image_size, 3] of an encoded image (bytes), a path, an RGB array or a PIL image; resized if it has another size.
+def decode(image: Any, image_size: int | None, name: str = "an image") -> np.ndarray:
+    """uint8 RGB [image_size, image_size, 3] of an encoded image (bytes), a path, an RGB array or a PIL image; resized if it has another size, and
+    left as it is where `image_size` is None.
 
     Raises:
-        UserError: not an image.
+        UserError: not an image, one that is cut short, or one of 16 bits a pixel; `name` says which, unless it is a path.
     """
-    if isinstance(image, np.ndarray):
-        picture = Image.fromarray(image)
-    elif isinstance(image, Image.Image):
-        picture = image
-    else:
-        try:
-            picture = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(
-                f"{image if isinstance(image, (str, Path)) else 'an image of the set'} cannot be decoded: {error}"
-            ) from error
+    if isinstance(image, (str, Path)):
+        name = str(image)
     try:
+        if isinstance(image, np.ndarray):
+            picture = Image.fromarray(image)
+        elif isinstance(image, Image.Image):
+            picture = image
+        else:
+            picture = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        wide = picture.mode.startswith(("I", "F"))  # Pillow would clip what is above 255
         picture = picture.convert("RGB")
-    except OSError as error:
-        raise UserError(f"an image of the set is cut short: {error}") from error
-    if picture.size != (image_size, image_size):
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name} cannot be decoded: no image format is recognised in it") from error
+    except Exception as error:  # a damaged picture fails in any way the decoders can
+        raise UserError(f"{name} cannot be decoded: {error}") from error
+    if wide:
+        raise UserError(f"{name} has more than 8 bits a colour; save it again with 8")
+    if image_size is not None and picture.size != (image_size, image_size):
         picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(picture)
 
@@ -172,7 +176,7 @@ def run(
 
 
 def _load(images: Images, position: int, image_size: int) -> np.ndarray:
-    return decode(images[position], image_size)
+    return decode(images[position], image_size, f"image {position} of the set")
 
 
 def _views(forward: Forward, pixels: np.ndarray, device: torch.device | str, mirror: bool) -> np.ndarray:

@@ -72,7 +72,7 @@ def read_release(folder: str | Path, *, complete: bool = True) -> Release:
             raise UserError(
                 f"{meta}: line {position + 1} is {face} in one file and {row[0]} in the other; the rows must be in the same order"
             )
-    numbers = np.array([row[1:] for row in landmarks], dtype=np.float64)
+    points, scores = _points(landmarks, meta / f"{name}_name_5pts_score.txt")
     templates, media = _integers(faces, 1, found[0]), _integers(faces, 2, found[0])
     pair_file = meta / f"{name}_template_pair_label.txt"
     pairs = _pairs(pair_file)
@@ -87,8 +87,8 @@ def read_release(folder: str | Path, *, complete: bool = True) -> Release:
         files=files,
         templates=templates,
         media=media,
-        points=numbers[:, :10].reshape(-1, 5, 2),
-        scores=numbers[:, 10],
+        points=points,
+        scores=scores,
         first=pairs[:, 0],
         second=pairs[:, 1],
         issame=pairs[:, 2].astype(bool),
@@ -108,16 +108,7 @@ class AlignedCrops:
         return len(self.release.files)
 
     def __getitem__(self, position: int, /) -> np.ndarray:
-        from PIL import Image
-
-        path = self.release.crops / self.release.files[position]
-        try:
-            with Image.open(path) as file:
-                picture = np.asarray(file.convert("RGB"))
-        except OSError as error:
-            raise UserError(
-                f"face {path} cannot be read: {error}; every face of the meta file must be in loose_crop/"
-            ) from error
+        picture = extract.decode(self.release.crops / self.release.files[position], None)
         matrix = self._align.similarity(self.release.points[position], self._align.template(self.image_size))
         return self._align.warp(picture, matrix, self.image_size)
 
@@ -210,13 +201,29 @@ def pair_cosines(features: np.ndarray, first: np.ndarray, second: np.ndarray) ->
 def _rows(path: Path, columns: int) -> list[list[str]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; IJB needs the release's meta files")
-    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text; copy it again") from error
     for number, row in enumerate(rows, start=1):
         if len(row) != columns:
             raise UserError(
                 f"{path}, line {number}: {len(row)} values, {columns} expected; the file is cut short or of another kind"
             )
     return rows
+
+
+def _points(rows: list[list[str]], path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Five points of every face, float64 [F, 5, 2], and its detector score [F]."""
+    try:
+        numbers = np.array([row[1:] for row in rows], dtype=np.float64)
+    except ValueError as error:
+        raise UserError(f"{path} holds something else than numbers ({error})") from error
+    points = numbers[:, :10].reshape(-1, 5, 2)
+    bad = np.flatnonzero(~np.isfinite(numbers).all(1) | (np.ptp(points, axis=1) == 0).all(1))
+    if len(bad):
+        raise UserError(f"{path}, line {bad[0] + 1}: points or score are not finite, or the points coincide")
+    return points, numbers[:, 10]
 
 
 def _integers(rows: list[list[str]], column: int, path: Path) -> np.ndarray:

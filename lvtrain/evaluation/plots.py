@@ -46,7 +46,7 @@ def roc(curves: dict[str, dict[str, list[float]]]) -> Figure:
             lowest = min(lowest, float(far[shown].min()))
             axes.step(far[shown], tar[shown], where="post", color=_COLORS[number % len(_COLORS)], label=name)
     axes.set_xscale("log")
-    axes.set_xlim(lowest, 1)
+    axes.set_xlim(lowest if lowest < 1 else 0.1, 1)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("false accept rate")
     axes.set_ylabel("true accept rate")

@@ -45,7 +45,7 @@ def labelled_images(path: str | Path) -> tuple[Images, np.ndarray]:
         return shards, shards.labels()
     if not path.is_dir():
         raise UserError(
-            f"{path} does not exist; a labelled set is a dataset folder, a subset manifest or a folder of people"
+            f"{path} is no folder; a labelled set is a dataset folder, a subset manifest or a folder of people"
         )
     files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in SUFFIXES)
     if not files:

@@ -41,14 +41,19 @@ def recognise(state: Mapping[str, torch.Tensor], *, heads: int | None = None) ->
     Raises:
         UserError: none of ours (the line says what the names look like and which families are known), or a ViT whose heads must be given.
     """
-    if "patch_embed.proj.weight" in state and "feature.0.weight" in state:
-        return _vit(state, heads)
-    if "layer1.0.bn1.weight" in state and "fc.weight" in state:
-        return _iresnet(state)
-    if "pos_embedding" in state and "patch_to_embedding.weight" in state:
-        return _fvit(state)
-    if "cls_token" in state and "blocks.0.attn.qkv.bias" in state and "blocks.0.ls1.gamma" not in state:
-        return _dino(state)
+    try:
+        if "patch_embed.proj.weight" in state and "feature.0.weight" in state:
+            return _vit(state, heads)
+        if "layer1.0.bn1.weight" in state and "fc.weight" in state:
+            return _iresnet(state)
+        if "pos_embedding" in state and "patch_to_embedding.weight" in state:
+            return _fvit(state)
+        if "cls_token" in state and "blocks.0.attn.qkv.bias" in state and "blocks.0.ls1.gamma" not in state:
+            return _dino(state)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"these weights are named like a backbone's, but tensors are missing or of other shapes ({type(error).__name__}: {error})"
+        ) from error
     raise UserError(
         "these weights are none of vit (arcface_torch, LVFace, CVLface), iresnet, fvit, part_fvit or DINO's ViT; "
         f"their names start {', '.join(list(state)[:4])}"

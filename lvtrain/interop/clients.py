@@ -62,6 +62,8 @@ def check(path: str | Path) -> list[Verdict]:
         raise UserError(f"{path} is not an ONNX file ({type(error).__name__})") from error
     if not model.graph.input or not model.graph.output:
         raise UserError(f"{path} has no input or no output")
+    if len(_shape(model.graph.input[0])) != 4:
+        raise UserError(f"{path} takes {_shape(model.graph.input[0])}, not images [N, 3, H, W]; it is no recogniser")
     file = _File(
         path, model, path.stat().st_size, _shape(model.graph.input[0]), _shape(model.graph.output[0]), session(path)
     )

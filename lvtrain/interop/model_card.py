@@ -4,9 +4,15 @@ to accept. An exported folder keeps the card's fields in its `config.json`, so t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+import yaml
+
+from lvtrain.interop.architecture import Architecture
 
 CONFIG = "config.json"
 CALIBRATION = "calibration.json"  # in a run's folder, until the run is exported
@@ -32,35 +38,45 @@ class Card:
     stale: str = ""  # why thresholds that were found are not in the card
 
 
-def from_run(run: Path, *, architecture: str, embedding_dim: int, parameters: int, weights: str = "") -> Card:
-    """What a run folder knows: recipe, dataset licence, newest evaluation, and thresholds if they were found with these very `weights`."""
-    card = Card(run.name, architecture, embedding_dim, parameters, source=f"run {run.name}")
-    recipe = run / "recipe.yaml"
-    if recipe.is_file():
-        import yaml
+def for_weights(source: Path, architecture: Architecture, state: Mapping[str, torch.Tensor], weights: str) -> Card:
+    """The card of weights that `open_backbone` found at `source`: an exported folder's own, a run's, or one of what can be seen in the weights."""
+    if source.is_dir() and (card := from_folder(source)) is not None:
+        return card
+    run = source if (source / "recipe.yaml").is_file() else source.parent.parent  # a run, or a checkpoint in it
+    if not (run / "recipe.yaml").is_file():
+        return bare(source.name, architecture, state, weights)
+    card = bare(run.name, architecture, state, f"run {run.name}, {weights}")
+    _add_run(card, run, weights)
+    return card
 
-        card.recipe = recipe.read_text()
-        values = yaml.safe_load(card.recipe)
-        card.method = values["method"]["name"]
-        data = Path(values["data"]["path"])
-        card.dataset = data.name
-        manifest = (data if data.is_dir() else data.parent) / "dataset.json"
-        if manifest.is_file():
-            card.data_licence = json.loads(manifest.read_text()).get("licence")
-    evaluations = sorted(
-        (run / "evaluation").glob("*.json"), key=lambda path: (path.stem == "final", path.stat().st_mtime)
-    )
-    if evaluations:
-        found = json.loads(evaluations[-1].read_text())
-        card.samples_seen = found.get("samples_seen")
-        card.figures = {name: figures for name, figures in found.get("benchmarks", {}).items()}
+
+def bare(name: str, architecture: Architecture, state: Mapping[str, torch.Tensor], source: str) -> Card:
+    """The card of weights nothing else is known of."""
+    parameters = sum(tensor.numel() for tensor in state.values())
+    return Card(name, architecture.name, architecture.embedding_dim, parameters, source)
+
+
+def _add_run(card: Card, run: Path, weights: str) -> None:
+    """What a run folder knows: recipe, dataset licence, and the figures and thresholds that were found with these very `weights`."""
+    card.recipe = (run / "recipe.yaml").read_text()
+    values = yaml.safe_load(card.recipe)
+    data = Path(values["data"]["path"])
+    card.method, card.dataset = values["method"]["name"], data.name
+    manifest = (data if data.is_dir() else data.parent) / "dataset.json"
+    if manifest.is_file():
+        card.data_licence = json.loads(manifest.read_text()).get("licence")
+    for file in (run / "evaluation").glob("*.json"):
+        found = json.loads(file.read_text())
+        which = f"step {found.get('step')}, phase {found.get('phase')}"
+        for key, name in (("benchmarks", which), ("benchmarks_ema", f"{which}, moving average")):
+            if name == weights and key in found:
+                card.samples_seen, card.figures = found.get("samples_seen"), found[key]
     if (run / CALIBRATION).is_file():
         kept = json.loads((run / CALIBRATION).read_text())
         if kept["weights"] == weights:
             card.calibration = kept["sets"]
         else:
             card.stale = f"thresholds were found with other weights ({kept['weights']}); these are {weights}"
-    return card
 
 
 def from_folder(folder: Path) -> Card | None:
@@ -112,6 +128,11 @@ def write_card(path: str | Path, card: Card) -> None:
         "from lvtrain.interop import load_model",
         'model = load_model("THIS_FOLDER")',
         "embeddings = model.forward(images)        # float32 [B, 3, 112, 112], RGB, (x - 127.5) / 127.5",
+        *(
+            []
+            if "resnet" in card.architecture
+            else ["tokens, embeddings = model.tokens(images)   # patch tokens [B, N, dim] too"]
+        ),
         "```",
         "",
         "## Training",
@@ -142,7 +163,7 @@ def write_card(path: str | Path, card: Card) -> None:
 
 def _figures(card: Card) -> list[str]:
     if not card.figures:
-        return ["none measured"]
+        return ["none measured with these weights"]
     lines = ["| benchmark | accuracy, % | TAR@FAR=1e-3, % | pairs |", "|---|---|---|---|"]
     for name, figures in card.figures.items():
         tar = figures.get("tar_at_far", {}).get("1e-03")

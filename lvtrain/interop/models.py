@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -77,11 +78,18 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", average:
 def open_backbone(path: Path, *, average: bool = False) -> tuple[Architecture, dict[str, torch.Tensor], str]:
     """Architecture, bare state dict and which weights these are (for people), of whatever lies at `path`, without building it."""
     if path.is_dir() and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
-        config = json.loads((path / CONFIG).read_text())
-        if "lvtrain" in config:
-            return architecture_from(config["lvtrain"]["backbone"]), load_file(path / WEIGHTS), "exported folder"
+        try:
+            config = json.loads((path / CONFIG).read_text())
+            if "lvtrain" in config:
+                return architecture_from(config["lvtrain"]["backbone"]), load_file(path / WEIGHTS), "exported folder"
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"{path} is a damaged folder ({type(error).__name__}: {error}); export it again") from error
+    if path.suffix == ".onnx":
+        raise UserError(f"{path} is an ONNX file, which cannot be turned back; give the weights it was made from")
     if (path.is_dir() and not any(path.glob("*.safetensors"))) or (path / "manifest.json").is_file():
         return _run(path, average)
+    if average:
+        raise UserError(f"{path} keeps no moving average; runs and checkpoints do, where the recipe has an ema section")
     weights = read_weights(path)
     if not weights.backbone:
         raise UserError(f"{path} holds {weights.kind}, no backbone")
@@ -115,9 +123,11 @@ def _onnx(path: Path) -> Model:
     run = session(path)
     import onnx
 
-    graph = onnx.load(str(path), load_external_data=False).graph
-    side = graph.input[0].type.tensor_type.shape.dim[2].dim_value or 112
-    fixed = graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    taken = onnx.load(str(path), load_external_data=False).graph.input[0].type.tensor_type
+    if len(taken.shape.dim) != 4 or taken.elem_type != onnx.TensorProto.FLOAT:
+        raise UserError(f"{path} does not take float32 images [N, 3, H, W]; it is no recogniser")
+    side = taken.shape.dim[2].dim_value or 112
+    fixed = taken.shape.dim[0].dim_value
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         array = images.detach().float().cpu().numpy()
@@ -135,5 +145,9 @@ def _onnx(path: Path) -> Model:
             parts.append(torch.from_numpy(run(padded.numpy()))[: len(part)])
         return torch.cat(parts)
 
-    width = forward(torch.zeros(1, 3, side, side)).shape[1]
-    return Model(f"ONNX {path}", forward, width, side, None, None)
+    found = forward(torch.zeros(1, 3, side, side))
+    if found.ndim != 2:
+        raise UserError(
+            f"{path} gives {list(found.shape)} for one image, not one embedding [1, d]; it is no recogniser"
+        )
+    return Model(f"ONNX {path}", forward, found.shape[1], side, None, None)

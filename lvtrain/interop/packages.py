@@ -69,9 +69,10 @@ def write_arcface(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def write_insightface(
-    folder: str | Path, onnx_file: Path, *, model_id: str, embedding_dim: int, image_size: int, licence: str
+    folder: str | Path, onnx_file: Path, architecture: Architecture, *, model_id: str, licence: str | None
 ) -> Path:
-    """An insightface V2 package: `get_model(folder, model_task="recognition")` opens it. The ONNX file lies in `folder` already."""
+    """An insightface V2 package: `get_model(folder, model_task="recognition")` opens it. The ONNX file lies in `folder` already; `licence` is that of
+    the data, which the weights inherit."""
     import hashlib
 
     folder = Path(folder)
@@ -84,13 +85,14 @@ def write_insightface(
                 "file": onnx_file.name,
                 "sha256": hashlib.sha256(onnx_file.read_bytes()).hexdigest(),
                 "preprocessing": {"mean": 127.5, "std": 127.5},
-                "input_size": [image_size, image_size],
-                "embedding_dimension": embedding_dim,
+                "input_size": [architecture.image_size] * 2,
+                "embedding_dimension": architecture.embedding_dim,
             }
         },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    (folder / "MODEL.LICENSE").write_text(licence.strip() + "\n")
+    inherited = f"Licence of the training data, which these weights inherit: {licence or 'not stated'}"
+    (folder / "MODEL.LICENSE").write_text(inherited + "\n")
     return folder
 
 
@@ -147,7 +149,7 @@ def read_deepspeed(folder: str | Path, tag: str | None = None) -> dict[str, torc
     tag = tag or (folder / "latest").read_text().strip()
     try:
         state: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
-    except (OSError, ValueError, AssertionError) as error:
+    except Exception as error:  # damaged files fail in any way that unpickling can
         raise UserError(f"{folder} is not a DeepSpeed ZeRO checkpoint: {' '.join(str(error).split())[:160]}") from error
     whole = {name: tensor.detach().float() for name, tensor in state.items()}
     module_states = folder / tag / "mp_rank_00_model_states.pt"  # of ZeRO-1 and -2; ZeRO-3 writes one a rank, in pieces

@@ -49,6 +49,8 @@ def read_weights(path: str | Path, *, branch: str | None = None) -> Weights:
     content = _load(path)
     if isinstance(content, torch.Tensor):
         return Weights("class rows of one rank (arcface_torch, older)", {}, rows=content.float())
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
     rows = None
     softmax = content.get("state_dict_softmax_fc")
     if isinstance(softmax, Mapping) and "weight" in softmax:

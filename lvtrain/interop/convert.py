@@ -1,0 +1,232 @@
+"""Conversions from files to files, as `tools/convert_checkpoint.py` offers them. `tell` is given every line that people should read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lvtrain.errors import UserError
+from lvtrain.interop import onnx_export
+from lvtrain.interop.architecture import Architecture, fit, recognise
+from lvtrain.interop.foreign import swap_colours
+from lvtrain.interop.model_card import bare, for_weights, write_card
+from lvtrain.interop.models import open_backbone
+from lvtrain.interop.packages import (
+    merge_rows,
+    read_deepspeed,
+    split_rows,
+    write_arcface,
+    write_folder,
+    write_insightface,
+)
+from lvtrain.interop.reading import read_weights, strip_wrappers
+
+Tell = Callable[[str], None]
+Precision = Literal["float32", "float16", "int8"]
+
+
+def import_weights(
+    source: Path,
+    out: Path,
+    *,
+    branch: str | None = None,
+    rank_files: Sequence[Path] = (),
+    num_classes: int | None = None,
+    bgr: bool | None = None,
+    heads: int | None = None,
+    licence: str | None = None,
+    tell: Tell = print,
+) -> None:
+    """Others' weights -> our folder.
+
+    Args:
+        branch: teacher or student of a self-supervised checkpoint.
+        rank_files: `checkpoint_gpu_N.pt` of every rank in order, whose class rows go into the folder too; `num_classes` is what they must add up to.
+        bgr: the weights want blue before red; None takes what the file says.
+        heads: attention heads of a ViT of no published size.
+        licence: of the data they were trained on.
+
+    Raises:
+        UserError: no backbone of ours in the file, or class rows that do not belong together.
+    """
+    weights = read_weights(source, branch=branch)
+    if not weights.backbone:
+        raise UserError(f"{source} holds {weights.kind}, no backbone; use `reshard` for class rows")
+    finite(weights.backbone, source)
+    turned = weights.bgr if bgr is None else bgr
+    state = swap_colours(weights.backbone) if turned else weights.backbone
+    architecture = recognise(state, heads=heads)
+    report = fit(architecture.create(), state)
+    rows = _rows_of_ranks(rank_files, num_classes) if rank_files else None
+    card = bare(out.name, architecture, state, f"{weights.kind}, {source.name}")
+    card.data_licence = licence
+    write_folder(out, architecture, state, card=card, rows=rows)
+    size = f"{architecture.embedding_dim} numbers, image {architecture.image_size}"
+    tell(f"{weights.kind}: {architecture.name}, {size}; {report}")
+    if weights.dropped:
+        names = ", ".join(weights.dropped[:3])
+        tell(f"left out: {len(weights.dropped)} tensors that are no backbone ({names} ...)")
+    if turned:
+        tell(
+            "input: it wanted BGR; red and blue were exchanged in its first layer: it takes RGB now, (x - 127.5) / 127.5"
+        )
+    else:
+        tell(
+            "input: RGB, (x - 127.5) / 127.5, unless its authors say otherwise (LAFS's MS1MV3 weights want BGR: --bgr); evaluate it to be sure"
+        )
+    tell(f"written: {out}" + (f" with {len(rows)} class rows" if rows is not None else ""))
+
+
+def consolidate(
+    source: Path,
+    out: Path,
+    *,
+    rows: bool = False,
+    average: bool = False,
+    tag: str | None = None,
+    heads: int | None = None,
+    tell: Tell = print,
+) -> None:
+    """A run, a checkpoint or a DeepSpeed ZeRO folder -> our folder, float32, in this process.
+
+    Raises:
+        UserError: nothing usable at `source`, class rows wanted of a source that has none.
+    """
+    class_rows = None
+    if (source / "latest").is_file() or tag is not None:
+        if rows:
+            raise UserError(f"{source} is a DeepSpeed folder; class rows are read from runs and checkpoints of ours")
+        state = strip_wrappers(read_deepspeed(source, tag))
+        architecture = recognise(state, heads=heads)
+        card = bare(out.name, architecture, state, f"DeepSpeed checkpoint {source.name}")
+    else:
+        architecture, state, weights = open_backbone(source, average=average)
+        card = for_weights(source, architecture, state, weights)
+        class_rows = read_rows(source) if rows else None
+    finite(state, source)
+    write_folder(out, architecture, state, card=card, rows=class_rows)
+    if card.stale:
+        tell(f"no thresholds in the model card: {card.stale}")
+    with_rows = f", {len(class_rows)} class rows" if class_rows is not None else ""
+    tell(f"written: {out} ({architecture.name}, {len(state)} tensors{with_rows})")
+
+
+def reshard(
+    sources: Sequence[Path], out: Path, *, ranks: int = 1, num_classes: int | None = None, tell: Tell = print
+) -> None:
+    """Class rows of a run, a checkpoint or arcface_torch's ranks -> `rank_{r}_softmax_weight.pt` of `ranks` ranks, arcface_torch's split.
+
+    Raises:
+        UserError: no class rows, or not `num_classes` of them.
+    """
+    if len(sources) == 1 and sources[0].is_dir():
+        whole = read_rows(sources[0])
+        if num_classes not in (None, len(whole)):
+            raise UserError(f"{sources[0]} has {len(whole)} class rows, not {num_classes}")
+    else:
+        whole = _rows_of_ranks(sources, num_classes)
+    out.mkdir(parents=True, exist_ok=True)
+    for rank, part in enumerate(split_rows(whole, ranks)):
+        torch.save(part, out / f"rank_{rank}_softmax_weight.pt")
+    tell(f"written: {len(whole)} class rows as {ranks} file{'s' if ranks > 1 else ''} in {out}")
+
+
+def export(
+    source: Path,
+    out: Path,
+    *,
+    to: Literal["onnx", "arcface", "folder", "insightface"] = "onnx",
+    opset: int = 18,
+    precision: Precision = "float32",
+    benchmark: Path | None = None,
+    average: bool = False,
+    tell: Tell = print,
+) -> None:
+    """The backbone in another program's format, checked after writing.
+
+    Args:
+        benchmark: a `.bin` verification set on which the ONNX file's accuracy is compared with the backbone's.
+
+    Raises:
+        UserError: nothing usable at `source`, or a file that does not agree with the backbone.
+    """
+    architecture, state, weights = open_backbone(source, average=average)
+    finite(state, source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if to == "arcface":
+        write_arcface(out, state)
+    elif to == "onnx":
+        _write_onnx(architecture, state, out, opset, precision, benchmark, tell)
+    else:
+        card = for_weights(source, architecture, state, weights)
+        if card.stale:
+            tell(f"no thresholds in the model card: {card.stale}")
+        if to == "folder":
+            write_folder(out, architecture, state, card=card)
+        else:
+            out.mkdir(exist_ok=True)
+            _write_onnx(architecture, state, out / "recognition.onnx", opset, precision, benchmark, tell)
+            write_insightface(out, out / "recognition.onnx", architecture, model_id=out.name, licence=card.data_licence)
+            write_card(out / "README.md", card)
+    tell(f"written: {out}")
+
+
+def finite(state: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Raises UserError for weights that hold NaN or infinity: they are of no use in any format."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{source}: {name} holds NaN or infinity; the model has diverged, take an earlier checkpoint"
+            )
+
+
+def read_rows(source: Path) -> torch.Tensor:
+    """All class rows `[C, d]` of a run or a checkpoint of ours.
+
+    Raises:
+        UserError: it has none.
+    """
+    from lvtrain.training.checkpoint_reader import open_weights
+
+    reader = open_weights(source).reader
+    if "classifier.weight" not in reader.names:
+        raise UserError(f"{source} has no class rows (a self-supervised run)")
+    return reader.rows("classifier.weight", 0, reader.shape("classifier.weight")[0])
+
+
+def _rows_of_ranks(files: Sequence[Path], num_classes: int | None) -> torch.Tensor:
+    parts = []
+    for file in files:
+        rows = read_weights(file).rows
+        if rows is None:
+            raise UserError(f"{file} holds no class rows")
+        parts.append(rows)
+    return merge_rows(parts, num_classes=num_classes)
+
+
+def _write_onnx(
+    architecture: Architecture,
+    state: dict[str, torch.Tensor],
+    out: Path,
+    opset: int,
+    precision: Precision,
+    benchmark: Path | None,
+    tell: Tell,
+) -> None:
+    backbone, size = architecture.create(), architecture.image_size
+    fit(backbone, state)
+    plain = out if precision == "float32" else out.with_suffix(".float32.onnx")
+    tell(f"float32 against torch: {onnx_export.export_onnx(backbone, plain, image_size=size, opset=opset)}")
+    if precision != "float32":
+        (onnx_export.to_float16 if precision == "float16" else onnx_export.to_int8)(plain, out)
+        plain.unlink()
+        parity = onnx_export.compare(backbone, out, image_size=size)
+        tell(f"{precision} against torch: {parity}, {out.stat().st_size / 1e6:.1f} MB")
+    if benchmark is not None:
+        torchs, files = onnx_export.accuracies(backbone, out, benchmark, image_size=size)
+        tell(
+            f"accuracy on {benchmark}: {100 * torchs:.2f}% by torch, {100 * files:.2f}% by the {precision} file ({100 * (files - torchs):+.2f})"
+        )
