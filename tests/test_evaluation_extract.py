@@ -38,6 +38,20 @@ def network() -> torch.nn.Module:
     ).eval()
 
 
+def test_images_are_decoded_upright_and_by_name() -> None:
+    """A camera's note that the picture lies on its side is followed; grey and transparent ones become RGB; others are refused with their name."""
+    picture = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    picture.save(buffer, "PNG", exif=exif)
+    assert np.array_equal(extract.decode(buffer.getvalue(), 8), np.rot90(np.asarray(picture), -1))
+    for mode in ("L", "RGBA", "P", "1"):
+        assert extract.decode(picture.convert(mode), 5).shape == (5, 5, 3)
+    with pytest.raises(UserError, match="face 7 cannot be decoded: no image format"):
+        extract.decode(b"no picture", 8, "face 7")
+
+
 class Counting:
     def __init__(self) -> None:
         self.model, self.shapes = network(), []

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lvtrain.errors import UserError
 
@@ -64,7 +64,7 @@ def decode(image: Any, image_size: int | None, name: str = "an image") -> np.nda
         else:
             picture = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
         wide = picture.mode.startswith(("I", "F"))  # Pillow would clip what is above 255
-        picture = picture.convert("RGB")
+        picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright, as OpenCV and the training data have it
     except UnidentifiedImageError as error:
         raise UserError(f"{name} cannot be decoded: no image format is recognised in it") from error
     except Exception as error:  # a damaged picture fails in any way the decoders can
