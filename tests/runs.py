@@ -124,7 +124,7 @@ def run(
     ranks: int = 1,
     zero: int = 2,
     environment: dict[str, str] | None = None,
-    timeout: float = 1200,  # a hang, not a slow machine
+    timeout: float = 800,  # a hang, not a slow machine
 ) -> int:
     """Runs to the end; the exit status of rank 0, all ranks agreeing on it."""
     processes = start(recipe, *arguments, ranks=ranks, zero=zero, environment=environment)
