@@ -73,7 +73,8 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch:
             size=slurm_tasks,
             local_rank=int(environment.get("SLURM_LOCALID", "0")),
             address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")),
-            port=int(environment.get("MASTER_PORT") or 20000 + int(environment.get("SLURM_JOB_ID", "9500")) % 20000),
+            # below 32768, where systems begin to hand out ports by themselves
+            port=int(environment.get("MASTER_PORT") or 20000 + int(environment.get("SLURM_JOB_ID", "9500")) % 12000),
             launcher="srun",
         )
     return Launch(rank=0, size=1, local_rank=0, address="127.0.0.1", port=0, launcher="python")

@@ -13,10 +13,11 @@ set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 # sbatch runs a copy of this file; the job's record says where the original lies
 [ -f "$here/common.sh" ] || here=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed 's/.* Command=\([^ ]*\).*/\1/' | xargs dirname)
+# before the site's settings, which are meant for larger runs
+export LVTRAIN_NODES=${LVTRAIN_NODES:-2} LVTRAIN_GPUS_PER_NODE=${LVTRAIN_GPUS_PER_NODE:-0} LVTRAIN_TIME=${LVTRAIN_TIME:-00:30:00}
 . "$here/common.sh"
 
 if [[ " $* " != *" data.path="* ]] && [ ! -f data/quickstart/heldout.bin ]; then
     .venv/bin/python tools/synth_faces.py data/quickstart --identities 500 --images 24 --heldout 60 --pairs 3000 --seed 0
 fi
-export LVTRAIN_NODES=${LVTRAIN_NODES:-2} LVTRAIN_GPUS_PER_NODE=${LVTRAIN_GPUS_PER_NODE:-0} LVTRAIN_TIME=${LVTRAIN_TIME:-00:30:00}
 chain lvtrain/recipes/quickstart.yaml ds_configs/zero2.json "$@"

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tools.torture import PRELOADED
+
 
 def _enter(
     rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...], results: Any
@@ -33,9 +35,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
     `function` must be importable (module level). An exception on any rank is raised here with its traceback.
     """
-    # forked from a process that has imported the heavy libraries once and done nothing else: a start costs a tenth of a second, not ten
+    # forked from a process that has imported the heavy libraries once and done nothing else; there is one for all of pytest's process
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "deepspeed", "timm"])
+    context.set_forkserver_preload(PRELOADED)
     # a plain queue would pass tensors by shared memory of processes that may be gone: pass bytes
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:

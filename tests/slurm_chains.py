@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
+from lvtrain.launch.ledger import Ledger
+
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 1500.0  # seconds; a chain is over in three minutes on a free machine
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
 
@@ -33,39 +36,47 @@ def sandbox(folder: Path) -> Iterator[dict[str, str]]:
         name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "LVTRAIN"))
     }
     environment.update(LVTRAIN_SANDBOX=str(folder), PATH=PATH)
-    script = ["bash", str(ROOT / "tools" / "slurm_sandbox.sh")]
-    up = subprocess.run([*script, "up"], env=environment, capture_output=True, text=True)
-    assert up.returncode == 0, up.stderr
-    environment["SLURM_CONF"] = up.stdout.strip().partition("=")[2]
+    script = ROOT / "tools" / "slurm_sandbox.sh"
+    # takes the daemons and jobs down when this process closes the pipe, or is gone, however that happened
+    guard = subprocess.Popen(
+        ["bash", "-c", 'read; exec bash "$0" down', str(script)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert guard.stdin is not None
     try:
-        yield environment
+        up = subprocess.run(["bash", str(script), "up"], env=environment, capture_output=True, text=True, timeout=300)
+        assert up.returncode == 0, up.stderr
+        yield {**environment, "SLURM_CONF": up.stdout.strip().partition("=")[2]}
     finally:
-        subprocess.run([*script, "down"], env=environment, capture_output=True)
+        guard.stdin.close()
+        guard.wait(timeout=120)
         assert not folder.exists()
 
 
 class ChainRun:
-    """A submitted chain, watched through its run folder and Slurm's commands."""
+    """A submitted chain, watched through its run folder and Slurm's commands; it must be over in `PATIENCE` seconds."""
 
     def __init__(self, environment: dict[str, str], run_folder: Path) -> None:
         self.environment, self.run_folder = environment, run_folder
         self.name = f"lvtrain-{run_folder.name}"
+        self.deadline = time.monotonic() + PATIENCE
 
     def command(self, *words: str) -> str:
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, cwd=ROOT, timeout=180)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def ledger(self, event: str | None = None) -> list[dict[str, Any]]:
-        path = self.run_folder / "slurm" / "attempts.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        records = Ledger(self.run_folder / "slurm").read()
         return [record for record in records if event in (None, record["event"])]
 
-    def queue(self) -> list[list[str]]:
-        return [
-            line.split()
-            for line in self.command("squeue", "--noheader", f"--name={self.name}", "--format=%i %T").splitlines()
-        ]
+    def states(self) -> dict[int, str]:
+        """Of this chain's jobs that are in the queue."""
+        rows = self.command("squeue", "--noheader", f"--name={self.name}", "--format=%i %T").splitlines()
+        return {int(job): state for job, state in map(str.split, rows)}
 
     def step(self) -> int:
         found = self.run_folder.glob("checkpoints/step_*/manifest.json")
@@ -75,32 +86,40 @@ class ChainRun:
         """Waits until the phase runs and has committed a checkpoint past this step; returns its job."""
 
         def found() -> bool:
+            assert not (self.run_folder / "slurm" / "stopped.json").exists(), self.story()
             starts = [record for record in self.ledger("start") if record["phase"] == phase]
-            running = {job for job, state in self.queue() if state == "RUNNING"}
-            return bool(starts) and str(starts[-1]["job"]) in running and self.step() > past_step
+            return bool(starts) and self.step() > past_step and self.states().get(starts[-1]["job"]) == "RUNNING"
 
         self.wait(found, f"phase {phase} past step {past_step}")
         return int([record for record in self.ledger("start") if record["phase"] == phase][-1]["job"])
 
-    def shorten(self, job: int) -> None:
-        """A time limit of one minute from the job's start, the shortest there is; Slurm looks at it twice a minute."""
-        self.command("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    def reach_time_limit(self, job: int) -> None:
+        """Its time is up in a moment; Slurm looks at that twice a minute."""
+        self.command("scontrol", "update", f"JobId={job}", "EndTime=now+3")
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 900) -> None:
-        end = time.monotonic() + seconds
+    def wait_until_struck(self, job: int) -> None:
+        """Waits until no task of the job's present attempt is left."""
+
+        def struck() -> bool:
+            ended = any(record["job"] == job for record in self.ledger("end"))
+            return ended or self.states().get(job) not in ("RUNNING", "COMPLETING")
+
+        self.wait(struck, f"the end of job {job}")
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
         while not condition():
-            assert time.monotonic() < end, f"{self.name}: waited {seconds} s in vain for {what}\n{self.story()}"
-            time.sleep(0.2)
+            assert time.monotonic() < self.deadline, f"{self.name}: waited in vain for {what}\n{self.story()}"
+            time.sleep(0.5)
 
-    def wait_until_over(self, seconds: float = 900) -> None:
-        self.wait(lambda: bool(self.ledger()) and not self.queue(), "the end of the chain", seconds)
+    def wait_until_over(self) -> None:
+        self.wait(lambda: bool(self.ledger()) and not self.states(), "the end of the chain")
 
     def story(self) -> str:
         logs = [f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.run_folder.glob("slurm/*.log"))]
-        return "\n".join([*map(json.dumps, self.ledger()), str(self.queue()), *logs])
+        return "\n".join([*map(json.dumps, self.ledger()), str(self.states()), *logs])
 
 
-SMALL = {"nodes": "2", "gpus_per_node": "0", "time": "10", "signal_seconds": "20", "hold_seconds": "1"}
+SMALL = {"nodes": "2", "gpus_per_node": "0", "time": "50", "signal_seconds": "20", "hold_seconds": "1"}
 
 
 def submit(environment: dict[str, str], recipe: Path, run_folder: Path, *words: str, **settings: str) -> ChainRun:

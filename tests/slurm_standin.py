@@ -1,8 +1,7 @@
-"""A trainer in miniature for the chain's protocol: ranks, steps, checkpoints, exit codes, outcome.json, as lvtrain/main.py has them.
+"""A trainer in miniature for the chain's protocol: ranks, steps, checkpoints, exit codes, outcome.json, fault points, as lvtrain/main.py.
 
 It starts in a blink because it does without torch: the ranks talk over one socket. The "model" is a number that depends on every step
-once, in order. STANDIN_FAULT names what goes wrong: `crash:PHASE:STEP` (always at that step), `fatal:PHASE`, `deaf:PHASE` (in the
-phase's first attempt comes to nothing near its end, and hears neither signal nor time limit).
+once, in order. At the fault point `loop.step` the word `fatal` stands for an error that starting again would only repeat.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from pathlib import Path
 
 import yaml
 
-from lvtrain.training import outcome, signals
+from lvtrain.training import faults, outcome, signals
+
+EVERY = 5  # steps from checkpoint to checkpoint
 
 
 class Ranks:
@@ -29,18 +30,23 @@ class Ranks:
         self.rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
         assert size == 2 and os.environ["SLURM_NNODES"] == "2"
         address = (os.environ["MASTER_ADDR"], 20000 + int(os.environ["SLURM_JOB_ID"]))
+        deadline = time.monotonic() + 120
         if self.rank == 0:
             with socket.create_server(address) as server:
+                server.settimeout(120)
                 self.peer, _ = server.accept()
+                self.peer.settimeout(None)
         else:
-            self.peer = self.connect(address)
+            self.peer = self.connect(address, deadline)
         self.lines = self.peer.makefile("r")
 
-    def connect(self, address: tuple[str, int]) -> socket.socket:
+    def connect(self, address: tuple[str, int], deadline: float) -> socket.socket:
         while True:
             try:
                 return socket.create_connection(address)
             except ConnectionRefusedError:
+                if time.monotonic() > deadline:
+                    raise
                 time.sleep(0.05)
 
     def both(self, number: int) -> tuple[int, int]:
@@ -61,27 +67,16 @@ def main() -> int:
     names = [phase["name"] for phase in recipe["phases"]]
     folder = Path(recipe["runs"]) / recipe["name"]
     last = (names.index(given.phase) + 1) * int(recipe["schedule"]["total"].split()[0]) // len(names)
-    fault, _, where = os.environ.get("STANDIN_FAULT", "").partition(":")
-    phase, _, at_step = where.partition(":")
-    fault = fault if phase == given.phase else ""
-
-    first_time = not (folder / f"seen_{given.phase}").exists()
     step, value = restore(folder)
     ranks = Ranks()
-    (folder / f"seen_{given.phase}").touch()
-    if fault == "fatal":
-        return end(folder, ranks, "fatal", given.phase, step, "the recipe asks for the impossible")
     while step < last:
-        while fault == "deaf" and first_time and step == last - 5:
-            time.sleep(1)
+        if faults.point("loop.step", rank=ranks.rank, step=step) == "fatal":
+            return end(folder, ranks, "fatal", given.phase, step, "the recipe asks for the impossible")
         contribution = sum(ranks.both(step + ranks.rank))
         value = hashlib.sha256(f"{value}{step}{given.phase}{contribution}".encode()).hexdigest()
         step += 1
-        time.sleep(float(os.environ.get("STANDIN_STEP_SECONDS", "0.05")))
-        if fault == "crash" and step == int(at_step) and ranks.rank == 1:
-            return 3
         stop = any(ranks.both(int(signals.received() is not None)))
-        if stop or step % 20 == 0 or step == last:
+        if stop or step % EVERY == 0 or step == last:
             save(folder, ranks, step, value)
         if stop and step < last:
             return end(folder, ranks, "requeue", given.phase, step, "a signal")

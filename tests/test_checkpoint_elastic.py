@@ -14,6 +14,7 @@ import torch
 
 from lvtrain.errors import UserError
 from lvtrain.state import Replicated, Rows, State
+from lvtrain.training import checkpoint_layout as layout
 from lvtrain.training.checkpoint import Checkpoints
 from lvtrain.training.checkpoint_layout import describe, plan
 from lvtrain.training.lease import Lease, Lost, hold
@@ -65,6 +66,21 @@ def test_rows_go_through_any_number_of_ranks(tmp_path: Path) -> None:
         ["rank_00000.safetensors", "rank_00001.safetensors"],
         ["rank_00001.safetensors", "rank_00002.safetensors"],
     ]
+
+
+def _with_a_stale_listing(rank: int, size: int, folder: str) -> int | None:
+    if rank == 1:
+        layout.committed = lambda _: []
+    world = World(rank, size, rank, torch.device("cpu"))
+    run = Path(folder)
+    with hold(run, world) as lease, Checkpoints(run, world, run_id="r", fingerprint="f", lease=lease) as checkpoints:
+        found = checkpoints.newest()
+    return found and found.step
+
+
+def test_a_rank_whose_file_system_lags_follows_rank_0(tmp_path: Path) -> None:
+    run_ranks(1, _pass_on, str(tmp_path), 5)
+    assert run_ranks(2, _with_a_stale_listing, str(tmp_path / "11")) == [5, 5]
 
 
 def test_ranks_that_disagree_are_found_before_anything_is_written() -> None:

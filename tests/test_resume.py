@@ -9,19 +9,25 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lvtrain.main import main
+from lvtrain.training import faults, outcome
 from lvtrain.training.lease import hold
 from lvtrain.world import World
 from tests.conftest import ROOT
+from tests.ranks import run_ranks
 from tests.runs import events, free_port, metrics, recipe_file
 from tools.torture import contents, end, rows, start
 
 TOTAL = 18  # phases of 4 and 4 steps and the rest; an epoch ends at 15
+Peaceful = Callable[[int, int], Path]
 
 
 def go(recipe: Path, size: int, zero: int, fault: str = "", *more: str) -> list[int | None]:
@@ -43,52 +49,74 @@ def folder_of(recipe: Path) -> Path:
     return recipe.parent / "runs" / "tiny"
 
 
+@pytest.fixture(scope="module")
+def peaceful(tiny_faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Peaceful:
+    """The recipe of a run nobody disturbed, by ranks and ZeRO stage; each is made once."""
+
+    @cache
+    def recipe_of(size: int, zero: int) -> Path:
+        recipe = make(tmp_path_factory.mktemp(f"peaceful_{size}_{zero}_"), tiny_faces)
+        assert go(recipe, size, zero) == [0] * size, said(recipe)[-2000:]
+        return recipe
+
+    return recipe_of
+
+
 def differing(left: Path, right: Path) -> list[str]:
     ours, theirs = contents(folder_of(left)), contents(folder_of(right))
     return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 
 
-def disturb(recipe: Path, zero: int, faults: list[str]) -> None:
+def disturb(recipe: Path, zero: int, blows: list[str]) -> None:
     """Starts the run again and again, each time with the next fault, then to its end."""
-    for fault in faults:
+    for fault in blows:
         codes = go(recipe, 2, zero, fault)
         wanted = 75 if fault.endswith("sigterm") else -9
         assert wanted in codes, f"{fault}: {codes}\n{said(recipe)[-2000:]}"
     assert go(recipe, 2, zero) == [0, 0], said(recipe)[-2000:]
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_resume_is_bitwise(tiny_faces: Path, tmp_path: Path, zero: int) -> None:
-    """A request to stop in the second phase, a kill just past the epoch's end: weights, moments, rows, banks, EMA, BatchNorm, metrics."""
-    peaceful, disturbed = make(tmp_path / "a", tiny_faces), make(tmp_path / "b", tiny_faces)
-    assert go(peaceful, 2, zero) == [0, 0], said(peaceful)[-2000:]
-    disturb(disturbed, zero, ["loop.step:0:5:sigterm", "loop.step:1:16:sigkill"])
-    names = contents(folder_of(peaceful))
+@pytest.mark.parametrize(
+    ("zero", "blows"),
+    [
+        (1, ["loop.step:0:5:sigterm", "loop.step:1:16:sigkill"]),
+        (2, ["save.mid_file:1:6:sigterm", "loop.step:1:16:sigkill"]),
+        (3, ["loop.step:0:5:sigkill", "load.begin:1:*:sigterm", "loop.step:1:16:sigkill"]),
+    ],
+)
+def test_resume_is_bitwise(
+    tiny_faces: Path, tmp_path: Path, peaceful: Peaceful, zero: int, blows: list[str]
+) -> None:
+    """Asked to stop in the second phase (in a step, a save, a load), killed just past the epoch's end: weights, moments, rows, banks,
+    EMA, BatchNorm, metrics."""
+    disturbed = make(tmp_path, tiny_faces)
+    disturb(disturbed, zero, blows)
+    names = contents(folder_of(peaceful(2, zero)))
     assert {"classifier.weight", "classifier.expectation", "backbone.adam_step"} <= names.keys()
     assert any(name.startswith("ema.") for name in names) and any("running_var" in name for name in names)
     assert f"metrics of step {TOTAL}" in names
-    assert not differing(peaceful, disturbed)
-    assert [row["step"] for row in events(folder_of(disturbed), "resume")][1] in (12, 15)
+    assert not differing(peaceful(2, zero), disturbed)
+    assert [row["step"] for row in events(folder_of(disturbed), "resume")][-1] in (12, 15)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_resume_from_every_step_is_bitwise(tiny_faces: Path, tmp_path: Path, zero: int) -> None:
-    peaceful, disturbed = make(tmp_path / "a", tiny_faces), make(tmp_path / "b", tiny_faces)
-    assert go(peaceful, 2, zero) == [0, 0], said(peaceful)[-2000:]
+def test_resume_from_every_step_is_bitwise(tiny_faces: Path, tmp_path: Path, peaceful: Peaceful, zero: int) -> None:
+    disturbed = make(tmp_path, tiny_faces)
     # asked to stop in step k, ranks agree one step later, so every second step
     disturb(disturbed, zero, [f"loop.step:1:{step}:sigterm" for step in range(0, TOTAL - 2, 2)])
-    assert not differing(peaceful, disturbed)
+    assert not differing(peaceful(2, zero), disturbed)
 
 
-def test_resume_on_other_ranks_and_another_stage_trains_alike(tiny_faces: Path, tmp_path: Path) -> None:
+def test_resume_on_other_ranks_and_another_stage_trains_alike(
+    tiny_faces: Path, tmp_path: Path, peaceful: Peaceful
+) -> None:
     """2 ranks ZeRO-2 -> 1 rank ZeRO-1 -> 4 ranks ZeRO-3 -> 2 ranks ZeRO-2, through phase changes, without a conversion step."""
-    peaceful, wandering = make(tmp_path / "a", tiny_faces), make(tmp_path / "b", tiny_faces)
-    assert go(peaceful, 2, 2) == [0, 0], said(peaceful)[-2000:]
+    wandering = make(tmp_path, tiny_faces)
     for size, zero, step in ((2, 2, 2), (1, 1, 6), (4, 3, 10)):
         assert go(wandering, size, zero, f"loop.step:0:{step}:sigterm") == [75] * size, said(wandering)[-2000:]
     assert go(wandering, 2, 2) == [0, 0], said(wandering)[-2000:]
-    ours, theirs = metrics(folder_of(wandering)), metrics(folder_of(peaceful))
+    ours, theirs = metrics(folder_of(wandering)), metrics(folder_of(peaceful(2, 2)))
     assert [row["samples_seen"] for row in ours] == [row["samples_seen"] for row in theirs]
     changed = events(folder_of(wandering), "resume")[0]["step"]  # the first step on another number of ranks starts from the same bits
     for row, reference in zip(ours, theirs):
@@ -96,9 +124,8 @@ def test_resume_on_other_ranks_and_another_stage_trains_alike(tiny_faces: Path, 
         assert row["loss"] == pytest.approx(reference["loss"], rel=tolerance), row["step"]
 
 
-def test_damage_falls_back_and_ends_with_the_same_bits(tiny_faces: Path, tmp_path: Path) -> None:
-    peaceful, disturbed = make(tmp_path / "a", tiny_faces), make(tmp_path / "b", tiny_faces)
-    assert go(peaceful, 1, 2) == [0], said(peaceful)[-2000:]
+def test_damage_falls_back_and_ends_with_the_same_bits(tiny_faces: Path, tmp_path: Path, peaceful: Peaceful) -> None:
+    disturbed = make(tmp_path, tiny_faces)
     assert go(disturbed, 1, 2, "loop.step:0:14:sigkill") == [-9]
     newest = max((folder_of(disturbed) / "checkpoints").glob("step_*"))
     data = bytearray((newest / "rank_00000.safetensors").read_bytes())
@@ -106,7 +133,7 @@ def test_damage_falls_back_and_ends_with_the_same_bits(tiny_faces: Path, tmp_pat
     (newest / "rank_00000.safetensors").write_bytes(data)
     assert go(disturbed, 1, 2) == [0], said(disturbed)[-2000:]
     assert "was altered" in said(disturbed)
-    assert not differing(peaceful, disturbed)
+    assert not differing(peaceful(1, 2), disturbed)
     # with nothing valid left there is an error, and no fresh start
     for folder in (folder_of(disturbed) / "checkpoints").glob("step_*"):
         (folder / "manifest.json").write_text("{}")
@@ -114,22 +141,54 @@ def test_damage_falls_back_and_ends_with_the_same_bits(tiny_faces: Path, tmp_pat
     assert "none is valid" in said(disturbed)
 
 
-def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path) -> None:
+def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path, peaceful: Peaceful) -> None:
     """Once: skipped on all ranks alike. Three times in a row: the run stops with a checkpoint from before them, and goes on from there."""
-    peaceful, once, thrice = (make(tmp_path / name, tiny_faces) for name in "abc")
+    once, thrice = (make(tmp_path / name, tiny_faces) for name in "ab")
     assert go(once, 2, 2, "loop.outputs:1:6:nan") == [0, 0], said(once)[-2000:]
     assert [row["step"] for row in events(folder_of(once), "nonfinite")] == [6]
     assert go(thrice, 2, 2, ";".join(f"loop.outputs:0:{step}:nan" for step in (10, 11, 12))) == [2, 2]
     assert "not finite in 3 steps in a row from step 10" in said(thrice)
     assert go(thrice, 2, 2) == [0, 0], said(thrice)[-2000:]
     assert [row["step"] for row in events(folder_of(thrice), "resume")] == [10]
-    assert go(peaceful, 2, 2) == [0, 0], said(peaceful)[-2000:]
-    assert not [name for name in differing(peaceful, thrice) if not name.startswith("metrics")]
+    assert not [name for name in differing(peaceful(2, 2), thrice) if not name.startswith("metrics")]
+
+
+def _blinded(rank: int, size: int, arguments: list[str], stop_after: int | None) -> int:
+    """A rank whose outputs are not finite in three steps from step 10, but not when it comes there again."""
+    last, came_back = 0, False
+
+    def point(name: str, *, rank: int, step: int) -> str | None:
+        nonlocal last, came_back
+        if name == "loop.step":
+            last, came_back = step, came_back or step < last
+            if step == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return "nan" if name == "loop.outputs" and rank == 0 and step in (10, 11, 12) and not came_back else None
+
+    faults.point = point
+    return main(arguments)
+
+
+def test_a_roll_back_skips_a_stretch_of_data(tiny_faces: Path, tmp_path: Path) -> None:
+    """From the last checkpoint, past the data that was read since; stopped and resumed after it too; and not for ever."""
+    through, stopped, hopeless = (make(tmp_path / name, tiny_faces, safety={"rollback": True}) for name in "abc")
+    for recipe, stop_after, code in ((through, None, 0), (stopped, 16, 75)):
+        arguments = ["--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json"]
+        assert run_ranks(2, _blinded, arguments, stop_after) == [code, code]
+        (back,) = events(folder_of(recipe), "rollback")
+        assert (back["to_step"], back["data_skip"]) == (9, 4 * 16)
+    assert go(stopped, 2, 2) == [0, 0], said(stopped)[-2000:]
+    assert [row["step"] for row in metrics(folder_of(through))] == list(range(1, TOTAL + 1))
+    assert not differing(through, stopped)
+    assert go(hopeless, 2, 2, ";".join(f"loop.outputs:0:{step}:nan" for step in (10, 11, 12))) == [2, 2]
+    assert "3 roll-backs to step 9 did not get past it" in said(hopeless)
 
 
 def test_a_second_job_is_fenced_off_before_it_touches_anything(tiny_faces: Path, tmp_path: Path) -> None:
+    """Of a run that stopped because its time was over."""
     recipe = make(tmp_path, tiny_faces)
-    assert go(recipe, 1, 2, "loop.step:0:5:sigterm") == [75], said(recipe)[-2000:]
+    assert go(recipe, 1, 2, "", "--max-time", "0.001") == [75], said(recipe)[-2000:]
+    assert "end of the allotted time" in str(outcome.read(folder_of(recipe)))
     watched = ("recipe.yaml", "run.json", "outcome.json", "events.jsonl", "environment.json")
     before = {name: (folder_of(recipe) / name).read_bytes() for name in watched}
     with hold(folder_of(recipe), World(0, 1, 0, torch.device("cpu"))):
@@ -139,44 +198,44 @@ def test_a_second_job_is_fenced_off_before_it_touches_anything(tiny_faces: Path,
     assert go(recipe, 1, 2) == [0], said(recipe)[-2000:]
 
 
-def test_stopped_and_resumed_through_deepspeeds_launcher(tiny_faces: Path, tmp_path: Path) -> None:
+def test_stopped_and_resumed_through_deepspeeds_launcher(tiny_faces: Path, tmp_path: Path, peaceful: Peaceful) -> None:
     """Ctrl-C, then SIGTERM to `deepspeed` and all it started: each time saved at one step, and ended with the bits of an undisturbed run."""
-    peaceful, disturbed = make(tmp_path / "a", tiny_faces), make(tmp_path / "b", tiny_faces)
-    assert go(peaceful, 2, 2) == [0, 0], said(peaceful)[-2000:]
+    disturbed = make(tmp_path, tiny_faces)
 
-    def launch(step: int, number: signal.Signals | None = None) -> str:
-        """Runs the launcher; the ranks wait at `step` until they have been sent the signal. Returns what was said."""
-        hold_file, log = tmp_path / f"hold_{step}", tmp_path / f"launcher_{step}.txt"
+    def launch(step: int, number: signal.Signals) -> str:
+        """Runs the launcher; the ranks wait at `step` until they are asked to stop, by this signal. Returns what was said."""
+        log = tmp_path / f"launcher_{step}.txt"
         command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "lvtrain/main.py"]
         command += ["--recipe", str(disturbed), "--ds_config", "ds_configs/zero2.json"]
-        settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        if number is not None:
-            hold_file.touch()
-            settings["LVTRAIN_FAULT"] = f"loop.step:*:{step}:hold={hold_file}"
+        settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LVTRAIN_FAULT": f"loop.step:*:{step}:asked"}
         with log.open("w") as file:
             # a session of its own, so that a signal reaches exactly the launcher and all it started
             job = subprocess.Popen(
                 command, cwd=ROOT, env=os.environ | settings, stdout=file, stderr=file, start_new_session=True
             )
-        if number is not None:
-            try:
-                while len(rows(folder_of(disturbed))) < step:
-                    assert job.poll() is None, log.read_text()[-2000:]
-                    time.sleep(0.1)
-                os.killpg(job.pid, number)
-                time.sleep(1.0)  # noted by ranks that wait at their step
-            finally:
-                hold_file.unlink()
-        job.wait(300)
-        while not over(job.pid):  # the launcher's front end ends before the ranks it started
-            time.sleep(0.1)
+        try:
+            wait_for(lambda: len(rows(folder_of(disturbed))) >= step or job.poll() is not None, log)
+            assert job.poll() is None, log.read_text()[-2000:]
+            os.killpg(job.pid, number)
+            job.wait(300)
+            wait_for(lambda: over(job.pid), log)  # the launcher's front end ends before the ranks it started
+        finally:
+            if not over(job.pid):
+                os.killpg(job.pid, signal.SIGKILL)
         return log.read_text()
 
     assert "stopping after this step" in launch(5, signal.SIGINT)
     assert "SIGTERM, seen after step" in launch(10, signal.SIGTERM)
-    text = launch(TOTAL)
-    assert "the schedule is complete" in text, text[-2000:]
-    assert len(events(folder_of(disturbed), "stop")) == 2 and not differing(peaceful, disturbed)
+    assert len(events(folder_of(disturbed), "stop")) == 2
+    assert go(disturbed, 2, 2) == [0, 0], said(disturbed)[-2000:]
+    assert not differing(peaceful(2, 2), disturbed)
+
+
+def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 300.0) -> None:
+    end_of_patience = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end_of_patience, log.read_text()[-3000:]
+        time.sleep(0.1)
 
 
 def over(group: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -364,7 +365,9 @@ def test_a_slurm_that_cannot_be_asked_stops_the_chain(world: World) -> None:
     world.slurm.refuse = lambda command: command[:3] == ["scontrol", "show", "job"]
     assert world.attempt("alignment", world.ends("done", 40)) == 1
     stopped = world.stopped()
-    assert stopped is not None and stopped["reason"].startswith("job 7 could not start phase alignment: scontrol does not know")
+    assert stopped is not None and stopped["reason"].startswith(
+        "job 7 could not start phase alignment: scontrol does not know"
+    )
 
 
 def test_a_link_leaves_the_rest_to_the_next(links: World) -> None:
@@ -637,6 +640,37 @@ def test_the_attempt_needs_the_standard_library_alone() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
-def test_scripts_are_shell(script: Path) -> None:
-    subprocess.run(["bash", "-n", str(script)], check=True)
+SCRIPTS = {
+    "pco_vitl.sh": (8, "pco_vitl_webface42m"),
+    "pco_vith.sh": (8, "pco_vith_webface42m"),
+    "pco_vitb.sh": (4, "pco_vitb_glint360k"),
+    "cluster.sh": (1, "cluster_vitb_webface4m"),
+    "quickstart.sh": (2, "quickstart"),
+    "recipe.sh": (1, "pco_vitl_webface42m"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_submits_its_recipe_with_the_settings_of_the_site(script: str, tmp_path: Path) -> None:
+    """On a login node where sbatch takes everything. What is given at submission wins over the site's file."""
+    for program, says in (("sbatch", "77"), ("squeue", "")):
+        (tmp_path / program).write_text(f"#!/bin/sh\necho {says}\n")
+        (tmp_path / program).chmod(0o755)
+    example = (ROOT / "slurm" / "site.env.example").read_text()
+    (tmp_path / "site.env").write_text(f'{example}\n: "${{LVTRAIN_MODULES:=cuda/13.0}}"\n')
+    settings = {"LVTRAIN_SITE": str(tmp_path / "site.env"), "LVTRAIN_ACCOUNT": "faces", "LVTRAIN_TIME": "02:00:00"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "LVTRAIN"))}
+    environment |= settings | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LVTRAIN_LAUNCH_PYTHON": sys.executable}
+    nodes, recipe = SCRIPTS[script]
+    any_recipe = [f"lvtrain/recipes/{recipe}.yaml", "ds_configs/zero1.json"] if script == "recipe.sh" else []
+    command = ["bash", str(ROOT / "slurm" / script), *any_recipe, "name=it", f"runs={tmp_path}", "data.path=/faces"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0 and "scancel --name=lvtrain-it" in done.stdout, done.stderr
+    chain = load_chain(tmp_path / "it")
+    assert Path(chain.recipe).read_text() == (ROOT / "lvtrain" / "recipes" / f"{recipe}.yaml").read_text()
+    assert chain.home == str(ROOT) and chain.overrides[-1] == "data.path=/faces"
+    text = chain.script(chain.phases[0]).read_text()
+    gpus = ["--ntasks-per-node=1"] if script == "quickstart.sh" else ["--ntasks-per-node=8", "--gpus-per-node=8"]
+    for option in (f"--nodes={nodes}", *gpus, "--partition=gpu", "--account=faces", "--time=02:00:00"):
+        assert f"#SBATCH {option}\n" in text
+    assert f". {tmp_path}/site.env; set +a" in text and "\nmodule load cuda/13.0\n" in text

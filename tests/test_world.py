@@ -32,6 +32,7 @@ def test_srun_variables() -> None:
     }
     found = world.launch(environment)
     assert (found.rank, found.size, found.local_rank, found.address, found.launcher) == (5, 8, 1, "gpu003", "srun")
+    assert found.port == 20077
     with pytest.raises(UserError, match="contradicts"):
         world.launch(environment | {"WORLD_SIZE": "1"})
 

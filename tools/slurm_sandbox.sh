@@ -27,9 +27,11 @@ held = [socket.create_server(('127.0.0.1', 0)) for _ in range($nodes + 1)]
 print(*(each.getsockname()[1] for each in held))")
     read -r -a ports <<<"$ports"
     mkdir -p "$folder/state" "$folder/logs" "$folder/spool"
-    # Four CPUs a node whatever is there (config_overrides), so that a few small chains run side by side.
+    # Eight CPUs a node whatever is there (config_overrides), so that a few small chains run side by side.
     # cred_expire also is how long a requeued job waits before it may start again: 2 minutes by default.
     # job_time_limit is looked at twice a minute whatever is set here, so limits bite up to 30 s late.
+    # Jobs choose ports by their ids, so ids of sandboxes side by side begin apart.
+    # The long timeouts are for machines that are busy with other things.
     cat >"$folder/slurm.conf" <<END
 ClusterName=sandbox
 SlurmctldHost=$(hostname -s)(127.0.0.1)
@@ -59,16 +61,20 @@ SchedulerParameters=bf_interval=2,sched_interval=2,sched_min_interval=0,batch_sc
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
-SlurmctldTimeout=30
-SlurmdTimeout=30
-KillWait=5
-MinJobAge=600
+SlurmctldTimeout=120
+SlurmdTimeout=300
+MessageTimeout=60
+TCPTimeout=30
+BatchStartTimeout=120
+KillWait=10
+MinJobAge=7200
+FirstJobId=$((1 + RANDOM % 12000))
 DisableRootJobs=NO
 END
     local i
     for ((i = 0; i < nodes; i++)); do
         echo "NodeName=n$i NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=${ports[$((i + 1))]}" \
-            "CPUs=4 RealMemory=8000 State=UNKNOWN" >>"$folder/slurm.conf"
+            "CPUs=8 RealMemory=8000 State=UNKNOWN" >>"$folder/slurm.conf"
     done
     local all="n[0-$((nodes - 1))]"
     echo "PartitionName=main Nodes=$all Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=20" >>"$folder/slurm.conf"
@@ -99,11 +105,11 @@ up() {
         mkdir -p "$folder/spool/n$i"
         slurmd -c -N "n$i" >>"$folder/logs/start.log" 2>&1
     done
-    for ((i = 0; i < 150; i++)); do
+    for ((i = 0; i < 600; i++)); do
         [ "$(sinfo --noheader --Node --partition=main --states=idle --format=%N 2>/dev/null | wc -l)" = "$nodes" ] && break
         sleep 0.2
     done
-    if [ "$i" = 150 ]; then
+    if [ "$i" = 600 ]; then
         say "the nodes did not come up; last words:"
         tail -n 5 "$folder"/logs/*.log "$folder/munged.log" >&2 || true
         down
@@ -136,6 +142,12 @@ down() {
         sleep 0.1
     done
     [ ${#pids[@]} = 0 ] || kill -KILL "${pids[@]}" 2>/dev/null || true
+    # tasks of jobs that could not be cancelled any more
+    for file in /proc/[0-9]*/environ; do
+        if grep -qzx "SLURM_CONF=$folder/slurm.conf" "$file" 2>/dev/null && grep -qz '^SLURM_JOB_ID=' "$file" 2>/dev/null; then
+            kill -KILL "$(basename "$(dirname "$file")")" 2>/dev/null || true
+        fi
+    done
     rm -rf "$folder"
     say "down"
 }

@@ -3,7 +3,7 @@
 Points are named where they stand in the code, e.g. `save.mid_file`, `loop.step`. Actions:
 
 - `sigkill`, `sigstop`, `sigterm`, `sigusr2`: that signal to this process;
-- `sleep=SECONDS`;  `hold=FILE`: waits, deaf to agreed stops, for as long as that file exists;
+- `asked`: waits until this process has been asked to stop;  `hold=FILE`: waits, deaf to that, for as long as that file exists;
 - `raise`: a RuntimeError;  `enospc`, `eio`, `erofs`: an OSError of that number;
 - any other word is returned to the caller, which knows what to do with it (`nan` at `loop.loss`).
 
@@ -16,6 +16,8 @@ import errno
 import os
 import signal
 import time
+
+from lvtrain.training import signals
 
 VARIABLE = "LVTRAIN_FAULT"
 _SIGNALS = {"sigkill": signal.SIGKILL, "sigstop": signal.SIGSTOP, "sigterm": signal.SIGTERM, "sigusr2": signal.SIGUSR2}
@@ -46,7 +48,8 @@ def _act(action: str, fault: str) -> str | None:
         while os.path.exists(action.removeprefix("hold=")):
             time.sleep(0.05)
         return None
-    if action.startswith("sleep="):
-        time.sleep(float(action.removeprefix("sleep=")))
+    if action == "asked":
+        while signals.received() is None:
+            time.sleep(0.05)
         return None
     return action

@@ -91,7 +91,7 @@ def _train(
         raise
     except UserError as error:
         telemetry.event("error", reason=str(error))
-        ending = Ending("fatal", 0, only_phase, str(error))
+        ending = Ending("fatal", outcome.committed_step(folder), only_phase, str(error))
         raise
     finally:
         telemetry.close()

@@ -19,6 +19,8 @@ from lvtrain.training.run import Run
 from lvtrain.training.schedule import learning_rate
 from lvtrain.training.telemetry import Telemetry
 
+_ROLLBACKS = 3  # to one checkpoint: what is not finite after that is not a stretch of bad data
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -66,6 +68,7 @@ def train(
         run.recipe.schedule, run.recipe.optimizer.lr, phases=phases, samples_per_epoch=len(run.dataset)
     )
     data_skip = position.data_skip
+    gone_back_to: list[int] = []
     while True:
         index = position.phase_index + int(position.phase_over)
         if index >= len(phases) or (position.phase_over and position.samples_seen >= rate.total):
@@ -83,6 +86,12 @@ def train(
                 raise UserError(
                     "the loss is not finite and there is no checkpoint to go back to; lower optimizer.lr or lengthen schedule.warmup"
                 ) from back
+            if gone_back_to.count(found.step) == _ROLLBACKS:
+                raise UserError(
+                    f"the loss is not finite whatever data is skipped: {_ROLLBACKS} roll-backs to step {found.step} did not get past it; "
+                    "lower optimizer.lr, or go on from an earlier checkpoint by removing later ones"
+                ) from back
+            gone_back_to.append(found.step)
             position = Position(**found.meta["position"])
             data_skip = back.position.stream - position.samples_seen
             telemetry.event("rollback", step=back.position.step, to_step=position.step, data_skip=data_skip)
