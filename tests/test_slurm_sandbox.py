@@ -18,7 +18,7 @@ import pytest
 from tests.slurm_chains import ChainRun, sandbox, sbatch_quickstart, submit
 from tools import torture
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]  # longer than a chain may take, which then tells its story
 PHASES = ("alignment", "stabilisation", "refinement")
 STEPS = 30
 FIRST, SECOND, THIRD = 5, 15, 25  # a step in each phase, at which a checkpoint has just been saved
