@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from lvtrain import recipe as recipes
+    from lvtrain import recipe_files as recipes
     from lvtrain.training.checks import check_before_start, open_dataset
 
     recipe = recipes.load(options.recipe, options.overrides)

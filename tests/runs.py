@@ -1,12 +1,14 @@
-"""Starts the real front door, `lvtrain/main.py`, on a small recipe, as a user would: one process a rank; and the tools in this process."""
+"""Starts the real front door, `lvtrain.main.main`, on a small recipe, one process a rank; and the tools in this process.
+
+The ranks are forked from a process that has imported the libraries once (`tools/torture.py`), because importing them costs more than the training.
+Started by `deepspeed`, by `srun` and as a plain file it is in tests/test_main_errors.py, test_resume.py and test_slurm_sandbox.py.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tests.conftest import ROOT
+from tools.torture import start
 
 # 240 images, global batch 16 = 4 virtual micro-batches of 4: an epoch is 15 steps, the phases are entered by length
 TINY: dict[str, Any] = {
@@ -75,49 +78,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(
-    recipe: Path, *arguments: str, ranks: int = 1, zero: int = 2, environment: dict[str, str] | None = None
-) -> list[subprocess.Popen[str]]:
-    """One process a rank, as torchrun and srun start them; output goes to `recipe`'s folder, `rank_N.log`."""
-    port = free_port()
-    command = [
-        sys.executable,
-        "lvtrain/main.py",
-        "--recipe",
-        str(recipe),
-        "--ds_config",
-        f"ds_configs/zero{zero}.json",
-        *arguments,
-    ]
-    processes = []
-    for rank in range(ranks):
-        variables = {
-            "RANK": rank,
-            "WORLD_SIZE": ranks,
-            "LOCAL_RANK": rank,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": 1,
-        }
-        log = open(recipe.parent / f"rank_{rank}.log", "a")  # noqa: SIM115
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    **{k: str(v) for k, v in variables.items()},
-                    "DS_ACCELERATOR": "cpu",
-                    **(environment or {}),
-                },
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    return processes
-
-
 def run(
     recipe: Path,
     *arguments: str,
@@ -126,10 +86,15 @@ def run(
     environment: dict[str, str] | None = None,
     timeout: float = 800,  # a hang, not a slow machine
 ) -> int:
-    """Runs to the end; the exit status of rank 0, all ranks agreeing on it."""
-    processes = start(recipe, *arguments, ranks=ranks, zero=zero, environment=environment)
-    codes = [process.wait(timeout) for process in processes]
-    assert len(set(codes)) == 1, f"ranks ended differently: {codes}\n{output(recipe)}"
+    """Runs to the end; the exit status of rank 0, all ranks agreeing on it. What they print goes to `log.txt` beside the recipe."""
+    front_door = ["--recipe", str(recipe), "--ds_config", f"ds_configs/zero{zero}.json", *arguments]
+    processes = start(ranks, front_door, recipe.parent / "log.txt", environment)
+    for process in processes:
+        process.join(timeout)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes[0] is not None and len(set(codes)) == 1, f"ranks ended differently: {codes}\n{output(recipe)}"
     return codes[0]
 
 
@@ -147,7 +112,7 @@ def tool(name: str, *arguments: object) -> Result:
 
 
 def output(recipe: Path) -> str:
-    return "\n".join(path.read_text() for path in sorted(recipe.parent.glob("rank_*.log")))
+    return (recipe.parent / "log.txt").read_text()
 
 
 def metrics(run_folder: Path) -> list[dict[str, Any]]:

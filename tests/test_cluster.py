@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvtrain import recipe as recipes
+from lvtrain import recipe_files as recipes
 from lvtrain.errors import UserError
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.cluster import ClusterMethod
+from lvtrain.recipe import Recipe
 from lvtrain.state import Replicated, Rows, State
 from tests.ranks import run_ranks
 
@@ -40,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_recipe(**settings: Any) -> recipes.Recipe:
+def make_recipe(**settings: Any) -> Recipe:
     settings = dict(settings)
     rate = settings.pop("sample_rate", 1.0)
     margin = settings.pop("margin", {"name": "arcface", "scale": SCALE})

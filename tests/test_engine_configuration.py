@@ -29,7 +29,7 @@ def test_the_files_of_the_project_resolve(path: Path) -> None:
 
 def test_precision_and_communication_are_the_recipes() -> None:
     def resolve(**optimizer: Any) -> dict[str, Any]:
-        return resolve_ds_config({}, optimizer=Optimizer(**optimizer))
+        return resolve_ds_config({"zero_optimization": {}}, optimizer=Optimizer(**optimizer))
 
     assert "lower_precision_safe_modules" not in resolve(gradient_communication="bfloat16")["torch_autocast"]
     assert "torch_autocast" not in resolve(precision="float32")
@@ -50,6 +50,7 @@ def test_precision_and_communication_are_the_recipes() -> None:
         ({"communication_data_type": "bf16"}, "gradient_communication is float32"),
         ({"optimizer": {"type": "Lion"}}, "the recipe's optimizer section"),
         ({"scheduler": {"type": "WarmupLR"}}, "the recipe's schedule section"),
+        ({"zero_optimisation": {"stage": 3}}, "no zero_optimization section"),
         ({"zero_optimization": {"stage": 4}}, "not 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, 'only "cpu"'),
     ],
@@ -68,11 +69,13 @@ def test_agreement_and_auto_are_accepted(tmp_path: Path) -> None:
                 "gradient_accumulation_steps": "auto",
                 "gradient_clipping": "auto",
                 "bf16": {"enabled": False},
+                "zero_optimization": {},
             }
         )
     )
     config = resolve_ds_config(path, optimizer=Optimizer(), phases=[PHASE], world_size=2)
     assert not config.keys() & {"train_batch_size", "gradient_accumulation_steps", "bf16"}
+    assert config["zero_optimization"]["stage"] == 1
     path.write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         resolve_ds_config(path, optimizer=Optimizer())

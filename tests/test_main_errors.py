@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,22 +11,39 @@ from pathlib import Path
 
 import pytest
 
+from lvtrain.data.index import IndexWriter
+from lvtrain.main import main
 from tests.conftest import ROOT
-from tests.runs import recipe_file
+from tests.runs import free_port, recipe_file
 
 
-def attempt(recipe: Path, *arguments: str, ds_config: str = "ds_configs/zero2.json", **environment: str) -> str:
-    import os
+class FrontDoor:
+    """`lvtrain/main.py` called in this process: what it refuses here, it refuses before it has started anything."""
 
-    command = [sys.executable, "lvtrain/main.py", "--recipe", str(recipe), "--ds_config", ds_config, *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
-    )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("lvtrain: error:")]
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.strip().splitlines()[-1] == lines[0], "the error is the last line"
-    return lines[0]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+        monkeypatch.chdir(ROOT)
+
+    def refuses(self, recipe: Path, *arguments: str, ds_config: str = "ds_configs/zero2.json", ranks: int = 1) -> str:
+        """The one line of the refusal, started as the first of `ranks`."""
+        if ranks > 1:
+            for name, value in {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}.items():
+                self.monkeypatch.setenv(name, value)
+        status = main(["--recipe", str(recipe), "--ds_config", ds_config, *arguments])
+        return refusal(status, self.capfd.readouterr().err, recipe)
+
+
+def refusal(status: int, stderr: str, recipe: Path) -> str:
+    assert status == 2, stderr
+    line = stderr.strip().splitlines()[-1]
+    assert line.startswith("lvtrain: error: ") and stderr.count("lvtrain: error:") == 1 and "Traceback" not in stderr, stderr
+    assert not list((recipe.parent / "runs").rglob("*.safetensors"))
+    return line
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> FrontDoor:
+    return FrontDoor(monkeypatch, capfd)
 
 
 @pytest.fixture
@@ -34,64 +52,85 @@ def copy(tiny_faces: Path, tmp_path: Path) -> Path:
     return tmp_path / "train"
 
 
-def test_typo_in_a_recipe_key(tiny_faces: Path, tmp_path: Path) -> None:
-    assert "did you mean 'optimizer'?" in attempt(recipe_file(tmp_path, tiny_faces / "train"), "optimzer.lr=1")
+def test_typo_in_a_recipe_key(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
+    assert "did you mean 'optimizer'?" in door.refuses(recipe_file(tmp_path, tiny_faces / "train"), "optimzer.lr=1")
 
 
-def test_num_classes_smaller_than_a_label(tiny_faces: Path, tmp_path: Path) -> None:
-    line = attempt(recipe_file(tmp_path, tiny_faces / "train"), "data.num_classes=10")
-    assert "num_classes" in line and "24" in line
+def test_num_classes_smaller_than_a_label(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
+    line = door.refuses(recipe_file(tmp_path, tiny_faces / "train"), "data.num_classes=10")
+    assert "data.num_classes=10" in line and "labels up to 23" in line
 
 
-def test_no_dataset(tmp_path: Path) -> None:
-    assert "dataset.json" in attempt(recipe_file(tmp_path, tmp_path / "nowhere"))
+def test_no_dataset(door: FrontDoor, tmp_path: Path) -> None:
+    assert "dataset.json" in door.refuses(recipe_file(tmp_path, tmp_path / "nowhere"))
 
 
-def test_missing_shard_is_named(copy: Path, tmp_path: Path) -> None:
+def test_no_images(door: FrontDoor, copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="no sample to write"):  # the writer refuses, so a folder without images was made otherwise
+        IndexWriter(tmp_path / "none").close([])
+    said = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps({**said, "samples": 0, "shards": []}))
+    header = (copy / "index.bin").read_bytes()[:64]
+    (copy / "index.bin").write_bytes(header[:16] + bytes(8) + header[24:])
+    assert "holds no image" in door.refuses(recipe_file(tmp_path, copy))
+
+
+def test_missing_shard_is_named(door: FrontDoor, copy: Path, tmp_path: Path) -> None:
     shard = sorted(copy.rglob("*.tar"))[0]
     shard.unlink()
-    assert shard.name in attempt(recipe_file(tmp_path, copy))
+    assert f"{shard.name} is missing" in door.refuses(recipe_file(tmp_path, copy))
 
 
-def test_truncated_tar_is_named(copy: Path, tmp_path: Path) -> None:
+def test_truncated_tar_is_named(door: FrontDoor, copy: Path, tmp_path: Path) -> None:
     shard = sorted(copy.rglob("*.tar"))[0]
     shard.write_bytes(shard.read_bytes()[:-5000])
-    assert shard.name in attempt(recipe_file(tmp_path, copy))
+    assert f"{shard.name} is cut short" in door.refuses(recipe_file(tmp_path, copy))
 
 
-def test_more_ranks_than_classes(tiny_faces: Path, tmp_path: Path) -> None:
+def test_more_ranks_than_classes(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path, tiny_faces / "train")
     overrides = [
         f"phases.{i}.{key}={value}" for i in range(3) for key, value in (("global_batch", 32), ("virtual_batches", 32))
     ]
-    line = attempt(
-        recipe, *overrides, RANK="0", WORLD_SIZE="32", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
-    )
-    assert "32 ranks but only 24 classes" in line
+    assert "32 ranks but only 24 classes" in door.refuses(recipe, *overrides, ranks=32)
 
 
-def test_ranks_that_do_not_divide_v(tiny_faces: Path, tmp_path: Path) -> None:
-    variables = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    assert "start 1, 2, 4 ranks" in attempt(recipe_file(tmp_path, tiny_faces / "train"), **variables)
+def test_ranks_that_do_not_divide_v(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
+    assert "start 1, 2, 4 ranks" in door.refuses(recipe_file(tmp_path, tiny_faces / "train"), ranks=3)
 
 
-def test_json_that_contradicts_the_recipe(tiny_faces: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ({"zero_optimization": {"stage": 2}, "train_batch_size": 99}, "train_batch_size: 99 but phase 'alignment'"),
+        ({"zero_optimisation": {"stage": 3}}, "no zero_optimization section"),
+    ],
+)
+def test_json_that_contradicts_or_says_nothing(
+    door: FrontDoor, tiny_faces: Path, tmp_path: Path, says: dict[str, object], told: str
+) -> None:
     config = tmp_path / "ds.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 99}))
-    assert "train_batch_size" in attempt(recipe_file(tmp_path, tiny_faces / "train"), ds_config=str(config))
+    config.write_text(json.dumps(says))
+    assert told in door.refuses(recipe_file(tmp_path, tiny_faces / "train"), ds_config=str(config))
 
 
-def test_benchmark_that_is_not_there(tiny_faces: Path, tmp_path: Path) -> None:
-    assert "lfw.bin" in attempt(
-        recipe_file(tmp_path, tiny_faces / "train"), "evaluation.benchmarks.lfw=nowhere/lfw.bin"
-    )
+def test_benchmark_that_is_not_there(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, tiny_faces / "train")
+    assert "nowhere/lfw.bin does not exist" in door.refuses(recipe, "evaluation.benchmarks.lfw=nowhere/lfw.bin")
 
 
-def test_unknown_phase(tiny_faces: Path, tmp_path: Path) -> None:
-    assert "alignment, stabilisation, refinement" in attempt(
-        recipe_file(tmp_path, tiny_faces / "train"), "--phase", "refine"
-    )
+def test_unknown_phase(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
+    line = door.refuses(recipe_file(tmp_path, tiny_faces / "train"), "--phase", "refine")
+    assert "alignment, stabilisation, refinement" in line
 
 
-def test_must_resume_from_nothing(tiny_faces: Path, tmp_path: Path) -> None:
-    assert "holds no checkpoint" in attempt(recipe_file(tmp_path, tiny_faces / "train"), "checkpoint.resume=must")
+def test_found_after_the_start_and_told_once_by_two_ranks(tiny_faces: Path, tmp_path: Path) -> None:
+    """Through DeepSpeed's own launcher, with what only a started run can see: a folder without the checkpoint that was asked for."""
+    recipe = recipe_file(tmp_path, tiny_faces / "train")
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", str(free_port())]
+    command += ["lvtrain/main.py", "--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json", "checkpoint.resume=must"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert said.count("lvtrain: error:") == 1 and "holds no checkpoint" in said and "Traceback" not in said, said

@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from lvtrain import recipe as recipes
+from lvtrain import recipe_files as recipes
 from lvtrain.data import Batch
 from lvtrain.errors import UserError
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.dino import DinoMethod, dino_loss
 from lvtrain.methods.lafs import landmark_view
+from lvtrain.recipe import Recipe
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 PART = {"dim": 16, "depth": 1, "heads": 2, "head_dim": 8, "mlp_dim": 32, "patch": 8}
 
 
-def recipe(method: dict[str, Any], **changes: Any) -> recipes.Recipe:
+def recipe(method: dict[str, Any], **changes: Any) -> Recipe:
     values: dict[str, Any] = {
         "name": "small",
         "data": {"path": "nowhere"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer.testing
 
-from lvtrain import recipe as recipes
+from lvtrain import recipe_files as recipes
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
 from lvtrain.planning import H200, ClassRows, Network, measure_network, plan, plan_phases

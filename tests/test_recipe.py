@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lvtrain import recipe as recipes
+from lvtrain import recipe_files as recipes
 from lvtrain.errors import UserError
 from lvtrain.recipe import Duration
 

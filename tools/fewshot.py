@@ -27,7 +27,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lvtrain import recipe as recipes
+from lvtrain import recipe_files as recipes
 from lvtrain.data.shards import ShardDataset
 from lvtrain.data.subset import choose, write_subset
 from lvtrain.errors import EXIT_ERROR, EXIT_STOPPED, UserError

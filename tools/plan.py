@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from lvtrain import recipe as recipes
+from lvtrain import recipe_files as recipes
 from lvtrain.errors import EXIT_ERROR, UserError
 from lvtrain.planning import H200, plan_phases
 

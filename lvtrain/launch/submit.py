@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lvtrain import recipe as recipes
+from lvtrain import recipe_files as recipes
 from lvtrain.errors import UserError
 from lvtrain.launch.attempt import stopped_path, submit_phase
 from lvtrain.launch.chain import Chain
@@ -17,6 +17,7 @@ from lvtrain.launch.ledger import Ledger
 from lvtrain.launch.script import sbatch_text
 from lvtrain.launch.site import Site
 from lvtrain.launch.slurm import Slurm
+from lvtrain.recipe import Recipe
 
 
 def submit_chain(
@@ -84,7 +85,7 @@ def _absolute(home: Path, path: str) -> str:
     return str(home / path)
 
 
-def _check_ranks(recipe: recipes.Recipe, site: Site) -> None:
+def _check_ranks(recipe: Recipe, site: Site) -> None:
     for phase in recipe.phases:
         v = phase.virtual_batches
         if v % site.ranks:

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from lvtrain import recipe as recipes
+from lvtrain import recipe_files as recipes
 from lvtrain.backbones.attention import class_attention
 from lvtrain.backbones.part_fvit import FViT, PartFViT
 from lvtrain.data.contact_sheet import decode
 from lvtrain.data.shards import ReadError, ShardDataset
 from lvtrain.errors import UserError
 from lvtrain.methods.base import initial_backbone
+from lvtrain.recipe import Recipe
 from lvtrain.report.files import RunFiles
 from lvtrain.training.checkpoint_files import step_of
 from lvtrain.training.checkpoint_layout import committed
@@ -89,7 +90,7 @@ def _spread(items: list[Path], most: int) -> list[Path]:
     return [items[place] for place in places]
 
 
-def _moment(recipe: recipes.Recipe, path: Path) -> Moment:
+def _moment(recipe: Recipe, path: Path) -> Moment:
     backbone = initial_backbone(recipe, torch.device("cpu"))
     backbone.load_state_dict(read_initial(path)[1], strict=False)
     assert isinstance(backbone, FViT)

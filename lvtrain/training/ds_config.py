@@ -31,7 +31,7 @@ def resolve_ds_config(
     """Reads a DeepSpeed JSON and fills in what the recipe says; the batch stays out, the engine sets it phase by phase.
 
     Raises:
-        UserError: no such file, not JSON, a ZeRO stage other than 0 to 3, offload to NVMe, or something the recipe says differently.
+        UserError: no such file, not JSON, no ZeRO section, a stage other than 0 to 3, offload to NVMe, or something the recipe says differently.
     """
     name, config = _read(source)
 
@@ -71,7 +71,8 @@ def resolve_ds_config(
         )
     config.update(_precision(config, optimizer, refuse))
 
-    zero = config.setdefault("zero_optimization", {})
+    if not isinstance(zero := config.get("zero_optimization"), dict):
+        raise UserError(f'{name}: no zero_optimization section; ds_configs/zero1.json shows one: {{"stage": 1}}')
     stage = zero.setdefault("stage", 1)
     if stage not in (0, 1, 2, 3):
         raise refuse("zero_optimization.stage", f"{stage!r} is not 0, 1, 2 or 3")

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
+from pydantic import ValidationError
 
 from lvtrain.errors import UserError
 from lvtrain.recipe import Optimizer
@@ -97,7 +98,11 @@ class Engine:
             eps=optimizer.eps,
             fused=device.type == "cuda" and "offload_optimizer" not in config["zero_optimization"],
         )
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config, dist_init_required=False)
+        try:
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config, dist_init_required=False)
+        except ValidationError as error:  # only DeepSpeed knows all its own settings
+            told = error.errors()[0]
+            raise UserError(f"the DeepSpeed JSON: {'.'.join(map(str, told['loc']))}: {told['msg']}; correct or remove it") from error
         self._state = zero_state.create(self._engine, self.stage)
         self._check()
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lvtrain import recipe as recipes
+from lvtrain import recipe_files as recipes
 from lvtrain import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.recipe import Recipe

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lvtrain import recipe as recipes
+from lvtrain import recipe_files as recipes
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.cluster import ClusterMethod
 from tools.ablation import RECIPE, SETTINGS
