@@ -29,9 +29,7 @@ class Duration:
             return
         match = re.fullmatch(r"\s*([0-9_.]+(?:[eE]\+?[0-9]+)?)\s*(step|epoch|sample)s?\s*", str(text))
         if not match:
-            raise ValueError(
-                f"a duration is a number and a unit (steps, epochs or samples), like '20 epochs', not {text!r}"
-            )
+            raise ValueError("a duration is a number and a unit (steps, epochs or samples), like '20 epochs'")
         self.amount, self.unit = float(match[1].replace("_", "")), match[2] + "s"
 
     def samples(self, *, global_batch: int, samples_per_epoch: int) -> int:

@@ -36,7 +36,9 @@ class FrontDoor:
 def refusal(status: int, stderr: str, recipe: Path) -> str:
     assert status == 2, stderr
     line = stderr.strip().splitlines()[-1]
-    assert line.startswith("lvtrain: error: ") and stderr.count("lvtrain: error:") == 1 and "Traceback" not in stderr, stderr
+    assert line.startswith("lvtrain: error: ") and stderr.count("lvtrain: error:") == 1 and "Traceback" not in stderr, (
+        stderr
+    )
     assert not list((recipe.parent / "runs").rglob("*.safetensors"))
     return line
 
@@ -66,7 +68,9 @@ def test_no_dataset(door: FrontDoor, tmp_path: Path) -> None:
 
 
 def test_no_images(door: FrontDoor, copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="no sample to write"):  # the writer refuses, so a folder without images was made otherwise
+    with pytest.raises(
+        Exception, match="no sample to write"
+    ):  # the writer refuses, so a folder without images was made otherwise
         IndexWriter(tmp_path / "none").close([])
     said = json.loads((copy / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps({**said, "samples": 0, "shards": []}))
@@ -127,8 +131,21 @@ def test_unknown_phase(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> Non
 def test_found_after_the_start_and_told_once_by_two_ranks(tiny_faces: Path, tmp_path: Path) -> None:
     """Through DeepSpeed's own launcher, with what only a started run can see: a folder without the checkpoint that was asked for."""
     recipe = recipe_file(tmp_path, tiny_faces / "train")
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", str(free_port())]
-    command += ["lvtrain/main.py", "--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json", "checkpoint.resume=must"]
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    command += [
+        "lvtrain/main.py",
+        "--recipe",
+        str(recipe),
+        "--ds_config",
+        "ds_configs/zero2.json",
+        "checkpoint.resume=must",
+    ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode != 0

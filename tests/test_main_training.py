@@ -23,12 +23,24 @@ def trained(tiny_faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return folders
 
 
-def test_losses_are_the_same_under_every_stage_and_number_of_ranks(trained: dict[tuple[int, int], Path]) -> None:
-    losses = {key: [row["loss"] for row in metrics(folder)] for key, folder in trained.items()}
-    reference = losses[2, 1]
-    assert len(reference) == 12
-    for key, values in losses.items():
-        assert values == pytest.approx(reference, rel=5e-6), key
+def test_losses_and_gradients_are_the_same_under_every_stage_and_number_of_ranks(
+    trained: dict[tuple[int, int], Path],
+) -> None:
+    """README's G2. Sums of float32 round by where they are cut, so the first step's loss and gradient agree to rounding; every update then lets
+    the difference grow (measured: 2e-7 of the loss and of the gradient's norm at step 1, 8e-6 and 6e-4 by step 12). Other classes, another
+    sample or another dropout mask move the loss by more than 1e-3; a gradient scaled by the number of ranks is seen in its norm alone, since
+    AdamW and clipping hide it from the losses."""
+    rows = {key: metrics(folder) for key, folder in trained.items()}
+    reference = rows[2, 1]
+    assert [row["step"] for row in reference] == list(range(1, 13))
+    for key, found in rows.items():
+        for ours, theirs in zip(found, reference, strict=True):
+            first = ours["step"] == 1
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6 if first else 1e-4), (key, ours["step"])
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5 if first else 1e-2), (
+                key,
+                ours["step"],
+            )
 
 
 def test_three_phases_are_entered_and_told(trained: dict[tuple[int, int], Path]) -> None:
@@ -56,13 +68,13 @@ def test_run_folder_explains_itself(trained: dict[tuple[int, int], Path]) -> Non
 
 def test_css_ends_a_phase_when_the_cosine_is_reached(tiny_faces: Path, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path, tiny_faces / "train")
+    assert run(recipe, "backbone.name=vit_x") == 2
+    assert "backbone 'vit_x' is unknown; did you mean 'vit_t'?" in output(recipe) and "Traceback" not in output(recipe)
+    # corrected, it starts in the folder that the refused start has made
     assert run(recipe, "phases.0.end.cos2=1e-9", "phases.0.end.at_most=8 steps") == 0, output(recipe)
     first = events(tmp_path / "runs" / "tiny", "phase_end")[0]
-    assert (first["phase"], first["step"], first["reason"]) == (
-        "alignment",
-        2,
-        "cos2",
-    )  # the first full window of 2 steps
+    # the first full window of 2 steps
+    assert (first["phase"], first["step"], first["reason"]) == ("alignment", 2, "cos2")
     assert first["cos2_window"] > 1e-9
 
 

@@ -99,10 +99,14 @@ class Engine:
             fused=device.type == "cuda" and "offload_optimizer" not in config["zero_optimization"],
         )
         try:
-            self._engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config, dist_init_required=False)
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=adam, config=config, dist_init_required=False
+            )
         except ValidationError as error:  # only DeepSpeed knows all its own settings
             told = error.errors()[0]
-            raise UserError(f"the DeepSpeed JSON: {'.'.join(map(str, told['loc']))}: {told['msg']}; correct or remove it") from error
+            raise UserError(
+                f"the DeepSpeed JSON: {'.'.join(map(str, told['loc']))}: {told['msg']}; correct or remove it"
+            ) from error
         self._state = zero_state.create(self._engine, self.stage)
         self._check()
 

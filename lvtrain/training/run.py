@@ -73,7 +73,7 @@ def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World) -> tupl
     """Makes or reopens the run folder; returns folder, run id, attempt number and the changes that are allowed but worth telling.
 
     Raises:
-        UserError: the folder holds a run whose recipe differs in something that is learned from.
+        UserError: the folder holds a run that has trained and whose recipe differs in something that is learned from.
     """
     folder = recipe.run_folder
     run_id, attempt, told = worlds.on_first(lambda: _open(folder, recipe, ds_config, world))
@@ -87,8 +87,10 @@ def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "run.json").exists():
             identity = json.loads((folder / "run.json").read_text())
-            before = _as_now((folder / "recipe.yaml").read_text())
-            told = compare(before, yaml.safe_load(recipes.dump(recipe)), str(folder))
+            # a start refused before its first step has left nothing that the corrected recipe could spoil
+            if (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("*")):
+                before = _as_now((folder / "recipe.yaml").read_text())
+                told = compare(before, yaml.safe_load(recipes.dump(recipe)), str(folder))
         identity["attempt"] += 1
         write(folder / "recipe.yaml", recipes.dump(recipe))
         write(folder / "ds_config.json", json.dumps(ds_config, indent=2))
