@@ -7,6 +7,7 @@ import yaml
 
 from lvtrain import recipe_files as recipes
 from lvtrain.errors import UserError
+from lvtrain.main import main
 from lvtrain.recipe import Duration
 
 FOLDER = Path(recipes.__file__).parent / "recipes"
@@ -18,6 +19,27 @@ def test_shipped_recipes_load_and_survive_a_round_trip(path: Path) -> None:
     recipe = recipes.load(path)
     assert recipes.resolve(yaml.safe_load(recipes.dump(recipe))) == recipe
     assert recipe.name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "parameters"),
+    [("pco_vitb_glint360k", 32, "113.8"), ("pco_vitl_webface42m", 64, "255.7"), ("pco_vith_webface42m", 64, "756.4")],
+)
+def test_published_runs_can_be_planned_without_their_data(
+    name: str, ranks: int, parameters: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--dry-run`: each phase, the parameters insightface's module of that size has, in millions, and what a rank needs."""
+    arguments = [
+        "--recipe",
+        str(FOLDER / f"{name}.yaml"),
+        "--ds_config",
+        str(FOLDER.parents[1] / "ds_configs" / "zero1.json"),
+    ]
+    assert main([*arguments, "--dry-run", "--world-size", str(ranks)]) == 0
+    plan = capsys.readouterr().out
+    for phase in ("alignment", "stabilisation", "refinement", "refinement_small_batch"):
+        assert f"phase {phase}: up to " in plan
+    assert plan.count(f"({parameters} M parameters") == 4 and plan.count("memory a rank") == 4 and "fits in" in plan
 
 
 @pytest.mark.parametrize(
