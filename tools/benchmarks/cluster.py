@@ -17,6 +17,7 @@ import torch
 from lvtrain import recipe_files as recipes
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.cluster import ClusterMethod
+from lvtrain.recipe import Recipe
 from tools.ablation import RECIPE, SETTINGS
 from tools.benchmarks.measure import Clock, describe, median, pick_device
 
@@ -70,7 +71,7 @@ def run(
 
 
 class _Step:
-    def __init__(self, recipe: recipes.Recipe, classes: int, head: bool, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, classes: int, head: bool, device: torch.device) -> None:
         phase = recipe.phases[0]
         self.batch, self.dim, self.head = phase.global_batch, recipe.backbone.embedding_dim, head
         self.method: Any = create_method(recipe, num_classes=classes, device=device)
