@@ -60,22 +60,24 @@ class ShardCache:
 
     def _run(self) -> None:
         while (shard := self._wanted.get()) is not None:
-            size = self.dataset.manifest.shards[shard].size
-            if size > self.max_bytes:
-                continue
-            temporary = self.folder / f"{shard:06d}.{os.getpid()}.tmp"
-            try:
-                self._make_room(size)
-                shutil.copyfile(self._original(shard), temporary)
-                os.replace(temporary, self._copy(shard))
-                # the next read opens the copy
-                self.dataset.forget(shard)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                self.dataset.warn(
-                    f"shard {shard} was not cached in {self.folder} ({error.strerror or error}); reading the original"
-                )
-            self._asked.discard(shard)
+            if self.dataset.manifest.shards[shard].size <= self.max_bytes:
+                self._fetch(shard)
+            self._wanted.task_done()
+
+    def _fetch(self, shard: int) -> None:
+        temporary = self.folder / f"{shard:06d}.{os.getpid()}.tmp"
+        try:
+            self._make_room(self.dataset.manifest.shards[shard].size)
+            shutil.copyfile(self._original(shard), temporary)
+            os.replace(temporary, self._copy(shard))
+            # the next read opens the copy
+            self.dataset.forget(shard)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            self.dataset.warn(
+                f"shard {shard} was not cached in {self.folder} ({error.strerror or error}); reading the original"
+            )
+        self._asked.discard(shard)
 
     def _make_room(self, size: int) -> None:
         # other ranks add and delete too: what is gone is gone
