@@ -84,7 +84,7 @@ class Backbone(Section):
         "none", description="what is recomputed in backward"
     )
     checkpoint_every: int = Field(1, gt=0, description="with checkpoint_blocks=block: every n-th block")
-    compile: bool = False
+    compile: bool = Field(False, description="torch.compile the backbone, under ZeRO 0 to 2; same to rounding")
     overrides: dict[str, Any] = Field(default_factory=dict, description="extra arguments of create_backbone")
 
 

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvtrain.backbones import create_backbone
+from tests.conftest import ROOT
 from tests.ranks import run_ranks
+from tests.runs import recipe_file
+from tools.benchmarks.waits import host_waits
 
 SMALL: dict[str, Any] = {"depth": 2, "dim": 64, "heads": 2, "drop_path": 0.2, "mask_ratio": 0.3, "embedding_dim": 16}
-
-
-class Waits(TorchDispatchMode):
-    """Counts operators whose result's size or value the host needs: on a GPU each is a synchronisation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(function)
-        if name.split(".")[1] in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"):
-            self.found[name] += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -39,9 +26,38 @@ class Waits(TorchDispatchMode):
 def test_forward_and_backward_never_wait_for_the_device(name: str, overrides: dict[str, Any], mode: str) -> None:
     backbone = create_backbone(name, checkpoint_blocks=mode, **overrides).train()
     images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
-    with Waits() as waits, torch.autocast("cpu", torch.bfloat16):
+    with host_waits(torch.device("cpu")) as waits, torch.autocast("cpu", torch.bfloat16):
         backbone(images).square().mean().backward()
-    assert not waits.found
+    assert not waits
+
+
+def _waits_in_training(rank: int, world_size: int, recipe: str) -> dict[str, list[dict[str, int]]]:
+    from lvtrain import main
+    from lvtrain.training.loop import PhaseRun
+
+    found: dict[str, list[dict[str, int]]] = {}
+    step = PhaseRun.step
+
+    def counted(self: PhaseRun, batches: Any) -> bool:
+        with host_waits(torch.device("cpu")) as waits:
+            reached = step(self, batches)
+        found.setdefault(self.phase.name, []).append(dict(waits))
+        return reached
+
+    PhaseRun.step = counted  # type: ignore[method-assign]
+    assert main.main(["--recipe", recipe, "--ds_config", str(ROOT / "ds_configs" / "zero2.json"), "method.window=100"]) == 0
+    return found
+
+
+def test_a_training_step_never_waits_for_the_device(tiny_faces: Path, tmp_path: Path) -> None:
+    """The real loop, PCO's three phases under ZeRO-2. Left are the choice of classes, which is made on the host from labels that are there, and in
+    the second phase the bank's two questions, which of the samples are its own and of how many classes."""
+    (found,) = run_ranks(1, _waits_in_training, str(recipe_file(tmp_path, tiny_faces / "train")))
+    assert found == {
+        "alignment": [{"nonzero": 1}] * 4,
+        "stabilisation": [{"nonzero": 2, "_unique2": 1}] * 4,
+        "refinement": [{}] * 4,
+    }
 
 
 def _zero_losses(rank: int, world_size: int, stage: int, mode: str) -> list[float]:

@@ -20,4 +20,5 @@ def test_every_subject_runs_small() -> None:
     step, backbone = results["step"], results["backbone"]
     assert 0 < backbone["mfu"] < 1.5 and 0 < step["mfu"] < 1.5 and step["images_per_second_a_rank"] > 0
     assert {"data", "forward", "classifier", "backward", "backbone optimizer", "row optimizer"} <= step["ms"].keys()
+    assert step["host_waits"] == {}
     assert results["data"]["ratios"]["lvtrain_dali / dali_webdataset_reader"] > 0

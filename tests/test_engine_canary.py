@@ -36,7 +36,7 @@ def engine(stage: int, precision: str = "bfloat16") -> Engine:
 
 def one_step(engine: Engine) -> None:
     engine.backward(engine(torch.randn(4, 3)).pow(2).sum())
-    engine.step(1e-3)
+    engine.step(1e-3, torch.tensor(1.0))
 
 
 def _observe(rank: int, size: int) -> dict[str, Any]:

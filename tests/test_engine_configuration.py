@@ -23,7 +23,7 @@ PHASE = Phase(name="one", global_batch=48, virtual_batches=6)
 def test_the_files_of_the_project_resolve(path: Path) -> None:
     config = resolve_ds_config(path, optimizer=Optimizer(clip=2.0), phases=[PHASE], world_size=2)
     assert config["zero_optimization"]["stage"] == int(path.stem[4])
-    assert config["gradient_clipping"] == 2.0
+    assert config["gradient_clipping"] == 0.0 and config["timers"]["throughput"]["enabled"] is False
     assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 

@@ -71,7 +71,7 @@ def train(engine: Engine, rank: int, steps: range) -> list[float]:
             loss = (engine(x) * torch.randn(MICRO, 3, generator=generator)).pow(2).mean()
             engine.backward(loss)
             losses.append(loss.item())
-        engine.step(1e-2)
+        engine.step(1e-2, torch.tensor(losses[-1]))
         engine.sync_batch_statistics()
     return losses
 
@@ -204,17 +204,15 @@ def _discard(rank: int, size: int, stage: int) -> list[str]:
     plain, troubled = build(stage, size), build(stage, size)
     train(plain, rank, range(2))
     train(troubled, rank, range(1))
-    # a step whose loss is not finite: every micro-batch is forgotten
+    # not finite: a gradient, whatever the loss; then the loss alone
     for micro in range(troubled.accumulation):
         troubled.backward(troubled(torch.randn(MICRO, 7) * 1e3).mean() * (float("nan") if micro == 0 else 1.0))
-    troubled.discard_gradients()
-    # a step given up half way
-    troubled.backward(troubled(torch.randn(MICRO, 7)).mean())
-    troubled.discard_gradients()
-    # a step whose gradient is not finite though nobody looked at the loss: the engine skips it by itself
+    troubled.step(1e-2, torch.tensor(1.0))
+    assert troubled.skipped
+    troubled.sync_batch_statistics()
     for _ in range(troubled.accumulation):
-        troubled.backward((troubled(torch.randn(MICRO, 7)) * float("nan")).mean())
-    troubled.step(1e-2)
+        troubled.backward(troubled(torch.randn(MICRO, 7)).mean())
+    troubled.step(1e-2, torch.tensor(float("inf")))
     assert troubled.skipped
     troubled.sync_batch_statistics()
     train(troubled, rank, range(1, 2))
@@ -227,7 +225,7 @@ def _discard_all(rank: int, size: int) -> dict[int, list[str]]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_discarded_step_leaves_no_trace(size: int) -> None:
+def test_a_step_that_is_not_finite_leaves_no_trace(size: int) -> None:
     assert run_ranks(size, _discard_all) == [{stage: [] for stage in STAGES}] * size
 
 

@@ -157,8 +157,8 @@ class ShardedClassifier(nn.Module):
         """Chooses the rows that take part in step `step`. `global_labels`: int64 labels of the whole global batch, -1 = ignored, in any order.
 
         `lr` and `weight_decay` are read only where the update is applied in backward."""
-        if global_labels.device.type == "cpu" and len(global_labels) and int(global_labels.max()) >= self.num_classes:
-            raise UserError(f"label {int(global_labels.max())} in step {step}, but there are {self.num_classes} classes; repack the dataset")
+        if global_labels.device.type == "cpu" and len(global_labels) and (highest := global_labels.numpy().max()) >= self.num_classes:
+            raise UserError(f"label {highest} in step {step}, but there are {self.num_classes} classes; repack the dataset")
         indices = chosen_rows(self.seed, step, self.rows, self.sample_rate, global_labels, self.weight.device)
         if self.in_backward and lr is None:
             raise ValueError("in_backward needs begin_step(..., lr=...)")

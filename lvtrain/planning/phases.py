@@ -59,6 +59,7 @@ def plan_phases(
             precision=recipe.optimizer.precision,
             gradient_bytes=2 if recipe.optimizer.gradient_communication == "bfloat16" else 4,
             hierarchical=int(zero.get("zero_hpz_partition_size", 1)) > 1,
+            overlap=zero.get("overlap_comm"),
             compiled=recipe.backbone.compile,
             offload_optimizer=_offloads(zero, "offload_optimizer"),
             offload_parameters=_offloads(zero, "offload_param"),

@@ -101,6 +101,7 @@ def plan(
     precision: Literal["bfloat16", "float32"] = "bfloat16",
     gradient_bytes: int = 4,
     hierarchical: bool = False,
+    overlap: bool | None = None,
     compiled: bool = False,
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
@@ -114,7 +115,8 @@ def plan(
 
     network: from `measure_network`, or by hand. micro_batch: images a rank and forward; accumulation: forwards a step.
     rows: the sharded classifier, None without one. gradient_bytes: 4, or 2 with bfloat16 gradient communication.
-    bucket: DeepSpeed's `reduce_bucket_size`, elements. ema: an average of the weights is kept on the device.
+    overlap: DeepSpeed's `overlap_comm`, see `wire.backbone_transfers`. bucket: its `reduce_bucket_size`, elements.
+    ema: an average of the weights is kept on the device.
     views, teacher_views: self-distillation's views of one image in full pictures, with and without a backward pass.
     extra: further bytes by name, such as a teacher's weights.
     Raises UserError for counts that are not positive or an unknown stage.
@@ -166,6 +168,7 @@ def plan(
         device=device,
         gradient_bytes=gradient_bytes,
         hierarchical=hierarchical,
+        overlap=overlap,
     )
     seconds["communication waited for"] = _exposed(transfers, seconds, device)
     return Plan(network, device, ranks, stage, micro_batch, accumulation, parts, seconds, tuple(transfers))

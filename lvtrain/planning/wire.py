@@ -67,9 +67,11 @@ def backbone_transfers(
     gradient_bytes: int = 4,
     weight_bytes: int = 4,
     hierarchical: bool = False,
+    overlap: bool | None = None,
 ) -> list[Transfer]:
     """Gradients and weights under ZeRO `stage`.
 
+    overlap: DeepSpeed's `overlap_comm`, whether gradients travel during backward; None is its default, under stage 3 only.
     Stage 1 reduces once a step, 2 and 3 at every micro-batch; 1 and 2 gather the new weights after the step; 3
     gathers weights before every forward and backward. `hierarchical` (ZeRO++ with stage 3): a second copy of the
     weights is kept in every node, so that the gather of the backward pass stays inside it; forward weights travel in
@@ -81,13 +83,14 @@ def backbone_transfers(
     gradients = size * gradient_bytes
     weights = size * weight_bytes
     if stage == 0:
-        return [_gather("gradients, all-reduce", 2 * gradients, ranks, per_node, "backward")]
+        return [_gather("gradients, all-reduce", 2 * gradients, ranks, per_node)]
     if stage < 3:
         times = 1 if stage == 1 else accumulation
         return [
-            _gather("gradients, reduce-scatter", gradients, ranks, per_node, "backward", times),
+            _gather("gradients, reduce-scatter", gradients, ranks, per_node, "backward" if overlap else "", times),
             _gather("weights, all-gather", weights, ranks, per_node),
         ]
+    behind = "" if overlap is False else "backward"
     if not hierarchical:
         return [
             _gather("weights, all-gather in forward", weights, ranks, per_node, "forward", accumulation),
@@ -104,5 +107,5 @@ def backbone_transfers(
     return [
         _gather("weights in 8 bits, all-gather in forward", size, ranks, per_node, "forward", accumulation),
         inside,
-        _gather("gradients in 4 bits, all-to-all", size / 2, ranks, per_node, "backward", accumulation),
+        _gather("gradients in 4 bits, all-to-all", size / 2, ranks, per_node, behind, accumulation),
     ]

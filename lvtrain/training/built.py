@@ -59,6 +59,8 @@ class Built:
             if told:
                 telemetry.event("init_from", **told)
         self.average = Average(self.method.evaluated(), recipe.ema.decay) if recipe.ema else None
+        if recipe.backbone.compile:
+            self.method.evaluated().compile()  # in place: the names stay, and the averaged copy stays as it is
         reader = checkpoints.load(found) if found else None
         self.engine = Engine(
             self.method.module,

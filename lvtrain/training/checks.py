@@ -61,7 +61,13 @@ def check_before_start(
                 f"classifier.optimizer.in_backward updates rows inside backward, so phase {phase.name} needs one micro-batch a rank "
                 f"(virtual_batches={size}) and sample_rate=1; set in_backward=false"
             )
-    return resolve_ds_config(ds_config, optimizer=recipe.optimizer, phases=recipe.phases, world_size=size)
+    config = resolve_ds_config(ds_config, optimizer=recipe.optimizer, phases=recipe.phases, world_size=size)
+    if recipe.backbone.compile and config["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            "backbone.compile: torch.compile does not see the hooks by which ZeRO-3 fetches weights; use ds_configs/zero1.json or zero2.json, "
+            "or set backbone.compile=false"
+        )
+    return config
 
 
 def check_ranks(recipe: Recipe, *, num_classes: int, size: int) -> None:

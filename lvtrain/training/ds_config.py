@@ -61,7 +61,9 @@ def resolve_ds_config(
         raise refuse(
             "gradient_clipping", f"{config['gradient_clipping']} but the recipe's optimizer.clip is {optimizer.clip}"
         )
-    config["gradient_clipping"] = optimizer.clip
+    config["gradient_clipping"] = 0.0  # the engine clips, inside AdamW's kernel: DeepSpeed would ask the device for the norm first
+    # DeepSpeed's own count of samples a second empties the device's queue twice a step
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
 
     bf16 = config.pop("bf16", None)
     if isinstance(bf16, dict) and bf16.get("enabled") is True:
@@ -80,6 +82,8 @@ def resolve_ds_config(
         device = (zero.get(key) or {}).get("device", "none")
         if device not in ("none", "cpu"):
             raise refuse(f"zero_optimization.{key}.device", f'{device!r} is not supported, only "cpu"')
+    if stage in (1, 2) and not zero.get("offload_optimizer"):
+        zero["compute_grad_norm"] = False  # the engine does, and keeps it on the device
     # torch's own AdamW also updates offloaded states: it is what is tested, and nothing is compiled at the first start
     config["zero_force_ds_cpu_optimizer"] = False
     config.setdefault("steps_per_print", 2**31)

@@ -69,7 +69,9 @@ class Engine:
         self._names = [name for name, _ in module.named_parameters()]
         self._statistics = BatchStatistics(module, accumulation)
         self._micro = 0
+        self._clip = optimizer.clip
         self._skipped = False
+        self._verdict = _Verdict(device)
         self._bfloat16 = optimizer.precision == "bfloat16"
         config = dict(ds_config, train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation)
         self.stage = int(config["zero_optimization"]["stage"])
@@ -83,7 +85,7 @@ class Engine:
             for parameter in parameters.values():
                 if parameter.requires_grad:
                     parameter.register_hook(lambda gradient: gradient / accumulation)
-        adam = torch.optim.AdamW(
+        self._adam: Any = torch.optim.AdamW(
             [
                 {
                     "params": [parameters[name] for name in group.parameters],
@@ -96,11 +98,11 @@ class Engine:
             lr=0.0,
             betas=optimizer.betas,
             eps=optimizer.eps,
-            fused=device.type == "cuda" and "offload_optimizer" not in config["zero_optimization"],
+            fused=True,
         )
         try:
             self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=adam, config=config, dist_init_required=False
+                model=module, optimizer=self._adam, config=config, dist_init_required=False
             )
         except ValidationError as error:  # only DeepSpeed knows all its own settings
             told = error.errors()[0]
@@ -134,39 +136,36 @@ class Engine:
         self._engine.backward(loss)
         self._micro += 1
 
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self, lr: float, loss: torch.Tensor) -> torch.Tensor:
         """One clipped AdamW step at rate `lr` times each group's scale; returns the gradient norm before clipping, a float32 scalar.
 
-        A norm that is not finite leaves weights and moments as they were, on every rank alike, and `skipped` is True then.
+        `loss`: the step's, over all ranks. If it or the norm is not finite, weights and moments stay as they are, on every rank alike, and
+        `skipped` is True then. The device decides that, inside AdamW's own kernel, which also clips; the host is told while the device is
+        still at work on the update.
         """
         if self._micro != self.accumulation:
             raise RuntimeError(f"step after {self._micro} of {self.accumulation} micro-batches")
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        norm = self._state.gradient_norm_before_step()
-        if norm is not None and not torch.isfinite(norm):
-            self.discard_gradients()
-            self._skipped = True
-            return norm
+        norm = self._state.gradient_norm().to(self.device, torch.float32)
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        self._verdict.send(finite)
+        place = self._state.adam_device()
+        # torch's fused optimizers divide gradients by `grad_scale`, and change nothing, their step count included, where `found_inf` is 1
+        self._adam.found_inf = (~finite).to(place, torch.float32)
+        if self._clip:
+            self._adam.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0).to(place)
         self._engine.step()
         self._micro = 0
-        self._skipped = not self._engine.was_step_applied()
-        if norm is None:
-            norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+        self._skipped = not self._verdict.receive()
         if self._skipped:
             self._statistics.discard()
         return norm
 
     @property
     def skipped(self) -> bool:
-        """Whether the last `step` changed nothing because the gradient was not finite."""
+        """Whether the last `step` changed nothing because the loss or the gradient was not finite."""
         return self._skipped
-
-    def discard_gradients(self) -> None:
-        """Forgets the micro-batches since the last step: gradients, their count, batch statistics. Every rank must call it."""
-        self._state.clear_gradients()
-        self._statistics.discard()
-        self._micro = 0
 
     def sync_batch_statistics(self) -> None:
         """Moves BatchNorm's running statistics by the step's V micro-batches, the same on every rank; call it after `step`. A collective."""
@@ -301,6 +300,24 @@ class Engine:
         if wanted != {group.name: (set(group.parameters), group.weight_decay, group.lr_scale) for group in found}:
             raise RuntimeError("DeepSpeed's parameter groups are not the ones configured by name")
         self._state.check_steps()
+
+
+class _Verdict:
+    """One truth from the device to the host. The host waits for what was queued before `send`, not for what was queued since."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._value = torch.zeros((), dtype=torch.bool, pin_memory=self._event is not None)
+
+    def send(self, truth: torch.Tensor) -> None:
+        self._value.copy_(truth, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def receive(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._value.numpy())
 
 
 class _ScaledGradient(torch.autograd.Function):

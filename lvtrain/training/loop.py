@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -131,13 +130,11 @@ class PhaseRun:
             if "cos2" in output.metrics:
                 cos2.append(output.metrics["cos2"].detach())
         loss = self.method.global_loss(torch.stack(losses).mean())
-        # on a GPU the host waits here, once a step: an update that must not happen cannot be taken back
-        finite = math.isfinite(float(loss))
         self.heart.beat(position.step, "update")
+        norm = self.engine.step(lr, loss)
+        finite = not self.engine.skipped
         if finite:
-            self.grad_norm = self.engine.step(lr)
-            finite = not self.engine.skipped
-        if finite:
+            self.grad_norm = norm
             self.engine.sync_batch_statistics()
             self.method.end_step(now, self.engine.full_parameters)
             if self.average:
@@ -161,7 +158,6 @@ class PhaseRun:
         return self.cos2 is not None and self.stage.observe(self.cos2)
 
     def _skip(self) -> None:
-        self.engine.discard_gradients()
         self.method.discard_step()
         self.nonfinite_in_row += 1
         self.nonfinite_total += 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import combine_grad_norm_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -59,14 +60,15 @@ class ZeroState(ABC):
     def set_moment(self, parameter: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None: ...
 
     @abstractmethod
-    def clear_gradients(self) -> None: ...
-
-    def gradient_norm_before_step(self) -> torch.Tensor | None:
-        """The norm where DeepSpeed does not report it itself."""
-        return None
+    def gradient_norm(self) -> torch.Tensor:
+        """Of the step's whole averaged gradient, float32 scalar, the same on every rank; inf where it is not finite. A collective."""
 
     def finish_import(self) -> None:
         """What a stage must do after all moments have been set."""
+
+    def adam_device(self) -> torch.device:
+        """Where AdamW works: the host under `offload_optimizer`."""
+        return self._owners()[0].device
 
     def adam_step(self) -> int:
         steps = {int(state["step"]) for owner in self._owners() if (state := self._adam().state.get(owner))}
@@ -82,11 +84,9 @@ class ZeroState(ABC):
 
     def prepare_moments(self, step: float) -> None:
         """Makes AdamW's state as it would itself, with a step of its own for each owner."""
-        fused = self._adam().defaults.get("fused")
         for owner in self._owners():
-            device = owner.device if fused else torch.device("cpu")
             self._adam().state[owner] = {
-                "step": torch.tensor(step, dtype=torch.float32, device=device),
+                "step": torch.tensor(step, dtype=torch.float32, device=owner.device),
                 **{key: torch.zeros_like(owner, requires_grad=False) for key in MOMENTS},
             }
 
@@ -113,10 +113,7 @@ class Unsharded(ZeroState):
     def set_moment(self, parameter: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
         self._adam().state[parameter][key].copy_(whole)
 
-    def clear_gradients(self) -> None:
-        self.engine.zero_grad()
-
-    def gradient_norm_before_step(self) -> torch.Tensor | None:
+    def gradient_norm(self) -> torch.Tensor:
         gradients = [parameter.grad for parameter in self._owners() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
@@ -170,18 +167,8 @@ class FlatPartitions(ZeroState):
         self.optimizer._hp_optimizer_states_linked = False
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def clear_gradients(self) -> None:
-        optimizer = self.optimizer
-        optimizer.zero_grad(set_to_none=True)
-        optimizer._release_preflattened_grad_buffers()
-        if optimizer.cpu_offload:
-            optimizer.reset_cpu_buffers()
-            optimizer._offload_accumulated_param_ids = set()
-        for group in range(len(optimizer.bit16_groups)):
-            optimizer.averaged_gradients[group] = None
-            optimizer.all_grad_tensors[group] = None
-        optimizer.micro_step_id = -1
-        optimizer._epilogue_ran_this_backward = False
+    def gradient_norm(self) -> torch.Tensor:
+        return self.optimizer.scaled_global_norm()
 
 
 class ShardedParameters(ZeroState):
@@ -237,16 +224,8 @@ class ShardedParameters(ZeroState):
         piece = self._piece(parameter, whole)
         self._adam().state[self._owners()[group]][key].narrow(0, offset, numel)[: len(piece)].copy_(piece)
 
-    def clear_gradients(self) -> None:
-        optimizer = self.optimizer
-        optimizer.zero_grad(
-            set_to_none=True
-        )  # also restarts its count of micro-batches: the next gradient overwrites, it is not added
-        optimizer._offload_boundary_param_ids = set()
-        if optimizer.offload_optimizer:
-            optimizer.reset_cpu_buffers()
-        else:
-            optimizer.averaged_gradients = {}
+    def gradient_norm(self) -> torch.Tensor:
+        return combine_grad_norm_groups(self.optimizer._get_norm_groups())
 
 
 def _slice(whole: torch.Tensor, address: Any) -> torch.Tensor:

@@ -82,36 +82,46 @@ def machine_rates(device: torch.device, precision: str) -> dict[str, float]:
     return {"matmul_tflops": round(matmul / 1e12, 3), "copy_gb_per_second": round(copy / 1e9, 1)}
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB: of the allocator since its last reset on a GPU, resident memory of the process since its start on a CPU."""
+def peak_memory(step: Callable[[None], Any], device: torch.device) -> float:
+    """GB after two calls of `step` have warmed it up, before anything to compare with exists: the allocator's peak in a third call on a GPU,
+    the process's resident memory since its start on a CPU.
+    """
+    step(None), step(None)
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step(None)
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
 
 
 def profile(step: Callable[[], Any], device: torch.device, rows: int = 12) -> dict[str, Any]:
-    """One step under torch's profiler: the operators (kernels on a GPU) that took most, and the time the device stood
-    idle.
+    """One step under torch's profiler: the operators (kernels on a GPU) that took most; on a GPU also the share of the time in which no kernel
+    ran, and the milliseconds of communication kernels, hidden or not.
     """
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     step()
     with profile(activities=activities) as profiler:
         started = time.perf_counter()
         step()
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize()
         wall = time.perf_counter() - started
-    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, attribute))
-    busy = sum(getattr(event, attribute) for event in events) / 1e6
+    # an operator's row repeats the time of the kernels it launched: only the kernels' own rows are counted
+    events = [
+        (event.key, (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3, event.count)
+        for event in profiler.key_averages()
+        if not cuda or (event.device_type.name == "CUDA" and not event.is_user_annotation)
+    ]
+    events.sort(key=lambda event: -event[1])
     found: dict[str, Any] = {
-        "top": [
-            {"name": event.key[:80], "ms": round(getattr(event, attribute) / 1e3, 3), "calls": event.count}
-            for event in events[:rows]
-        ]
+        "top": [{"name": name[:80], "ms": round(ms, 3), "calls": calls} for name, ms, calls in events[:rows]]
     }
-    if device.type == "cuda":
-        found["device_idle_share"] = round(max(0.0, 1 - busy / wall), 4)
+    if cuda:
+        communication = [ms for name, ms, _ in events if "nccl" in name.lower()]
+        busy = sum(ms for _, ms, _ in events) - sum(communication)  # those run beside the others
+        found["communication_ms"] = round(sum(communication), 3)
+        found["device_idle_share"] = round(max(0.0, 1 - busy / 1e3 / wall), 4)
     return found

@@ -8,14 +8,11 @@ count.
 from __future__ import annotations
 
 import sys
-import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lvtrain import randomness
@@ -26,6 +23,7 @@ from lvtrain.classifier.margins import create_margin
 from lvtrain.recipe import Optimizer
 from tools.benchmarks import backbone as backbone_benchmark
 from tools.benchmarks.measure import Clock, describe, machine_rates, median, peak_memory, profile
+from tools.benchmarks.waits import host_waits
 
 SMALL: dict[str, Any] = {"name": "vit_nano", "batch": 8, "classes": 1000, "steps": 3}
 
@@ -93,12 +91,10 @@ def run(
             **machine_rates(world.device, precision),
         }
         variants: dict[str, Any] = {"lvtrain": step}
+        result["peak_memory_gb"] = peak_memory(step, world.device)
         if peer:
             variants["arcface_torch"] = _PeerStep(peer, step, classes, sample_rate)
-        for variant in variants.values():
-            variant(None), variant(None)
-        if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            variants["arcface_torch"](None), variants["arcface_torch"](None)
         times: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
         for _ in range(steps):
             for variant, one in variants.items():
@@ -121,8 +117,9 @@ def run(
             theirs = result["arcface_torch"]["images_per_second_a_rank"]
             result["times_arcface_torch"] = round(result["images_per_second_a_rank"] / theirs, 3)
         result["data_wait_share"] = round(result["ms"]["data"] / sum(result["ms"].values()), 4)
-        result["peak_memory_gb"] = peak_memory(world.device)
-        result["host_syncs"] = host_syncs(step, world.device)
+        with host_waits(world.device) as waits:
+            step(None)
+        result["host_waits"] = dict(waits)
         if profiled:
             result["profile"] = profile(lambda: step(None), world.device)
         return result
@@ -174,6 +171,7 @@ class _Step:
         others = batch * (as_ranks - 1)
         self.others = torch.randn(others, self.dim, device=device)
         self.other_labels = torch.randint(self.local_classes, (others,), device=device)
+        self.host_labels = torch.randint(self.local_classes, (batch,))
         optimizer = Optimizer(precision=precision)  # type: ignore[arg-type]
         config = resolve_ds_config({"zero_optimization": {"stage": stage}}, optimizer=optimizer)
         self.engine = Engine(
@@ -184,14 +182,17 @@ class _Step:
             optimizer=optimizer,
             device=device,
         )
-        self.batches = self._loaded(data, world) if data else None
+        self.loader = self._loaded(data, world) if data else None
         self.images = torch.randn(batch, 3, self.image_size, self.image_size, device=device)
-        self.labels = torch.randint(self.local_classes, (batch,), device=device)
+        self.labels = self.host_labels.to(device)
+        # what the classifier is told before a step, of the whole global batch and on the host, as the data order knows it
+        self.told = torch.cat([self.host_labels, self.other_labels.cpu()])
 
     def _loaded(self, data: Path, world: worlds.World) -> Any:
         from lvtrain.data import Loader, ShardDataset
 
-        loader = Loader(
+        self.global_batch = self.batch * self.accumulation * world.size
+        return Loader(
             ShardDataset(data),
             seed=0,
             micro_batch=self.batch,
@@ -201,17 +202,19 @@ class _Step:
             device=self.device,
             image_size=self.image_size,
         )
-        return iter(loader)
 
     def __call__(self, clock: Clock | None) -> None:
         mark = clock.mark if clock else (lambda name: None)
-        labels = torch.cat([self.labels, self.other_labels])
-        self.classifier.begin_step(self.number, labels)
+        told = self.told
+        if self.loader:
+            labels = torch.from_numpy(self.loader.global_labels(self.number * self.global_batch, self.global_batch))
+            told = torch.cat([labels % self.local_classes, told[self.batch :]])
+        self.classifier.begin_step(self.number, told)
         mark("choose classes")
         for micro in range(self.accumulation):
             images, labels = self.images, self.labels
-            if self.batches:
-                batch = next(self.batches)
+            if self.loader:
+                batch = next(self.loader)
                 images, labels = batch.images, batch.labels % self.local_classes
             mark("data")
             torch.manual_seed(randomness.torch_seed(0, "model", self.number, micro))
@@ -223,7 +226,7 @@ class _Step:
             mark("classifier")
             self.engine.backward(loss)
             mark("backward")
-        self.engine.step(1e-4)
+        self.engine.step(1e-4, loss.detach())
         self.engine.sync_batch_statistics()
         mark("backbone optimizer")
         self.classifier.end_step(lr=1e-4)
@@ -269,43 +272,3 @@ class _PeerStep:
         self.optimizer.zero_grad()
         mark("optimizer")
         loss.item()
-
-
-_WAITING = {
-    "aten._local_scalar_dense.default",
-    "aten.nonzero.default",
-    "aten.masked_select.default",
-    "aten._unique2.default",
-}
-
-
-class _Waits(TorchDispatchMode):
-    """Counts the operators whose result the host must wait for on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(function) in _WAITING:
-            self.found[str(function)] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def host_syncs(step: _Step, device: torch.device) -> dict[str, int]:
-    """How often the host waits for the device in one step, by cause. GPU: torch's own sync warnings; CPU: the
-    operators that would.
-    """
-    if device.type == "cpu":
-        with _Waits() as waits:
-            step(None)
-        return dict(waits.found)
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step(None)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    return dict(Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)))

@@ -1,0 +1,67 @@
+"""How often, and why, the host waits for the device."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal", "bincount"}
+
+
+class _Operators(TorchDispatchMode):
+    """Counts operators of which a GPU's host must know a value or a size before it can go on."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function).split(".")[1]
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in _WAITING or by_mask:
+            self.found[f"{name} by mask" if by_mask else name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def host_waits(device: torch.device) -> Iterator[Counter[str]]:
+    """Counts what happens inside, by cause, in this thread.
+
+    Everywhere: synchronisations of the whole device by DeepSpeed, by place. GPU: torch's own warnings, by place; they do not cover an event's
+    wait. CPU: operators that would wait on a GPU; a copy from the host that would is not seen, and an operator on the host's own tensors is.
+    """
+    found: Counter[str] = Counter()
+    accelerator = get_accelerator()
+    synchronize = accelerator.synchronize
+
+    def counted(*arguments: Any) -> None:
+        caller = sys._getframe(1)
+        found[f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno} synchronize"] += 1
+        synchronize(*arguments)
+
+    with mock.patch.object(accelerator, "synchronize", counted):
+        if device.type == "cpu":
+            with _Operators(found):
+                yield found
+            return
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        found.update(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
