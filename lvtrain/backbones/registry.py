@@ -37,7 +37,7 @@ def create_backbone(
     The embedding is not normalised. Built on the current default device, so `with torch.device("meta")` costs no
     memory. `overrides` are arguments of the network's class (`depth`, `dim`, `drop_path`, `mask_ratio`,
     `checkpoint_blocks`, ...). `compile` hands the whole network to torch.compile in place: parameter names stay as
-    they are; rounding may differ in the last bits (tools/README.md). Raises UserError for an unknown name or
+    they are; rounding differs, see tools/results/backbone.md. Raises UserError for an unknown name or
     override.
     """
     if name not in _BUILDERS:

@@ -76,14 +76,16 @@ def run(
     if peer:
         variants["arcface_torch"] = _step(_peer(peer, name, backbone).to(place), images, autocast, foreach=True)
         variants["arcface_torch"](None), variants["arcface_torch"](None)
-    times: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+    clocks: dict[str, list[Clock]] = {variant: [] for variant in variants}
     for _ in range(steps):  # interleaved, so that what else the machine does hits both alike
         for variant, step in variants.items():
             clock = Clock(place)
             clock.mark("start")
             step(clock)
-            times[variant].append(clock.seconds())
-    for variant, found in times.items():
+            clocks[variant].append(clock)
+    # read when all is done: a look after every step would let the device run dry
+    for variant, taken in clocks.items():
+        found = [clock.seconds() for clock in taken]
         total = median([sum(parts.values()) for parts in found])
         figures = {
             "images_per_second": round(batch / total, 2),
