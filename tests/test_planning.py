@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import typer.testing
 
 from lvtrain import recipe_files as recipes
@@ -85,6 +86,10 @@ def test_wire_by_hand() -> None:
     assert (sent(0), sent(1), sent(2), sent(3)) == (2, 2, 2, 3)  # in units of one float32 copy of the network
     assert (sent(1, 4), sent(2, 4), sent(3, 4)) == (2, 5, 12)  # stage 1 reduces once a step
 
+    (reduced, _) = backbone_transfers(TOY, stage=1, ranks=64, accumulation=1, device=H200)
+    (hidden, _) = backbone_transfers(TOY, stage=1, ranks=64, accumulation=1, device=H200, overlap=True)
+    assert (reduced.behind, hidden.behind) == ("", "backward")
+
     def between(**options: bool) -> float:
         found = backbone_transfers(TOY, stage=3, ranks=64, accumulation=1, device=H200, **options)
         return sum(t.between for t in found)
@@ -131,6 +136,20 @@ def test_published_recipes_are_planned() -> None:
     assert "feature expectations" in second.memory and "feature expectations" not in first.memory
     with pytest.raises(UserError, match="cannot be split over 7 ranks; use one of 1, 2, 4, 8"):
         plan_phases(recipe, ranks=7)
+
+
+def test_self_distillation_is_planned_with_its_head() -> None:
+    recipe = recipes.load(RECIPES / "dino_quickstart.yaml")
+    (found,) = plan_phases(recipe, ranks=1).values()
+    method, dim, phase = recipe.method, recipe.backbone.embedding_dim, recipe.phases[0]
+    head = dim * method.hidden + method.hidden**2 + method.hidden * method.bottleneck + method.bottleneck * method.prototypes
+    name, options = recipe.backbone.name, recipe.backbone.overrides
+    with torch.device("meta"):
+        backbone = create_backbone(name, embedding_dim=dim, image_size=recipe.backbone.image_size, **options)
+    size = sum(parameter.numel() for parameter in backbone.parameters()) + head
+    assert found.memory["weights"] == found.memory["teacher"] == found.memory["reduction buckets"] == 4 * size
+    # logits, their softmax and its gradient, of ten views, float32
+    assert found.memory["prototype logits"] == 3 * 4 * 10 * method.prototypes * phase.micro_batch
 
 
 def test_the_tool_prints_and_refuses() -> None:
