@@ -35,7 +35,7 @@ from lvtrain.classifier.margins import CosFace
 from lvtrain.classifier.partition import initial_rows
 from lvtrain.errors import UserError
 
-SMALL: dict[str, Any] = {"batch": 128, "classes": 10_000, "repeats": 2, "memory": False}
+SMALL: dict[str, Any] = {"batch": 128, "classes": 2_000, "repeats": 2, "memory": False}
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
 _ALL = 1e6  # MB: keep every exponential
 
