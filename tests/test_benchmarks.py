@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 def test_every_subject_runs_small() -> None:
     command = [sys.executable, "tools/benchmark.py", "all"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout)
     subjects = {path.stem for path in (ROOT / "tools" / "benchmarks").glob("*.py") if "\ndef run(" in path.read_text()}

@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _WAITING = {
@@ -51,6 +50,9 @@ def host_waits(device: torch.device) -> Iterator[Counter[str]]:
     Everywhere: synchronisations of the whole device by DeepSpeed, by place. GPU: torch's own warnings, by place; they do not cover an event's
     wait. CPU: operators that would wait on a GPU; a copy from the host that would is not seen, and an operator on the host's own tensors is.
     """
+    # when it is imported, DeepSpeed looks for a GPU and says on stdout that there is none, unless `engine` has told it before
+    from deepspeed.accelerator import get_accelerator
+
     found: Counter[str] = Counter()
     accelerator = get_accelerator()
     synchronize = accelerator.synchronize
