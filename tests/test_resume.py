@@ -146,6 +146,7 @@ def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path, peaceful:
     once, thrice = (make(tmp_path / name, tiny_faces) for name in "ab")
     assert go(once, 2, 2, "loop.outputs:1:6:nan") == [0, 0], said(once)[-2000:]
     assert [row["step"] for row in events(folder_of(once), "nonfinite")] == [6]
+    assert [row["step"] for row in metrics(folder_of(once)) if row["loss"] is None] == [7]  # no loss rather than 0
     assert go(thrice, 2, 2, ";".join(f"loop.outputs:0:{step}:nan" for step in (10, 11, 12))) == [2, 2]
     assert "not finite in 3 steps in a row from step 10" in said(thrice)
     assert go(thrice, 2, 2) == [0, 0], said(thrice)[-2000:]

@@ -31,11 +31,14 @@ class Meter:
                 held = self.sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=self.device))
                 held += value.detach().to(torch.float64) / len(micro_steps)
 
-    def means(self) -> tuple[float, dict[str, float]]:
-        """The mean loss and figures since the last `clear`; a collective. Figures to six digits: their last bits depend on the number of ranks."""
-        steps = max(1, self.steps)
-        means = worlds.mean_over_ranks(torch.stack(list(self.sums.values())) / steps).tolist() if self.sums else []
-        return float(self.loss_sum) / steps, {
+    def means(self) -> tuple[float | None, dict[str, float]]:
+        """The mean loss and figures since the last `clear`; a collective. Figures to six digits: their last bits depend on the number of ranks.
+
+        None and no figures where no step counted: all of them were skipped, on every rank alike."""
+        if self.steps == 0:
+            return None, {}
+        means = worlds.mean_over_ranks(torch.stack(list(self.sums.values())) / self.steps).tolist() if self.sums else []
+        return float(self.loss_sum) / self.steps, {
             name: float(f"{value:.6g}") for name, value in zip(self.sums, means, strict=True)
         }
 

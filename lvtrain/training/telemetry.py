@@ -81,7 +81,7 @@ def progress_line(row: dict[str, Any], *, phase: str, seconds_left: float) -> st
     """The line a person watches: `Speed` first, as arcface_torch's users (and their log parsers) know it."""
     parts = [
         f"Speed {row['images_per_second']:.2f} samples/sec",
-        f"Loss {row['loss']:.4f}",
+        f"Loss {row['loss']:.4f}" if row["loss"] is not None else "Loss not finite",
         f"cos2 {row['cos2']:.3f}" if row.get("cos2") is not None else "",
         f"LearningRate {row['lr']:.6f}",
         f"Phase: {phase}",
