@@ -146,6 +146,7 @@ class SelfDistillation(Section):
     teacher_warmup_epochs: float = Field(0, ge=0)
     teacher_momentum: float = Field(0.996, gt=0, le=1, description="first value; goes to 1 by a cosine")
     centre_momentum: float = Field(0.9, ge=0, lt=1)
+    freeze_last_layer: float = Field(1, ge=0, description="epochs at the start in which the prototypes stay as they are")
 
 
 class Dino(SelfDistillation):

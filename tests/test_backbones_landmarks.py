@@ -69,6 +69,13 @@ def test_a_fresh_landmark_cnn_starts_near_the_grid() -> None:
     assert landmarks.amin(1).tolist() == [[3.5, 3.5]] * 2 and landmarks.amax(1).tolist() == [[107.5, 107.5]] * 2
 
 
+def test_landmarks_lie_in_the_picture_given() -> None:
+    for released, low, high in ((False, 3.5, 43.5), (True, -1.0, 46.0)):
+        part, _ = pair(released=released)
+        points = part.predict_landmarks(torch.randn(2, 3, 48, 48))
+        assert float(points.min()) == pytest.approx(low, abs=1e-4) and float(points.max()) == pytest.approx(high, abs=1e-4)
+
+
 def test_order_and_subsets_of_landmarks() -> None:
     part, _ = pair()
     images = torch.randn(2, 3, 112, 112)
@@ -148,6 +155,13 @@ def test_small_views_take_the_position_grid_resized() -> None:
     state["pos_embedding"] = plain.pos_embedding[:, :37]
     alone.load_state_dict(state)
     assert torch.allclose(plain(images), alone(images), atol=1e-5)
+
+    torch.manual_seed(0)  # and DINO's own transformer: constant positions again, so that the grid's size says nothing
+    dino, alone = (create_backbone("dino_vit_tiny", dim=24, depth=2, image_size=size).eval() for size in (112, 48))
+    with torch.no_grad():
+        dino.pos_embed[:, 1:] = dino.pos_embed[:, 1:2]
+    alone.load_state_dict(dino.state_dict() | {"pos_embed": dino.pos_embed[:, :10]})
+    assert torch.allclose(dino(images), alone(images), atol=1e-5)
 
 
 def test_iresnet_layout() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
 from lvtrain.recipe import Optimizer, Phase
 from lvtrain.training.ds_config import resolve_ds_config
@@ -110,6 +111,24 @@ def test_layer_decay_scales_with_depth() -> None:
     assert {scales[name] for name in ("patch_embed.weight", "patch_embed.bias", "pos_embed", "mask_token")} == {0.125}
     assert (scales["blocks.0.weight"], scales["blocks.1.bias"]) == (0.25, 0.5)
     assert (scales["norm.weight"], scales["head.weight"]) == (1.0, 1.0)
+
+
+def test_layer_decay_of_part_fvit() -> None:
+    """The powers of LAFS's released code: 12 blocks, the landmark CNN before them; wrapped as the anchored option wraps it."""
+    with torch.device("meta"):
+        backbone = nn.ModuleDict({"backbone": create_backbone("part_fvit_tiny", embedding_dim=512)})
+    groups = parameter_groups(backbone, Optimizer(layer_decay=0.58))
+    scales = {name.removeprefix("backbone."): group.lr_scale for group in groups for name in group.parameters}
+    first = {"cls_token", "pos_embedding"}
+    for name, scale in scales.items():
+        if name in first or name.startswith(("patch_to_embedding.", "stn.", "output_layer.")):
+            power = 13
+        elif name.startswith("transformer.layers."):
+            power = 12 - int(name.split(".")[2])
+        else:
+            power = 0  # mlp_head
+        assert scale == pytest.approx(0.58**power), name
+    assert first <= scales.keys() and {"mlp_head.1.weight", "stn.blocks.3.1.conv_pw.weight"} <= scales.keys()
 
 
 def test_layer_decay_sees_blocks_of_a_wrapped_backbone() -> None:

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 import typer.testing
 
 from lvtrain import recipe_files as recipes
@@ -138,18 +137,20 @@ def test_published_recipes_are_planned() -> None:
         plan_phases(recipe, ranks=7)
 
 
-def test_self_distillation_is_planned_with_its_head() -> None:
-    recipe = recipes.load(RECIPES / "dino_quickstart.yaml")
-    (found,) = plan_phases(recipe, ranks=1).values()
-    method, dim, phase = recipe.method, recipe.backbone.embedding_dim, recipe.phases[0]
-    head = dim * method.hidden + method.hidden**2 + method.hidden * method.bottleneck + method.bottleneck * method.prototypes
-    name, options = recipe.backbone.name, recipe.backbone.overrides
-    with torch.device("meta"):
-        backbone = create_backbone(name, embedding_dim=dim, image_size=recipe.backbone.image_size, **options)
-    size = sum(parameter.numel() for parameter in backbone.parameters()) + head
-    assert found.memory["weights"] == found.memory["teacher"] == found.memory["reduction buckets"] == 4 * size
-    # logits, their softmax and its gradient, of ten views, float32
-    assert found.memory["prototype logits"] == 3 * 4 * 10 * method.prototypes * phase.micro_batch
+def test_self_distillation_is_planned() -> None:
+    """The published recipes: 64 images a micro-batch, 100K prototypes, ten views; LAFS's landmark CNN sees ten more, its student 36 of 196 patches."""
+    dino, lafs = (
+        plan_phases(recipes.load(RECIPES / f"{name}_webface1shot.yaml"), ranks=8)["pretraining"]
+        for name in ("dino_fvitb", "lafs_part_fvitb")
+    )
+    head = 768 * 2048 + 2048 * 2048 + 2048 * 256 + 256 * 100_000
+    assert dino.network.parameters == network("fvit_base", embedding_dim=768).parameters + head
+    assert dino.memory["teacher"] == dino.memory["weights"] == dino.memory["reduction buckets"] == 4 * dino.network.parameters
+    assert dino.memory["prototype logits"] == lafs.memory["prototype logits"] == 3.4 * 4 * 64 * 10 * 100_000
+    assert dino.memory["images"] == pytest.approx(2 * 64 * 4 * 3 * (2 * 112**2 + 8 * 48**2))
+    assert lafs.memory["images"] == pytest.approx(2 * 64 * 4 * 3 * 20 * 112**2)
+    assert dino.memory["activations"] == pytest.approx(64 * dino.network.saved * (2 + 8 * (48 / 112) ** 2))
+    assert lafs.memory["activations"] == pytest.approx(64 * lafs.network.saved * 10 * 36 / 196)
 
 
 def test_the_tool_prints_and_refuses() -> None:

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from lvtrain.backbones.memory import Recompute, drop_path_rates, run_blocks
+from lvtrain.backbones.part_fvit import resized_positions
 from lvtrain.errors import UserError
 
 
@@ -33,8 +34,11 @@ class DinoViT(nn.Module):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, not normalised.
 
     embedding_dim other than `dim` adds a linear after the norm. drop_path: stochastic depth of the last block, growing linearly from 0.
-    checkpoint_blocks, checkpoint_every: see `lvtrain.backbones.memory`.
+    Pictures of other sizes (DINO's local views) get the position grid resized to theirs. checkpoint_blocks, checkpoint_every: see
+    `lvtrain.backbones.memory`.
     """
+
+    takes_any_size = True
 
     def __init__(
         self,
@@ -52,9 +56,9 @@ class DinoViT(nn.Module):
         super().__init__()
         if image_size % patch:
             raise UserError(f"backbone: image_size {image_size} is not a multiple of the patch {patch}")
-        self.dim, self.embedding_dim, self.image_size = dim, embedding_dim, image_size
+        self.dim, self.embedding_dim, self.image_size, self.patch = dim, embedding_dim, image_size, patch
         self.checkpoint_blocks, self.checkpoint_every = checkpoint_blocks, checkpoint_every
-        self.patch_embed = PatchEmbed(image_size, patch, 3, dim)
+        self.patch_embed = PatchEmbed(image_size, patch, 3, dim, strict_img_size=False)
         self.num_tokens = self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens + 1, dim))
@@ -74,7 +78,10 @@ class DinoViT(nn.Module):
     def forward(self, images: torch.Tensor, return_tokens: bool = False) -> Any:
         """Embeddings `[B, embedding_dim]`, or with `return_tokens` `(patch tokens [B, N, dim], embeddings)`."""
         patches = self.patch_embed(images.contiguous(memory_format=torch.channels_last))
-        x = torch.cat([self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], dim=1) + self.pos_embed
+        rows, columns = images.shape[2] // self.patch, images.shape[3] // self.patch
+        positions = resized_positions(self.pos_embed[:, 1:], self.image_size // self.patch, rows, columns)
+        x = torch.cat([self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], dim=1)
+        x = x + torch.cat([self.pos_embed[:, :1], positions], dim=1)
         x = run_blocks(self.blocks, x, self.checkpoint_blocks if self.training else "none", self.checkpoint_every)
         x = self.norm(x)
         embedding = self.head(x[:, 0]).float()

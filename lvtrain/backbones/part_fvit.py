@@ -100,6 +100,14 @@ class _Transformer(nn.Module):
         return run_blocks(self.layers, x, self.recompute if self.training else "none", self.every)
 
 
+def resized_positions(positions: torch.Tensor, side: int, rows: int, columns: int) -> torch.Tensor:
+    """Position embeddings `[1, side * side, dim]` of a grid for a grid of another size, `[1, rows * columns, dim]` (bicubic)."""
+    if (rows, columns) == (side, side):
+        return positions
+    grid = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+    return F.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+
+
 class FViT(nn.Module):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32 (the class token after its norm), not
     normalised.
@@ -108,6 +116,8 @@ class FViT(nn.Module):
     pictures (DINO's 48-pixel views) are taken too: the position grid is resized to theirs (bicubic), as DINO does.
     drop_path, dropout: regularisation in training; checkpoint_blocks, checkpoint_every: see `lvtrain.backbones.memory`.
     """
+
+    takes_any_size = True
 
     def __init__(
         self,
@@ -150,11 +160,7 @@ class FViT(nn.Module):
     def forward(self, images: torch.Tensor, return_tokens: bool = False) -> Any:
         """Embeddings `[B, embedding_dim]`, or with `return_tokens` `(patch tokens [B, N, dim], embeddings)`."""
         rows, columns = images.shape[2] // self.patch, images.shape[3] // self.patch
-        positions = self.pos_embedding[:, 1:]
-        if (rows, columns) != (self.side, self.side):
-            grid = positions.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2).float()
-            grid = F.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False)
-            positions = grid.flatten(2).transpose(1, 2)
+        positions = resized_positions(self.pos_embedding[:, 1:], self.side, rows, columns)
         patches = images.unflatten(2, (rows, self.patch)).unflatten(4, (columns, self.patch))
         patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], rows * columns, -1)
         return self._encode(patches, positions, return_tokens)
@@ -222,8 +228,8 @@ def sample_patches(images: torch.Tensor, landmarks: torch.Tensor, patch: int = 8
 class PartFViT(FViT):
     """fViT whose patches stand at landmarks: `[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32.
 
-    landmark_margin: the points are min-max scaled, for each image and axis, to `[margin, image_size - 1 - margin]`
-    pixels; the default of half a patch keeps every patch inside the picture and starts training on fViT's grid *(our
+    landmark_margin: the points are min-max scaled, for each image and axis, to `[margin, side of the picture - 1 -
+    margin]` pixels; the default of half a patch keeps every patch inside the picture and starts training on fViT's grid *(our
     reading)*.
     released: as LAFS's released code computes it, for its weights: its own landmark CNN (`landmark_cnn`); x and y scaled
         together to [0, image_size - 1], where the centre of the first pixel is (1, 1); patches read column by column.
@@ -256,17 +262,20 @@ class PartFViT(FViT):
         return self
 
     def predict_landmarks(self, images: torch.Tensor) -> torch.Tensor:
-        """The landmark CNN's points, `[B, num_tokens, 2]` float32 (x, y) in pixels, min-max scaled to the picture."""
-        features = self.stn(images)
+        """The landmark CNN's points, `[B, num_tokens, 2]` float32 (x, y) in pixels, min-max scaled to the picture.
+
+        That is the picture given: DINO's local views are smaller than `image_size`.
+        """
+        features, last = self.stn(images), images.shape[-1] - 1
         with torch.autocast(images.device.type, enabled=False):  # points in bfloat16 would be off by half a pixel
             points = self.output_layer(features.to(torch.promote_types(images.dtype, torch.float32)))
             points = points.unflatten(1, (self.num_tokens, 2))
             if self.released:
                 low, high = points.amin(dim=(1, 2), keepdim=True), points.amax(dim=(1, 2), keepdim=True)
-                return (points - low) / (high - low).clamp_min(1e-6) * (self.image_size - 1) - 1
+                return (points - low) / (high - low).clamp_min(1e-6) * last - 1
             low, high = points.amin(dim=1, keepdim=True), points.amax(dim=1, keepdim=True)
             unit = (points - low) / (high - low).clamp_min(1e-6)
-            return self.landmark_margin + unit * (self.image_size - 1 - 2 * self.landmark_margin)
+            return self.landmark_margin + unit * (last - 2 * self.landmark_margin)
 
     def forward(  # type: ignore[override]
         self,

@@ -16,11 +16,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
+from lvtrain.data.augment import SETS, augmentation
+from lvtrain.errors import UserError
 from lvtrain.recipe import Phase, Recipe
 from lvtrain.state import State
 
@@ -56,6 +58,7 @@ class Method(ABC):
     """Built afresh for every phase with the recipe; `module` is what the engine trains, everything else is the method's own."""
 
     module: nn.Module
+    views: ClassVar[tuple[str, ...]] = ("image",)  # of `data.augmentation`, that it trains on
 
     @abstractmethod
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None: ...
@@ -106,10 +109,21 @@ class Method(ABC):
 
 
 def create_method(recipe: Recipe, *, num_classes: int, device: torch.device) -> Method:
-    """The method a recipe names, on this rank's device, weights initialised from the recipe's seed (the same on any number of ranks)."""
+    """The method a recipe names, on this rank's device, weights initialised from the recipe's seed (the same on any number of ranks).
+
+    Raises:
+        UserError: the recipe's augmentation does not make the views the method trains on, or settings that do not go together.
+    """
     from lvtrain import methods
 
-    return methods.REGISTRY[recipe.method.name](recipe, num_classes=num_classes, device=device)
+    method = methods.REGISTRY[recipe.method.name]
+    name = recipe.data.augmentation
+    if not set(method.views) <= {view.name for view in augmentation(name)}:
+        fit = [other for other, views in SETS.items() if set(method.views) <= {view.name for view in views}]
+        raise UserError(
+            f"method {recipe.method.name} trains on views that data.augmentation={name} does not make; choose one of {', '.join(fit)}"
+        )
+    return method(recipe, num_classes=num_classes, device=device)
 
 
 def initial_backbone(recipe: Recipe, device: torch.device) -> nn.Module:

@@ -10,12 +10,18 @@ whole in float32 and updates it alike at the step's end, from the student's gath
 so a teacher forward needs no communication. The centre c is the moving average of the teacher's mean output over all V virtual micro-batches of
 the step, added up in their order, so it does not depend on the number of ranks.
 
-The loss keeps the student's logits, their log-softmax and the teacher's targets, about 3.3 x views x batch x K x 4 bytes at its peak: 0.8 GB for
+The loss keeps the student's logits, their log-softmax and the teacher's targets, about 3.4 x views x batch x K x 4 bytes at its peak: 0.9 GB for
 64 images, 10 views and K = 100,000, which `--dry-run` lists as "prototype logits". So it is not cut into chunks; a smaller micro-batch (more
 virtual batches) is the way where it does not fit.
 
-Collapse is watched: `teacher_entropy` (of the sharpened teacher, nats; near 0 or near log K is collapse to one prototype or to uniform) and
-`feature_std` (of the student's unit embeddings over the batch; near 0 is collapse to a point) are in the telemetry, and a collapsed run says so.
+In the first `freeze_last_layer` epochs the prototypes get no gradient, as in DINO's code. Our readings: their optimizer moments stay zero
+meanwhile (DINO's begin afterwards) and weight decay, which a unit-length prototype does not feel, goes on; the gradient is clipped by its norm
+over all weights (DINO: each weight's own); position embeddings and the class token are not decayed; the teacher's temperature rises step by step
+(DINO: by the epoch).
+
+Collapse is watched, and a collapsed run says so. In the telemetry are `teacher_entropy`, of the sharpened teacher for an image (nats; near log K is
+collapse to uniform), `prototype_entropy`, of its mean over a micro-batch (near 0 is collapse of all images to one prototype), and `feature_std` of
+the student's unit embeddings over the micro-batch (near 0 is collapse to a point).
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +39,8 @@ from torch.nn import functional
 
 from lvtrain import randomness
 from lvtrain.data import Batch
+from lvtrain.data.augment import augmentation
+from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
 from lvtrain.recipe import Phase, Recipe, SelfDistillation
 from lvtrain.state import Replicated, State
@@ -41,7 +49,7 @@ from lvtrain.state import Replicated, State
 class ProjectionHead(nn.Module):
     """`[B, d]` embeddings -> `[B, K]` prototype logits: a three-layer GELU MLP, unit length, then K weight-normalised prototypes.
 
-    The prototypes' norms are fixed at 1 (DINO's `norm_last_layer`), so a logit is a cosine.
+    The prototypes' norms are fixed at 1 (DINO's `norm_last_layer`), so a logit is a cosine. While `frozen` they get a gradient of zero.
     """
 
     def __init__(self, embedding_dim: int, prototypes: int, *, hidden: int = 2048, bottleneck: int = 256) -> None:
@@ -54,6 +62,7 @@ class ProjectionHead(nn.Module):
             nn.Linear(hidden, bottleneck),
         )
         self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
+        self.frozen = False
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -62,7 +71,10 @@ class ProjectionHead(nn.Module):
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         x = functional.normalize(self.mlp(embeddings), dim=-1)
-        return functional.linear(x, functional.normalize(self.prototypes.weight, dim=-1))
+        weight = self.prototypes.weight
+        if self.frozen:  # a gradient of zero and not none: every ZeRO stage waits for one of each weight
+            weight = weight.detach() + 0 * weight
+        return functional.linear(x, functional.normalize(weight, dim=-1))
 
 
 class Student(nn.Module):
@@ -119,11 +131,19 @@ def dino_loss(
 
 
 class DinoMethod(Method):
+    views: ClassVar[tuple[str, ...]] = ("global_0", "global_1")
+
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
         section = recipe.method
         assert isinstance(section, SelfDistillation)
         self.settings, self.recipe, self.device = section, recipe, device
         backbone = initial_backbone(recipe, device)
+        sizes = {view.size for view in augmentation(recipe.data.augmentation)} - {None, recipe.backbone.image_size}
+        if sizes and not getattr(backbone, "takes_any_size", False):
+            raise UserError(
+                f"backbone {recipe.backbone.name} takes pictures of {recipe.backbone.image_size} pixels only, and data.augmentation="
+                f"{recipe.data.augmentation} has views of {sizes.pop()}; use a fvit, part_fvit or dino_vit, or data.augmentation: lafs"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.torch_seed(recipe.seed, "projection-head"))
             head = ProjectionHead(
@@ -153,10 +173,14 @@ class DinoMethod(Method):
 
     def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
         self._sums = []
+        head = self.module.get_submodule("head")
+        assert isinstance(head, ProjectionHead)
+        head.frozen = now.epoch < self.settings.freeze_last_layer
 
     def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         student, embeddings = outputs
-        with torch.no_grad():
+        half = self.recipe.optimizer.precision == "bfloat16"
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):  # as the engine runs the student
             teacher, _ = self.teacher(*self.teacher_inputs(batch, now))
         weights = (batch.labels >= 0).to(student.dtype)
         self._sums.append((teacher * weights[:, None]).mean(dim=(0, 1)))
@@ -171,9 +195,12 @@ class DinoMethod(Method):
         )
         with torch.no_grad():
             probability = functional.softmax((teacher[0] - self.centre) / temperature, dim=-1)
-            entropy = torch.special.entr(probability).sum(-1).mean()
-            spread = functional.normalize(embeddings, dim=-1).std(dim=0).mean()
-        return LossOutput(loss, {"teacher_entropy": entropy, "feature_std": spread})
+            watched = {
+                "teacher_entropy": torch.special.entr(probability).sum(-1).mean(),
+                "prototype_entropy": torch.special.entr(probability.mean(0)).sum(),
+                "feature_std": functional.normalize(embeddings, dim=-1).std(dim=0).mean(),
+            }
+        return LossOutput(loss, watched)
 
     def teacher_inputs(self, batch: Batch, now: Now) -> tuple[Any, ...]:
         """The global views."""
@@ -229,8 +256,8 @@ class DinoMethod(Method):
         most = math.log(self.settings.prototypes)
         if metrics["feature_std"] < 1e-3:
             said.append("collapse: the embeddings of different images are nearly equal (feature_std < 1e-3)")
-        if metrics["teacher_entropy"] < 1e-2:
-            said.append("collapse: the teacher puts everything on one prototype (teacher_entropy < 0.01)")
+        if metrics["prototype_entropy"] < 1e-2:
+            said.append("collapse: the teacher puts all images on one prototype (prototype_entropy < 0.01)")
         elif metrics["teacher_entropy"] > 0.999 * most:
             said.append(
                 f"collapse: the teacher is uniform over its prototypes (teacher_entropy > 0.999 log K = {0.999 * most:.2f})"

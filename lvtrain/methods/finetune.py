@@ -2,7 +2,10 @@
 
 The backbone's weights come from the recipe's `init_from`; layer-wise decay, rates and schedule are the recipe's. What the landmark CNN of a Part
 fViT does is the paper's options: (a) `fixed`; (b) `trained` with the rest; (c) `anchored`: trained, plus
-beta * mean ||r_hat - r||_2 that holds its points r_hat near those of a frozen copy, r (pixels).
+beta * mean ||r_hat - r||_2 that holds its points r_hat near those of a frozen copy, r.
+
+Our reading of equation 7: the mean over the images and landmarks of the distance of a point to its frozen one, in pixels (the released code: the
+mean squared distance in shares of the picture, with a weight that falls over the epochs); the frozen copy is the landmark CNN fine-tuning starts from.
 """
 
 from __future__ import annotations
@@ -40,22 +43,33 @@ class FinetuneMethod(SupervisedMethod):
         assert isinstance(recipe.method, Finetune)
         self.settings = recipe.method
         self.anchor: PartFViT | None = None
+        frozen = isinstance(self.backbone, PartFViT) and self.backbone.freeze_landmarks
+        if frozen and self.settings.landmarks != "fixed":
+            raise UserError(
+                f"method.landmarks={self.settings.landmarks} trains the landmark CNN; set backbone.overrides.freeze_landmarks: false, "
+                "or method.landmarks: fixed"
+            )
         if self.settings.landmarks == "trained":
             return
         if not isinstance(self.backbone, PartFViT):
             raise UserError(
                 f"method.landmarks={self.settings.landmarks} needs a Part fViT; {recipe.backbone.name} has no landmark CNN"
             )
-        if self.settings.landmarks == "fixed" and not self.backbone.freeze_landmarks:
+        if self.settings.landmarks == "fixed" and not frozen:
             raise UserError("method.landmarks=fixed: set backbone.overrides.freeze_landmarks: true")
+        if recipe.init_from is None:
+            raise UserError(
+                f"method.landmarks={self.settings.landmarks} needs a trained landmark CNN; set init_from, or method.landmarks: trained"
+            )
         if self.settings.landmarks == "anchored":
             self.module = WithLandmarks(self.backbone)
             self.anchor = copy.deepcopy(self.backbone).eval().requires_grad_(False)
+            self.anchor.transformer = nn.Identity()  # type: ignore[assignment]  # only its landmark CNN is asked
 
     def after_initial_weights(self) -> None:
         """The anchor is the landmark CNN fine-tuning starts from."""
         if self.anchor is not None:
-            self.anchor.load_state_dict(self.backbone.state_dict())
+            self.anchor.load_state_dict(_landmark_weights(self.backbone), strict=False)
 
     def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         if self.anchor is None:
@@ -82,5 +96,5 @@ class FinetuneMethod(SupervisedMethod):
             self.anchor.load_state_dict(frozen, strict=False)
 
 
-def _landmark_weights(backbone: PartFViT) -> dict[str, torch.Tensor]:
+def _landmark_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:
     return {name: t for name, t in backbone.state_dict().items() if name.startswith(("stn.", "output_layer."))}

@@ -5,9 +5,11 @@ drawn ones; the loss is DINO's (equation 5). Two augmentations act on landmarks 
 u ~ N(0, 1), alpha = 2 pixels (equation 6), and their order is shuffled. The landmark CNN looks at each view's twin, which saw the same flip and
 crop but no colour (supplement 8.1.3).
 
-Our readings: every student view is a subset, those of the global crops too. Shuffling hands landmark pi(k) to position k, the position
-embeddings staying in place; without it a landmark keeps its own position, in a subset too. Teacher landmarks are augmented like the student's
-(algorithm 1, line 7). Draws are a function of (seed, step, sample, view), so they do not depend on the number of ranks.
+Our readings: every student view is a subset, those of the global crops too (section 3.2, supplement 8.1.3; the released code gives the student
+those two whole). The 36 are different ones (the released code draws with replacement and gives them the first 36 positions). Shuffling hands
+landmark pi(k) to position k, the position embeddings staying in place; without it a landmark keeps its own position, in a subset too. Teacher
+landmarks are augmented like the student's (algorithm 1, line 7). Draws are a function of (seed, step, sample, view), so they do not depend on the
+number of ranks.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ View = tuple[
 
 
 class LafsMethod(DinoMethod):
+    views = ("global_0", "global_1", "global_0_landmarks", "global_1_landmarks")
     _now: Now
     _teacher_views: tuple[View, ...]
 
@@ -43,6 +46,10 @@ class LafsMethod(DinoMethod):
         if self.settings.landmarks > backbone.num_tokens:
             raise UserError(
                 f"method.landmarks={self.settings.landmarks} but the backbone has {backbone.num_tokens} landmarks"
+            )
+        if self.settings.landmark_weights is None and self.recipe.init_from is None:
+            raise UserError(
+                "method lafs would keep an untrained landmark CNN fixed; set method.landmark_weights to a supervised Part fViT run"
             )
         if not backbone.freeze_landmarks:
             raise UserError("method lafs keeps the landmark CNN fixed; set backbone.overrides.freeze_landmarks: true")

@@ -103,15 +103,17 @@ def activation_bytes(
     micro_batch: int,
     *,
     views: float = 1.0,
+    pictures: float = 1.0,
     ahead: int = 2,
     precision: Literal["bfloat16", "float32"] = "bfloat16",
 ) -> dict[str, float]:
-    """What the backward pass needs of a micro-batch of `views` full pictures an image, and `ahead` batches of images.
+    """What the backward pass needs of a micro-batch of `views` full pictures an image, and `ahead` batches of images,
+    of which the loader brings `pictures` full pictures each.
 
     float32 arithmetic keeps 1.8 times as much as bfloat16 autocast (the residual stream is float32 in both).
     """
     kept = (network.saved + network.recomputed) * (1.8 if precision == "float32" else 1.0)
     return {
         "activations": kept * micro_batch * views,
-        "images": 4.0 * 3 * network.image_size**2 * micro_batch * views * ahead,
+        "images": 4.0 * 3 * network.image_size**2 * micro_batch * pictures * ahead,
     }

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from lvtrain.backbones import create_backbone
+from lvtrain.data.augment import augmentation
 from lvtrain.errors import UserError
 from lvtrain.planning.device import H200, Device
 from lvtrain.planning.memory import DEEPSPEED_BUCKET, ClassRows
@@ -15,8 +16,8 @@ from lvtrain.planning.network import Network, measure_network
 from lvtrain.planning.plan import Plan, plan
 from lvtrain.recipe import Phase, Recipe
 
-# DINO's views of one image: two whole pictures and eight of 48 pixels, as shares of a whole picture of 112
-_STUDENT_VIEWS, _TEACHER_VIEWS, _CROPS = 2 + 8 * (48 / 112) ** 2, 2.0, 10
+# copies of the student's prototype logits that the loss holds at its peak, measured (float32 and bfloat16, 10 views)
+_LOGIT_COPIES = 3.4
 
 
 def plan_phases(
@@ -110,15 +111,27 @@ def _class_rows(recipe: Recipe, phase: Phase, num_classes: int | None) -> ClassR
 
 
 def _self_distillation(recipe: Recipe, network: Network) -> tuple[Network, dict[str, float], dict[str, float]]:
-    """The student with its head, the teacher beside it whole on every rank, and the logits of one image's views."""
+    """The student with its head, the teacher beside it whole on every rank, and one image's views: their logits, and what they cost a branch in
+    whole pictures. A subset of a picture's landmarks costs its share of the patches; the landmark CNN's own passes are left out (1%)."""
     method: Any = recipe.method
+    size = recipe.backbone.image_size
+    seen = augmentation(recipe.data.augmentation)
+    shares = {view.name: ((view.size or size) / size) ** 2 for view in seen if view.twin is None}
+    if method.name == "lafs":
+        patches = (size // recipe.backbone.overrides.get("patch", 8)) ** 2
+        shares = dict.fromkeys(shares, min(1.0, method.landmarks / patches))
+    views = {
+        "views": sum(shares.values()),
+        "teacher_views": float(sum(name.startswith("global") for name in shares)),
+        "pictures": sum(((view.size or size) / size) ** 2 for view in seen),
+    }
     widths = [recipe.backbone.embedding_dim, method.hidden, method.hidden, method.bottleneck, method.prototypes]
     head = sum(a * b for a, b in pairwise(widths))
     student = replace(
         network, parameters=network.parameters + head, largest=max(network.largest, widths[3] * widths[4])
     )
-    extra = {"teacher": 4.0 * student.parameters, "prototype logits": 3 * 4.0 * _CROPS * method.prototypes}
-    return student, extra, {"views": _STUDENT_VIEWS, "teacher_views": _TEACHER_VIEWS}
+    extra = {"teacher": 4.0 * student.parameters, "prototype logits": _LOGIT_COPIES * 4.0 * len(shares) * method.prototypes}
+    return student, extra, views
 
 
 def _offloads(zero: Mapping[str, Any], key: str) -> bool:

@@ -109,6 +109,7 @@ def plan(
     ema: bool = False,
     views: float = 1.0,
     teacher_views: float = 0.0,
+    pictures: float = 1.0,
     extra: dict[str, float] | None = None,
 ) -> Plan:
     """The plan of one step. Pure: nothing is built, allocated or asked of the machine.
@@ -117,7 +118,8 @@ def plan(
     rows: the sharded classifier, None without one. gradient_bytes: 4, or 2 with bfloat16 gradient communication.
     overlap: DeepSpeed's `overlap_comm`, see `wire.backbone_transfers`. bucket: its `reduce_bucket_size`, elements.
     ema: an average of the weights is kept on the device.
-    views, teacher_views: self-distillation's views of one image in full pictures, with and without a backward pass.
+    views, teacher_views: self-distillation's views of one image in full pictures, with and without a backward pass;
+    pictures: what the loader brings of one image, in full pictures.
     extra: further bytes by name, such as a teacher's weights.
     Raises UserError for counts that are not positive or an unknown stage.
     """
@@ -138,7 +140,8 @@ def plan(
     )
     if ema:
         parts["average of the weights"] = 4.0 * network.parameters
-    parts |= memory.activation_bytes(network, micro_batch, views=views, precision=precision) | (extra or {})
+    parts |= memory.activation_bytes(network, micro_batch, views=views, pictures=pictures, precision=precision)
+    parts |= extra or {}
     seconds = timing.compute_seconds(
         network,
         device,

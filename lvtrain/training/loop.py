@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -122,7 +123,7 @@ class PhaseRun:
             now = replace(now, micro=micro, virtual=virtual)
             outputs = self.engine(*self.method.inputs(batch))
             if faults.point("loop.outputs", rank=self.r.world.rank, step=position.step) == "nan":
-                outputs = outputs * float("nan")
+                outputs = tuple(o * math.nan for o in outputs) if isinstance(outputs, tuple) else outputs * math.nan
             output = self.method.loss(outputs, batch, now)
             self.engine.backward(output.loss)
             losses.append(output.loss.detach())

@@ -14,8 +14,8 @@ from torch import nn
 from lvtrain.recipe import Optimizer
 
 _TOKENS = ("pos_embed", "pos_embedding", "mask_token", "cls_token", "reg_token")
-_FIRST = (*_TOKENS, "patch_embed", "patch_to_embedding")
-# timm's and arcface_torch's `blocks.i`, LAFS's `transformer.layers.i`; not the blocks of LAFS's landmark CNN, `stn`, which is no layer of the transformer
+_FIRST = (*_TOKENS, "patch_embed", "patch_to_embedding", "stn", "output_layer")  # the last two: LAFS's landmark CNN
+# timm's and arcface_torch's `blocks.i`, LAFS's `transformer.layers.i`; not the blocks of the landmark CNN, which is no layer of the transformer
 _BLOCK = re.compile(r"(?:^|(?<!stn)\.)(?:blocks|transformer\.layers)\.(\d+)\.")
 
 
@@ -33,7 +33,8 @@ def parameter_groups(module: nn.Module, optimizer: Optimizer) -> list[Group]:
     """The groups of `module`'s trainable parameters, in a fixed order.
 
     Norms, biases, other vectors, position embeddings and tokens are not decayed (unless `decay_norms`). With `layer_decay` d, block i of n
-    learns at d^(n - i), embeddings and tokens at d^(n + 1), what follows the blocks, and a landmark CNN, at 1 (BEiT, MAE; embeddings count as layer 0).
+    learns at d^(n - i), embeddings and tokens at d^(n + 1), what follows the blocks at 1 (BEiT, MAE; embeddings count as layer 0). A landmark CNN,
+    which stands before them, counts as layer 0 too, as in LAFS's released code (the paper does not say).
 
     Raises:
         ValueError: nothing is trainable.
