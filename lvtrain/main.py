@@ -29,14 +29,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--phase", help="run this phase only, and exit when it is over")
     parser.add_argument("--max-time", type=float, metavar="MINUTES", help="stop early enough to have saved by then")
     parser.add_argument(
-        "--dry-run", action="store_true", help="resolve and check everything, print the plan, train nothing"
+        "--dry-run", action="store_true", help="resolve the recipe, check it against the data if it is here, print the plan, train nothing"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # overrides may stand anywhere among the options
 
 
 def main(arguments: list[str] | None = None) -> int:

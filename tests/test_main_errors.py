@@ -55,7 +55,9 @@ def copy(tiny_faces: Path, tmp_path: Path) -> Path:
 
 
 def test_typo_in_a_recipe_key(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
-    assert "did you mean 'optimizer'?" in door.refuses(recipe_file(tmp_path, tiny_faces / "train"), "optimzer.lr=1")
+    recipe = recipe_file(tmp_path, tiny_faces / "train")
+    assert "did you mean 'optimizer'?" in door.refuses(recipe, "optimzer.lr=1")
+    assert "did you mean 'seed'?" in door.refuses(recipe, "optimizer.lr=1", "--max-time", "5", "sed=1")  # overrides on both sides of an option
 
 
 def test_num_classes_smaller_than_a_label(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:

@@ -255,6 +255,7 @@ def test_impossible_requests_are_one_line(folder, tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="no image"):
         pack(tmp_path / "bare", tmp_path / "out2", PackOptions("folder"))
+    assert not list(tmp_path.glob("out*"))  # nothing written, so nothing stands in the way of the corrected command
     pack(folder, tmp_path / "done", PackOptions("folder"))
     with pytest.raises(UserError, match="finished dataset"):
         pack(folder, tmp_path / "done", PackOptions("folder"))

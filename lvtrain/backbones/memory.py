@@ -18,6 +18,8 @@ _aten = torch.ops.aten
 KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
+    # ZeRO-3's linear adds its bias to the product in place: recomputed, it would be added to what was kept a second time
+    _aten.add_.Tensor,
     _aten.bmm.default,
     _aten.convolution.default,
     _aten._scaled_dot_product_flash_attention.default,
@@ -43,7 +45,7 @@ def run_blocks(
     """
     if recompute not in get_args(Recompute):
         raise UserError(f"backbone: checkpoint_blocks {recompute!r} must be one of {', '.join(get_args(Recompute))}")
-    keep_matmuls = partial(create_selective_checkpoint_contexts, _keep_matmuls)
+    keep_matmuls = partial(create_selective_checkpoint_contexts, _keep_matmuls, allow_cache_entry_mutation=True)
     for number, block in enumerate(blocks):
         if recompute == "activation":
             x = checkpoint(block, x, use_reentrant=False, context_fn=keep_matmuls)

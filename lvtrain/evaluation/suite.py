@@ -96,7 +96,7 @@ def evaluate(
     """
     names = [task.name for task in tasks]
     if len(set(names)) != len(names):
-        raise UserError(f"benchmark names must differ, got {', '.join(names)}; write NAME:PATH")
+        raise UserError(f"names of benchmarks and calibrations must differ, got {', '.join(names)}; choose another NAME in NAME:PATH")
     results = {}
     for task in tasks:
         tell(f"{task.name}: {task.kind.replace('_', ' ')} on {' and '.join(str(path) for path in task.paths)}")

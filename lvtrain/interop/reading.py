@@ -91,9 +91,11 @@ def _load(path: Path) -> Any:
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        if path.suffix == ".onnx":
+            raise UserError(f"{path} is an ONNX file, not weights; tools/evaluate.py takes it as it is") from error
         raise UserError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}: {reason}); if you trust it, save its state_dict with torch.save"
+            f"{path} cannot be read as plain tensors ({type(error).__name__}): damaged, not torch's, or with other objects in it; "
+            "if you trust it, save its state_dict with torch.save"
         ) from error
 
 

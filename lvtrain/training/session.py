@@ -65,6 +65,7 @@ def _train(
     telemetry = Telemetry(folder, world, tensorboard=recipe.logging.tensorboard)
     for change in told:
         telemetry.event("recipe_changed", change=change)
+        telemetry.say(f"lvtrain: recipe changed since the last start: {change}")
     allotted = max_time_minutes * 60 if max_time_minutes else None
     ending: Ending | None = None  # stays None when the attempt crashes: no outcome.json says so
     try:

@@ -26,7 +26,7 @@ def listen() -> None:
 
 
 def received() -> int | None:
-    """The last such signal since `listen`."""
+    """The first such signal since `listen`: a launcher that is interrupted sends SIGTERM after it."""
     return _received
 
 
@@ -42,7 +42,7 @@ def restore() -> None:
 
 def _note(number: int, frame: FrameType | None) -> None:
     global _received
-    _received = number
+    _received = _received or number
     if number == signal.SIGINT:
         signal.signal(number, signal.default_int_handler)
         if os.environ.get("RANK", "0") == "0":

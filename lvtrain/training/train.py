@@ -64,6 +64,11 @@ def train(
         attempt=run.attempt,
     )
     phases = run.recipe.phases
+    at = phases[min(position.phase_index + int(position.phase_over), len(phases) - 1)].name
+    telemetry.say(
+        f"lvtrain: {'resuming' if found else 'starting'} {run.folder} at step {position.step}, phase {at}, "
+        f"{run.world.size} rank{'s' if run.world.size > 1 else ''} on {run.world.device.type}"
+    )
     rate = learning_rate(
         run.recipe.schedule, run.recipe.optimizer.lr, phases=phases, samples_per_epoch=len(run.dataset)
     )

@@ -68,8 +68,19 @@ def pack(source: str | Path, out: str | Path, options: PackOptions, *, workers: 
         UserError: nothing to pack, a trouble whose policy is `fail`, an `out` that is finished or was begun with other options.
     """
     source, out = Path(source), Path(out)
-    tell = progress or (lambda stage, done, total: None)
+    new = not (out / ".pack").exists()
     scratch = _begin(source, out, options)
+    try:
+        return _pack(source, out, scratch, options, workers, progress or (lambda stage, done, total: None))
+    except UserError:
+        if new and not any(out.glob(work.shard_name(0))):  # refused before anything was written: the corrected command begins anew
+            shutil.rmtree(scratch)
+            if not any(out.iterdir()):
+                out.rmdir()
+        raise
+
+
+def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers: int, tell: Progress) -> dict[str, Any]:
     job = work.Job(
         options.kind, source, out, scratch, options.image_column, options.label_column, images.Target(options.size, options.quality),
         options.align, options.policies.wrong_size == "fix", options.policies.grey == "fix",
