@@ -28,13 +28,10 @@ KEPT = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_attention_math.default,
 }
-# what changes a kept result in place must not be done again: DeepSpeed's linear under ZeRO-3 adds its bias like this, and would add it twice
-_DONE_ONCE = {_aten.add_.Tensor}
 
 
 def _keep_matmuls(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    once = operator in KEPT or operator in _DONE_ONCE
-    return CheckpointPolicy.MUST_SAVE if once else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def run_blocks(
