@@ -167,6 +167,7 @@ class _Step:
             create_backbone(name).to(device).train()(torch.zeros(2, 3, self.image_size, self.image_size, device=device))
         self.flops = 3 * counter.get_total_flops() / 2
         self.name, self.batch, self.accumulation, self.number = name, batch, accumulation, 0
+        self.half = precision == "bfloat16"
         self.local_classes = classes // as_ranks
         self.classifier = ShardedClassifier(
             self.local_classes,
@@ -265,12 +266,12 @@ class _PeerStep:
         parameters = [{"params": self.module.parameters()}, {"params": self.head.parameters()}]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.1)
         self.images, self.labels = ours.images, ours.labels
-        self.batch, self.dim = ours.batch, ours.dim
+        self.half = ours.half and self.device.type == "cpu"  # on a GPU it switches its own float16 autocast on
 
     def __call__(self, clock: Clock | None) -> None:
         mark = clock.mark if clock else (lambda name: None)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cpu"):
-            embeddings = self.module(self.images)  # on a GPU it switches its own float16 autocast on
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            embeddings = self.module(self.images)
         mark("forward")
         loss = self.head(embeddings.float(), self.labels.clone())
         mark("classifier")
