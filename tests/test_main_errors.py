@@ -65,6 +65,12 @@ def test_num_classes_smaller_than_a_label(door: FrontDoor, tiny_faces: Path, tmp
     assert "data.num_classes=10" in line and "labels up to 23" in line
 
 
+def test_compiling_under_zero3(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, tiny_faces / "train")
+    line = door.refuses(recipe, "backbone.compile=true", ds_config="ds_configs/zero3.json")
+    assert "backbone.compile: torch.compile does not see the hooks" in line
+
+
 def test_no_dataset(door: FrontDoor, tmp_path: Path) -> None:
     assert "dataset.json" in door.refuses(recipe_file(tmp_path, tmp_path / "nowhere"))
 
