@@ -6,6 +6,7 @@ turned into samples by `Duration.samples`.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -256,6 +257,9 @@ class Optimizer(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = Field(0.1, ge=0)
+    weight_decay_end: float | None = Field(
+        None, ge=0, description="weight decay goes there by a cosine over schedule.total, as DINO's; absent: constant"
+    )
     decay_norms: bool = Field(
         False, description="weight decay on norms, biases and position embeddings too, as arcface_torch does"
     )
@@ -263,6 +267,11 @@ class Optimizer(Section):
     clip: float = Field(5.0, gt=0, description="gradient norm of the backbone")
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_communication: Literal["float32", "bfloat16"] = "float32"
+
+    def weight_decay_at(self, progress: float) -> float:
+        """Weight decay where a share `progress` in [0, 1] of the schedule is behind: a half cosine (Caron et al., ICCV 2021, implementation details)."""
+        first, last = self.weight_decay, self.weight_decay_end
+        return first if last is None else last + (first - last) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 class Schedule(Section):

@@ -229,6 +229,32 @@ def test_a_step_that_is_not_finite_leaves_no_trace(size: int) -> None:
     assert run_ranks(size, _discard_all) == [{stage: [] for stage in STAGES}] * size
 
 
+def _decay(rank: int, size: int) -> dict[int, dict[str, torch.Tensor]]:
+    results = {}
+    for stage in STAGES:
+        engine = build(stage, size)
+        for weight_decay in (0.25, 0.5):
+            for _ in range(engine.accumulation):
+                engine.backward(engine(torch.ones(MICRO, 7)).sum() * 0.0)
+            engine.step(1.0, torch.tensor(1.0), weight_decay=weight_decay)
+        results[stage] = dump(engine)
+        engine.import_state(Kept(results[stage]))  # whose check of the groups knows of it
+        engine.close()
+    return results
+
+
+def test_a_weight_decay_that_moves_is_taken_by_every_stage() -> None:
+    """Without a gradient AdamW only decays: w (1 - 0.25 lr) (1 - 0.5 lr) at the two steps' weight decays; norms, biases and positions not at all."""
+    torch.manual_seed(0)
+    start = dict(Net().named_parameters())
+    decayed = {"blocks.0.0.weight", "blocks.1.weight"}
+    for results in run_ranks(2, _decay):
+        for stage, state in results.items():
+            for name, weight in start.items():
+                expected = weight.detach() * (0.375 if name in decayed else 1.0)
+                torch.testing.assert_close(state[f"backbone.param.{name}"], expected, msg=f"{stage} {name}")
+
+
 def _first_step(rank: int, size: int) -> dict[int, dict[str, torch.Tensor]]:
     results = {}
     for stage in (1, 2, 3):

@@ -409,6 +409,7 @@ def lafs_run(folder: Path, data: Path) -> Path:
             "landmark_weights": str(folder / "supervised.safetensors"),
         },
         phases=[{"name": "pretraining", "global_batch": 8, "virtual_batches": 2}],
+        optimizer={"weight_decay": 0.04, "weight_decay_end": 0.4},
         schedule={"total": "4 steps", "shape": "constant"},
         checkpoint={"every": "2 steps"},
     )
@@ -431,6 +432,7 @@ def test_selfsupervised_run_resumes_exactly_and_elastically(tiny_faces: Path, tm
         files = sorted((folder / "checkpoints" / "step_000000004").glob("*.safetensors"))
         ends.append({k: v for file in files for k, v in load_file(file).items()})
         losses.append([row["loss"] for row in metrics(folder)])
+        assert [row["weight_decay"] for row in metrics(folder)] == pytest.approx([0.04, 0.0927, 0.22, 0.3473], abs=1e-4)
     whole, halves, elastic = ends
     assert whole.keys() == halves.keys() and any(name.startswith("teacher.") for name in whole)
     assert all(torch.equal(whole[name], halves[name]) for name in whole)

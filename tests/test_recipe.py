@@ -70,6 +70,7 @@ def test_overrides(override: str, read) -> None:
         ("phases.0.virtual_batches=3", "is not a multiple of virtual_batches 3"),
         ("schedule.total=10 parsecs", "steps, epochs or samples"),
         ("optimizer.lr=-1", "optimizer.lr"),
+        ("optimizer.weight_decay_end=-0.1", "optimizer.weight_decay_end: Input should be greater than or equal to 0"),
         ("method.name=pca", "does not match any of the expected tags"),
         ("lr", "must look like section.key=value"),
         ("seed.x=3", "is a value, not a section"),

@@ -1,10 +1,11 @@
 """Learning rate and phase ends, as tables: first and last step included."""
 
+import numpy as np
 import pytest
 import torch
 
 from lvtrain.errors import UserError
-from lvtrain.recipe import Duration, Phase, PhaseEnd, Schedule
+from lvtrain.recipe import Duration, Optimizer, Phase, PhaseEnd, Schedule
 from lvtrain.training.phases import CosineStage, phase_end_reason, plan_phase
 from lvtrain.training.schedule import learning_rate
 
@@ -41,6 +42,15 @@ def test_warmup_equals_torchs_linear_warmup() -> None:
         assert ours.at(step * 10, 10) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
+
+
+def test_weight_decay_rises_as_dinos() -> None:
+    """The table DINO's training reads at every iteration: final + (base - final) (1 + cos(pi i / n)) / 2."""
+    optimizer = Optimizer(weight_decay=0.04, weight_decay_end=0.4)
+    table = 0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * np.arange(80) / 80))
+    assert [optimizer.weight_decay_at(step * 16 / 1280) for step in range(80)] == pytest.approx(table.tolist(), rel=1e-12)
+    assert optimizer.weight_decay_at(1.0) == 0.4
+    assert {Optimizer(weight_decay=0.3).weight_decay_at(step / 7) for step in range(8)} == {0.3}, "constant to the bit"
 
 
 def test_steps_are_refused_where_batches_differ() -> None:

@@ -9,6 +9,7 @@ import torch
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.classifier.margins import Margin, create_margin
 from lvtrain.errors import UserError
+from lvtrain.methods.base import Now
 from lvtrain.recipe import Recipe
 
 
@@ -37,7 +38,6 @@ def create_classifier(recipe: Recipe, *, num_classes: int, device: torch.device,
             "mode": rows.mode,
             "betas": backbone.betas,
             "eps": backbone.eps,
-            "weight_decay": backbone.weight_decay if rows.weight_decay is None else rows.weight_decay,
             "momentum": rows.momentum,
             "moments": rows.moments,
             "kernel": rows.kernel,
@@ -52,8 +52,12 @@ def recipe_margin(recipe: Recipe) -> Margin:
     return create_margin(**recipe.classifier.margin.model_dump())
 
 
-def rows_lr(recipe: Recipe, lr: float) -> float:
-    """The class rows' rate in a step where the backbone's is `lr`: the same, or in proportion to `classifier.optimizer.lr`."""
+def rows_rates(recipe: Recipe, now: Now) -> dict[str, float]:
+    """The class rows' `lr` and `weight_decay` in a step: the backbone's; or in proportion to `classifier.optimizer.lr`, and
+    `classifier.optimizer.weight_decay` as it is."""
     assert recipe.classifier is not None
-    own = recipe.classifier.optimizer.lr
-    return lr if own is None else lr * own / recipe.optimizer.lr
+    own, backbone = recipe.classifier.optimizer, recipe.optimizer
+    return {
+        "lr": now.lr if own.lr is None else now.lr * own.lr / backbone.lr,
+        "weight_decay": backbone.weight_decay_at(now.progress) if own.weight_decay is None else own.weight_decay,
+    }

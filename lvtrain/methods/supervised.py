@@ -11,7 +11,7 @@ from torch import nn
 
 from lvtrain.data import Batch
 from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
-from lvtrain.methods.heads import create_classifier, rows_lr
+from lvtrain.methods.heads import create_classifier, rows_rates
 from lvtrain.recipe import Phase, Recipe
 from lvtrain.state import State
 
@@ -35,14 +35,14 @@ class SupervisedMethod(Method):
         self.classifier.enter_phase(sample_rate=phase.sample_rate, expectation=phase.expectation, first_time=first_time)
 
     def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
-        self.classifier.begin_step(now.step, global_labels, lr=rows_lr(self.recipe, now.lr))
+        self.classifier.begin_step(now.step, global_labels, **rows_rates(self.recipe, now))
 
     def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         output = self.classifier(outputs, batch.labels, step=now.step)
         return LossOutput(output.loss, {"cos2": output.cos2})
 
     def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
-        self.classifier.end_step(lr=rows_lr(self.recipe, now.lr))
+        self.classifier.end_step(**rows_rates(self.recipe, now))
 
     def discard_step(self) -> None:
         self.classifier.discard_step()

@@ -28,7 +28,7 @@ from lvtrain.state import Replicated, State
 from lvtrain.training import zero_state
 from lvtrain.training.batch_statistics import BatchStatistics
 from lvtrain.training.ds_config import resolve_ds_config
-from lvtrain.training.parameter_groups import Group, parameter_groups
+from lvtrain.training.parameter_groups import parameter_groups
 
 __all__ = ["Engine", "StateReader", "resolve_ds_config"]
 
@@ -69,7 +69,7 @@ class Engine:
         self._names = [name for name, _ in module.named_parameters()]
         self._statistics = BatchStatistics(module, accumulation)
         self._micro = 0
-        self._clip = optimizer.clip
+        self._clip, self._weight_decay = optimizer.clip, optimizer.weight_decay
         self._skipped = False
         self._verdict = _Verdict(device)
         self._bfloat16 = optimizer.precision == "bfloat16"
@@ -89,7 +89,8 @@ class Engine:
             [
                 {
                     "params": [parameters[name] for name in group.parameters],
-                    "weight_decay": group.weight_decay,
+                    "weight_decay": optimizer.weight_decay if group.decayed else 0.0,
+                    "decayed": group.decayed,
                     "name": group.name,
                     "lr_scale": group.lr_scale,
                 }
@@ -136,17 +137,21 @@ class Engine:
         self._engine.backward(loss)
         self._micro += 1
 
-    def step(self, lr: float, loss: torch.Tensor) -> torch.Tensor:
+    def step(self, lr: float, loss: torch.Tensor, *, weight_decay: float | None = None) -> torch.Tensor:
         """One clipped AdamW step at rate `lr` times each group's scale; returns the gradient norm before clipping, a float32 scalar.
 
+        `weight_decay`: of the groups that are decayed, from this step on; at first it is `optimizer.weight_decay`.
         `loss`: the step's, over all ranks. If it or the norm is not finite, weights and moments stay as they are, on every rank alike, and
         `skipped` is True then. The device decides that, inside AdamW's own kernel, which also clips; the host is told while the device is
         still at work on the update.
         """
         if self._micro != self.accumulation:
             raise RuntimeError(f"step after {self._micro} of {self.accumulation} micro-batches")
+        if weight_decay is not None:
+            self._weight_decay = weight_decay
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+            group["weight_decay"] = self._weight_decay if group["decayed"] else 0.0
         norm = self._state.gradient_norm().to(self.device, torch.float32)
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         self._verdict.send(finite)
@@ -287,17 +292,12 @@ class Engine:
             if buffer.is_floating_point() and buffer.dtype != torch.float32:
                 raise RuntimeError(f"DeepSpeed changed the buffer {name} to {buffer.dtype}; lvtrain needs float32")
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        found = [
-            Group(
-                group["name"],
-                tuple(names[id(parameter)] for parameter in members),
-                group["weight_decay"],
-                group["lr_scale"],
-            )
+        found = {
+            group["name"]: ({names[id(parameter)] for parameter in members}, group["weight_decay"], group["lr_scale"])
             for group, members in zip(self._engine.optimizer.param_groups, self._state.group_members())
-        ]
-        wanted = {group.name: (set(group.parameters), group.weight_decay, group.lr_scale) for group in self.groups}
-        if wanted != {group.name: (set(group.parameters), group.weight_decay, group.lr_scale) for group in found}:
+        }
+        decays = {True: self._weight_decay, False: 0.0}
+        if found != {g.name: (set(g.parameters), decays[g.decayed], g.lr_scale) for g in self.groups}:
             raise RuntimeError("DeepSpeed's parameter groups are not the ones configured by name")
         self._state.check_steps()
 

@@ -132,7 +132,7 @@ class PhaseRun:
                 cos2.append(output.metrics["cos2"].detach())
         loss = self.method.global_loss(torch.stack(losses).mean())
         self.heart.beat(position.step, "update")
-        norm = self.engine.step(lr, loss)
+        norm = self.engine.step(lr, loss, weight_decay=self.r.recipe.optimizer.weight_decay_at(now.progress))
         finite = not self.engine.skipped
         if finite:
             self.grad_norm = norm
@@ -144,8 +144,8 @@ class PhaseRun:
             self.nonfinite_in_row = 0
         else:
             self._skip()
-        self.lr, position.step, position.samples_seen = (
-            lr,
+        self.now, position.step, position.samples_seen = (
+            now,
             position.step + 1,
             position.samples_seen + phase.global_batch,
         )
@@ -262,6 +262,7 @@ class PhaseRun:
         steps_per_second, data_wait = self.pace.since(self.position.step, self.loader.wait_seconds)
         speed = steps_per_second * self.phase.global_batch
         loss, figures = self.meter.means()
+        optimizer = self.r.recipe.optimizer
         row = {
             "step": self.position.step,
             "samples_seen": self.position.samples_seen,
@@ -270,8 +271,9 @@ class PhaseRun:
             "loss": loss,
             "cos2": float(self.cos2) if self.cos2 is not None else None,
             "cos2_window": self.stage.last_mean,
-            "lr": self.lr,
+            "lr": self.now.lr,
             "grad_norm": float(self.grad_norm) if self.grad_norm is not None else None,
+            **({"weight_decay": optimizer.weight_decay_at(self.now.progress)} if optimizer.weight_decay_end is not None else {}),
             **figures,
             "nonfinite": self.nonfinite_total,
             "images_per_second": round(speed, 2),

@@ -21,11 +21,11 @@ _BLOCK = re.compile(r"(?:^|(?<!stn)\.)(?:blocks|transformer\.layers)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share `weight_decay` and `lr_scale`, the factor on the schedule's rate."""
+    """Parameters that share whether weight decay acts on them, and `lr_scale`, the factor on the schedule's rate."""
 
     name: str
     parameters: tuple[str, ...]
-    weight_decay: float
+    decayed: bool
     lr_scale: float
 
 
@@ -55,7 +55,7 @@ def parameter_groups(module: nn.Module, optimizer: Optimizer) -> list[Group]:
         scale = 1.0
         if optimizer.layer_decay is not None:
             label, scale = f"layer_{layer:02d}.{label}", optimizer.layer_decay ** (depth + 1 - layer)
-        groups.append(Group(label, tuple(names), optimizer.weight_decay if decayed else 0.0, scale))
+        groups.append(Group(label, tuple(names), decayed, scale))
     return groups
 
 
