@@ -30,12 +30,13 @@ def test_gradient_is_the_derivative(name: str) -> None:
 
 
 def test_cosface_and_arcface_are_their_formulas() -> None:
-    assert torch.allclose(value_and_slope(CosFace(scale=64, m=0.4), COSINES)[0], 64 * (COSINES - 0.4), atol=1e-13)
+    """The defaults are the published scale and margins."""
+    assert torch.allclose(value_and_slope(CosFace(), COSINES)[0], 64 * (COSINES - 0.4), atol=1e-13)
     theta = torch.arccos(COSINES)
     expected = torch.where(
         theta + 0.5 <= math.pi, torch.cos(theta + 0.5), COSINES - 0.5 * math.sin(0.5)
     )  # insightface's rule beyond pi - m
-    assert torch.allclose(value_and_slope(ArcFace(scale=64, m=0.5), COSINES)[0], 64 * expected, atol=1e-12)
+    assert torch.allclose(value_and_slope(ArcFace(), COSINES)[0], 64 * expected, atol=1e-12)
     combined = value_and_slope(Combined(scale=64, m1=1.0, m2=0.3, m3=0.2), COSINES[2:])[0]
     assert torch.allclose(combined, 64 * (torch.cos(theta[2:] + 0.3) - 0.2), atol=1e-12)
 

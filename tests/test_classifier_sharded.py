@@ -2,17 +2,22 @@
 
 import copy
 import functools
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from lvtrain import recipe_files as recipes
 from lvtrain.classifier import ShardedClassifier, class_range
 from lvtrain.classifier.banks import ExpectationBank
 from lvtrain.classifier.margins import AdaFace, ArcFace, Combined, CosFace
 from lvtrain.classifier.sampling import chosen_rows
 from lvtrain.errors import UserError
+from lvtrain.methods import Now, create_method
+from lvtrain.methods.heads import rows_rates
 from lvtrain.state import Rows
 from tests.ranks import run_ranks
 
@@ -84,15 +89,16 @@ def reference(options, phase, kind):
         cosines = [unit @ F.normalize(weight)[taking].t()]
         if bank is not None:
             cosines.append(unit @ bank.rows_tensor.double()[taking].t())
+        out = [cosine > (margin.filter_threshold or 2.0) for cosine, margin in zip(cosines, margins)]
         fractions = []
         for i, cosine in enumerate(cosines):
             negatives = cosines[0] if options.get("expectation_negatives") == "shared" else cosine
-            above = torch.where(own, 0.0, torch.exp(32.0 * negatives)).sum(1)
+            above = torch.where(own | out[i], 0.0, torch.exp(32.0 * negatives)).sum(1)
             fractions.append(above / torch.exp(margins[i].target_logit((cosine * own).sum(1), y, leaf.detach().norm(dim=1))))
         loss = (torch.log(1 + sum(fractions)) * valid).sum() / GLOBAL
         if bank is None:  # one anchor: the formula is the library's cross entropy on the logits with the target's changed
             targets = margins[0].target_logit((cosines[0] * own).sum(1), y, leaf.detach().norm(dim=1))
-            logits = torch.where(own, targets[:, None], 32.0 * cosines[0])
+            logits = torch.where(own, targets[:, None], (32.0 * cosines[0]).masked_fill(out[0], -torch.inf))
             library = (F.cross_entropy(logits, own.int().argmax(1), reduction="none") * valid).sum() / GLOBAL
             assert abs(library.item() - loss.item()) <= 1e-12 * loss.item()
             loss = library
@@ -115,7 +121,7 @@ CASES = {
     "sampled": ({}, dict(sample_rate=0.3), "mixed"),
     "arcface": (dict(margin=ArcFace(scale=32.0)), dict(sample_rate=1.0), "mixed"),
     "arcface, straight through": (dict(margin=ArcFace(scale=32.0, straight_through=True)), dict(sample_rate=1.0), "mixed"),
-    "combined": (dict(margin=Combined(scale=32.0, m1=1.2, m2=0.2, m3=0.1)), dict(sample_rate=0.3), "mixed"),
+    "combined, filtered": (dict(margin=Combined(scale=32.0, m1=1.2, m2=0.2, m3=0.1, filter_threshold=0.3)), dict(sample_rate=0.3), "mixed"),
     "adaface": (dict(margin=AdaFace(scale=32.0)), dict(sample_rate=1.0), "mixed"),
     "nothing kept": (dict(keep_mb=0.0), dict(sample_rate=1.0), "mixed"),
     "one chunk kept": (dict(keep_mb=2e-3), dict(sample_rate=1.0), "mixed"),
@@ -248,7 +254,8 @@ def test_the_update_in_backward_survives_what_is_not_finite():
 
 
 def test_first_feature_leaves_unknown_classes_out_of_the_second_anchor():
-    """With no class known yet the second anchor adds nothing; then the loss is the one-anchor loss."""
+    """With no class known yet the second anchor adds nothing; then the loss is the one-anchor loss. Afterwards a sample of an unknown class has no
+    second fraction, and unknown classes are no negatives in those of others. The bank goes on into the phase that freezes it."""
     x, labels = batch()
     losses = []
     for expectation in ("off", "update"):
@@ -256,12 +263,24 @@ def test_first_feature_leaves_unknown_classes_out_of_the_second_anchor():
         head.enter_phase(sample_rate=1.0, expectation=expectation)
         for step in range(2):
             head.begin_step(step, labels[step])
+            bank = (head.expectation.rows_tensor.double(), head.expectation.valid.clone()) if head.expectation else None
             loss = head(x[step].clone().requires_grad_(), labels[step], step=step).loss
             loss.backward()
             losses.append(loss.item())
             head.end_step(lr=0.0, weight_decay=0.0)
     assert losses[0] == pytest.approx(losses[2], rel=1e-15)
-    assert losses[3] > losses[1]
+    rows, known = bank
+    unit, valid, y = F.normalize(x[1].nan_to_num()), labels[1] >= 0, labels[1].clamp(min=0)
+    own = F.one_hot(y, CLASSES).bool()
+    assert 3 < (valid & ~known[y]).sum() < GLOBAL - 3, "samples of either kind"
+    fractions = 0.0
+    for cosine, margin, out in ((unit @ F.normalize(head.weight.detach()).t(), 0.4, own), (unit @ rows.t(), 0.3, own | ~known)):
+        sums = torch.exp(32.0 * cosine).masked_fill(out, 0.0).sum(1) / torch.exp(32.0 * ((cosine * own).sum(1) - margin))
+        fractions = fractions + sums * (known[y] if margin == 0.3 else 1.0)
+    assert losses[3] == pytest.approx(((torch.log(1 + fractions) * valid).sum() / GLOBAL).item(), rel=1e-6)
+    moved = head.expectation.rows_tensor.clone()
+    head.enter_phase(sample_rate=1.0, expectation="frozen")
+    assert head.expectation.valid.any() and torch.equal(head.expectation.rows_tensor, moved)
 
 
 class Reader:
@@ -383,6 +402,50 @@ def test_the_device_computes_the_step_and_the_host_never_waits_for_it(device, pr
     got = leaves[0].grad.cpu().double()
     assert (got - expected["gradients"][0]).norm() < (1e-3 if precision == "half" else 1e-5) * expected["gradients"][0].norm()
     assert all(loss.isfinite() for loss in losses) and head.margin.mean.device.type == device
+
+
+def test_what_the_recipe_says_reaches_the_classifier():
+    """Nothing here is a default. The rows' update, of plain SGD, shows the rates of the step: theirs stay in proportion to the backbone's, their
+    weight decay is the backbone's where they have none of their own."""
+    recipe = recipes.resolve(
+        {
+            "name": "wiring",
+            "seed": 9,
+            "data": {"path": "none"},
+            "backbone": {"name": "vit_nano", "embedding_dim": DIM},
+            "classifier": {
+                "margin": {"name": "arcface", "scale": 24.0, "m": 0.45, "filter_threshold": 0.7},
+                "precision": "bfloat16",
+                "gather": "bfloat16",
+                "chunk": 9,
+                "keep_mb": 3.0,
+                "optimizer": {"name": "sgd", "mode": "row_sparse", "momentum": 0.0, "lr": 0.3, "moments": "bfloat16"},
+            },
+            "method": {"name": "pco", "m2": 0.25, "expectation_negatives": "shared", "expectation_init": "first_feature"},
+            "phases": [{"name": "only", "global_batch": GLOBAL, "virtual_batches": 1, "sample_rate": 0.5, "expectation": "update"}],
+            "optimizer": {"lr": 0.1, "betas": [0.7, 0.95], "eps": 1e-5, "weight_decay": 0.2, "weight_decay_end": 0.6},
+            "schedule": {"total": "10 steps"},
+        }
+    )
+    method = create_method(recipe, num_classes=CLASSES, device=torch.device("cpu"))
+    method.enter_phase(recipe.phases[0], first_time=True)
+    head, rows = method.classifier, method.classifier.optimizer
+    assert isinstance(head.margin, ArcFace) and (head.margin.scale, head.margin.m2, head.margin.filter_threshold) == (24.0, 0.45, 0.7)
+    assert isinstance(head.expectation_margin, CosFace) and (head.expectation_margin.scale, head.expectation_margin.m) == (24.0, 0.25)
+    assert (head.expectation_negatives, head.expectation.init, head.expectation_updates) == ("shared", "first_feature", True)
+    assert (head.sample_rate, head.seed, head.precision, head.gather, head.chunk, head.keep_mb) == (0.5, 9, "bfloat16", "bfloat16", 9, 3.0)
+    assert (rows.name, rows.mode, rows.momentum, rows.betas, rows.eps) == ("sgd", "row_sparse", 0.0, (0.7, 0.95), 1e-5)
+    x, labels = batch()
+    now = Now(step=0, lr=0.05, progress=0.5, epoch=0.0)  # the backbone's rate at half its peak, its weight decay half way from 0.2 to 0.6
+    method.begin_step(now, labels[0])
+    method.loss(x[0].float().requires_grad_(), SimpleNamespace(labels=labels[0]), now).loss.backward()
+    before, chosen, gradient = head.weight.detach().clone(), head.chosen, head._step.gradient.clone()
+    method.end_step(now, nullcontext)
+    before[chosen] -= 0.15 * (gradient + 0.4 * before[chosen])
+    torch.testing.assert_close(head.weight.detach(), before)
+    own = recipe.model_copy(deep=True)
+    own.classifier.optimizer.weight_decay, own.classifier.optimizer.lr = 0.01, None
+    assert rows_rates(own, now) == {"lr": 0.05, "weight_decay": 0.01}
 
 
 def test_wrong_use_is_told():

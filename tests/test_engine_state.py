@@ -46,9 +46,9 @@ class Kept:
         return self.state[name]
 
 
-def build(stage: int, world_size: int, precision: str = "float32") -> Engine:
+def build(stage: int, world_size: int, precision: str = "float32", **changes: Any) -> Engine:
     torch.manual_seed(0)
-    optimizer = Optimizer.model_validate({"lr": 1e-2, "clip": 1.0, "precision": precision})
+    optimizer = Optimizer.model_validate({"lr": 1e-2, "clip": 1.0, "precision": precision} | changes)
     config = resolve_ds_config({"zero_optimization": {"stage": stage}}, optimizer=optimizer)
     return Engine(
         Net(),
@@ -60,15 +60,20 @@ def build(stage: int, world_size: int, precision: str = "float32") -> Engine:
     )
 
 
+def step_data(step: int, v: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and the loss's weights of a virtual micro-batch."""
+    generator = torch.Generator().manual_seed(1000 * step + v)
+    return torch.randn(MICRO, 7, generator=generator) * (1 + v), torch.randn(MICRO, 3, generator=generator)
+
+
 def train(engine: Engine, rank: int, steps: range) -> list[float]:
     losses = []
     for step in steps:
         for micro in range(engine.accumulation):
             v = rank * engine.accumulation + micro
-            generator = torch.Generator().manual_seed(1000 * step + v)
-            x = torch.randn(MICRO, 7, generator=generator) * (1 + v)
+            x, weights = step_data(step, v)
             torch.manual_seed(step * V + v)  # dropout of the virtual micro-batch
-            loss = (engine(x) * torch.randn(MICRO, 3, generator=generator)).pow(2).mean()
+            loss = (engine(x) * weights).pow(2).mean()
             engine.backward(loss)
             losses.append(loss.item())
         engine.step(1e-2, torch.tensor(losses[-1]))
@@ -227,6 +232,77 @@ def _discard_all(rank: int, size: int) -> dict[int, list[str]]:
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_step_that_is_not_finite_leaves_no_trace(size: int) -> None:
     assert run_ranks(size, _discard_all) == [{stage: [] for stage in STAGES}] * size
+
+
+UNLIKE = {"clip": 0.3, "betas": (0.7, 0.95), "eps": 1e-3, "weight_decay": 0.5, "layer_decay": 0.5}  # nothing a default
+
+
+def _by_torch() -> dict[str, torch.Tensor]:
+    """Three steps of `train` by torch alone: AdamW with one group a parameter, clip_grad_norm_, the mean of V losses."""
+    torch.manual_seed(0)
+    net = Net()
+    scales = {"blocks.0.0.weight": 0.25, "blocks.0.1": 0.25, "blocks.1": 0.5, "pos_embed": 0.125}  # embeddings 0.5^3, block i of 2 0.5^(2-i), the rest 1
+    groups = []
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            scale = next((scale for prefix, scale in scales.items() if name.startswith(prefix)), 1.0)
+            decay = 0.5 if name in ("blocks.0.0.weight", "blocks.1.weight") else 0.0
+            groups.append({"params": [parameter], "lr": 1e-2 * scale, "weight_decay": decay})
+    adam = torch.optim.AdamW(groups, betas=(0.7, 0.95), eps=1e-3)
+    for step in range(3):
+        adam.zero_grad()
+        for v in range(V):
+            x, weights = step_data(step, v)
+            torch.manual_seed(step * V + v)
+            ((net(x) * weights).pow(2).mean() / V).backward()
+        assert torch.nn.utils.clip_grad_norm_(net.parameters(), 0.3) > 0.6, "clips, and by more than twice"
+        adam.step()
+    return dict(net.named_parameters())
+
+
+def _by_engine(rank: int, size: int) -> dict[int, dict[str, torch.Tensor]]:
+    results = {}
+    for stage in STAGES:
+        engine = build(stage, size, **UNLIKE)
+        train(engine, rank, range(3))
+        results[stage] = dump(engine)
+        engine.close()
+    return results
+
+
+def test_a_step_is_torchs_adamw_and_clipping() -> None:
+    """Betas, eps, weight decay, layer-wise rates and the clip norm reach the update as the recipe says, under every stage, on two ranks."""
+    expected = _by_torch()
+    for results in run_ranks(2, _by_engine):
+        for stage, state in results.items():
+            for name, weight in expected.items():
+                torch.testing.assert_close(
+                    state[f"backbone.param.{name}"], weight.detach(), rtol=1e-5, atol=1e-6, msg=f"{stage} {name}"
+                )
+
+
+def test_running_statistics_move_by_the_layers_momentum() -> None:
+    """One step: (1 - 0.1) x the start + 0.1 x the mean over the V micro-batches of torch's own batch statistics, `head_norm`'s and `blocks.0.1`'s."""
+    (state,) = run_ranks(1, _one_step)
+    torch.manual_seed(0)
+    net = Net()
+    for layer in (net.blocks[0][1], net.head_norm):
+        layer.momentum = 1.0
+    seen = []
+    for v in range(V):
+        torch.manual_seed(v)
+        net(step_data(0, v)[0])
+        seen.append([buffer.clone() for layer in (net.blocks[0][1], net.head_norm) for buffer in (layer.running_mean, layer.running_var)])
+    names = [f"{layer}.running_{what}" for layer in ("blocks.0.1", "head_norm") for what in ("mean", "var")]
+    for name, batches in zip(names, zip(*seen)):
+        expected = 0.9 * (0.0 if "mean" in name else 1.0) + 0.1 * torch.stack(batches).mean(0)
+        torch.testing.assert_close(state[f"backbone.buffer.{name}"], expected, msg=name)
+
+
+def _one_step(rank: int, size: int) -> dict[str, torch.Tensor]:
+    engine = build(1, size)
+    train(engine, rank, range(1))
+    return dump(engine)
 
 
 def _decay(rank: int, size: int) -> dict[int, dict[str, torch.Tensor]]:
