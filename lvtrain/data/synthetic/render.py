@@ -65,24 +65,32 @@ class _Head:
     def on_face(self, points: np.ndarray, lift: float | np.ndarray = 0.0) -> np.ndarray:
         """Pixels [n, 2] of points [n, 2] of the face plane, raised `lift` above the skin."""
         x, y = points[:, 0], points[:, 1]
-        depth = 0.95 * np.sqrt(np.clip(1 - (x / (1.12 * self.width)) ** 2 - (y / 1.75) ** 2, 0.0, 1.0)) - 0.45
-        return np.stack([x, y, depth + lift], axis=1) @ self.matrix.T + self.centre
+        raised = np.empty((len(points), 3))
+        raised[:, :2] = points
+        raised[:, 2] = 0.95 * np.sqrt(np.maximum(1 - (x / (1.12 * self.width)) ** 2 - (y / 1.75) ** 2, 0.0)) - 0.45 + lift
+        return raised @ self.matrix.T + self.centre
 
     def outline(self, points: np.ndarray) -> np.ndarray:
         """Pixels of the silhouette, which a turn does not squeeze but whose jaw follows the nose."""
-        y = points[:, 1]
-        shifted = points + np.stack([self.sideways * (0.10 + 0.10 * np.clip(y, 0, 2)), -self.nodding * (0.06 + 0.16 * np.clip(y, -1, 2))], axis=1)
+        y = np.minimum(points[:, 1], 2)
+        shifted = np.array(points, dtype=float)
+        shifted[:, 0] += self.sideways * (0.10 + 0.10 * np.maximum(y, 0))
+        shifted[:, 1] += -self.nodding * (0.06 + 0.16 * np.maximum(y, -1))
         return shifted @ self.flat.T + self.centre
+
+
+def _bounded(colour: np.ndarray) -> tuple[float, ...]:
+    return tuple(min(max(float(value), 0.0), 255.0) for value in colour.tolist())
 
 
 def _fill(canvas: np.ndarray, points: np.ndarray, colour: np.ndarray) -> None:
     fixed = np.round(points * (1 << _SHIFT)).astype(np.int32)
-    cv2.fillPoly(canvas, [fixed], tuple(float(c) for c in np.clip(colour, 0, 255)), cv2.LINE_AA, _SHIFT)
+    cv2.fillPoly(canvas, [fixed], _bounded(colour), cv2.LINE_AA, _SHIFT)
 
 
 def _line(canvas: np.ndarray, points: np.ndarray, colour: np.ndarray, thickness: int, closed: bool = False) -> None:
     fixed = np.round(points * (1 << _SHIFT)).astype(np.int32)
-    cv2.polylines(canvas, [fixed], closed, tuple(float(c) for c in np.clip(colour, 0, 255)), thickness, cv2.LINE_AA, _SHIFT)
+    cv2.polylines(canvas, [fixed], closed, _bounded(colour), thickness, cv2.LINE_AA, _SHIFT)
 
 
 def render_face(seed: int, identity: int, image: int, difficulty: Difficulty) -> np.ndarray:
@@ -359,17 +367,27 @@ def _camera(canvas: np.ndarray, head: _Head, how: dict[str, float], difficulty: 
     exposure = 1 + _bell(how["exposure"], 0.45 * light)
     warmth, tint = _bell(how["warmth"], 0.24 * light), _bell(how["tint"], 0.10 * light)
     gain = (exposure * np.array([1 + warmth, 1 + tint, 1 - warmth])).astype(np.float32)
-    picture = canvas.astype(np.float32) * shade[:, :, None] * gain
-    grey = picture @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    # one plane a channel: numpy is slow where the innermost axis is three long
+    picture = canvas.transpose(2, 0, 1).astype(np.float32, order="C")
+    picture *= shade
+    picture *= gain[:, None, None]
+    grey = np.array([0.299, 0.587, 0.114], dtype=np.float32) @ picture.reshape(3, -1)
+    grey = grey.reshape(SIZE, SIZE)
     saturation = 0.0 if how["saturation"] < 0.06 * light else _span(how["saturation"], 0.6, 1.25)
-    picture = grey[:, :, None] + np.float32(saturation) * (picture - grey[:, :, None])
-    picture = 110 + np.float32(1 + _bell(how["contrast"], 0.4 * light)) * (picture - 110)
+    picture -= grey
+    picture *= np.float32(saturation)
+    picture += grey
+    picture -= 110
+    picture *= np.float32(1 + _bell(how["contrast"], 0.4 * light))
+    picture += 110
+    picture = cv2.merge(list(picture))
     if how["resolution"] < 0.25 * nuisance:
         small = round(SIZE * _span(how["resolution"] / (0.25 * nuisance), 0.25, 0.7))
         picture = cv2.resize(cv2.resize(picture, (small, small), interpolation=cv2.INTER_AREA), (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
     sigma = 1.7 * nuisance * how["blur"] ** 2
     if sigma > 0.3:
         picture = cv2.GaussianBlur(picture, (0, 0), sigma)
-    grain = _NORMAL[noise].reshape(SIZE, SIZE, 3)
-    picture = picture + np.float32(_span(how["noise"] ** 2, 1.0, 13.0 * nuisance)) * grain
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    grain = _NORMAL.take(noise).reshape(SIZE, SIZE, 3)
+    grain *= np.float32(_span(how["noise"] ** 2, 1.0, 13.0 * nuisance))
+    picture += grain
+    return np.clip(np.rint(picture, out=picture), 0, 255, out=picture).astype(np.uint8)
