@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvtrain.data import Loader, ShardDataset
 from lvtrain.data.index import RECORD, IndexWriter
 from lvtrain.data.shard_writer import ShardWriter
 from tools.benchmarks.data_paths import paths as all_paths
@@ -41,12 +40,12 @@ def run(
     batches: int = 40,
     threads: int = 2,
     repeats: int = 5,
-    epochs: int = 20,
+    epochs: int = 40,
     large: str = "42474557,260890076",
     only: str = "",
     out: str = "",
 ) -> dict[str, Any]:
-    """Medians of `repeats` interleaved rounds: microseconds an image; then resident memory over `epochs`, opening an index and asking the order
+    """Medians of `repeats` interleaved rounds: microseconds an image; then memory over `epochs`, opening an index and asking the order
     for positions. With `out` also as OUT.json and OUT.md.
     """
     torch.set_num_threads(1)
@@ -134,23 +133,33 @@ def _cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _memory_over_epochs(folder: Path, batch: int, threads: int, epochs: int) -> dict[str, Any]:
-    """Resident MB of this process after two epochs of our path, and after `epochs` more."""
-    dataset = ShardDataset(folder)
-    with Loader(
-        dataset, seed=0, micro_batch=batch, virtual_batches=1, block=256, threads=threads, augmentation="strong"
-    ) as loader:
-        found = []
-        for count in (2, epochs):
-            for _ in range(count * len(dataset) // batch):
-                next(loader)
-            found.append(_resident_mb())
-    return {"epochs": epochs, "mb_before": found[0], "mb_after": found[1]}
+_EPOCHS = """
+import ctypes, json, sys, torch
+from lvtrain.data import Loader, ShardDataset
+torch.set_num_threads(1)
+class Heap(ctypes.Structure):
+  _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Heap
+def resident(): return next(int(l.split()[1]) / 1024 for l in open("/proc/self/status") if l.startswith("VmRSS"))
+def allocated(): heap = libc.mallinfo2(); return (heap.uordblks + heap.hblkhd) / 2**20
+folder, augmentation, batch, threads, epochs = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
+dataset, found = ShardDataset(folder), {}
+with Loader(dataset, seed=0, micro_batch=batch, virtual_batches=1, block=256, threads=threads, augmentation=augmentation) as loader:
+  for epoch in range(1, epochs + 1):
+    for _ in range(len(dataset) // batch): next(loader)
+    if epoch in (2, 5, 10, 20, 40) or epoch == epochs: found[epoch] = {"resident": round(resident(), 1), "allocated": round(allocated(), 1)}
+print(json.dumps(found))
+"""
 
 
-def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return round(pages * resource.getpagesize() / 1e6, 1)
+def _memory_over_epochs(folder: Path, batch: int, threads: int, epochs: int) -> dict[str, dict[str, dict[str, float]]]:
+    """By set and epoch, MiB of a process of its own: what is resident, and what of it is allocated; the rest are free blocks kept by malloc."""
+    found = {}
+    for augmentation in ("flip", "strong"):
+        argv = [sys.executable, "-c", _EPOCHS, str(folder), augmentation, str(batch), str(threads), str(epochs)]
+        found[augmentation] = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
+    return found
 
 
 def _cpu_name() -> str:
@@ -218,11 +227,18 @@ def _markdown(result: dict[str, Any]) -> str:
         goal = f"{GOALS[path]}: {'met' if ratio <= GOALS[path] else 'missed'}" if path in GOALS else ""
         lines.append(f"| {path} | {row['cpu_us_per_image']} | {row['wall_us_per_image']} | {ratio} | {goal} |")
     if memory := result["memory_over_epochs"]:
+        epochs = list(next(iter(memory.values())))
         lines += [
             "",
-            f"Resident memory of the process with our path (set `strong`): {memory['mb_before']} MB after two epochs, "
-            f"{memory['mb_after']} MB after {memory['epochs']} more.",
+            "Memory of a process of its own with our path, MiB resident (of it allocated). A leak would show in what is allocated; the rest is libraries",
+            "and freed blocks which malloc keeps, more or fewer of them.",
+            "",
+            "| set | " + " | ".join(f"epoch {epoch}" for epoch in epochs) + " |",
+            "|---" * (1 + len(epochs)) + "|",
         ]
+        for augmentation, row in memory.items():
+            cells = [f"{row[epoch]['resident']:.0f} ({row[epoch]['allocated']:.0f})" for epoch in epochs]
+            lines.append(f"| {augmentation} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Index and order on generated data sets (shards of 10,000 images as sparse files; every shard's size is checked while opening):",
