@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,14 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lvtrain import recipe_files as recipes
+from lvtrain import world as worlds
 from lvtrain.data import Batch
 from lvtrain.errors import UserError
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.dino import DinoMethod, ProjectionHead, dino_loss
 from lvtrain.methods.lafs import landmark_view
 from lvtrain.recipe import Recipe
+from lvtrain.training.meter import Meter
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -86,8 +91,11 @@ def test_loss_equals_a_plain_reference() -> None:
 
 
 def test_teacher_and_centre_follow_the_formulas() -> None:
+    """Half-way through the warm-up of the teacher's temperature, with a centre, drop path in the student only, and a sample that was not decoded."""
+    settings = DINO | {"student_temperature": 0.2, "teacher_temperature_start": 0.02, "teacher_temperature": 0.06, "teacher_warmup_epochs": 1}
+    overrides = PART | {"depth": 2, "drop_path": 0.5}
     method = create_method(
-        recipe(DINO, backbone={"name": "fvit_tiny", "embedding_dim": 16, "image_size": 32, "overrides": PART}),
+        recipe(settings, backbone={"name": "fvit_tiny", "embedding_dim": 16, "image_size": 32, "overrides": overrides}),
         num_classes=4,
         device=CPU,
     )
@@ -97,19 +105,25 @@ def test_teacher_and_centre_follow_the_formulas() -> None:
     with torch.no_grad():
         for parameter in method.module.parameters():
             parameter.add_(torch.randn_like(parameter))
+    method.module.train()
     method.begin_step(now, torch.arange(4))
     data = batch(4)
-    method.loss(method.module(*method.inputs(data)), data, now)
+    data.labels[1] = -1
+    centre = method.centre.uniform_(-1, 1).clone()
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    outputs = method.module(*method.inputs(data))
+    loss = method.loss(outputs, data, now).loss
     with torch.no_grad():
-        logits, _ = method.teacher(data.views["global_0"], data.views["global_1"])
-    from contextlib import nullcontext
-
+        logits, _ = copy.deepcopy(method.teacher).eval()(data.views["global_0"], data.views["global_1"])
+    expected = dino_loss(outputs[0], logits, centre, student_temperature=0.2, teacher_temperature=0.04, weights=weights)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert method.teacher_temperature(Now(step=0, lr=0.1, progress=0.9, epoch=3.0)) == pytest.approx(0.06)
     method.end_step(now, nullcontext)
     momentum = 1 - (1 - 0.996) * (math.cos(math.pi * 0.25) + 1) / 2
     for name, parameter in method.module.named_parameters():
         expected = momentum * before[name] + (1 - momentum) * parameter
         assert torch.allclose(method.teacher.get_parameter(name), expected, atol=1e-6), name
-    assert torch.allclose(method.centre, 0.2 * logits.mean(dim=(0, 1)), atol=1e-6)
+    assert torch.allclose(method.centre, 0.8 * centre + 0.2 * (logits * weights[:, None]).mean(dim=(0, 1)), atol=1e-6)
 
 
 def test_the_head_is_torchs_weight_norm_with_norms_of_one() -> None:
@@ -167,29 +181,51 @@ def test_a_discarded_step_leaves_teacher_and_centre() -> None:
     assert all(torch.equal(saved.tensor, before[name]) for name, saved in method.state().items())
 
 
-def _centre_on_ranks(rank: int, size: int) -> tuple[torch.Tensor, float]:
-    from contextlib import nullcontext
-
+def _on_ranks(rank: int, size: int) -> tuple[torch.Tensor, list[float]]:
+    """DINO's centre; its loss, that of fine-tuning with anchored landmarks, and a figure of the log line, taken up again from a checkpoint."""
     method = create_method(recipe(DINO), num_classes=4, device=CPU)
     assert isinstance(method, DinoMethod)
     now = Now(step=0, lr=0.1, progress=0.0, epoch=0.0)
     method.begin_step(now, torch.arange(8))
-    losses = []
+    losses, figures = [], []
     for micro in range(4 // size):
         data = batch(2, seed=rank * (4 // size) + micro)
-        losses.append(method.loss(method.module(*method.inputs(data)), data, now).loss.detach())
+        output = method.loss(method.module(*method.inputs(data)), data, now)
+        losses.append(output.loss.detach())
+        figures.append(output.metrics)
     loss = method.global_loss(torch.stack(losses).mean())
     method.end_step(now, nullcontext)
-    return method.centre, float(loss)
+    meter, resumed = Meter(CPU), Meter(CPU)
+    meter.add(loss, figures)
+    (state,) = {json.dumps(state) for state in worlds.gather_objects(meter.state())}  # rank 0 writes it, all read it
+    resumed.load_state(json.loads(state))
+
+    settings = recipe(
+        {"name": "finetune", "landmarks": "anchored", "beta": 0.5},
+        backbone={"name": "part_fvit_tiny", "embedding_dim": 16, "image_size": 32, "overrides": PART},
+        init_from={"path": "read by the trainer"},
+    )
+    tuned = create_method(settings, num_classes=8, device=CPU)
+    tuned.enter_phase(settings.phases[0], first_time=True)
+    with torch.no_grad():
+        tuned.evaluated().get_submodule("output_layer.1").weight.mul_(1.5)
+    tuned.begin_step(now, torch.arange(8))
+    losses = []
+    for micro in range(4 // size):
+        v = rank * (4 // size) + micro
+        data = Batch({"image": batch(2, seed=v).views["global_0"]}, torch.arange(2) + 2 * v, torch.arange(2))
+        losses.append(tuned.loss(tuned.module(*tuned.inputs(data)), data, now).loss.detach())
+    anchored = tuned.global_loss(torch.stack(losses).mean())
+    return method.centre, [float(loss), float(anchored), resumed.means()[1]["prototype_entropy"]]
 
 
-def test_centre_and_loss_are_the_same_on_1_2_and_4_ranks() -> None:
-    answers = {size: run_ranks(size, _centre_on_ranks) for size in (1, 2, 4)}
-    centre, loss = answers[1][0]
+def test_centre_losses_and_figures_are_the_same_on_1_2_and_4_ranks() -> None:
+    answers = {size: run_ranks(size, _on_ranks) for size in (1, 2, 4)}
+    centre, values = answers[1][0]
     for size, results in answers.items():
-        for other, value in results:
+        for other, others in results:
             assert torch.equal(other, centre), size
-            assert value == pytest.approx(loss, rel=1e-6)
+            assert others == pytest.approx(values, rel=2e-6), size
 
 
 def test_views_that_cannot_be_trained_on_are_refused() -> None:
@@ -312,6 +348,32 @@ def test_lafs_without_augmentation_is_dino_on_part_fvit() -> None:
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
 
 
+def test_lafs_views_are_what_the_settings_say() -> None:
+    """Points come from the twins, whatever the colours of the views; both branches are perturbed by N(0, alpha) and shuffled, each in its own way."""
+    now, data = Now(step=0, lr=0.1, progress=0.0, epoch=0.0), batch(4, local=32)
+
+    def points(**settings: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the landmark CNN, the student and the teacher on the global views, [2, 4, 16, 2]."""
+        method = create_method(recipe(LAFS | {"landmarks": 16} | settings), num_classes=4, device=CPU)
+        assert isinstance(method, DinoMethod)
+        method.begin_step(now, torch.arange(4))
+        branches = method.inputs(data)[:2], method.teacher_inputs(data, now)
+        cnn = method.teacher.get_submodule("backbone").predict_landmarks  # type: ignore[operator]
+        raw = torch.stack([cnn(data.views[f"global_{i}_landmarks"]) for i in (0, 1)])
+        return raw, *(torch.stack([view[1] for view in views]) for views in branches)  # type: ignore[return-value]
+
+    with torch.no_grad():
+        raw, student, teacher = points(shuffle=False, perturbation=2.0)
+        assert float((student - raw).std()) == pytest.approx(2, rel=0.15) == float((teacher - raw).std())
+        assert float((student - teacher).std()) == pytest.approx(2 * 2**0.5, rel=0.15), "not the same noise twice"
+        raw, student, teacher = points(shuffle=True, perturbation=0.0)
+        for branch in (student, teacher):
+            assert not torch.equal(branch, raw) and torch.equal(branch.sort(dim=2).values, raw.sort(dim=2).values)
+        assert not torch.equal(student, teacher)
+        data.views |= {name: 1 - view for name, view in data.views.items() if not name.endswith("_landmarks")}
+        assert torch.equal(points(shuffle=True, perturbation=0.0)[1], student)
+
+
 def test_lafs_trains_the_student_but_not_the_landmark_cnn() -> None:
     method = create_method(recipe(LAFS), num_classes=4, device=CPU)
     now = Now(step=0, lr=0.1, progress=0.0, epoch=0.0)
@@ -362,8 +424,9 @@ def test_gradients_reach_landmarks_as_the_option_says(option: str, reaches: bool
     now = Now(step=0, lr=0.1, progress=0.0, epoch=0.0)
     data = Batch({"image": torch.rand(4, 3, 32, 32)}, torch.arange(4), torch.arange(4))
     method.begin_step(now, torch.arange(4))
-    output = method.loss(method.module(*method.inputs(data)), data, now)
-    output.loss.backward()
+    outputs = method.module(*method.inputs(data))
+    output = method.loss(outputs, data, now)
+    output.loss.backward(retain_graph=True)
     gradient = method.evaluated().get_submodule("output_layer.1").weight.grad
     assert (gradient is not None and float(gradient.abs().sum()) > 0) == reaches
     if option == "anchored":
@@ -372,6 +435,9 @@ def test_gradients_reach_landmarks_as_the_option_says(option: str, reaches: bool
         anchor = method.anchor.predict_landmarks(data.images)  # type: ignore[attr-defined]
         points = method.evaluated().predict_landmarks(data.images)  # type: ignore[operator]
         assert float(distance) == pytest.approx(float((points - anchor).norm(dim=-1).mean()), rel=1e-5)
+        method.settings = method.settings.model_copy(update={"beta": 0.0})  # type: ignore[attr-defined]
+        classification = method.loss(outputs, data, now).loss
+        assert float(output.loss - classification) == pytest.approx(0.5 * float(distance), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ class Now:
 
 @dataclass
 class LossOutput:
-    """`loss`: scalar, the mean over one micro-step's samples of all ranks. `metrics`: detached scalars for telemetry (device tensors)."""
+    """`loss`: scalar, the mean over one micro-step's samples of all ranks, or of this rank's where `Method.global_loss` says so. `metrics`:
+    detached scalars for telemetry (device tensors)."""
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)

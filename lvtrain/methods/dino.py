@@ -38,6 +38,7 @@ from torch import nn
 from torch.nn import functional
 
 from lvtrain import randomness
+from lvtrain import world as worlds
 from lvtrain.data import Batch
 from lvtrain.data.augment import augmentation
 from lvtrain.errors import UserError
@@ -207,11 +208,7 @@ class DinoMethod(Method):
         return tuple(batch.views[name] for name in view_names(batch) if name.startswith("global"))
 
     def global_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        if not _several():
-            return loss
-        total = loss.clone()
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
+        return worlds.mean_over_ranks(loss)
 
     def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
         self._move_centre()

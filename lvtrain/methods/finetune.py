@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lvtrain import world as worlds
 from lvtrain.backbones.part_fvit import PartFViT
 from lvtrain.data import Batch
 from lvtrain.errors import UserError
@@ -82,6 +83,10 @@ class FinetuneMethod(SupervisedMethod):
         distance = (torch.linalg.vector_norm(landmarks - held, dim=-1).mean(dim=1) * valid).mean()
         output.metrics["landmark_distance"] = distance.detach()
         return LossOutput(output.loss + self.settings.beta * distance, output.metrics)
+
+    def global_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The distance is that of this rank's images."""
+        return loss if self.anchor is None else worlds.mean_over_ranks(loss)
 
     def state(self) -> State:
         if self.anchor is None:

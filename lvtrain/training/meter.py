@@ -49,12 +49,9 @@ class Meter:
             held.zero_()
 
     def state(self) -> dict[str, Any]:
-        """JSON; this rank's."""
-        return {
-            "loss": float(self.loss_sum),
-            "steps": self.steps,
-            "figures": {name: float(held) for name, held in self.sums.items()},
-        }
+        """JSON, the same on every rank; a collective."""
+        means = worlds.mean_over_ranks(torch.stack(list(self.sums.values()))).tolist() if self.sums else []
+        return {"loss": float(self.loss_sum), "steps": self.steps, "figures": dict(zip(self.sums, means, strict=True))}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.loss_sum.fill_(state["loss"])
