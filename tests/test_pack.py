@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from lvtrain.data.importers.catalogue import natural_key
 from lvtrain.data.shards import ShardDataset
 from lvtrain.data.synthetic import DIFFICULTIES
 from lvtrain.data.synthetic.dataset import encode_face
+from lvtrain.data.verify import verify
 from lvtrain.errors import UserError
 
 COUNTS = {"id1": 3, "id2": 5, "id10": 4, "id20": 6}  # ragged, and natural order differs from lexicographic
@@ -297,3 +299,51 @@ def test_killed_pack_is_continued_to_the_same_bytes(tmp_path, faces):
     assert {name: (tmp_path / "out" / "shards" / name).stat().st_mtime_ns for name in finished} == finished  # not touched again
     pack(source, tmp_path / "whole" / "out", PackOptions("folder", samples_per_shard=9))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole" / "out")
+
+
+ENDED_WITH_WORKERS_AT_WORK = """
+import os, signal, time
+from lvtrain.data.parallel import ordered_map
+for _ in ordered_map(time.sleep, [0, 0, 600, 600], workers=2):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_the_pack_that_was_killed():
+    """They hold its output open, so this returns when the last of them is gone."""
+    done = subprocess.run([sys.executable, "-c", ENDED_WITH_WORKERS_AT_WORK], stdout=subprocess.PIPE, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_disk_that_is_full_leaves_no_half_shard_and_is_gone_on_from(folder, tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"out: File too large; mend that and start again"):
+            pack(folder, tmp_path / "out", PackOptions("folder"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list((tmp_path / "out" / "shards").iterdir())
+    pack(folder, tmp_path / "out", PackOptions("folder"))
+    assert verify(tmp_path / "out", full=True).faults == []
+
+
+def test_two_packs_do_not_write_into_one_folder(folder, tmp_path):
+    def second(*_):
+        with pytest.raises(UserError, match="another pack is writing"):
+            pack(folder, tmp_path / "out", PackOptions("folder"))
+
+    pack(folder, tmp_path / "out", PackOptions("folder"), progress=second)
+    assert verify(tmp_path / "out", full=True).faults == []
+
+
+def test_names_that_are_not_utf8_and_pictures_of_16_bits(tmp_path, faces):
+    source = os.fsencode(tmp_path / "src")
+    os.makedirs(source + b"/\xff")
+    deep = np.asarray(Image.open(io.BytesIO(faces["id1"][0])).convert("L")).astype(np.uint16) * 256 + 99
+    Image.fromarray(deep).save(os.fsdecode(source + b"/\xff/\xe9.png"))
+    pack(tmp_path / "src", tmp_path / "out", PackOptions("folder"))
+    dataset = ShardDataset(tmp_path / "out")
+    assert dataset.label_names() == [r"\xff"]
+    written = np.asarray(Image.open(io.BytesIO(dataset.read(0)[0]))).astype(int)
+    assert abs(written - deep // 256).max() < 12  # JPEG's own loss

@@ -5,6 +5,7 @@ The bytes are a pure function of the samples (no clock, no owner, no umask), so 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -80,13 +81,14 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._file.close()
+        try:
+            if kind is None:
+                self._tar.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self.written.size, self.written.sha256 = self._hashing.position, self._hashing.digest.hexdigest()
+                os.replace(self._temporary, self.path)
+        finally:
+            with contextlib.suppress(OSError):  # on a full disk what is still buffered cannot be written
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
-            return
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self.written.size, self.written.sha256 = self._hashing.position, self._hashing.digest.hexdigest()
-        os.replace(self._temporary, self.path)

@@ -76,8 +76,13 @@ def jpeg(data: bytes, target: Target, *, resize: bool, widen: bool, matrix: np.n
 
 
 def _decode(data: bytes, upright: bool) -> Image.Image:
-    opened = Image.open(io.BytesIO(data))
+    opened: Image.Image = Image.open(io.BytesIO(data))
     opened.load()
+    if opened.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion cuts off at 255
+        narrow = Image.fromarray((np.asarray(opened) >> 8).clip(0, 255).astype(np.uint8))
+        narrow.format, opened = opened.format, narrow
+    elif opened.mode == "F":
+        raise ValueError("floating-point pixels")
     if not upright:
         return opened
     turned = ImageOps.exif_transpose(opened)

@@ -6,9 +6,11 @@ get their final names only when complete, and `dataset.json`, written last, make
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,19 +67,25 @@ def pack(source: str | Path, out: str | Path, options: PackOptions, *, workers: 
     """Packs `source` into the dataset folder `out` and returns what `pack_report.json` says.
 
     Raises:
-        UserError: nothing to pack, a trouble whose policy is `fail`, an `out` that is finished or was begun with other options.
+        UserError: nothing to pack, a trouble whose policy is `fail`, an `out` that is finished, was begun with other options, is being packed by
+            another process or cannot be written.
     """
     source, out = Path(source), Path(out)
     new = not (out / ".pack").exists()
-    scratch = _begin(source, out, options)
     try:
-        return _pack(source, out, scratch, options, workers, progress or (lambda stage, done, total: None))
-    except UserError:
-        if new and not any(out.glob(work.shard_name(0))):  # refused before anything was written: the corrected command begins anew
-            shutil.rmtree(scratch)
-            if not any(out.iterdir()):
-                out.rmdir()
-        raise
+        scratch = _begin(source, out, options)
+        with _alone(scratch):
+            try:
+                return _pack(source, out, scratch, options, workers, progress or (lambda stage, done, total: None))
+            except UserError:
+                if new and not any(out.glob(work.shard_name(0))):  # refused before anything was written: the corrected command begins anew
+                    shutil.rmtree(scratch)
+                    if not any(out.iterdir()):
+                        out.rmdir()
+                raise
+    except OSError as error:
+        reason = f"{error.filename or out}: {error.strerror or error}"
+        raise UserError(f"{reason}; mend that and start again with the same options, which goes on where it was") from error
 
 
 def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers: int, tell: Progress) -> dict[str, Any]:
@@ -122,6 +130,19 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
         scratch.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(wanted))
     return scratch
+
+
+@contextlib.contextmanager
+def _alone(scratch: Path) -> Iterator[None]:
+    """Two packs in one folder would write over each other. The lock goes with the process, however that ends."""
+    with open(scratch / "options.json") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another pack is writing {scratch.parent}; wait for it, or choose another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _inspect(job: work.Job, count: int, workers: int, tell: Progress) -> None:
@@ -184,7 +205,7 @@ def _decide(catalogue: Catalogue, inspection: np.ndarray, grains: np.ndarray | N
 def _note(troubles: Troubles, kind: str, rows: np.ndarray, catalogue: Catalogue, inspection: np.ndarray) -> None:
     def name(row: int) -> str:
         size = f" ({inspection[row]['width']}x{inspection[row]['height']})" if kind == "wrong_size" else ""
-        return catalogue.name(row) + size
+        return _line(catalogue.name(row)) + size
 
     troubles.add(kind, len(rows), [name(row) for row in rows[: Troubles.LISTED].tolist()])
 
@@ -213,7 +234,8 @@ def _labels(catalogue: Catalogue, keep: np.ndarray, troubles: Troubles) -> tuple
 
 
 def _line(name: str) -> str:
-    return name.replace("\n", " ")
+    """A file's or identity's name as text of one line, also where it is not UTF-8."""
+    return name.replace("\n", " ").encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _order(kept: np.ndarray, grains: np.ndarray | None, options: PackOptions) -> tuple[np.ndarray, np.ndarray]:
