@@ -227,6 +227,10 @@ class PhaseEnd(Section):
     )
 
 
+def _either(below: int, above: int) -> str:
+    return f"{below} or {above}" if 0 < below < above else str(above)
+
+
 class Phase(Section):
     name: str
     global_batch: int = Field(gt=0)
@@ -243,9 +247,14 @@ class Phase(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Phase:
-        if self.global_batch % self.virtual_batches:
+        batch, v = self.global_batch, self.virtual_batches
+        if batch % v:
+            below, above = batch - batch % v, batch - batch % v + v
+            divisors = [d for d in range(1, batch + 1) if batch % d == 0]
+            fewer, more = max(d for d in divisors if d < v), min((d for d in divisors if d > v), default=batch)
             raise ValueError(
-                f"global_batch {self.global_batch} is not a multiple of virtual_batches {self.virtual_batches}"
+                f"global_batch {batch} is not a multiple of virtual_batches {v}; take global_batch {_either(below, above)}, "
+                f"or virtual_batches {_either(fewer, more)} (which the number of ranks must divide)"
             )
         return self
 
@@ -291,10 +300,17 @@ class Checkpoint(Section):
 
 
 class InitFrom(Section):
+    """`init_from: PATH` is short for `init_from: {path: PATH}`."""
+
     path: Path = Field(description="a run, a checkpoint or a weights file")
     head: Literal["load", "fresh"] = Field(
         "fresh", description="class rows: load them (class counts must agree) or make them anew"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, (str, Path)) else value
 
 
 class Evaluation(Section):

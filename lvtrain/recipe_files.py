@@ -5,7 +5,9 @@ Every mistake is a `UserError` of one line with the dotted key; an unknown key c
 
 from __future__ import annotations
 
+import copy
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -31,17 +33,38 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    return resolve(values, source=str(path))
+    alone = copy.deepcopy(values)
+    places = {override: _apply(values, override) for override in overrides}
+    own = None  # the file's own mistakes, looked for only when there are any
+
+    def source(problem: Any) -> str:
+        """The overrides that set what is wrong, or something in it; the file, if it was wrong before them."""
+        nonlocal own
+        own = _problems(alone) if own is None else own
+        key = _location(problem)
+        blamed = [override for override, place in places.items() if all(a == b for a, b in zip(place, key))]
+        if not blamed or (key, problem["type"]) in own:
+            return f"recipe {path}"
+        return f"override{'s' if len(blamed) > 1 else ''} {', '.join(map(repr, blamed))}"
+
+    return resolve(values, source=source)
 
 
-def resolve(values: dict[str, Any], *, source: str = "recipe") -> Recipe:
-    """Validate a plain dict as a recipe; raises UserError, one line naming the dotted key."""
+def resolve(values: dict[str, Any], *, source: Callable[[Any], str] = lambda problem: "recipe") -> Recipe:
+    """Validate a plain dict as a recipe; raises UserError, one line naming each mistake's `source` and dotted key."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+        mistakes = [f"{source(problem)}: {_explain(problem)}" for problem in error.errors()]
+        raise UserError("; ".join(mistakes)) from error
+
+
+def _problems(values: dict[str, Any]) -> set[tuple[tuple[Any, ...], str]]:
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        return {(_location(problem), problem["type"]) for problem in error.errors()}
+    return set()
 
 
 def dump(recipe: Recipe) -> str:
@@ -49,7 +72,8 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str) -> tuple[Any, ...]:
+    """Sets the value; returns where, as a validation error would say it (list elements by number)."""
     dotted, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"override {override!r} must look like section.key=value")
@@ -58,15 +82,18 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML") from error
     node: Any = values
+    place: list[Any] = []
+    last: Any
     *parents, last = dotted.split(".")
     for name in parents:
-        node = _child(node, name, override)
+        place.append(_position(node, name, override) if isinstance(node, list) else name)
+        node = _child(node, place[-1], override)
     if isinstance(node, list):
-        node[_position(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
+        last = _position(node, last, override)
+    elif not isinstance(node, dict):
         raise UserError(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
+    node[last] = value
+    return (*place, last)
 
 
 def _parse_scalar(text: str) -> Any:
@@ -79,9 +106,9 @@ def _parse_scalar(text: str) -> Any:
     return value
 
 
-def _child(node: Any, name: str, override: str) -> Any:
+def _child(node: Any, name: Any, override: str) -> Any:
     if isinstance(node, list):
-        return node[_position(node, name, override)]
+        return node[name]
     if not isinstance(node, dict):
         raise UserError(f"override {override!r}: {name} lies below a value, not a section")
     if node.get(name) is None:
@@ -98,7 +125,7 @@ def _position(node: list[Any], name: str, override: str) -> int:
 
 
 def _explain(problem: Any) -> str:
-    location = [part for part in problem["loc"] if part not in _discriminators()]
+    location = _location(problem)
     dotted = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         valid = _valid_keys(location[:-1])
@@ -108,6 +135,10 @@ def _explain(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     got = f", got {problem['input']!r}" if isinstance(problem.get("input"), (str, int, float, bool)) else ""
     return f"{dotted or 'recipe'}: {message}{got}" if problem["type"] != "missing" else f"{dotted} is missing"
+
+
+def _location(problem: Any) -> tuple[Any, ...]:
+    return tuple(part for part in problem["loc"] if part not in _discriminators())
 
 
 def _models(annotation: Any) -> list[type[Section]]:
@@ -120,7 +151,7 @@ def _discriminators() -> set[str]:
     return {str(model.model_fields["name"].default) for model in _models(MethodSection)}
 
 
-def _valid_keys(location: list[Any]) -> list[str]:
+def _valid_keys(location: tuple[Any, ...]) -> list[str]:
     models: list[type[Section]] = [Recipe]
     for part in location:
         if isinstance(part, int):

@@ -53,6 +53,7 @@ def test_published_runs_can_be_planned_without_their_data(
         ("backbone.overrides.depth=2", lambda r: r.backbone.overrides == {"depth": 2}),
         ("ema.decay=0.99", lambda r: r.ema.decay == 0.99),
         ("evaluation.benchmarks={}", lambda r: r.evaluation.benchmarks == {}),
+        ("init_from=runs/before", lambda r: (r.init_from.path, r.init_from.head) == (Path("runs/before"), "fresh")),
     ],
 )
 def test_overrides(override: str, read) -> None:
@@ -67,7 +68,8 @@ def test_overrides(override: str, read) -> None:
         ("method.windw=3", "did you mean 'window'?"),
         ("phases.0.sample_rat=1", "did you mean 'sample_rate'?"),
         ("phases.nowhere.sample_rate=1", "has no element 'nowhere'"),
-        ("phases.0.virtual_batches=3", "is not a multiple of virtual_batches 3"),
+        ("phases.0.virtual_batches=3", "is not a multiple of virtual_batches 3; take global_batch 126 or 129, or virtual_batches 2 or 4"),
+        ("phases.alignment.global_batch=3", "is not a multiple of virtual_batches 2; take global_batch 2 or 4, or virtual_batches 1 or 3"),
         ("schedule.total=10 parsecs", "steps, epochs or samples"),
         ("optimizer.lr=-1", "optimizer.lr"),
         ("optimizer.weight_decay_end=-0.1", "optimizer.weight_decay_end: Input should be greater than or equal to 0"),
@@ -78,10 +80,21 @@ def test_overrides(override: str, read) -> None:
     ],
 )
 def test_mistakes_are_one_line(override: str, message: str) -> None:
-    with pytest.raises(UserError, match=r"recipe|override") as caught:
+    with pytest.raises(UserError, match=f"^override {override!r}") as caught:
         recipes.load(QUICKSTART, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_each_mistake_is_told_of_whoever_made_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    values = yaml.safe_load(QUICKSTART.read_text())
+    values["phases"][0]["virtual_batches"], values["optimizer"]["rl"] = 3, 1
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError) as caught:
+        recipes.load(path, ["phases.0.sample_rate=0.5", "optimizer.lr=-1", "sed=1"])
+    blamed = [mistake.partition(": ")[0] for mistake in str(caught.value).replace("; did you mean", ",").split("; ") if ": " in mistake]
+    assert blamed == [f"recipe {path}", "override 'optimizer.lr=-1'", f"recipe {path}", "override 'sed=1'"]
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
