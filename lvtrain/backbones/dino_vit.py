@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from lvtrain.backbones.memory import Recompute, drop_path_rates, run_blocks
+from lvtrain.backbones.memory import Recompute, Share, drop_path_rates, run_blocks
 from lvtrain.backbones.part_fvit import resized_positions
 from lvtrain.errors import UserError
 
@@ -43,17 +44,19 @@ class DinoViT(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        depth: int,
-        heads: int,
-        patch: int = 16,
-        embedding_dim: int = 512,
-        image_size: int = 112,
-        drop_path: float = 0.0,
+        dim: PositiveInt,
+        depth: PositiveInt,
+        heads: PositiveInt,
+        patch: PositiveInt = 16,
+        embedding_dim: PositiveInt = 512,
+        image_size: PositiveInt = 112,
+        drop_path: Share = 0.0,
         checkpoint_blocks: Recompute = "none",
-        checkpoint_every: int = 1,
+        checkpoint_every: PositiveInt = 1,
     ) -> None:
         super().__init__()
+        if dim % heads:
+            raise UserError(f"backbone: dim {dim} is not a multiple of heads {heads}; change one of them")
         if image_size % patch:
             raise UserError(f"backbone: image_size {image_size} is not a multiple of the patch {patch}")
         self.dim, self.embedding_dim, self.image_size, self.patch = dim, embedding_dim, image_size, patch

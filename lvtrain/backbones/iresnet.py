@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import nn
 
-from lvtrain.backbones.memory import Recompute, run_blocks
+from lvtrain.backbones.memory import Recompute, Share, run_blocks
 from lvtrain.backbones.norm import Float32BatchNorm1d, Float32BatchNorm2d
 
 LAYERS = {
@@ -64,13 +65,13 @@ class IResNet(nn.Module):
     def __init__(
         self,
         *,
-        layers: tuple[int, int, int, int],
-        embedding_dim: int = 512,
-        image_size: int = 112,
-        dropout: float = 0.0,
+        layers: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt],
+        embedding_dim: PositiveInt = 512,
+        image_size: PositiveInt = 112,
+        dropout: Share = 0.0,
         first_shortcut: Literal["project", "subsample"] = "project",
         checkpoint_blocks: Recompute = "none",
-        checkpoint_every: int = 1,
+        checkpoint_every: PositiveInt = 1,
     ) -> None:
         super().__init__()
         self.embedding_dim, self.image_size = embedding_dim, image_size

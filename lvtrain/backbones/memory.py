@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lvtrain.errors import UserError
-
 Recompute = Literal["none", "activation", "block"]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 _aten = torch.ops.aten
 KEPT = {
@@ -43,8 +43,6 @@ def run_blocks(
     recomputes norms, activation functions and residual sums (elementwise work only); `block` keeps only the input of
     every `every`-th block and recomputes that block. Random draws inside a block (drop path) are repeated exactly.
     """
-    if recompute not in get_args(Recompute):
-        raise UserError(f"backbone: checkpoint_blocks {recompute!r} must be one of {', '.join(get_args(Recompute))}")
     keep_matmuls = partial(create_selective_checkpoint_contexts, _keep_matmuls, allow_cache_entry_mutation=True)
     for number, block in enumerate(blocks):
         if recompute == "activation":

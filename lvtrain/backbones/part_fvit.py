@@ -20,11 +20,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveInt
 from timm.layers import DropPath, trunc_normal_
 from torch import nn
 
 from lvtrain.backbones.landmark_cnn import ReleasedLandmarkFeatures
-from lvtrain.backbones.memory import Recompute, drop_path_rates, run_blocks
+from lvtrain.backbones.memory import Recompute, Share, drop_path_rates, run_blocks
 from lvtrain.errors import UserError
 
 
@@ -122,18 +123,18 @@ class FViT(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        depth: int,
-        heads: int,
-        head_dim: int = 64,
-        mlp_dim: int,
-        patch: int = 8,
-        embedding_dim: int = 512,
-        image_size: int = 112,
-        drop_path: float = 0.0,
-        dropout: float = 0.0,
+        dim: PositiveInt,
+        depth: PositiveInt,
+        heads: PositiveInt,
+        head_dim: PositiveInt = 64,
+        mlp_dim: PositiveInt,
+        patch: PositiveInt = 8,
+        embedding_dim: PositiveInt = 512,
+        image_size: PositiveInt = 112,
+        drop_path: Share = 0.0,
+        dropout: Share = 0.0,
         checkpoint_blocks: Recompute = "none",
-        checkpoint_every: int = 1,
+        checkpoint_every: PositiveInt = 1,
     ) -> None:
         super().__init__()
         if image_size % patch:
@@ -240,7 +241,7 @@ class PartFViT(FViT):
     """
 
     def __init__(
-        self, *, landmark_margin: float = 3.5, released: bool = False, freeze_landmarks: bool = False, **fvit: Any
+        self, *, landmark_margin: NonNegativeFloat = 3.5, released: bool = False, freeze_landmarks: bool = False, **fvit: Any
     ) -> None:
         super().__init__(**fvit)
         self.landmark_margin, self.released, self.freeze_landmarks = landmark_margin, released, freeze_landmarks

@@ -7,8 +7,9 @@ import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from lvtrain.backbones import dino_vit, iresnet, part_fvit, vit
@@ -38,7 +39,7 @@ def create_backbone(
     memory. `overrides` are arguments of the network's class (`depth`, `dim`, `drop_path`, `mask_ratio`,
     `checkpoint_blocks`, ...). `compile` hands the whole network to torch.compile in place: parameter names stay as
     they are; rounding differs, see tools/results/backbone.md. Raises UserError for an unknown name or
-    override.
+    override, and a value that the argument's type does not allow.
     """
     if name not in _BUILDERS:
         near = difflib.get_close_matches(name, _BUILDERS, n=1)
@@ -53,20 +54,24 @@ def create_backbone(
             near = difflib.get_close_matches(key, valid, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(valid)}"
             raise UserError(f"backbone {name}: unknown argument {key!r}; {hint}")
+        try:
+            overrides[key] = TypeAdapter(valid[key]).validate_python(overrides[key])
+        except ValidationError as error:
+            raise UserError(f"backbone {name}: {key}: {error.errors()[0]['msg']}, got {overrides[key]!r}") from error
     backbone = builder(embedding_dim=embedding_dim, image_size=image_size, **overrides)
     if compile:
         backbone.compile()
     return backbone
 
 
-def _arguments(builder: Callable[..., nn.Module]) -> list[str]:
-    """The keyword arguments of a network's class, those it passes on to its base class included."""
+def _arguments(builder: Callable[..., nn.Module]) -> dict[str, Any]:
+    """The keyword arguments of a network's class and their types, those it passes on to its base class included."""
     cls: Any = builder.func if isinstance(builder, partial) else builder
-    names: list[str] = []
+    found: dict[str, Any] = {}
     for base in cls.__mro__:
         if base is nn.Module:
             break
-        names += [
-            name for name, kind in inspect.signature(base.__init__).parameters.items() if kind.kind is kind.KEYWORD_ONLY
-        ]
-    return names
+        types = get_type_hints(base.__init__, include_extras=True)
+        parameters = inspect.signature(base.__init__).parameters.items()
+        found |= {name: types[name] for name, kind in parameters if kind.kind is kind.KEYWORD_ONLY}
+    return found

@@ -13,12 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from lvtrain.backbones.activation import ReLU6
-from lvtrain.backbones.memory import Recompute, drop_path_rates, run_blocks
+from lvtrain.backbones.memory import Recompute, Share, drop_path_rates, run_blocks
 from lvtrain.backbones.norm import Float32BatchNorm1d
 from lvtrain.errors import UserError
 
@@ -75,25 +76,23 @@ class VisionTransformer(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        depth: int,
-        heads: int,
-        patch: int = 9,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        mask_ratio: float = 0.0,
-        embedding_dim: int = 512,
-        image_size: int = 112,
+        dim: PositiveInt,
+        depth: PositiveInt,
+        heads: PositiveInt,
+        patch: PositiveInt = 9,
+        mlp_ratio: PositiveFloat = 4.0,
+        drop_path: Share = 0.0,
+        mask_ratio: Share = 0.0,
+        embedding_dim: PositiveInt = 512,
+        image_size: PositiveInt = 112,
         checkpoint_blocks: Recompute = "none",
-        checkpoint_every: int = 1,
+        checkpoint_every: PositiveInt = 1,
     ) -> None:
         super().__init__()
         if dim % heads:
             raise UserError(f"backbone: dim {dim} is not a multiple of heads {heads}; change one of them")
         if image_size < patch:
             raise UserError(f"backbone: image_size {image_size} is smaller than one patch of {patch}")
-        if not 0 <= mask_ratio < 1:
-            raise UserError(f"backbone: mask_ratio {mask_ratio} must be in [0, 1)")
         self.dim, self.embedding_dim, self.image_size = dim, embedding_dim, image_size
         self.checkpoint_blocks, self.checkpoint_every = checkpoint_blocks, checkpoint_every
         self.patch_embed = PatchEmbed(image_size, patch, 3, dim)
