@@ -29,7 +29,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--phase", help="run this phase only, and exit when it is over")
     parser.add_argument("--max-time", type=float, metavar="MINUTES", help="stop early enough to have saved by then")
     parser.add_argument(
-        "--dry-run", action="store_true", help="resolve the recipe, check it against the data if it is here, print the plan, train nothing"
+        "--dry-run", action="store_true", help="check all that a start would (without the data: the recipe alone), print the plan, train nothing"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
@@ -55,7 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from lvtrain import recipe_files as recipes
-    from lvtrain.training.checks import check_before_start, open_dataset
 
     recipe = recipes.load(options.recipe, options.overrides)
     if options.print_config:
@@ -64,14 +63,17 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from lvtrain.training.dry_run import dry_run
 
-        print(dry_run(recipe, options.ds_config, world_size=options.world_size))
+        print(dry_run(recipe, options.ds_config, world_size=options.world_size, only_phase=options.phase))
         return EXIT_DONE
 
     from lvtrain import world as worlds
+    from lvtrain.training.checks import check_before_start, open_dataset
 
     size = worlds.launch().size
     dataset = open_dataset(recipe)
-    ds_config = check_before_start(recipe, options.ds_config, dataset, size, only_phase=options.phase)
+    ds_config = check_before_start(
+        recipe, options.ds_config, num_classes=dataset.num_classes, size=size, only_phase=options.phase
+    )
 
     from lvtrain.training.session import train_session
 

@@ -60,9 +60,12 @@ def test_typo_in_a_recipe_key(door: FrontDoor, tiny_faces: Path, tmp_path: Path)
     assert "did you mean 'seed'?" in door.refuses(recipe, "optimizer.lr=1", "--max-time", "5", "sed=1")  # overrides on both sides of an option
 
 
-def test_num_classes_smaller_than_a_label(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
-    line = door.refuses(recipe_file(tmp_path, tiny_faces / "train"), "data.num_classes=10")
+def test_num_classes_that_is_not_the_datasets(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, tiny_faces / "train")
+    line = door.refuses(recipe, "data.num_classes=10")
     assert "data.num_classes=10" in line and "labels up to 23" in line
+    line = door.refuses(recipe, "data.num_classes=30")
+    assert "has 24 identities: the other 6 class centres would never see an image" in line
 
 
 def test_compiling_under_zero3(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
@@ -126,9 +129,26 @@ def test_json_that_contradicts_or_says_nothing(
     assert told in door.refuses(recipe_file(tmp_path, tiny_faces / "train"), ds_config=str(config))
 
 
-def test_benchmark_that_is_not_there(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "start"])
+def test_what_a_recipe_names_besides_the_data(door: FrontDoor, tiny_faces: Path, tmp_path: Path, dry: list[str]) -> None:
+    """A dry run refuses what a start refuses, and a refused start leaves no run folder."""
     recipe = recipe_file(tmp_path, tiny_faces / "train")
-    assert "nowhere/lfw.bin does not exist" in door.refuses(recipe, "evaluation.benchmarks.lfw=nowhere/lfw.bin")
+    cut = tmp_path / "cut.bin"
+    cut.write_bytes((tiny_faces / "heldout.bin").read_bytes()[:5000])
+    for override, told in {
+        "evaluation.benchmarks.lfw=nowhere/lfw.bin": "evaluation.benchmarks.lfw: nowhere/lfw.bin does not exist",
+        f"evaluation.benchmarks.lfw={cut}": f"evaluation.benchmarks.lfw: {cut} is cut short",
+        "init_from=nowhere": "init_from.path: nowhere does not exist",
+        "backbone.overrides.depth=0": "backbone vit_nano: depth: Input should be greater than 0, got 0",
+        "data.augmentation=dino": "trains on views that data.augmentation=dino does not make",
+    }.items():
+        assert told in door.refuses(recipe, override, *dry)
+        assert not (tmp_path / "runs" / "tiny").exists()
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    for name in ("run.json", "metrics.jsonl"):
+        (tmp_path / "runs" / "tiny" / name).write_text('{"run_id": "x", "attempt": 1}')
+    shutil.copy(recipe, tmp_path / "runs" / "tiny" / "recipe.yaml")
+    assert "holds a run with another recipe (seed: 5 -> 6)" in door.refuses(recipe, "seed=6", *dry)
 
 
 def test_unknown_phase(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:

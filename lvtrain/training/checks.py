@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lvtrain.data import ShardDataset
 from lvtrain.errors import UserError
+from lvtrain.evaluation import read_bin
+from lvtrain.methods import create_method
 from lvtrain.recipe import Recipe
 from lvtrain.training.ds_config import resolve_ds_config
 
@@ -15,7 +19,7 @@ def open_dataset(recipe: Recipe) -> ShardDataset:
     """The recipe's dataset, structurally checked: manifest, index, every shard present and of its recorded size, every label in range.
 
     Raises:
-        UserError: missing or cut shard, no images, a label not below the number of classes, not the number of images the recipe expects.
+        UserError: missing or cut shard, no images, a label not below the number of classes, not the number of identities or images the recipe expects.
     """
     dataset = ShardDataset(recipe.data.path, cache=recipe.data.cache, cache_bytes=recipe.data.cache_bytes)
     dataset.check_labels()
@@ -25,6 +29,11 @@ def open_dataset(recipe: Recipe) -> ShardDataset:
             f"data.num_classes={told} but {dataset.path} has labels up to {dataset.num_classes - 1}; "
             f"set data.num_classes to {dataset.num_classes} or leave it out"
         )
+    if told is not None and told > dataset.num_classes:
+        raise UserError(
+            f"data.num_classes={told} but {dataset.path} has {dataset.num_classes} identities: the other {told - dataset.num_classes} class centres "
+            f"would never see an image; set data.num_classes to {dataset.num_classes} or leave it out"
+        )
     if recipe.data.num_samples not in (None, len(dataset)):
         raise UserError(
             f"data.num_samples={recipe.data.num_samples} but {dataset.path} holds {len(dataset)} images; correct one of them"
@@ -33,27 +42,23 @@ def open_dataset(recipe: Recipe) -> ShardDataset:
 
 
 def check_before_start(
-    recipe: Recipe, ds_config: Path, dataset: ShardDataset, size: int, *, only_phase: str | None = None
+    recipe: Recipe, ds_config: Path, *, num_classes: int, size: int, only_phase: str | None = None, files: bool = True
 ) -> dict[str, Any]:
     """Checks recipe, DeepSpeed JSON, dataset and number of ranks against each other; returns the resolved DeepSpeed configuration.
+
+    `files=False` plans for another machine: what the recipe names besides the dataset is not looked for here.
 
     Raises:
         UserError: they do not fit; the line says what to change.
     """
-    check_ranks(recipe, num_classes=recipe.data.num_classes or dataset.num_classes, size=size)
+    check_ranks(recipe, num_classes=num_classes, size=size)
     names = [phase.name for phase in recipe.phases]
     if only_phase is not None and only_phase not in names:
         raise UserError(f"--phase {only_phase}: the recipe has {', '.join(names)}")
-    for name, path in recipe.evaluation.benchmarks.items():
-        if not path.is_file():
-            raise UserError(f"evaluation.benchmarks.{name}: {path} does not exist")
-    if recipe.init_from is not None and not recipe.init_from.path.exists():
-        raise UserError(f"init_from.path: {recipe.init_from.path} does not exist")
-    landmark_weights = getattr(recipe.method, "landmark_weights", None)
-    if landmark_weights is not None and not landmark_weights.exists():
-        raise UserError(
-            f"method.landmark_weights: {landmark_weights} does not exist; train a supervised Part fViT first"
-        )
+    if files:
+        _check_files(recipe)
+    with torch.device("meta"):  # built without memory: a backbone or a method that cannot be is refused here
+        create_method(recipe, num_classes=num_classes, device=torch.device("meta"))
     in_backward = recipe.classifier is not None and recipe.classifier.optimizer.in_backward
     for phase in recipe.phases:
         if in_backward and (phase.virtual_batches != size or phase.sample_rate < 1):
@@ -68,6 +73,32 @@ def check_before_start(
             "or set backbone.compile=false"
         )
     return config
+
+
+def _check_files(recipe: Recipe) -> None:
+    for name, path in recipe.evaluation.benchmarks.items():
+        if not path.is_file():
+            raise UserError(f"evaluation.benchmarks.{name}: {path} does not exist")
+    if recipe.init_from is not None and not recipe.init_from.path.exists():
+        raise UserError(f"init_from.path: {recipe.init_from.path} does not exist")
+    landmark_weights = getattr(recipe.method, "landmark_weights", None)
+    if landmark_weights is not None and not landmark_weights.exists():
+        raise UserError(
+            f"method.landmark_weights: {landmark_weights} does not exist; train a supervised Part fViT first"
+        )
+
+
+def check_benchmarks(recipe: Recipe) -> None:
+    """Reads every verification set once: for one rank, before there is a run folder.
+
+    Raises:
+        UserError: a set that is damaged or incomplete.
+    """
+    for name, path in recipe.evaluation.benchmarks.items():
+        try:
+            read_bin(path)
+        except UserError as error:
+            raise UserError(f"evaluation.benchmarks.{name}: {error}") from error
 
 
 def check_ranks(recipe: Recipe, *, num_classes: int, size: int) -> None:

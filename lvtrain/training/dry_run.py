@@ -11,29 +11,34 @@ from lvtrain import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.planning import plan_phases
 from lvtrain.recipe import Recipe
-from lvtrain.training.checks import check_ranks, open_dataset
-from lvtrain.training.ds_config import resolve_ds_config
+from lvtrain.training.checks import check_before_start, check_benchmarks, open_dataset
 from lvtrain.training.phases import plan_phase
+from lvtrain.training.run import changes
 from lvtrain.training.schedule import learning_rate
 
 
-def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None) -> str:
+def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_phase: str | None = None) -> str:
     """The plan as text, for `world_size` ranks (the launcher's number when absent).
 
     Raises:
         UserError: whatever a real start would refuse, as far as it can be seen without the ranks.
     """
     size = world_size or worlds.launch().size
+    here = recipe.data.path.exists()
     classes, samples, where = _sizes(recipe)
-    check_ranks(recipe, num_classes=classes, size=size)
-    config = resolve_ds_config(ds_config, optimizer=recipe.optimizer, phases=recipe.phases, world_size=size)
+    config = check_before_start(
+        recipe, ds_config, num_classes=classes, size=size, only_phase=only_phase, files=here
+    )
+    if here:
+        check_benchmarks(recipe)
+        changes(recipe.run_folder, recipe)
     rate = learning_rate(recipe.schedule, recipe.optimizer.lr, phases=recipe.phases, samples_per_epoch=samples)
     known = recipe.model_copy(update={"data": recipe.data.model_copy(update={"num_classes": classes})})
     plans = plan_phases(known, ranks=size, zero=config["zero_optimization"])
 
     lines = [
         f"recipe {recipe.name}: method {recipe.method.name}, {recipe.backbone.name}, {classes:,} classes, {samples:,} images ({where})",
-        f"{size} ranks, ZeRO-{config['zero_optimization']['stage']}, {recipe.optimizer.precision}; "
+        f"{size} rank{'s' if size > 1 else ''}, ZeRO-{config['zero_optimization']['stage']}, {recipe.optimizer.precision}; "
         f"{rate.total:,} samples in all ({rate.total / samples:.4g} epochs), warm-up {rate.warmup:,}",
         "",
     ]
@@ -56,9 +61,9 @@ def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None) -> str:
 def _sizes(recipe: Recipe) -> tuple[int, int, str]:
     if recipe.data.path.exists():
         dataset = open_dataset(recipe)
-        return recipe.data.num_classes or dataset.num_classes, len(dataset), f"counted in {dataset.path}"
+        return dataset.num_classes, len(dataset), f"counted in {dataset.path}"
     if recipe.data.num_classes is None or recipe.data.num_samples is None:
         raise UserError(
             f"{recipe.data.path} does not exist; to plan without it set data.num_classes and data.num_samples"
         )
-    return recipe.data.num_classes, recipe.data.num_samples, f"{recipe.data.path} is not here: as the recipe says"
+    return recipe.data.num_classes, recipe.data.num_samples, f"as the recipe says; {recipe.data.path} is not here, so no other file is looked for"

@@ -66,7 +66,7 @@ class Run:
 
     @property
     def num_classes(self) -> int:
-        return self.recipe.data.num_classes or self.dataset.num_classes
+        return self.dataset.num_classes
 
 
 def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World) -> tuple[Path, str, int, list[str]]:
@@ -81,16 +81,12 @@ def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World) -> tupl
 
 
 def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World) -> tuple[str, int, list[str]]:
-    told: list[str] = []
     identity: dict[str, Any] = {"run_id": uuid.uuid4().hex, "attempt": 0}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        told = changes(folder, recipe)
         if (folder / "run.json").exists():
             identity = json.loads((folder / "run.json").read_text())
-            # a start refused before its first step has left nothing that the corrected recipe could spoil
-            if (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("*")):
-                before = _as_now((folder / "recipe.yaml").read_text())
-                told = compare(before, yaml.safe_load(recipes.dump(recipe)), str(folder))
         identity["attempt"] += 1
         write(folder / "recipe.yaml", recipes.dump(recipe))
         write(folder / "ds_config.json", json.dumps(ds_config, indent=2))
@@ -101,6 +97,19 @@ def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World)
             f"cannot write the run folder {folder}: {error.strerror}; choose another with runs=PATH"
         ) from error
     return identity["run_id"], identity["attempt"], told
+
+
+def changes(folder: Path, recipe: Recipe) -> list[str]:
+    """What another start with `recipe` changes of the run in `folder`, if there is one, that is allowed but worth telling.
+
+    Raises:
+        UserError: it differs in something that is learned from.
+    """
+    trained = (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("*"))
+    if not (trained and (folder / "run.json").exists()):
+        return []  # a start refused before its first step has left nothing that the corrected recipe could spoil
+    before = _as_now((folder / "recipe.yaml").read_text())
+    return compare(before, yaml.safe_load(recipes.dump(recipe)), str(folder))
 
 
 def _as_now(text: str) -> dict[str, Any]:

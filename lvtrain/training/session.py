@@ -12,6 +12,7 @@ from lvtrain.errors import UserError
 from lvtrain.recipe import Recipe
 from lvtrain.training import outcome
 from lvtrain.training.checkpoint import Checkpoints
+from lvtrain.training.checks import check_benchmarks
 from lvtrain.training.heartbeat import Heartbeat
 from lvtrain.training.lease import InUse, Lease, hold
 from lvtrain.training.preemption import Preemption
@@ -41,6 +42,7 @@ def train_session(
     timeout = recipe.safety.collective_timeout
     world = worlds.start(timeout)
     try:
+        worlds.on_first(lambda: check_benchmarks(recipe))
         with hold(recipe.run_folder, world) as lease:
             ending = _train(recipe, ds_config, dataset, world, lease, only_phase, max_time_minutes)
         # a rank that leaves with 75 before rank 0 has written would have srun take rank 0 down
