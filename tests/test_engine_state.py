@@ -46,10 +46,10 @@ class Kept:
         return self.state[name]
 
 
-def build(stage: int, world_size: int, precision: str = "float32", **changes: Any) -> Engine:
+def build(stage: int, world_size: int, precision: str = "float32", zero: dict[str, Any] | None = None, **changes: Any) -> Engine:
     torch.manual_seed(0)
     optimizer = Optimizer.model_validate({"lr": 1e-2, "clip": 1.0, "precision": precision} | changes)
-    config = resolve_ds_config({"zero_optimization": {"stage": stage}}, optimizer=optimizer)
+    config = resolve_ds_config({"zero_optimization": {"stage": stage} | (zero or {})}, optimizer=optimizer)
     return Engine(
         Net(),
         ds_config=config,
@@ -260,18 +260,21 @@ def _by_torch() -> dict[str, torch.Tensor]:
     return dict(net.named_parameters())
 
 
-def _by_engine(rank: int, size: int) -> dict[int, dict[str, torch.Tensor]]:
+OFFLOAD = {name: {"device": "cpu"} for name in ("offload_optimizer", "offload_param")}
+
+
+def _by_engine(rank: int, size: int) -> dict[str, dict[str, torch.Tensor]]:
     results = {}
-    for stage in STAGES:
-        engine = build(stage, size, **UNLIKE)
+    for stage, zero in [(stage, {}) for stage in STAGES] + [(2, {"offload_optimizer": {"device": "cpu"}}), (3, OFFLOAD)]:
+        engine = build(stage, size, zero=zero, **UNLIKE)
         train(engine, rank, range(3))
-        results[stage] = dump(engine)
+        results[f"{stage} {list(zero)}"] = dump(engine)
         engine.close()
     return results
 
 
 def test_a_step_is_torchs_adamw_and_clipping() -> None:
-    """Betas, eps, weight decay, layer-wise rates and the clip norm reach the update as the recipe says, under every stage, on two ranks."""
+    """Betas, eps, weight decay, layer-wise rates and the clip norm reach the update as the recipe says, under every stage and offload, on two ranks."""
     expected = _by_torch()
     for results in run_ranks(2, _by_engine):
         for stage, state in results.items():
