@@ -70,10 +70,13 @@ def test_damaged_foreign_and_newer_manifest(folder):
         ("[]", "is not a lvtrain dataset"),
         (json.dumps({**body, "schema": 99}), "has schema 99"),
         (json.dumps({key: value for key, value in body.items() if key != "shards"}), "is damaged"),
+        (json.dumps({**body, "samples": "many"}), "is damaged"),
     ]:
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             ShardDataset(folder)
+    with pytest.raises(UserError, match=r"labels\.txt is a file; give the dataset folder"):
+        read_manifest(folder / "labels.txt")
 
 
 def test_label_that_is_not_a_class(folder):

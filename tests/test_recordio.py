@@ -103,6 +103,9 @@ def test_cut_and_foreign_files_are_named(tmp_path):
     recordio.write_index(path.with_suffix(".idx"), [0, 1], [0, 12])
     with pytest.raises(UserError, match="no record starts at byte 12"):
         recordio.catalogue(recordio.RecordFile(path), path.with_suffix(".idx"))
+    path.with_suffix(".idx").write_text("not an index\n")
+    with pytest.raises(UserError, match="is not a RecordIO index"):
+        recordio.catalogue(recordio.RecordFile(path), path.with_suffix(".idx"))
 
 
 def test_dali_reads_our_records(tmp_path):

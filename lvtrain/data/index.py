@@ -184,6 +184,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise UserError(
             f"{path} is missing; pack the images first (tools/pack_dataset.py) or correct data.path"
         ) from None
+    except NotADirectoryError:
+        raise UserError(f"{path.parent} is a file; give the dataset folder (of a subset: the one it is a choice of)") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); pack again or restore it from a backup") from None
     if not isinstance(body, dict) or body.get("format") != "lvtrain-dataset":
@@ -206,7 +208,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             licence=body["licence"],
             image_size=tuple(body["image_size"]) if body["image_size"] else None,  # type: ignore[arg-type]
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); pack again or restore it from a backup") from None
 
 

@@ -202,6 +202,8 @@ def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         table = np.fromstring(Path(path).read_text(), dtype=np.int64, sep=" ")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except ValueError:  # not numbers, or not text
+        table = np.empty(0, dtype=np.int64)
     if len(table) % 2 or not len(table):
         raise UserError(f"{path} is not a RecordIO index (lines of key, tab, offset); remove it to have the .rec scanned")
     return table[0::2], table[1::2]
