@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -56,6 +57,9 @@ def test_lists(whole):
         choose(whole, min_images=6)
     with pytest.raises(UserError, match="fraction=0"):
         choose(whole, fraction=0)
+    for outside in (-1, 200):
+        with pytest.raises(UserError, match=r"must be in \[0, 200\)"):
+            choose(whole, without_samples=[outside])
 
 
 def test_a_subset_is_a_dataset(whole, tmp_path):
@@ -85,6 +89,18 @@ def test_merged_identities(whole, tmp_path):
         write_subset(tmp_path / "gap.json", whole, ids, label_of=label_of)
     with pytest.raises(UserError, match="distinct"):
         write_subset(tmp_path / "twice.json", whole, np.array([1, 1]))
+
+
+def test_a_subset_of_a_subset_is_one_of_the_dataset(whole, tmp_path):
+    """One shot of a cleaned set, in which 3 and 9 are one person and 5 is dropped."""
+    label_of = np.full(40, DROPPED, dtype=np.uint32)
+    label_of[[3, 9, 11, 20]] = [0, 0, 1, 2]
+    labels = whole.labels(np.arange(200))
+    cleaned = ShardDataset(write_subset(tmp_path / "a.json", whole, np.flatnonzero(label_of[labels] != DROPPED), label_of=label_of))
+    ids = choose(cleaned, shots=1, without_identities=["person_11"])
+    few = ShardDataset(write_subset(tmp_path / "b.json", cleaned, ids))
+    assert len(few) == few.num_classes == 2 and few.label_names() == ["person_3", "person_20"]
+    assert [few.read(row) for row in range(2)] == [(cleaned.read(int(sample))[0], row) for row, sample in enumerate(ids)]
 
 
 def test_stale_missing_and_cut_subsets_are_refused(whole, tmp_path):
@@ -128,11 +144,16 @@ def test_cache_copies_within_its_bound_and_changes_nothing(folder, tmp_path):
         assert 0 < sum(path.stat().st_size for path in cache.folder.glob("*.tar")) <= 2 * max(sizes)
     cache.close()
     assert not list(cache.folder.glob("*.tmp"))
+    # what a killed rank left goes, what another rank is writing stays
+    (cache.folder / "000000.1.tmp").touch()
+    (cache.folder / "000000.2.tmp").touch()
+    os.utime(cache.folder / "000000.1.tmp", (0, 0))
     # a copy that is not whole is not used
     again = ShardDataset(folder, cache=tmp_path, cache_bytes=2 * max(sizes))
     copy = next(iter(cache.folder.glob("*.tar")))
     copy.write_bytes(b"")
     assert again.read(0) == plain.read(0) and again.read(199) == plain.read(199)
+    assert not (cache.folder / "000000.1.tmp").exists() and (cache.folder / "000000.2.tmp").exists()
 
 
 def test_a_manifest_under_a_linked_folder_finds_its_dataset(whole, tmp_path):

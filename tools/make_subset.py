@@ -17,7 +17,7 @@ from lvtrain.errors import EXIT_ERROR, UserError
 
 
 def main(
-    dataset: Annotated[Path, typer.Argument(help="dataset folder")],
+    dataset: Annotated[Path, typer.Argument(help="dataset folder, or a subset to choose from")],
     out: Annotated[Path, typer.Argument(help="manifest to write, NAME.json")],
     fraction: Annotated[float, typer.Option(help="share of the identities")] = 1.0,
     shots: Annotated[int | None, typer.Option(help="at most so many images an identity")] = None,
@@ -36,7 +36,7 @@ def main(
             min_images=min_images,
             identities=_lines(identities),
             without_identities=_lines(without_identities) or (),
-            without_samples=[int(line) for line in _lines(without_samples) or ()],
+            without_samples=_numbers(without_samples),
             seed=seed,
         )
         criteria = {
@@ -68,6 +68,13 @@ def _lines(path: Path | None) -> list[str] | None:
         return [line for line in path.read_text().splitlines() if line]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; correct the path of the list") from None
+
+
+def _numbers(path: Path | None) -> list[int]:
+    try:
+        return [int(line) for line in _lines(path) or ()]
+    except ValueError as error:
+        raise UserError(f"{path} must hold one sample id a line ({error})") from None
 
 
 if __name__ == "__main__":

@@ -7,13 +7,17 @@ is read: a copy is used only if it has the recorded size.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import shutil
 import threading
+import time
 from pathlib import Path
 
 from lvtrain.data.shards import ShardDataset
+
+_ABANDONED = 3600.0  # seconds after which a copy nobody writes to is nobody's
 
 
 class ShardCache:
@@ -29,6 +33,10 @@ class ShardCache:
         self.dataset, self.max_bytes = dataset, max_bytes
         self.folder = Path(folder) / dataset.manifest.fingerprint
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("*.tmp"):  # left by ranks that were killed while they copied
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
         self._asked: set[int] = set()
         self._wanted: queue.Queue[int | None] = queue.Queue()
         self._original = dataset.locate
@@ -43,7 +51,7 @@ class ShardCache:
             if copy.stat().st_size == self.dataset.manifest.shards[shard].size:
                 os.utime(copy)  # read just now
                 return copy
-        except FileNotFoundError:
+        except OSError:  # not there, or the local disk fails
             pass
         if shard not in self._asked:
             self._asked.add(shard)

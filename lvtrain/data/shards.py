@@ -107,6 +107,15 @@ class ShardDataset:
                 kept[int(self._label_of[old])] = names[old]
         return kept
 
+    def in_whole(self, ids: np.ndarray, label_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sample ids [k] and a label map uint32 [num_classes], in terms of the dataset this is a subset of."""
+        if self._ids is None or self._label_of is None:
+            return ids, label_of
+        there = self._label_of != np.uint32(DROPPED)
+        composed = np.full(len(there), DROPPED, dtype=np.uint32)
+        composed[there] = label_of[self._label_of[there]]
+        return self._ids[ids], composed
+
     def records(self, ids: np.ndarray) -> np.ndarray:
         """Index records (`lvtrain.data.index.RECORD`) [k] of sample ids [k]; labels are those of the whole dataset."""
         ids = np.asarray(ids, dtype=np.int64)

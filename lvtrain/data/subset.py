@@ -45,7 +45,7 @@ def choose(
     """Sample ids int64, ascending.
 
     Args:
-        dataset: a whole dataset, not a subset.
+        dataset: whole, or a subset already (the few shots of a cleaned set).
         fraction: share of the identities that are left by the filters, rounded up.
         shots: at most so many images an identity.
         min_images: identities with fewer are left out (counted before `shots`).
@@ -53,13 +53,16 @@ def choose(
         without_samples: sample ids to leave out.
 
     Raises:
-        UserError: an unknown name, a fraction outside (0, 1], or nothing left.
+        UserError: an unknown name or sample id, a fraction outside (0, 1], or nothing left.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"fraction={fraction} of the identities: it must be above 0 and at most 1")
     labels = dataset.labels(np.arange(len(dataset)))
     keep = np.ones(len(labels), dtype=bool)
-    keep[np.fromiter(without_samples, dtype=np.int64)] = False
+    without = np.fromiter(without_samples, dtype=np.int64)
+    if len(without) and not 0 <= without.min() <= without.max() < len(labels):
+        raise UserError(f"samples to leave out must be in [0, {len(labels)}); the list is of another dataset")
+    keep[without] = False
     allowed = _named(dataset, identities) if identities is not None else np.ones(dataset.num_classes, dtype=bool)
     allowed &= ~_named(dataset, without_identities)
     images = np.bincount(labels[keep], minlength=dataset.num_classes)
@@ -89,8 +92,8 @@ def write_subset(
     """Writes `path` (.json) and its .bin.
 
     Args:
-        ids: sample ids of the whole dataset, any order, no duplicates.
-        label_of: uint32 [identities]: new label of each identity (two may share one), `DROPPED` for those left out; by default the identities
+        ids: sample ids of `dataset`, any order, no duplicates. If it is a subset, what is written is a subset of the dataset that one is of.
+        label_of: uint32 [num_classes of `dataset`]: new label of each identity (two may share one), `DROPPED` for those left out; by default the identities
             that have a sample are numbered in their old order.
 
     Raises:
@@ -110,6 +113,7 @@ def write_subset(
     used = np.unique(label_of[label_of != DROPPED])
     if (label_of[present] == DROPPED).any() or not np.array_equal(used, np.arange(len(used))):
         raise UserError(f"{path}: the label map drops an identity that has samples, or leaves gaps between labels")
+    ids, label_of = dataset.in_whole(ids, label_of)
     binary = path.with_suffix(".bin")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{binary}.tmp", "wb") as file:
