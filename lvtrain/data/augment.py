@@ -144,17 +144,20 @@ class View:
 
 # --------------------------------------------------------------------------------------------------------------- sets
 
-_DINO_COLOUR = (Flip(), Jitter(0.8, 0.4, 0.4, 0.2, 0.1), Grey(0.2))
-_RADIUS = (0.1, 2.0)
+_DINO_JITTER = Jitter(0.8, 0.4, 0.4, 0.2, 0.1)
+# for the small recipes' 56 pixels and generated faces, whose lamp and exposure belong to the picture more than in photographs
+_SMALL_JITTER = Jitter(0.9, 0.6, 0.6, 0.4, 0.1)
 
 
-def _dino(local_scale: Range, local_size: int | None) -> tuple[View, ...]:
+def _dino(
+    local_scale: Range, local_size: int | None, jitter: Jitter = _DINO_JITTER, radius: Range = (0.1, 2.0)
+) -> tuple[View, ...]:
     """DINO's views (Caron et al., 2021): two global ones, of which one is always blurred and one sometimes solarised, and eight local ones."""
-    whole = Crop((0.4, 1.0))
+    whole, colour = Crop((0.4, 1.0)), (Flip(), jitter, Grey(0.2))
     return (
-        View("global_0", (whole, *_DINO_COLOUR, Blur(1.0, _RADIUS))),
-        View("global_1", (whole, *_DINO_COLOUR, Blur(0.1, _RADIUS), Solarise(0.2))),
-        *(View(f"local_{i}", (Crop(local_scale), *_DINO_COLOUR, Blur(0.5, _RADIUS)), local_size) for i in range(8)),
+        View("global_0", (whole, *colour, Blur(1.0, radius))),
+        View("global_1", (whole, *colour, Blur(0.1, radius), Solarise(0.2))),
+        *(View(f"local_{i}", (Crop(local_scale), *colour, Blur(0.5, radius)), local_size) for i in range(8)),
     )
 
 
@@ -199,12 +202,13 @@ SETS: dict[str, tuple[View, ...]] = {
     # LAFS fine-tuning
     "randaugment": (View("image", _RAND_AUGMENT),),
     # self-supervision. Local crops: [0.05, 0.4] is the default of DINO's own code (--local_crops_scale), [0.08, 0.4] what LAFS says it starts
-    # from (supplement 8.1.3); 48 pixels of 112 are LAFS's, 24 the same share of small recipes' 56
+    # from (supplement 8.1.3); 48 pixels of 112 are LAFS's, 24 and half the blur the same share of small recipes' 56
     "dino": _dino((0.05, 0.4), 48),
     "dino_faces": _dino((0.08, 0.4), 48),
-    "dino_faces_56": _dino((0.08, 0.4), 24),
+    "dino_faces_56": _dino((0.08, 0.4), 24, _SMALL_JITTER, (0.1, 1.0)),
     # LAFS crops its student views as the global ones, [0.4, 1.0] (section 3.2 and supplement 8.1.3), at full size
     "lafs": _with_landmark_twins(_dino((0.4, 1.0), None)),
+    "lafs_56": _with_landmark_twins(_dino((0.4, 1.0), None, _SMALL_JITTER, (0.1, 1.0))),
 }
 
 
