@@ -231,8 +231,8 @@ def test_centre_losses_and_figures_are_the_same_on_1_2_and_4_ranks() -> None:
 def test_views_that_cannot_be_trained_on_are_refused() -> None:
     iresnet = {"name": "iresnet18", "embedding_dim": 16, "image_size": 112}
     for method, changes, told in (
-        (DINO, {"data": {"path": "nowhere"}}, r"data\.augmentation=flip does not make; choose one of dino, dino_faces, dino_faces_56, lafs"),
-        (LAFS, {"data": {"path": "nowhere", "augmentation": "dino"}}, "choose one of lafs$"),
+        (DINO, {"data": {"path": "nowhere"}}, r"data\.augmentation=flip does not make; choose one of dino, dino_faces, dino_faces_56, lafs, lafs_56"),
+        (LAFS, {"data": {"path": "nowhere", "augmentation": "dino"}}, "choose one of lafs, lafs_56$"),
         ({"name": "pco"}, {"data": {"path": "nowhere", "augmentation": "dino"}}, "choose one of none, flip, arcface"),
         (DINO, {"backbone": iresnet}, "takes pictures of 112 pixels only, and data.augmentation=dino has views of 48"),
     ):
