@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from lvtrain.training.ema import Average
 from tests.runs import events, metrics, output, recipe_file, run
 
 
@@ -37,6 +39,8 @@ def test_losses_and_gradients_are_the_same_under_every_stage_and_number_of_ranks
         for ours, theirs in zip(found, reference, strict=True):
             first = ours["step"] == 1
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6 if first else 1e-4), (key, ours["step"])
+            # the mean over the whole global batch, which CSS compares
+            assert ours["cos2"] == pytest.approx(theirs["cos2"], rel=1e-5 if first else 1e-2), (key, ours["step"])
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5 if first else 1e-2), (
                 key,
                 ours["step"],
@@ -101,6 +105,18 @@ def test_another_recipe_in_the_same_folder_is_refused(trained: dict[tuple[int, i
     recipe = trained[2, 1].parent.parent / "recipe.yaml"
     assert run(recipe, "optimizer.weight_decay=0.2") == 2
     assert "holds a run with another recipe (optimizer.weight_decay: 0.1 -> 0.2)" in output(recipe)
+
+
+def test_the_average_forgets_at_its_decay() -> None:
+    module = torch.nn.BatchNorm1d(2)
+    average = Average(module, 0.9)
+    with torch.no_grad():
+        module.weight.fill_(2.0)
+        module.running_var.fill_(3.0)
+    for expected in (1.1, 1.19):
+        average.update(module)
+        assert average.state()["ema.weight"].tensor.tolist() == pytest.approx([expected] * 2)
+    assert average.state()["ema.running_var"].tensor.tolist() == pytest.approx([1.38] * 2)
 
 
 def test_ema_and_bfloat16(tiny_faces: Path, tmp_path: Path) -> None:

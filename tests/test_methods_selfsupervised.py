@@ -495,8 +495,13 @@ def test_selfsupervised_run_resumes_exactly_and_elastically(tiny_faces: Path, tm
             assert run(path, "--max-time", "0.001", ranks=2, zero=3 if name == "halves" else 2) == 75, output(path)
         assert run(path, ranks=ranks, zero=zero) == 0, output(path)
         folder = tmp_path / name / "runs" / "tiny"
-        files = sorted((folder / "checkpoints" / "step_000000004").glob("*.safetensors"))
-        ends.append({k: v for file in files for k, v in load_file(file).items()})
+        half, end = (
+            {k: v for file in (folder / "checkpoints" / f"step_00000000{step}").glob("*.safetensors") for k, v in load_file(file).items()}
+            for step in (2, 4)
+        )
+        ends.append(end)
+        moment = "backbone.exp_avg.head.prototypes.weight"
+        assert not half[moment].any() and end[moment].any()
         losses.append([row["loss"] for row in metrics(folder)])
         assert [row["weight_decay"] for row in metrics(folder)] == pytest.approx([0.04, 0.0927, 0.22, 0.3473], abs=1e-4)
     whole, halves, elastic = ends
