@@ -175,6 +175,13 @@ def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`, without the host waiting for what the device is still at: a GPU reads page-locked memory by itself."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank; a collective."""
     if not _several():

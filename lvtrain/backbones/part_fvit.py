@@ -216,7 +216,8 @@ def sample_patches(images: torch.Tensor, landmarks: torch.Tensor, patch: int = 8
     """
     dtype = torch.promote_types(images.dtype, torch.float32)
     batch, number = landmarks.shape[:2]
-    size = torch.tensor([images.shape[3] - 1, images.shape[2] - 1], dtype=dtype, device=images.device)
+    # (width - 1, height - 1), made on the device: numbers from the host would have it wait
+    size = torch.linspace(images.shape[3] - 1, images.shape[2] - 1, 2, dtype=dtype, device=images.device)
     offset = torch.arange(patch, dtype=dtype, device=images.device) - (patch - 1) / 2
     y, x = torch.meshgrid(offset, offset, indexing="ij")
     points = landmarks.to(dtype)[:, :, None, None] + torch.stack([x, y], dim=-1)  # [B, N, patch, patch, 2]

@@ -131,6 +131,7 @@ class ShardedLoss(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             arguments = (ctx.classes, x, positions, logsumexp, grad_n * grad_loss, grad_cosine * grad_loss)
             _row_gradients(head, step, partial(weight_gradient_pass, *arguments, running=ctx.running, kept=ctx.kept), ctx.classes.count)
+            head.aside.follow()
         gradient = None
         if pending is not None:
             gradient = pending.wait().to(x.dtype) * (grad_loss * head.gradient_scale)
@@ -141,8 +142,8 @@ class Centres(torch.autograd.Function):
     """Some rows of the weight, whose gradient is added to the step's."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, local_rows: torch.Tensor, step: Step) -> torch.Tensor:
-        ctx.step, ctx.count = step, len(weight) if step.indices is None else len(step.indices)
+    def forward(ctx: Any, weight: torch.Tensor, local_rows: torch.Tensor, head: ShardedClassifier, step: Step) -> torch.Tensor:
+        ctx.head, ctx.step, ctx.count = head, step, len(weight) if step.indices is None else len(step.indices)
         ctx.save_for_backward(local_rows if step.indices is None else torch.searchsorted(step.indices, local_rows))
         return weight[local_rows]
 
@@ -152,7 +153,8 @@ class Centres(torch.autograd.Function):
         if ctx.step.gradient is None:
             ctx.step.gradient = gradient.new_zeros(ctx.count, gradient.shape[1])
         ctx.step.gradient[places] += gradient
-        return None, None, None
+        ctx.head.aside.follow()
+        return None, None, None, None
 
 
 def _row_gradients(head: ShardedClassifier, step: Step, run: Callable[..., None], count: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lvtrain.randomness import torch_uniform
+from lvtrain.world import to_device
 
 _PURPOSE = "class-sampling"
 _CHUNK = 1 << 16  # classes hashed at once: bounds the float64 temporaries to a few megabytes whatever the number of classes
@@ -47,6 +48,4 @@ def chosen_rows(
     if rate >= 1:
         return None
     chosen = _membership(seed, step, rows, rate, positives).nonzero().squeeze(1)
-    if torch.device(device).type == "cuda" and not chosen.is_cuda:
-        chosen = chosen.pin_memory()
-    return chosen.to(device, non_blocking=True)
+    return to_device(chosen, torch.device(device))

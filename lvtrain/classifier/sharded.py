@@ -10,6 +10,10 @@ What moves between ranks in one micro-step: forward one all-gather (embeddings, 
 (`[B, 4]` or `[B, 5]` with expectations; float16 operands or large scales add a MAX all-reduce); backward one reduce-scatter, under way while the rows'
 gradient is computed. The host never waits for the device inside forward and backward.
 
+On a GPU the rows' update has a stream of its own (`aside`): `end_step` returns when it is queued, behind the rows' gradient and nothing else, and the
+next forward waits for it; between them lie the backbone's update and its next forward, which hide it. So does whatever else here reads or writes
+rows; who reads `.weight` from outside calls `settle` first.
+
 The gradient contract. `loss` is the mean over the gathered samples of all ranks in this micro-step and is the same on every rank. The engine
 divides it by the accumulation count before backward and averages the backbone's gradients over ranks; so the embedding gradient, which the
 reduce-scatter completes by summation, is multiplied by `gradient_scale` (default: the number of ranks), and nothing else is scaled here. Row
@@ -21,11 +25,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lvtrain.classifier.aside import Aside
 from lvtrain.classifier.banks import ExpectationBank
 from lvtrain.classifier.classes import PRECISIONS, Classes
 from lvtrain.classifier.loss import Centres, ShardedLoss, Step
@@ -124,6 +130,7 @@ class ShardedClassifier(nn.Module):
         self.optimizer = RowOptimizer(self.weight, seed=seed, first_row=self.rows[0], **(optimizer or {}))
         self.expectation: ExpectationBank | None = None
         self.expectation_updates = False
+        self.aside = Aside(self.weight.device)
         self._step: Step | None = None
         self._check_in_backward()
 
@@ -144,6 +151,7 @@ class ShardedClassifier(nn.Module):
             device = self.weight.device
             self.expectation = ExpectationBank(self.num_classes, self.embedding_dim, self.rows, init=self.expectation_init, device=device)
             if self.expectation_init == "weight" and first_time:
+                self.settle()
                 self.expectation.start_from(self.weight.detach())
         self._check_in_backward()
 
@@ -172,6 +180,7 @@ class ShardedClassifier(nn.Module):
         `context`: tensors handed on to the margin by name, in the order of the gathered micro-batch."""
         if self._step is None or self._step.step != step:
             raise RuntimeError(f"begin_step({step}, ...) comes before forward(..., step={step})")
+        self.settle()
         # an ignored sample may hold anything, even what is not a number: masked before it is normalised, so that no gradient comes back either
         embeddings = torch.where((labels >= 0).unsqueeze(1), embeddings.to(self.weight.dtype), 0.0)
         norms = torch.linalg.vector_norm(embeddings.detach(), dim=1)
@@ -191,7 +200,8 @@ class ShardedClassifier(nn.Module):
             gradient = step.gradient
             if gradient is None:
                 raise RuntimeError("end_step without a backward")
-            self.optimizer.step(gradient, step.indices, lr=lr, weight_decay=weight_decay)
+            update = partial(self.optimizer.step, gradient, step.indices, lr=lr, weight_decay=weight_decay)
+            self.aside.run(update, gradient, step.indices)
         labels = torch.cat(step.labels)
         if self.expectation is not None and self.expectation_updates:
             self.expectation.update(torch.cat(step.embeddings), labels)
@@ -201,6 +211,10 @@ class ShardedClassifier(nn.Module):
     def discard_step(self) -> None:
         """Forgets the step that was begun: nothing was changed (but for `in_backward`, see the class)."""
         self._step = None
+
+    def settle(self) -> None:
+        """What is queued on the current stream from now on sees the rows and their moments as the last `end_step` leaves them."""
+        self.aside.join()
 
     @property
     def chosen(self) -> torch.Tensor | None:
@@ -216,7 +230,8 @@ class ShardedClassifier(nn.Module):
             raise RuntimeError("begin_step comes first")
         if self.in_backward:
             raise UserError("classifier.optimizer.in_backward: this method has a further loss on the class rows; set it to false")
-        centres: torch.Tensor = Centres.apply(self.weight, local_rows, self._step)
+        self.settle()
+        centres: torch.Tensor = Centres.apply(self.weight, local_rows, self, self._step)
         return centres
 
     def _taken_step(self) -> Step:
@@ -246,6 +261,7 @@ class ShardedClassifier(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------- state
 
     def _saved(self) -> dict[str, torch.Tensor]:
+        self.settle()
         saved = {"weight": self.weight.detach(), **self.optimizer.state()}
         if self.expectation is not None:
             saved.update(self.expectation.state())

@@ -27,6 +27,7 @@ from lvtrain.data.job import Backend, Decoded, Job
 from lvtrain.data.order import SampleOrder
 from lvtrain.data.shards import ReadError, ShardDataset
 from lvtrain.errors import UserError
+from lvtrain.world import to_device
 
 _ASKED_AT_ONCE = 8
 
@@ -273,7 +274,7 @@ class Loader:
                 images[rows] = 0.0
         event = None
         if self.device.type == "cuda":
-            labels = labels.to(self.device)
+            labels = to_device(labels, self.device)
             event = torch.cuda.Event()
             event.record()
         bad = [BadSample(int(job.ids[row]), *self.dataset.describe(int(job.ids[row])), job.bad[row]) for row in rows]

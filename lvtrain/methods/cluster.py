@@ -49,6 +49,7 @@ from lvtrain.methods.base import LossOutput, Now
 from lvtrain.methods.supervised import SupervisedMethod
 from lvtrain.recipe import Cluster, Phase, Recipe
 from lvtrain.state import Rows, State
+from lvtrain.world import to_device
 
 
 class WithTemperature(nn.Module):
@@ -180,12 +181,12 @@ class ClusterMethod(SupervisedMethod):
 
     @torch.no_grad()
     def read_bank(self, global_labels: Tensor) -> Clusters:
-        """One SUM and one MAX all-reduce; no host synchronisation but to bring the labels to the device."""
+        """One SUM and one MAX all-reduce; no host synchronisation: which classes there are is worked out on the host, where the labels are."""
         device, (start, stop) = self.bank.rows_tensor.device, self.bank.rows
         classes = torch.unique(global_labels[global_labels >= 0])
         here = (classes >= start) & (classes < stop)
-        mine = (classes[here] - start).to(device)
-        places = torch.where(here, classes - start, stop - start).to(device)  # behind the last row: not of this rank
+        mine = to_device(classes[here] - start, device)
+        places = to_device(torch.where(here, classes - start, stop - start), device)  # behind the last row: not of this rank
         phi, measured, chosen = self.bank.concentration(), self.bank.measured, self.classifier.chosen
         table = torch.stack(
             [F.pad(column.to(phi.dtype), (0, 1))[places] for column in (phi, measured, self.bank.valid)]
@@ -205,7 +206,7 @@ class ClusterMethod(SupervisedMethod):
         lowest, highest = torch.where(count > 0, torch.stack([-ends[0], ends[1]]), mean).unbind()
         of_class, is_measured, known = sums[3:].view(3, -1)
         of_class = torch.where(is_measured > 0, of_class, mean)
-        return Clusters(classes.to(device), of_class, known > 0, mean, deviation, lowest, highest, mine)
+        return Clusters(to_device(classes, device), of_class, known > 0, mean, deviation, lowest, highest, mine)
 
     def temperatures(self, phi: Tensor) -> Tensor:
         """The temperature of a class from its concentration."""

@@ -25,6 +25,7 @@ from lvtrain.errors import UserError
 from lvtrain.methods.base import Now
 from lvtrain.methods.dino import DinoMethod, view_names
 from lvtrain.recipe import Lafs
+from lvtrain.world import to_device
 
 View = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor
@@ -79,7 +80,7 @@ class LafsMethod(DinoMethod):
             seed=self.recipe.seed,
             purpose=f"lafs/{branch}/{name}",
             step=self._now.step,
-            sample_ids=batch.sample_ids.to(self.device),
+            sample_ids=to_device(batch.sample_ids, self.device),
         )
 
     def teacher_inputs(self, batch: Batch, now: Now) -> tuple[Any, ...]:

@@ -61,7 +61,7 @@ class ZeroState(ABC):
 
     @abstractmethod
     def gradient_norm(self) -> torch.Tensor:
-        """Of the step's whole averaged gradient, float32 scalar, the same on every rank; inf where it is not finite. A collective."""
+        """Of the step's whole averaged gradient, float32 scalar, the same on every rank; not finite where that is not. A collective."""
 
     def finish_import(self) -> None:
         """What a stage must do after all moments have been set."""
@@ -168,7 +168,14 @@ class FlatPartitions(ZeroState):
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def gradient_norm(self) -> torch.Tensor:
-        return self.optimizer.scaled_global_norm()
+        if self.optimizer.cpu_offload:
+            return self.optimizer.scaled_global_norm()
+        # DeepSpeed's own makes the host wait for the device once a group, to bring it the number -1
+        pieces = [piece for group in self.optimizer.averaged_gradients.values() for piece in group]
+        total = torch.stack(torch._foreach_norm(pieces, 2, torch.float32)).square().sum()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.sqrt()
 
 
 class ShardedParameters(ZeroState):

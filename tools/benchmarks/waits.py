@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _WAITING = {
@@ -43,12 +44,27 @@ class _Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class _Numbers(TorchFunctionMode):
+    """Counts numbers of the host that are made a tensor of a stated device: a copy that a GPU's host waits for."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name == "new_tensor" or (name in ("tensor", "as_tensor") and (kwargs or {}).get("device") is not None):
+            self.found[f"{name} from numbers"] += 1
+        return function(*args, **(kwargs or {}))
+
+
 @contextmanager
 def host_waits(device: torch.device) -> Iterator[Counter[str]]:
     """Counts what happens inside, by cause, in this thread.
 
     Everywhere: synchronisations of the whole device by DeepSpeed, by place. GPU: torch's own warnings, by place; they do not cover an event's
-    wait. CPU: operators that would wait on a GPU; a copy from the host that would is not seen, and an operator on the host's own tensors is.
+    wait. CPU: operators that would wait on a GPU, and numbers brought to the device; a copy of a tensor that would is not seen, and an operator on the
+    host's own tensors is.
     """
     # when it is imported, DeepSpeed looks for a GPU and says on stdout that there is none, unless `engine` has told it before
     from deepspeed.accelerator import get_accelerator
@@ -64,7 +80,7 @@ def host_waits(device: torch.device) -> Iterator[Counter[str]]:
 
     with mock.patch.object(accelerator, "synchronize", counted):
         if device.type == "cpu":
-            with _Operators(found):
+            with _Numbers(found), _Operators(found):
                 yield found
             return
         before = torch.cuda.get_sync_debug_mode()
