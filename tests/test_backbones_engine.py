@@ -63,6 +63,40 @@ def test_a_training_step_never_waits_for_the_device(tiny_faces: Path, tmp_path: 
     }
 
 
+def _waits_in_the_steady_state(rank: int, world_size: int, stage: int) -> dict[str, int]:
+    """Of one more step when all is warm; on a GPU torch raises at the first wait it knows of."""
+    from lvtrain import world as worlds
+    from tools.benchmarks.step import SMALL as OPTIONS
+    from tools.benchmarks.step import _Step
+
+    worlds.stop()  # the group of `run_ranks` is gloo's
+    world = worlds.start()
+    shape = OPTIONS | {"batch": 4, "classes": 64, "accumulation": 2, "stage": stage}
+    del shape["steps"]
+    rest = {"sample_rate": 1.0, "expectations": False, "as_ranks": 1, "compile": False, "checkpoint_blocks": "none", "data": None}
+    step = _Step(world, **shape, **rest)
+    for _ in range(3):
+        step(None)
+    if world.device.type == "cpu":
+        with host_waits(world.device) as waits:
+            step(None)
+        return dict(waits)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(None)
+        step(None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nobody_waits_in_the_steady_state(device: str, stage: int) -> None:
+    """Two micro-batches through DeepSpeed, classifier, both optimizers, BatchNorm's statistics: without data, whose threads do wait."""
+    assert run_ranks(1, _waits_in_the_steady_state, stage) == [{}]
+
+
 def _zero_losses(rank: int, world_size: int) -> dict[tuple[int, str], list[float]]:
     return {key: _losses(rank, *key) for key in ((1, "none"), (3, "none"), (3, "activation"), (3, "block"))}
 
