@@ -46,16 +46,27 @@ def test_build_and_evaluate(folder: Path, tmp_path: Path) -> None:
         "--cluster", f"groups:{folder}", "--calibrate", f"cal:{out}", "--megaface", f"mega:{folder},{folder}",
         "-o", tmp_path / "results",
     )  # fmt: skip
-    # the same folder cannot be probes and distractors; the other benchmarks are done all the same
-    assert done.exit_code == 2 and "same as a distractor" in done.stderr, done.stderr
+    # the same folder cannot be probes and distractors, 30 pairs no threshold; the other benchmarks are done all the same
+    assert done.exit_code == 2 and "same as a distractor" in done.stderr and "cal: 30 impostor pairs are too few" in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     results = json.loads((tmp_path / "results" / "evaluation.json").read_text())["benchmarks"]
-    assert [result["kind"] for result in results.values()] == ["verification", "all_pairs", "clustering", "calibration"]
+    assert [result["kind"] for result in results.values()] == ["verification", "all_pairs", "clustering"]
     assert results["own"]["accuracy"] > 0.8 and results["all"]["images"] == 60
     assert "accuracy" in done.stdout and "BCubed" in done.stdout
     for picture in ("roc.png", "own_cosines.png", "own_hardest.png"):
         with Image.open(tmp_path / "results" / picture) as image:
             assert image.size[0] > 300
+
+
+def test_a_runs_figures_go_into_the_run(tmp_path: Path) -> None:
+    from tools.evaluate import _folder
+
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000000012"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").touch()
+    assert _folder(tmp_path / "run") == tmp_path / "run" / "evaluated", "not evaluation/, which is the trainer's"
+    assert _folder(checkpoint) == tmp_path / "run" / "evaluated_step_000000012"
+    assert _folder(tmp_path / "model.onnx") == _folder(Path("raw_pixels")) == Path("evaluation")
 
 
 def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:

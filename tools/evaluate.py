@@ -43,9 +43,15 @@ def main(
             help="cosine thresholds at FMR 1e-3 to 1e-6, from a .bin file or a labelled set; kept for the model card of a run or exported folder",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder for evaluation.json and the pictures")] = Path(
-        "evaluation"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="folder for evaluation.json and the pictures; by default RUN/evaluated for a run, RUN/evaluated_CHECKPOINT for a checkpoint of one, "
+            "else evaluation/ here",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="images a forward call")] = 128,
     flip: Annotated[bool, typer.Option(help="add the embedding of the mirror image (a .bin set always does)")] = True,
     detector_scores: Annotated[bool, typer.Option(help="weight IJB faces by their detector score")] = True,
@@ -72,6 +78,7 @@ def main(
             raise UserError(
                 "nothing to do; name at least one --benchmark, --cluster, --megaface or --calibrate NAME:PATH"
             )
+        folder = out or _folder(Path(model))
         state = PartialState(cpu=cpu)
         console = Console(quiet=not state.is_main_process)
         name, forward, image_size, weights = _model(model, state.device, average)
@@ -90,13 +97,21 @@ def main(
         )
         if results and state.is_main_process:
             _show(name, results, console)
-            _write(name, results, tasks, out, image_size)
-            console.print(f"figures and pictures: {out}/")
+            _write(name, results, tasks, folder, image_size)
+            console.print(f"figures and pictures: {folder}/", soft_wrap=True)
             _calibration(Path(model), weights, results, console)
         state.wait_for_everyone()
         state.destroy_process_group()
         if refused:
             raise UserError("; ".join(f"{task}: {reason}" for task, reason in refused.items()))
+
+
+def _folder(model: Path) -> Path:
+    """A run's own figures lie in the run, where its report finds them, beside `evaluation/`, which is the trainer's."""
+    run = model.parent.parent  # of a checkpoint
+    if (model / "recipe.yaml").is_file():
+        return model / "evaluated"
+    return run / f"evaluated_{model.name}" if (run / "recipe.yaml").is_file() else Path("evaluation")
 
 
 def _model(path, device, average):

@@ -29,10 +29,13 @@ def from_pairs(
 
     Returns:
         JSON values: per target threshold, low, high (its interval), fnmr (positives refused at the threshold), impostor_pairs.
+
+    Raises:
+        UserError: no genuine pairs, or so few impostor pairs that no target is resolved.
     """
     cosines, issame = np.asarray(cosines, dtype=np.float64), np.asarray(issame, dtype=bool)
     impostors, genuine = np.sort(cosines[~issame])[::-1], cosines[issame]
-    _check(impostors, genuine)
+    _check(len(impostors), genuine, targets)
     results = _head(impostors, genuine, targets, "order statistics of independent pairs", confidence)
     for target in _resolved(targets, len(impostors)):
         fewest, most = binom.ppf([(1 - confidence) / 2, (1 + confidence) / 2], len(impostors), target).astype(int)
@@ -58,7 +61,7 @@ def from_people(
     Sets above MAX_IMAGES images are cut to a random choice of whole people; the result says how many images were used.
 
     Raises:
-        UserError: NaN embeddings, fewer than 20 people, no positive pair.
+        UserError: NaN embeddings, fewer than 20 people, no positive pair, too few impostor pairs for any target.
     """
     generator = np.random.default_rng(seed)
     _, people = np.unique(labels, return_inverse=True)
@@ -69,7 +72,7 @@ def from_people(
     order = np.argsort(people, kind="stable")
     rows, people = rows[order], people[order]
     impostors, genuine, first, second, negatives = _tails(rows, people, 3 * max(targets))
-    _check(impostors, genuine)
+    _check(negatives, genuine, targets)
     results = _head(impostors, genuine, targets, "bootstrap over people", confidence)
     results.update(impostor_pairs=negatives, images=len(rows), people=len(np.unique(people)))
     resolved = _resolved(targets, negatives)
@@ -121,9 +124,17 @@ def _resolved(targets: tuple[float, ...], impostors: int) -> list[float]:
     return [target for target in targets if target * impostors >= 1]
 
 
-def _check(impostors: np.ndarray, genuine: np.ndarray) -> None:
-    if not len(impostors) or not len(genuine):
+def pairs_needed(target: float) -> int:
+    """Impostor pairs below which a false match rate of `target` has not one expected false match."""
+    return round(1 / target)
+
+
+def _check(impostors: int, genuine: np.ndarray, targets: tuple[float, ...]) -> None:
+    if not impostors or not len(genuine):
         raise UserError("calibration needs both genuine and impostor pairs")
+    if not _resolved(targets, impostors):
+        needed = ", ".join(f"{target:.0e} needs {pairs_needed(target):,}" for target in targets)
+        raise UserError(f"{impostors:,} impostor pairs are too few for a threshold: FMR {needed}; calibrate on a larger set")
 
 
 def _whole_people(people: np.ndarray, generator: np.random.Generator) -> np.ndarray:

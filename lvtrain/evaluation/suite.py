@@ -207,7 +207,10 @@ def headline(result: dict[str, Any]) -> list[tuple[str, str]]:
         )
         for fmr, t in result["thresholds"].items()
     ]
-    return rows + [(f"FMR={fmr}", "too few impostor pairs") for fmr in result["unresolved"]]
+    pairs = result["impostor_pairs"]
+    return rows + [
+        (f"FMR={fmr}", f"{pairs:,} impostor pairs, needs {calibrate.pairs_needed(float(fmr)):,}") for fmr in result["unresolved"]
+    ]
 
 
 def _percent(share: float) -> str:
