@@ -17,6 +17,8 @@ here=$(dirname "$(realpath "$0")")
 export LVTRAIN_NODES=${LVTRAIN_NODES:-2} LVTRAIN_GPUS_PER_NODE=${LVTRAIN_GPUS_PER_NODE:-0} LVTRAIN_TIME=${LVTRAIN_TIME:-00:30:00}
 . "$here/common.sh"
 
+# nothing is made for a chain that would be refused
+(chain lvtrain/recipes/quickstart.yaml ds_configs/zero2.json --check "$@")
 if [[ " $* " != *" data.path="* ]] && [ ! -f data/quickstart/heldout.bin ]; then
     .venv/bin/python tools/synth_faces.py data/quickstart --identities 500 --images 24 --heldout 60 --pairs 3000 --seed 0
 fi

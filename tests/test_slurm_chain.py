@@ -24,7 +24,7 @@ from lvtrain.launch.script import sbatch_text
 from lvtrain.launch.site import Site, read_site
 from lvtrain.launch.slurm import Slurm, clean_environment, run_command
 from lvtrain.launch.status import chain_status
-from lvtrain.launch.submit import submit_chain
+from lvtrain.launch.submit import plan_chain, submit_chain
 from lvtrain.launch.tasks import srun_command
 from lvtrain.training import outcome
 from lvtrain.training.outcome import Outcome
@@ -557,6 +557,15 @@ def test_status_of_a_chain(world: World) -> None:
         status.stopped == "error in phase stabilisation at step 70: because"
         and "submit the same script again" in str(status.advice)
     )
+    events = world.folder / "events.jsonl"
+    events.write_text("")
+    world.chain.mark_done("refinement", Outcome("done", "refinement", 60, "the schedule is complete", 1))
+    world.ledger.add("start", attempt=3, job=103, phase="refinement", restart=0, step=60, nodes="n1")
+    world.ledger.add("end", attempt=3, job=103, phase="refinement", step=60, reason="phase refinement is done at step 60")
+    skipped = chain_status(world.folder, Slurm(world.slurm)).phases[2]
+    assert (skipped.state, skipped.steps, skipped.note) == ("skipped", "", "the schedule was complete before this phase")
+    events.write_text('{"time": 1.0, "event": "phase_start", "step": 60, "phase": "refinement"}\n')
+    assert chain_status(world.folder, Slurm(world.slurm)).phases[2].state == "done", "trained by an attempt before these"
 
 
 def test_status_of_a_cancelled_chain_says_how_to_go_on(world: World) -> None:
@@ -618,6 +627,10 @@ def test_links_are_submitted_ahead(tmp_path: Path) -> None:
 
 def test_nothing_is_submitted_twice_or_with_wrong_shapes(tmp_path: Path) -> None:
     slurm = FakeSlurm()
+    (tmp_path / "toy.yaml").write_text(RECIPE)
+    (tmp_path / "zero.json").write_text("{}")
+    planned = plan_chain("toy.yaml", "zero.json", [], Site(nodes=2, gpus_per_node=2), home=tmp_path, slurm=Slurm(slurm))
+    assert planned.phases == ("alignment", "refinement") and not Path(planned.run_folder).exists(), "planning writes nothing"
     with pytest.raises(
         UserError, match=r"5 nodes x 1 tasks = 5 ranks do not divide virtual_batches=12 .* 1, 2, 3, 4, 6, 12"
     ):

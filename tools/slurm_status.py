@@ -15,7 +15,7 @@ from lvtrain.errors import EXIT_ERROR, UserError
 from lvtrain.launch.slurm import Slurm
 from lvtrain.launch.status import chain_status
 
-COLOURS = {"done": "green", "running": "cyan", "queued": "yellow", "stopped": "red", "lost": "red"}
+COLOURS = {"done": "green", "skipped": "green", "running": "cyan", "queued": "yellow", "stopped": "red", "lost": "red"}
 
 
 def main(run: Path, as_json: bool = typer.Option(False, "--json", help="for programs")) -> None:

@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     submit.add_argument("--ds_config", required=True)
     submit.add_argument("--home", type=Path, default=Path.cwd(), help="the checkout the jobs run in")
     submit.add_argument("--main", default="lvtrain/main.py", help="the program each task runs")
+    submit.add_argument("--check", action="store_true", help="refuse what would be refused, submit nothing")
     submit.add_argument("overrides", nargs="*", help="section.key=value")
     attempt = commands.add_parser("attempt", help="one job's attempt at a phase; called by the jobs")
     attempt.add_argument("run_folder", type=Path)
@@ -37,12 +38,14 @@ def _submit(given: argparse.Namespace) -> int:
     # here, not at the top: an attempt runs where pydantic need not be installed
     from lvtrain.launch.site import read_site
     from lvtrain.launch.slurm import Slurm
-    from lvtrain.launch.submit import submit_chain
+    from lvtrain.launch.submit import plan_chain, submit_chain
 
     home = given.home.absolute()
-    chain, jobs = submit_chain(
-        given.recipe, given.ds_config, given.overrides, read_site(), home=home, slurm=Slurm(), main=given.main
-    )
+    words = (given.recipe, given.ds_config, given.overrides, read_site())
+    if given.check:
+        plan_chain(*words, home=home, slurm=Slurm(), main=given.main)
+        return 0
+    chain, jobs = submit_chain(*words, home=home, slurm=Slurm(), main=given.main)
     if jobs:
         numbers = " ".join(map(str, jobs))
         print(f"submitted {chain.run_folder} from phase {chain.first_open_phase()} as {chain.job_name}: {numbers}")

@@ -20,7 +20,7 @@ from lvtrain.training.outcome import committed_step
 @dataclass(frozen=True)
 class PhaseStatus:
     phase: str
-    state: str  # done, running, queued, lost, stopped or waiting
+    state: str  # done, skipped, running, queued, lost, stopped or waiting
     attempts: int
     fruitless: int  # attempts since the last progress
     steps: str  # from the step at its first start to the last one known
@@ -70,6 +70,8 @@ def _phase(
     note = str(ends[-1]["reason"]) if ends else ""
     if chain.is_done(phase):
         state = "done"
+        if starts and ends and starts[0]["step"] == ends[-1]["step"] and not _entered(chain, phase):
+            state, note = "skipped", "the schedule was complete before this phase"
     elif running:
         state, note = "running", f"on {running[0].nodes}"
     elif waiting:
@@ -82,15 +84,25 @@ def _phase(
     else:
         state = "waiting" if queue is not None or not starts else "unknown"
     last = ends[-1]["step"] if state == "done" and ends else step
+    trained = starts and state != "skipped"
     return PhaseStatus(
         phase=phase,
         state=state,
         attempts=len(starts),
-        fruitless=0 if state == "done" else ledger.fruitless(phase, step),
-        steps=f"{starts[0]['step']} to {last}" if starts else "",
+        fruitless=0 if state in ("done", "skipped") else ledger.fruitless(phase, step),
+        steps=f"{starts[0]['step']} to {last}" if trained else "",
         jobs=" ".join(map(str, waiting or jobs[-1:])),
         note=note,
     )
+
+
+def _entered(chain: Chain, phase: str) -> bool:
+    """Whether the trainer ever began the phase, by its own events."""
+    try:
+        with (Path(chain.run_folder) / "events.jsonl").open() as file:
+            return any('"event": "phase_start"' in line and f'"phase": "{phase}"' in line for line in file)
+    except OSError:
+        return False
 
 
 def _stop_reason(chain: Chain) -> str | None:

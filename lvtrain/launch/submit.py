@@ -36,8 +36,43 @@ def submit_chain(
     Returns the chain and the ids of the jobs submitted (none when every phase is done).
 
     Raises:
-        UserError: a recipe that is refused, a number of ranks that does not divide a phase's virtual batches, a chain
-            that already has jobs in the queue, or sbatch's refusal.
+        UserError: what `plan_chain` refuses, or sbatch's refusal.
+    """
+    chain = plan_chain(recipe_path, ds_config, overrides, site, home=home, slurm=slurm, main=main)
+    chain.save()
+    # copies, because somebody will edit the originals in the weeks a chain takes
+    shutil.copyfile(_absolute(home, recipe_path), chain.recipe)
+    shutil.copyfile(_absolute(home, ds_config), chain.ds_config)
+    for phase in chain.phases:
+        chain.script(phase).write_text(sbatch_text(chain, phase))
+    stopped_path(chain).unlink(missing_ok=True)
+    ledger = Ledger(chain.folder, clock)
+    ledger.add("chain", mode=site.chain, nodes=site.nodes, ranks=site.ranks)
+    still_open = [phase for phase in chain.phases if not chain.is_done(phase)]
+    if not site.links:
+        return chain, [submit_phase(chain, ledger, slurm, still_open[0])] if still_open else []
+    jobs: list[int] = []
+    for phase in still_open:
+        for _ in range(site.links):
+            jobs.append(submit_phase(chain, ledger, slurm, phase, "--dependency=singleton"))
+    return chain, jobs
+
+
+def plan_chain(
+    recipe_path: str,
+    ds_config: str,
+    overrides: Sequence[str],
+    site: Site,
+    *,
+    home: Path,
+    slurm: Slurm,
+    main: str = "lvtrain/main.py",
+) -> Chain:
+    """The chain as it would be submitted; nothing is written.
+
+    Raises:
+        UserError: a recipe that is refused, a number of ranks that does not divide a phase's virtual batches, no Slurm
+            here, or a chain that already has jobs in the queue.
     """
     words = [*site.words("overrides"), *overrides]
     recipe = recipes.load(_absolute(home, recipe_path), words)
@@ -62,23 +97,7 @@ def submit_chain(
     if queued:
         listed = ", ".join(f"{row.job} {row.state}" for row in queued)
         raise UserError(f"{chain.job_name} already has jobs ({listed}); to start over: scancel --name={chain.job_name}")
-    chain.save()
-    # copies, because somebody will edit the originals in the weeks a chain takes
-    shutil.copyfile(_absolute(home, recipe_path), chain.recipe)
-    shutil.copyfile(_absolute(home, ds_config), chain.ds_config)
-    for phase in chain.phases:
-        chain.script(phase).write_text(sbatch_text(chain, phase))
-    stopped_path(chain).unlink(missing_ok=True)
-    ledger = Ledger(chain.folder, clock)
-    ledger.add("chain", mode=site.chain, nodes=site.nodes, ranks=site.ranks)
-    still_open = [phase for phase in chain.phases if not chain.is_done(phase)]
-    if not site.links:
-        return chain, [submit_phase(chain, ledger, slurm, still_open[0])] if still_open else []
-    jobs: list[int] = []
-    for phase in still_open:
-        for _ in range(site.links):
-            jobs.append(submit_phase(chain, ledger, slurm, phase, "--dependency=singleton"))
-    return chain, jobs
+    return chain
 
 
 def _absolute(home: Path, path: str) -> str:
