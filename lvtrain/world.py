@@ -97,11 +97,7 @@ def start(timeout_seconds: float = 1800.0) -> World:
     """
     started = launch()
     if torch.cuda.is_available():
-        if started.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {started.rank} is number {started.local_rank} on its node, which has {torch.cuda.device_count()} GPUs; start fewer ranks a node"
-            )
-        device = torch.device("cuda", started.local_rank)
+        device = torch.device("cuda", device_index(started, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -110,7 +106,7 @@ def start(timeout_seconds: float = 1800.0) -> World:
     os.environ.update(
         RANK=str(started.rank),
         WORLD_SIZE=str(started.size),
-        LOCAL_RANK=str(started.local_rank),
+        LOCAL_RANK=str(device.index or 0) if device.type == "cuda" else str(started.local_rank),  # DeepSpeed's device
         MASTER_ADDR=started.address,
         MASTER_PORT=str(started.port or _free_port()),
     )
@@ -123,6 +119,10 @@ def start(timeout_seconds: float = 1800.0) -> World:
                 timeout=timedelta(seconds=timeout_seconds),
                 device_id=device if device.type == "cuda" else None,
             )
+        except dist.DistBackendError as error:
+            if "Duplicate GPU" not in str(error):
+                raise
+            raise UserError(f"rank {started.rank} shares its GPU with another rank; start as many ranks a node as it has GPUs") from error
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
@@ -131,6 +131,24 @@ def start(timeout_seconds: float = 1800.0) -> World:
                 "give the launcher another (deepspeed and torchrun: --master_port)"
             ) from error
     return World(started.rank, started.size, started.local_rank, device)
+
+
+def device_index(started: Launch, visible: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Which of the `visible` GPUs is this rank's: its number on the node, or the only one if the launcher shows each rank its own
+    (`srun --gpus-per-task=1`).
+
+    Raises:
+        UserError: more ranks on this node than GPUs.
+    """
+    if started.local_rank < visible:
+        return started.local_rank
+    shown = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if visible == 1 and len(shown) == 1 and shown[0]:
+        return 0
+    raise UserError(
+        f"rank {started.rank} is number {started.local_rank} on its node and sees {visible} GPUs; start fewer ranks a node, "
+        "or show each rank its own GPU (srun --gpus-per-task=1)"
+    )
 
 
 def stop() -> None:

@@ -42,6 +42,20 @@ def test_a_batch_script_without_srun_is_one_rank() -> None:
 
 
 @pytest.mark.parametrize(
+    ("local_rank", "visible", "shown", "index"),
+    [(3, 8, None, 3), (0, 1, None, 0), (1, 2, "4,5", 1), (3, 1, "0", 0), (3, 1, "GPU-1f2e", 0), (1, 1, None, None), (2, 2, "4,5", None)],
+)
+def test_a_ranks_gpu_is_its_number_or_the_only_one_it_is_shown(local_rank: int, visible: int, shown: str | None, index: int | None) -> None:
+    started = world.launch({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": str(local_rank)})
+    environment = {} if shown is None else {"CUDA_VISIBLE_DEVICES": shown}
+    if index is not None:
+        assert world.device_index(started, visible, environment) == index
+        return
+    with pytest.raises(UserError, match=f"number {local_rank} on its node and sees {visible} GPUs"):
+        world.device_index(started, visible, environment)
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [
         ("n1", "n1"),
