@@ -120,6 +120,7 @@ def test_plan_hangs_together() -> None:
     sparse = plan(TOY, ranks=8, micro_batch=32, rows=ClassRows(100_000, sample_rate=0.1, mode="row_sparse"))
     assert sparse.seconds["row optimizer"] == pytest.approx(one.seconds["row optimizer"] / 10)
     json.dumps(one.as_dict())
+    assert "time a step on H200, ms (from formulas, not measured on this machine)" in one.table() and " images/s per H200, " in one.table()
     assert "fits in 149" in one.table() and "embeddings, all-gather" in one.table()
     with pytest.raises(UserError, match="must be positive"):
         plan(TOY, ranks=0, micro_batch=32)

@@ -138,6 +138,8 @@ def test_bad_label_label_map_and_manifest(dataset):
     assert "manifest" in kinds(dataset, full=False)
     (dataset / "dataset.json").write_text("{")
     assert kinds(dataset, full=False) == {"manifest"}
+    (fault,) = verify(dataset / "nowhere").faults
+    assert str(fault).startswith(f"manifest: {dataset}/nowhere/dataset.json: is missing; pack") and str(fault).count("nowhere") == 1
 
 
 def test_notes_name_what_is_unread_or_empty(dataset):

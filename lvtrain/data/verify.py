@@ -58,7 +58,8 @@ def verify(folder: str | Path, *, full: bool = False, workers: int = 1, progress
     try:
         manifest = read_manifest(folder)
     except UserError as error:
-        verdict.faults.append(Fault("manifest", str(folder / "dataset.json"), str(error)))
+        path = str(folder / "dataset.json")
+        verdict.faults.append(Fault("manifest", path, str(error).removeprefix(f"{path} ").removeprefix(f"{folder} ")))
         return verdict
     verdict.samples, verdict.identities, verdict.shards = manifest.samples, manifest.num_classes, len(manifest.shards)
     _check_manifest(folder, manifest, verdict)

@@ -73,11 +73,11 @@ class Plan:
         lines += [
             f"  {'total':<42}{self.total_memory / 1e9:9.2f}   {verdict} in {self.device.memory / 1e9:.0f}",
             "",
-            "time a step, ms (estimated)",
+            f"time a step on {self.device.name}, ms (from formulas, not measured on this machine)",
         ]
         lines += [f"  {name:<42}{seconds * 1e3:9.2f}" for name, seconds in self.seconds.items()]
         lines.append(
-            f"  {'total':<42}{self.step_seconds * 1e3:9.2f}   {self.images_per_second:,.0f} images/s a GPU, "
+            f"  {'total':<42}{self.step_seconds * 1e3:9.2f}   {self.images_per_second:,.0f} images/s per {self.device.name}, "
             f"{self.images_per_second * self.ranks:,.0f} in all, MFU {self.mfu:.0%}"
         )
         if self.transfers:
