@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tools.torture import PRELOADED
+from tools.trial import PRELOADED
 
 
 def _enter(

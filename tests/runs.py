@@ -1,6 +1,6 @@
 """Starts the real front door, `lvtrain.main.main`, on a small recipe, one process a rank; and the tools in this process.
 
-The ranks are forked from a process that has imported the libraries once (`tools/torture.py`), because importing them costs more than the training.
+The ranks are forked from a process that has imported the libraries once (`tools/trial.py`), because importing them costs more than the training.
 Started by `deepspeed`, by `srun` and as a plain file it is in tests/test_main_errors.py, test_resume.py and test_slurm_sandbox.py.
 """
 
@@ -19,7 +19,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tests.conftest import ROOT
-from tools.torture import start
+from tools.trial import start
 
 # 240 images, global batch 16 = 4 virtual micro-batches of 4: an epoch is 15 steps, the phases are entered by length
 TINY: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Through the front door: stopped, killed and resumed runs against undisturbed ones. Same ranks: the same bits. Other ranks: the same losses.
 
-Ranks are forked from a process that has imported everything (`tools/torture.py`), so that a start costs seconds.
+Ranks are forked from a process that has imported everything (`tools/trial.py`), so that a start costs seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lvtrain.world import World
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.runs import events, free_port, metrics, recipe_file
-from tools.torture import contents, end, rows, start
+from tools.trial import contents, end, rows, start
 
 TOTAL = 18  # phases of 4 and 4 steps and the rest; an epoch ends at 15
 Peaceful = Callable[[int, int], Path]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm_chains import ChainRun, sandbox, sbatch_quickstart, submit
-from tools import torture
+from tools import trial
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]  # longer than a chain may take, which then tells its story
 PHASES = ("alignment", "stabilisation", "refinement")
@@ -269,7 +269,7 @@ def test_quickstart_three_ways_interrupted_ends_with_the_same_bits(
     """`sbatch slurm/quickstart.sh`, the real trainer, over 2 nodes x 1 task, against a run without Slurm that nobody disturbed."""
     recipe = ["--recipe", "lvtrain/recipes/quickstart.yaml", "--ds_config", "ds_configs/zero2.json"]
     words = [*recipe, *SHORT, f"data.path={tiny_faces / 'train'}", f"runs={tmp_path}"]
-    codes = torture.end(torture.start(2, words, tmp_path / "log.txt"), 600)
+    codes = trial.end(trial.start(2, words, tmp_path / "log.txt"), 600)
     assert codes == [0, 0], (tmp_path / "log.txt").read_text()[-3000:]
     chain, jobs = stories["quickstart"].result()
     assert_complete(chain)
@@ -278,7 +278,7 @@ def test_quickstart_three_ways_interrupted_ends_with_the_same_bits(
     assert "JobState=CANCELLED" in second, second
     assert "JobState=TIMEOUT" in third, third
     assert len({record["job"] for record in chain.ledger("start")}) == 6, chain.story()
-    ours, theirs = torture.contents(chain.run_folder), torture.contents(tmp_path / "quickstart")
+    ours, theirs = trial.contents(chain.run_folder), trial.contents(tmp_path / "quickstart")
     assert sum(name.startswith("metrics") for name in theirs) == STEPS and "classifier.weight" in theirs
     assert [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)] == []
 

@@ -1,0 +1,170 @@
+"""A small run of the real trainer on forked ranks: started, ended, and compared byte by byte with one left in peace.
+
+The run is lvtrain/recipes/quickstart.yaml, smaller and shorter, on generated faces. Ranks are forked from a process that has imported everything
+already, so that fifty restarts take minutes; they run `lvtrain.main.main` as any launcher would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TOTAL, EVERY = 90, 3
+SMALL = [
+    "backbone.overrides={dim: 32, depth: 2, heads: 2, drop_path: 0.1}",
+    "backbone.embedding_dim=32",
+    "method.window=3",
+    *(f"phases.{i}.{key}" for i in range(3) for key in ("global_batch=16", "virtual_batches=4")),
+    "phases.alignment.end={at_most: 30 steps}",
+    "phases.stabilisation.end={at_most: 30 steps}",
+    f"schedule.total={TOTAL} steps",
+    "schedule.warmup=5 steps",
+    f"checkpoint.every={EVERY} steps",
+    "logging={every: 1, tensorboard: false}",
+    "evaluation.benchmarks={}",
+    "data.block=8",
+]
+# imported once, by the process the ranks are forked from: a start costs a tenth of a second, not ten
+PRELOADED = ["lvtrain.training.session", "lvtrain.training.dry_run", "sklearn.metrics", "nvidia.dali", "torch._dynamo"]
+
+
+def _rank(rank: int, size: int, port: int, arguments: list[str], environment: dict[str, str], log: str) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    places = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()} | environment)
+    os.chdir(ROOT)
+    import torch
+
+    from lvtrain.main import main
+
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
+
+
+def start(size: int, arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> list[Any]:
+    """`size` ranks of `lvtrain/main.py ARGUMENTS`; each is a multiprocessing Process, output goes to `log`."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rest = (size, port, arguments, environment or {}, str(log))
+    processes = [context.Process(target=_rank, args=(rank, *rest)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def end(processes: list[Any], seconds: float) -> list[int | None]:
+    """Waits for the ranks; when one fails, the others get a moment and are killed, as launchers do. Exit codes by rank."""
+    limit = time.monotonic() + seconds
+    while any(process.is_alive() for process in processes):
+        failed = any(process.exitcode not in (None, 0, 75) for process in processes)
+        if failed:
+            limit = min(limit, time.monotonic() + 3.0)
+        if time.monotonic() > limit:
+            break
+        time.sleep(0.02)
+    for process in processes:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+class Bench:
+    """Data, recipe and the run left in peace, and how a tortured run compares with it."""
+
+    def __init__(self, folder: Path, zero: int, limit: float, *overrides: str) -> None:
+        self.folder, self.zero, self.limit, self.overrides = folder, zero, limit, overrides
+        data = folder / "faces"
+        if not data.exists():
+            size = ["--identities", "24", "--images", "12", "--heldout", "4", "--pairs", "20", "--seed", "3"]
+            make = [sys.executable, str(ROOT / "tools" / "synth_faces.py"), str(data), *size]
+            subprocess.run(make, check=True, cwd=ROOT, capture_output=True)
+
+    def arguments(self, runs: Path, *more: str) -> list[str]:
+        fixed = ["--recipe", "lvtrain/recipes/quickstart.yaml", "--ds_config", f"ds_configs/zero{self.zero}.json"]
+        return [*fixed, *SMALL, f"data.path={self.folder / 'faces' / 'train'}", f"runs={runs}", *self.overrides, *more]
+
+    def start(self, runs: Path, size: int = 2, fault: str = "", *more: str) -> list[Any]:
+        runs.mkdir(parents=True, exist_ok=True)
+        environment = {"LVTRAIN_FAULT": fault}
+        return start(size, self.arguments(runs, *more), self.folder / f"{runs.name}.txt", environment)
+
+    def run(self, runs: Path, size: int = 2, fault: str = "", *more: str) -> list[int | None]:
+        return end(self.start(runs, size, fault, *more), self.limit)
+
+    def said(self, runs: Path) -> str:
+        return (self.folder / f"{runs.name}.txt").read_text()
+
+    def peace(self) -> Path:
+        """A run nobody disturbed, made once."""
+        runs = self.folder / "peace"
+        if not (runs / "done").exists():
+            codes = self.run(runs)
+            if codes != [0, 0]:
+                raise SystemExit(f"the undisturbed run failed with {codes}:\n{self.said(runs)[-3000:]}")
+            (runs / "done").touch()
+        return runs
+
+    def differing(self, runs: Path) -> list[str]:
+        """Names of the tensors (and telemetry rows) that are not the same, byte by byte, as the peaceful run's."""
+        ours, theirs = contents(run_folder(runs)), contents(run_folder(self.peace()))
+        return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
+def run_folder(runs: Path) -> Path:
+    return runs / "quickstart"
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics."""
+    path = folder / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # cut short by a kill
+            found.append(json.loads(line))
+    return found
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """The final checkpoint's tensors as bytes (rows whole, whatever the ranks that wrote them), and what every step logged of the training."""
+    import torch
+
+    from lvtrain.training.checkpoint import open_weights
+
+    reader = open_weights(folder).reader
+    found: dict[str, Any] = {}
+    for name in reader.names:
+        shape = reader.shape(name)
+        tensor = reader.rows(name, 0, shape[0]) if reader.is_rows(name) else reader.replicated(name)
+        found[name] = (str(tensor.dtype), tuple(shape), tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for row in rows(folder):
+        found[f"metrics of step {row['step']}"] = [row[name] for name in ("loss", "cos2", "cos2_window", "grad_norm", "lr")]
+    return found
+
+
+def last_step(runs: Path) -> int:
+    found = rows(run_folder(runs))
+    return found[-1]["step"] if found else 0
+
+
+def newest_committed(runs: Path) -> int:
+    from lvtrain.training import checkpoint_files as files
+    from lvtrain.training import checkpoint_layout as layout
+
+    steps = [files.step_of(path) or 0 for path in layout.committed(run_folder(runs) / "checkpoints")]
+    return max(steps, default=0)
