@@ -259,6 +259,8 @@ def test_impossible_requests_are_one_line(folder, tmp_path):
         pack(tmp_path / "bare", tmp_path / "out2", PackOptions("folder"))
     assert not list(tmp_path.glob("out*"))  # nothing written, so nothing stands in the way of the corrected command
     pack(folder, tmp_path / "done", PackOptions("folder"))
+    with pytest.raises(UserError, match="lies inside"):
+        pack(folder, folder / "out", PackOptions("folder"))
     with pytest.raises(UserError, match="finished dataset"):
         pack(folder, tmp_path / "done", PackOptions("folder"))
 

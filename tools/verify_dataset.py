@@ -40,7 +40,7 @@ def main(
             opened = ShardDataset(dataset)
             rows = contact_sheet.of_index(opened.index["label"], opened.label_names(), lambda sample: opened.read(sample)[0])
             typer.echo(contact_sheet.draw(rows, f"{dataset.name}: {len(opened)} images of {opened.num_classes} identities", sheet))
-    except UserError as error:
+    except (UserError, OSError) as error:
         typer.echo(f"verify_dataset: {error}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     checked = "every byte" if full else "structure; --full reads every byte"

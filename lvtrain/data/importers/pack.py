@@ -118,6 +118,8 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
     """The scratch folder, new or of the pack that is continued."""
     if (out / "dataset.json").exists() and not (out / ".pack").exists():
         raise UserError(f"{out} is a finished dataset; choose another folder or remove it")
+    if options.kind in ("folder", "webface") and source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"{out} lies inside {source}, where it would be taken for an identity; choose a folder elsewhere")
     scratch = out / ".pack"
     wanted = json.loads(json.dumps({"source": str(source.absolute()), **asdict(options)}))
     path = scratch / "options.json"

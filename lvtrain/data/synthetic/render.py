@@ -84,12 +84,12 @@ def _bounded(colour: np.ndarray) -> tuple[float, ...]:
 
 
 def _fill(canvas: np.ndarray, points: np.ndarray, colour: np.ndarray) -> None:
-    fixed = np.round(points * (1 << _SHIFT)).astype(np.int32)
+    fixed = np.rint(points * (1 << _SHIFT)).astype(np.int32)
     cv2.fillPoly(canvas, [fixed], _bounded(colour), cv2.LINE_AA, _SHIFT)
 
 
 def _line(canvas: np.ndarray, points: np.ndarray, colour: np.ndarray, thickness: int, closed: bool = False) -> None:
-    fixed = np.round(points * (1 << _SHIFT)).astype(np.int32)
+    fixed = np.rint(points * (1 << _SHIFT)).astype(np.int32)
     cv2.polylines(canvas, [fixed], closed, _bounded(colour), thickness, cv2.LINE_AA, _SHIFT)
 
 
@@ -258,7 +258,7 @@ def _eyes(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[str,
         _fill(eye, head.on_face(_CIRCLE[::2] * radius * 0.5 + centre, 0.03) - low, np.array([12, 10, 10]))
         _fill(eye, head.on_face(_CIRCLE[::3] * radius * 0.22 + centre + np.array([0.03, -0.03]), 0.03) - low, np.array([250, 250, 250]))
         mask = np.zeros(patch.shape[:2], dtype=np.uint8)
-        cv2.fillPoly(mask, [np.round((almond - low) * (1 << _SHIFT)).astype(np.int32)], 255, cv2.LINE_AA, _SHIFT)
+        cv2.fillPoly(mask, [np.rint((almond - low) * (1 << _SHIFT)).astype(np.int32)], 255, cv2.LINE_AA, _SHIFT)
         weight = mask[:, :, None].astype(np.uint16)
         patch[:] = ((eye * weight + patch * (255 - weight) + 127) // 255).astype(np.uint8)
         _line(canvas, head.on_face(top, 0.03), skin * 0.28, 1)
