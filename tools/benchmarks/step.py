@@ -58,6 +58,7 @@ def run(
     as_ranks: give this GPU the classifier's work of one of so many ranks, a share of the classes but every rank's
     embeddings (made up), which is what a large run does; communication is left out. data: a dataset folder to load
     from; absent, one batch lies on the device.
+    On a GPU the rows' update runs beside the next forward: what it costs there is in `forward`, not in `row optimizer`.
     peer: recognition/arcface_torch of an insightface checkout; its backbone, PartialFC_V2 and AdamW on the same shapes.
     """
     world = worlds.start()
