@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -154,6 +155,34 @@ def test_cache_copies_within_its_bound_and_changes_nothing(folder, tmp_path):
     copy.write_bytes(b"")
     assert again.read(0) == plain.read(0) and again.read(199) == plain.read(199)
     assert not (cache.folder / "000000.1.tmp").exists() and (cache.folder / "000000.2.tmp").exists()
+
+
+def test_a_copy_that_fails_while_it_is_read_is_left_for_the_original(folder, tmp_path, monkeypatch):
+    told: list[str] = []
+    plain = ShardDataset(folder)
+    dataset = ShardDataset(folder, warn=told.append, pause=60)
+    cache = ShardCache(dataset, tmp_path, max_bytes=1 << 30)
+    for sample in (0, 199):
+        dataset.read(sample)
+    cache._wanted.join()
+    pread, broken = os.pread, cache.folder / "000000.tar"
+
+    def failing(descriptor, length, offset):
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(broken)):
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert dataset.read_batch(dataset.records(np.arange(200))) == [plain.read(sample)[0] for sample in range(200)]
+    # and one that lost its end after it was opened
+    last = sorted(cache.folder.glob("*.tar"))[-1]
+    os.truncate(last, 1)
+    assert dataset.read(199) == plain.read(199)
+    cache._wanted.join()
+    assert not broken.exists() and not last.exists()  # nor copied again by this rank
+    assert len(told) == 2 and f"{broken}, a copy of shard 0, failed (Input/output error)" in told[0]
+    assert "(cut short)" in told[1]
+    cache.close()
 
 
 def test_a_manifest_under_a_linked_folder_finds_its_dataset(whole, tmp_path):

@@ -2,7 +2,7 @@
 
 A shard is copied when it is first read, in the background and under a temporary name; until the copy is complete, reads go to the original.
 When the bound is reached the copies read longest ago are deleted. Ranks of one machine may share a cache folder. The cache never changes what
-is read: a copy is used only if it has the recorded size.
+is read: a copy is used only if it has the recorded size, and no longer once reading it has failed.
 """
 
 from __future__ import annotations
@@ -38,14 +38,18 @@ class ShardCache:
                 if time.time() - path.stat().st_mtime > _ABANDONED:
                     path.unlink()
         self._asked: set[int] = set()
+        self._failed: set[int] = set()  # shards whose copy could not be read: the original is, from then on
+        self._lock = threading.Lock()
         self._wanted: queue.Queue[int | None] = queue.Queue()
         self._original = dataset.locate
-        dataset.locate = self.locate
+        dataset.locate, dataset.distrust = self.locate, self.distrust
         self._thread = threading.Thread(target=self._run, name="shard-cache", daemon=True)
         self._thread.start()
 
     def locate(self, shard: int) -> Path:
         """The copy if it is whole, else the original, which is then queued for copying."""
+        if shard in self._failed:
+            return self._original(shard)
         copy = self._copy(shard)
         try:
             if copy.stat().st_size == self.dataset.manifest.shards[shard].size:
@@ -57,6 +61,21 @@ class ShardCache:
             self._asked.add(shard)
             self._wanted.put(shard)
         return self._original(shard)
+
+    def distrust(self, shard: int, path: str, reason: str) -> bool:
+        """Whether `path`, which could not be read, is a copy; if so the original is read from now on, which is told once."""
+        copy = self._copy(shard)
+        if Path(path) != copy:
+            return False
+        with self._lock:
+            first = shard not in self._failed
+            self._failed.add(shard)
+        if first:
+            self.dataset.warn(f"{copy}, a copy of shard {shard}, failed ({reason}); reading the original from now on")
+            with contextlib.suppress(OSError):
+                copy.unlink(missing_ok=True)
+        self.dataset.forget(shard)
+        return True
 
     def close(self) -> None:
         self.dataset.locate = self._original
@@ -81,7 +100,8 @@ class ShardCache:
             # the next read opens the copy
             self.dataset.forget(shard)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             self.dataset.warn(
                 f"shard {shard} was not cached in {self.folder} ({error.strerror or error}); reading the original"
             )

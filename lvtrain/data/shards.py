@@ -79,6 +79,8 @@ class ShardDataset:
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
         self.locate: Callable[[int], Path] = lambda shard: self.folder / self.manifest.shards[shard].name
+        # whether a file that failed was a copy, and will be left alone from now on
+        self.distrust: Callable[[int, str, str], bool] = lambda shard, path, reason: False
         if cache is not None:
             from lvtrain.data.cache import ShardCache
 
@@ -194,11 +196,17 @@ class ShardDataset:
             ReadError: the shard ends before the sample does, or every attempt failed.
         """
         shard, offset, length = int(record["shard"]), int(record["offset"]), int(record["length"])
-        for attempt in range(1, self.attempts + 1):
+        attempt = 0
+        while attempt < self.attempts:
             started = time.monotonic()
+            file = None
             try:
-                data = os.pread(self._file(shard).fileno(), length, offset)
+                file = self._file(shard)
+                data = os.pread(file.fileno(), length, offset)
             except OSError as error:
+                if self.distrust(shard, str(file.name if file else error.filename), error.strerror or str(error)):
+                    continue
+                attempt += 1
                 self.forget(shard)
                 name = self.manifest.shards[shard].name
                 if attempt == self.attempts:
@@ -215,6 +223,8 @@ class ShardDataset:
                     f"reading {length} bytes of {self.manifest.shards[shard].name} took {elapsed:.0f} s; the file system is stalling"
                 )
             if len(data) < length:
+                if self.distrust(shard, str(file.name), "cut short"):
+                    continue
                 raise ReadError(
                     f"{self.manifest.shards[shard].name} ends after {offset + len(data)} bytes, inside the sample"
                 )
