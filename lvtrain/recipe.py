@@ -71,10 +71,16 @@ class Data(Section):
     threads: int = Field(2, gt=0)
     prefetch: int = Field(2, gt=0, description="micro-batches decoded ahead")
     read_ahead: int = Field(2, gt=0, description="micro-batches read from the shards at once, ahead of those")
-    cache: Path | None = Field(None, description="local folder (NVMe) for copies of shards")
+    cache: Path | None = Field(None, description="local folder (NVMe) for copies of shards; needs cache_bytes")
     cache_bytes: int = Field(0, ge=0, description="size bound of the cache")
     augmentation: str = Field("flip", description="name of a set in lvtrain.data.augment")
     max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="undecodable samples tolerated before the run stops")
+
+    @model_validator(mode="after")
+    def _cache_has_a_size(self) -> Data:
+        if (self.cache is None) != (self.cache_bytes == 0):
+            raise ValueError("cache and cache_bytes go together: where copies of shards are kept, and how many bytes of them")
+        return self
 
 
 class Backbone(Section):

@@ -5,7 +5,7 @@
 #SBATCH --output=%x-%j.log
 # Any recipe as a chain: sbatch slurm/recipe.sh RECIPE.yaml DS_CONFIG.json [section.key=value ...]
 #
-#   sbatch slurm/recipe.sh [section.key=value ...]      or, on a login node: bash slurm/recipe.sh [section.key=value ...]
+#   sbatch slurm/recipe.sh RECIPE DS_CONFIG [...]      or, on a login node: bash slurm/recipe.sh RECIPE DS_CONFIG [...]
 #
 # This job only submits the chain, one resumable job a phase. Run again after an interruption: it goes on where it was.
 # Partition, account, GPUs a node, time, paths: slurm/site.env, see site.env.example and README.md.

@@ -183,6 +183,8 @@ def test_a_copy_that_fails_while_it_is_read_is_left_for_the_original(folder, tmp
     assert len(told) == 2 and f"{broken}, a copy of shard 0, failed (Input/output error)" in told[0]
     assert "(cut short)" in told[1]
     cache.close()
+    with pytest.raises(UserError, match=r"cannot be made in .*dataset\.json"):
+        ShardDataset(folder, cache=folder / "dataset.json", cache_bytes=1)
 
 
 def test_a_manifest_under_a_linked_folder_finds_its_dataset(whole, tmp_path):

@@ -63,6 +63,7 @@ def test_overrides(override: str, read) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("data.cache=local", "data: cache and cache_bytes go together"),
         ("optimzer.lr=1", "unknown key 'optimzer'; did you mean 'optimizer'?"),
         ("optimizer.rl=1", "unknown key 'optimizer.rl'; did you mean 'lr'?"),
         ("method.windw=3", "did you mean 'window'?"),

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from lvtrain.data.shards import ShardDataset
+from lvtrain.errors import UserError
 
 _ABANDONED = 3600.0  # seconds after which a copy nobody writes to is nobody's
 
@@ -27,12 +28,21 @@ class ShardCache:
         dataset: whose shards are copied.
         folder: local folder, made if missing.
         max_bytes: bound on the copies in the folder; a shard larger than it is never copied.
+
+    Raises:
+        UserError: the folder cannot be made.
     """
 
     def __init__(self, dataset: ShardDataset, folder: str | Path, max_bytes: int) -> None:
         self.dataset, self.max_bytes = dataset, max_bytes
         self.folder = Path(folder) / dataset.manifest.fingerprint
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the shard cache cannot be made in {folder}: {error.strerror}; "
+                "set data.cache to a folder that can be written, or leave it out"
+            ) from None
         for path in self.folder.glob("*.tmp"):  # left by ranks that were killed while they copied
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _ABANDONED:
