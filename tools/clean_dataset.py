@@ -41,7 +41,7 @@ def main(
             dataset, out, embeddings, evaluation or [], evaluation_embeddings or [],
             clean.Limits(outlier=outlier, same_person=same_person, overlap=overlap), merges, min_images, batch,
         )  # fmt: skip
-    except UserError as error:
+    except (UserError, OSError) as error:
         typer.echo(f"clean_dataset: {error}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     limits = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["limits"].items())

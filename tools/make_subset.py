@@ -56,7 +56,7 @@ def main(
         write_subset(out, whole, ids, criteria=criteria, seed=seed)
         subset = ShardDataset(out)
         typer.echo(f"{out}: {len(subset)} images of {subset.num_classes} identities, fingerprint {subset.fingerprint}")
-    except UserError as error:
+    except (UserError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_ERROR)
 

@@ -61,7 +61,7 @@ def main(
                 bar.update(tasks[stage], completed=done)
 
             report = pack(source, out, options, workers=workers, progress=show)
-    except UserError as error:
+    except (UserError, OSError) as error:
         typer.echo(f"pack_dataset: {error}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     _summary(report, out)

@@ -26,7 +26,7 @@ def write(
         with Progress() as bar:
             task = bar.add_task("images", total=len(opened))
             count = write_recordio(opened, out, progress=lambda done, _: bar.update(task, completed=done))
-    except UserError as error:
+    except (UserError, OSError) as error:
         _fail(error)
     typer.echo(f"{out}: {count} images of {opened.num_classes} identities")
 
@@ -46,7 +46,7 @@ def filter_(
         images, people = filter_index(
             rec, out, identities=_numbers(identities), min_images=min_images, shots=shots, without_keys=_numbers(without_keys) or (), seed=seed
         )
-    except UserError as error:
+    except (UserError, OSError) as error:
         _fail(error)
     typer.echo(f"{out}: {images} images of {people} identities; read it with fn.readers.mxnet(path=[{str(rec)!r}], index_path=[{str(out)!r}])")
 
@@ -60,7 +60,7 @@ def _numbers(path: Path | None) -> list[int] | None:
         raise UserError(f"{path} must hold one whole number a line ({error})") from None
 
 
-def _fail(error: UserError) -> None:
+def _fail(error: Exception) -> None:
     typer.echo(f"recordio: {error}", err=True)
     raise typer.Exit(EXIT_ERROR) from None
 

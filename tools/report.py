@@ -18,7 +18,7 @@ def main(
     """Writes loss, cosine, throughput, verification and events of a run as one HTML file that fetches nothing."""
     try:
         print(write_report(run, out, any_faces=faces))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None
 

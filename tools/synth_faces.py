@@ -38,7 +38,7 @@ def main(
             )  # fmt: skip
         flat = [written.heldout_images[person][image] for person, image in chosen.reshape(-1, 2).tolist()]
         write_bin(out / "heldout.bin", flat, same, about={"kind": "generated faces", "seed": seed, "difficulty": difficulty})
-    except UserError as error:
+    except (UserError, OSError) as error:
         typer.echo(f"synth_faces: {error}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     seconds = time.perf_counter() - start
