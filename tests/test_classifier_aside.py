@@ -15,7 +15,7 @@ from lvtrain.classifier.margins import create_margin
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.runs import recipe_file
-from tools.torture import contents
+from tools.trial import contents
 
 CLASSES, DIM, BATCH = 53, 16, 12
 
