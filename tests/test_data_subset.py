@@ -165,6 +165,7 @@ def test_a_copy_that_fails_while_it_is_read_is_left_for_the_original(folder, tmp
     for sample in (0, 199):
         dataset.read(sample)
     cache._wanted.join()
+    dataset.close()  # its files are opened again, and are the copies now
     pread, broken = os.pread, cache.folder / "000000.tar"
 
     def failing(descriptor, length, offset):
