@@ -135,10 +135,14 @@ def test_what_a_recipe_names_besides_the_data(door: FrontDoor, tiny_faces: Path,
     recipe = recipe_file(tmp_path, tiny_faces / "train")
     cut = tmp_path / "cut.bin"
     cut.write_bytes((tiny_faces / "heldout.bin").read_bytes()[:5000])
+    (weights := tmp_path / "model.safetensors").write_bytes(cut.read_bytes())
     for override, told in {
         "evaluation.benchmarks.lfw=nowhere/lfw.bin": "evaluation.benchmarks.lfw: nowhere/lfw.bin does not exist",
         f"evaluation.benchmarks.lfw={cut}": f"evaluation.benchmarks.lfw: {cut} is cut short",
+        f"evaluation.benchmarks.lfw={tmp_path}": f"evaluation.benchmarks.lfw: {tmp_path} is a folder",
         "init_from=nowhere": "init_from.path: nowhere does not exist",
+        f"init_from={cut}": f"init_from.path: {cut} is not a run, a checkpoint or a safetensors file",
+        f"init_from={weights}": f"init_from.path: {weights} is not a whole safetensors file",
         "backbone.overrides.depth=0": "backbone vit_nano: depth: Input should be greater than 0, got 0",
         "data.augmentation=dino": "trains on views that data.augmentation=dino does not make",
     }.items():

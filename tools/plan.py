@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lvtrain import recipe_files as recipes
 from lvtrain.errors import EXIT_ERROR, UserError
 from lvtrain.planning import H200, plan_phases
+from lvtrain.training.ds_config import resolve_ds_config
 
 
 def main(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value changes to the recipe")] = None,
-    gpus: Annotated[int, typer.Option(help="ranks")] = 8,
+    gpus: Annotated[int, typer.Option(min=1, help="ranks")] = 8,
     ds_config: Annotated[Path | None, typer.Option(help="DeepSpeed JSON; ZeRO-1 when absent")] = None,
     matmul: Annotated[float, typer.Option(help="bfloat16 matmul rate of the GPU, Tflop/s (tools/benchmark.py)")] = 790,
     memory: Annotated[float, typer.Option(help="memory of the GPU, GB")] = 149,
@@ -31,10 +32,10 @@ def main(
 ) -> None:
     try:
         loaded = recipes.load(recipe, overrides or [])
-        try:
-            zero = json.loads(ds_config.read_text()).get("zero_optimization", {}) if ds_config else {"stage": 1}
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"DeepSpeed config {ds_config} cannot be read: {error}") from error
+        zero: dict[str, Any] = {"stage": 1}
+        if ds_config:
+            resolved = resolve_ds_config(ds_config, optimizer=loaded.optimizer, phases=loaded.phases, world_size=gpus)
+            zero = resolved["zero_optimization"]
         default = (matmul, memory, link) == (790, 149, 50)
         name = "H200" if default else "GPU"
         device = replace(H200, name=name, matmul=matmul * 1e12, memory=memory * 1e9, link=link * 1e9)

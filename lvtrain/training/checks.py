@@ -13,6 +13,7 @@ from lvtrain.evaluation import read_bin
 from lvtrain.methods import create_method
 from lvtrain.recipe import Recipe
 from lvtrain.training.ds_config import resolve_ds_config
+from lvtrain.training.initial import weights_file
 
 
 def open_dataset(recipe: Recipe) -> ShardDataset:
@@ -78,9 +79,12 @@ def check_before_start(
 def _check_files(recipe: Recipe) -> None:
     for name, path in recipe.evaluation.benchmarks.items():
         if not path.is_file():
-            raise UserError(f"evaluation.benchmarks.{name}: {path} does not exist")
-    if recipe.init_from is not None and not recipe.init_from.path.exists():
-        raise UserError(f"init_from.path: {recipe.init_from.path} does not exist")
+            wrong = "is a folder; give a .bin verification set" if path.exists() else "does not exist"
+            raise UserError(f"evaluation.benchmarks.{name}: {path} {wrong}")
+    if recipe.init_from is not None:
+        if not recipe.init_from.path.exists():
+            raise UserError(f"init_from.path: {recipe.init_from.path} does not exist")
+        weights_file(recipe.init_from.path)
     landmark_weights = getattr(recipe.method, "landmark_weights", None)
     if landmark_weights is not None and not landmark_weights.exists():
         raise UserError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from lvtrain.errors import UserError
@@ -78,15 +79,30 @@ def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
 
 def read_initial(path: Path) -> tuple[Weights | None, dict[str, torch.Tensor]]:
     """A checkpoint (ours) and its evaluated module's weights, or just weights from a safetensors file or folder."""
+    if (file := weights_file(path)) is not None:
+        return None, load_file(file)
+    source = open_weights(path)
+    return source, evaluated_weights(source)
+
+
+def weights_file(path: Path) -> Path | None:
+    """The safetensors file that `path` is or holds, its header read; None for a folder without, which is a run or a checkpoint.
+
+    Raises:
+        UserError: another kind of file, or one that is cut short.
+    """
     if path.is_dir() and not (path / "model.safetensors").exists():
-        source = open_weights(path)
-        return source, evaluated_weights(source)
+        return None
     file = path / "model.safetensors" if path.is_dir() else path
     if file.suffix != ".safetensors":
         raise UserError(
             f"init_from.path: {file} is not a run, a checkpoint or a safetensors file; tools/convert_checkpoint.py import makes one"
         )
-    return None, load_file(file)
+    try:
+        with safe_open(file, "pt"):
+            return file
+    except SafetensorError as error:
+        raise UserError(f"init_from.path: {file} is not a whole safetensors file ({error}); copy it again") from error
 
 
 def evaluated_weights(source: Weights) -> dict[str, torch.Tensor]:
