@@ -126,6 +126,9 @@ def test_resume_on_other_ranks_and_another_stage_trains_alike(
 
 def test_damage_falls_back_and_ends_with_the_same_bits(tiny_faces: Path, tmp_path: Path, peaceful: Peaceful) -> None:
     disturbed = make(tmp_path, tiny_faces)
+    # asked to stop in a phase's last step: the next phase is not even built
+    assert go(disturbed, 1, 2, "loop.step:0:3:sigterm") == [75], said(disturbed)[-2000:]
+    assert events(folder_of(disturbed), "stop")[-1]["step"] == 4 and len(events(folder_of(disturbed), "phase_start")) == 1
     assert go(disturbed, 1, 2, "loop.step:0:14:sigkill") == [-9]
     newest = max((folder_of(disturbed) / "checkpoints").glob("step_*"))
     data = bytearray((newest / "rank_00000.safetensors").read_bytes())

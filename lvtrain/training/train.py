@@ -81,6 +81,9 @@ def train(
         if only_phase is not None and phases[index].name != only_phase:
             _check_order(run, only_phase, index)
             return Ending("done", position.step, only_phase, f"phase {only_phase} is complete")
+        if preemption.reason is not None:
+            # agreed after the last phase's last step, whose checkpoint is there; building the next phase could take all the time that is left
+            return Ending("requeue", position.step, phases[index].name, preemption.reason)
         phase = PhaseRun(run, checkpoints, telemetry, preemption, heart, rate, position, found, data_skip)
         try:
             if not phase.run():
