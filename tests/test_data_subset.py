@@ -128,7 +128,7 @@ def test_the_tool(folder, tmp_path):
     done = subprocess.run([*command, "--fraction", "0.1", "--shots", "1"], capture_output=True, text=True, check=True)
     assert "4 images of 4 identities" in done.stdout
     wrong = subprocess.run([*command, "--fraction", "2"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: fraction=2.0") and wrong.stderr.count("\n") == 1
+    assert wrong.returncode == 2 and wrong.stderr.startswith("make_subset: error: fraction=2.0") and wrong.stderr.count("\n") == 1
 
 
 def test_cache_copies_within_its_bound_and_changes_nothing(folder, tmp_path):

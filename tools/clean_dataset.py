@@ -42,7 +42,7 @@ def main(
             clean.Limits(outlier=outlier, same_person=same_person, overlap=overlap), merges, min_images, batch,
         )  # fmt: skip
     except (UserError, OSError) as error:
-        typer.echo(f"clean_dataset: {error}", err=True)
+        typer.echo(f"clean_dataset: error: {error}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     limits = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["limits"].items())
     typer.echo(f"cosines used: {limits}")

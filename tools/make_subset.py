@@ -27,6 +27,7 @@ def main(
     without_samples: Annotated[Path | None, typer.Option(help="file of sample ids to leave out")] = None,
     seed: Annotated[int, typer.Option(help="with one seed smaller subsets lie inside larger ones")] = 0,
 ) -> None:
+    """Writes a subset of a dataset as a manifest (no image is copied); use it as data.path."""
     try:
         whole = ShardDataset(dataset)
         ids = choose(
@@ -57,7 +58,7 @@ def main(
         subset = ShardDataset(out)
         typer.echo(f"{out}: {len(subset)} images of {subset.num_classes} identities, fingerprint {subset.fingerprint}")
     except (UserError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"make_subset: error: {error}", err=True)
         sys.exit(EXIT_ERROR)
 
 

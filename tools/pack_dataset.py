@@ -62,7 +62,7 @@ def main(
 
             report = pack(source, out, options, workers=workers, progress=show)
     except (UserError, OSError) as error:
-        typer.echo(f"pack_dataset: {error}", err=True)
+        typer.echo(f"pack_dataset: error: {error}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     _summary(report, out)
 

@@ -61,7 +61,7 @@ def _numbers(path: Path | None) -> list[int] | None:
 
 
 def _fail(error: Exception) -> None:
-    typer.echo(f"recordio: {error}", err=True)
+    typer.echo(f"recordio: error: {error}", err=True)
     raise typer.Exit(EXIT_ERROR) from None
 
 

@@ -23,7 +23,7 @@ def main(run: Path, as_json: bool = typer.Option(False, "--json", help="for prog
     try:
         status = chain_status(run, Slurm())
     except UserError as error:
-        print(f"lvtrain: error: {error}", file=sys.stderr)
+        print(f"slurm_status: error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_ERROR) from error
     if as_json:
         print(json.dumps(asdict(status), indent=2))

@@ -39,7 +39,7 @@ def main(
         flat = [written.heldout_images[person][image] for person, image in chosen.reshape(-1, 2).tolist()]
         write_bin(out / "heldout.bin", flat, same, about={"kind": "generated faces", "seed": seed, "difficulty": difficulty})
     except (UserError, OSError) as error:
-        typer.echo(f"synth_faces: {error}", err=True)
+        typer.echo(f"synth_faces: error: {error}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     seconds = time.perf_counter() - start
     total = written.train.samples + written.heldout.samples

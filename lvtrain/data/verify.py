@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lvtrain.data.index import Manifest, file_sha256, open_index, read_manifest
 from lvtrain.data.parallel import ordered_map
@@ -217,6 +217,8 @@ def _undecodable(data: bytes, size: tuple[int, int] | None) -> str | None:
     try:
         picture = Image.open(io.BytesIO(data))
         picture.load()
+    except UnidentifiedImageError:
+        return "cannot be decoded (no image format that is known)"
     except (OSError, ValueError, SyntaxError) as error:
         return f"cannot be decoded ({error})"
     if size is not None and picture.size != (size[1], size[0]):
