@@ -163,4 +163,4 @@ def test_the_tool_prints_and_refuses() -> None:
     good = run(app, [str(RECIPES / "quickstart.yaml"), "--gpus", "2", "data.num_classes=500"])
     assert good.exit_code == 0 and "memory a rank" in good.output, good.output
     bad = run(app, [str(RECIPES / "quickstart.yaml"), "--ds-config", "nowhere.json", "data.num_classes=500"])
-    assert bad.exit_code == 2 and "nowhere.json cannot be read" in bad.output
+    assert bad.exit_code == 2 and "nowhere.json does not exist" in bad.output
