@@ -70,7 +70,8 @@ def _waits_in_the_steady_state(rank: int, world_size: int, stage: int) -> dict[s
     from tools.benchmarks.step import _Step
 
     worlds.stop()  # the group of `run_ranks` is gloo's
-    os.environ.pop("MASTER_PORT", None)  # DeepSpeed leaves 29500 behind in a process that has used it: another may be listening there
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        os.environ.pop(name, None)  # a plain process: it takes a free port, where a launcher's would be 29500
     world = worlds.start()
     shape = OPTIONS | {"batch": 4, "classes": 64, "accumulation": 2, "stage": stage}
     del shape["steps"]
