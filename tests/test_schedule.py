@@ -63,12 +63,6 @@ def test_steps_are_refused_where_batches_differ() -> None:
         )
 
 
-def test_a_warmup_longer_than_the_whole_is_refused() -> None:
-    assert rates(total="4 steps", warmup="4 steps")[3] == 1.0
-    with pytest.raises(UserError, match=r"schedule.warmup \(3 epochs\) is longer than schedule.total \(5 steps\)"):
-        rates(total="5 steps", warmup="3 epochs")
-
-
 def test_css_compares_the_mean_of_a_full_window() -> None:
     stage = CosineStage(0.5, window=4, device=torch.device("cpu"))
     lucky = [0.9, 0.1, 0.1, 0.1, 0.4, 0.6, 0.5, 0.6]

@@ -41,7 +41,7 @@ def learning_rate(schedule: Schedule, peak: float, *, phases: list[Phase], sampl
     """Turns the recipe's durations into samples.
 
     Raises:
-        UserError: a schedule in steps although the phases' batches differ, so that a step has no one length; a warm-up longer than the whole.
+        UserError: a schedule in steps although the phases' batches differ, so that a step has no one length.
     """
     batches = {phase.global_batch for phase in phases}
     for name, duration in (("total", schedule.total), ("warmup", schedule.warmup)):
@@ -50,16 +50,10 @@ def learning_rate(schedule: Schedule, peak: float, *, phases: list[Phase], sampl
                 f"schedule.{name} is in steps but the phases' global batches differ ({sorted(batches)}); write it in epochs or samples"
             )
     per = {"global_batch": phases[0].global_batch, "samples_per_epoch": samples_per_epoch}
-    total, warmup = schedule.total.samples(**per), schedule.warmup.samples(**per)
-    if warmup > total:
-        raise UserError(
-            f"schedule.warmup ({schedule.warmup}) is longer than schedule.total ({schedule.total}), so the learning rate would "
-            "never reach optimizer.lr; shorten schedule.warmup, too"
-        )
     return LearningRate(
         peak=peak,
-        total=total,
-        warmup=warmup,
+        total=schedule.total.samples(**per),
+        warmup=schedule.warmup.samples(**per),
         shape=schedule.shape,
         power=schedule.power,
         final=schedule.final,
