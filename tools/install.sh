@@ -38,7 +38,7 @@ if [ -z "$uv" ]; then
     .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip --upgrade >/dev/null
     .venv/bin/python -m pip install --quiet uv && uv=.venv/bin/uv
 fi
-echo "install.sh: installing $what into .venv"
+echo "install.sh: installing $what into .venv and compiling it: some minutes without a word"
 # compiled once here instead of at every start, where python may not write its bytecode (a start imports for 6 s instead of 13)
 if [ -z "$uv" ] || ! "$uv" pip install --quiet --compile-bytecode --python .venv/bin/python "${pins[@]}" --editable "$what"; then
     .venv/bin/python -m pip install --quiet "${pins[@]}" --editable "$what"
