@@ -129,7 +129,7 @@ class Classifier(Section):
     kernel: Literal["torch", "triton"] = Field("torch", description="triton: one kernel between the matmuls (CUDA)")
     gather: Literal["float32", "bfloat16"] = "float32"
     chunk: int | None = Field(None, gt=0, description="classes a chunk; chosen from the shapes when absent")
-    keep_mb: float = Field(8.0, ge=0, description="memory for exponentials that forward leaves for backward; all kept, a quarter of the matmuls is saved")
+    keep_mb: float = Field(8.0, ge=0, description="memory, beyond the rows' gradient, for exponentials that forward leaves for backward: saves matmuls")
     optimizer: RowOptimizer = Field(default_factory=RowOptimizer)
 
 

@@ -65,7 +65,7 @@ def test_rows_are_normalised_and_their_gradient_taken_through_it(dim):
     torch.testing.assert_close(rounded.double(), wanted.detach(), rtol=1e-3, atol=1e-7)
     for unit in (False, True):
         got = gradient.clone()
-        row_gradients(got, source, factor, unit=unit, eps=1e-12)
+        row_gradients(got, source, factor, got, unit=unit, eps=1e-12)
         expected = 0.25 * (gradient - (gradient * source).sum(1, keepdim=True) * source) if unit else through
         torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-5 * expected[:4].abs().max().item())
 

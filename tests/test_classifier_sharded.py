@@ -219,6 +219,44 @@ def test_ranks_with_different_numbers_of_samples(first):
     assert torch.equal(answers[1][2], batch()[1][0])
 
 
+@pytest.mark.parametrize("order", ["a loss of the rows first", "both forwards first", "backward twice"])
+def test_in_whatever_order_backward_is_called_gradients_add_up(order):
+    """The rows' gradient has its memory from the forward on; whoever comes to it second adds to what is there."""
+    x, labels = batch()
+
+    def gradient(calls):
+        head = head_of()
+        head.begin_step(0, labels[0])
+        calls(head, [x[0, :12].clone().requires_grad_(), x[0, 12:].clone().requires_grad_()])
+        return head._step.gradient
+
+    def loss_of(head, halves, i):
+        return head(halves[i], labels[0, 12 * i : 12 * i + 12], step=0).loss
+
+    def plain(head, halves):
+        loss_of(head, halves, 0).backward()
+        (loss_of(head, halves, 0) if order == "backward twice" else loss_of(head, halves, 1)).backward()
+        if order == "a loss of the rows first":
+            head.centres_of(torch.tensor([1, 50])).square().sum().backward()
+
+    def other(head, halves):
+        if order == "a loss of the rows first":
+            first = loss_of(head, halves, 0)
+            head.centres_of(torch.tensor([1, 50])).square().sum().backward()
+            first.backward()
+            loss_of(head, halves, 1).backward()
+        elif order == "both forwards first":
+            losses = [loss_of(head, halves, 0), loss_of(head, halves, 1)]
+            losses[0].backward()
+            losses[1].backward()
+        else:
+            loss = loss_of(head, halves, 0)
+            loss.backward(retain_graph=True)
+            loss.backward()
+
+    torch.testing.assert_close(gradient(other), gradient(plain), rtol=1e-13, atol=1e-13)
+
+
 def test_the_update_in_backward_is_the_same_update():
     for answer in on(4):
         for name in ("weight", "gradients"):

@@ -62,7 +62,7 @@ class Classes:
 
     `weight` [local, d] any norm; `indices` int64 [k] sorted local rows that take part, None = all; `scale` one number, or one per local row
     ([local]); `threshold` drops negatives with a larger cosine; `mask` bool [local], False = the class is no negative; `unit` = rows already
-    have norm 1; `keep_mb` memory in which pass 1 may leave exponentials for pass 2.
+    have norm 1; `keep_mb` memory beyond the rows' gradient in which pass 1 may leave exponentials for pass 2.
     """
 
     weight: torch.Tensor
@@ -206,9 +206,9 @@ class Workspace:
             return self.formats.as_unit(source)
         return self.formats.as_unit(torch.mul(source, factor.unsqueeze(1), out=self.units[: stop - start]))
 
-    def logits_of(self, rows: torch.Tensor, *, fresh: bool) -> torch.Tensor:
-        """[B, k], in this workspace's memory or in fresh memory."""
-        out = torch.empty_like(self.logits[:, : len(rows)]) if fresh else _narrowed(self.logits, len(rows))
+    def logits_of(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, k], in this workspace's memory or in `out`."""
+        out = _narrowed(self.logits, len(rows)) if out is None else out
         if rows.dtype != out.dtype:
             return torch.mm(self.left, rows.t(), out_dtype=out.dtype, out=out)
         return torch.mm(self.left, rows.t(), out=out)

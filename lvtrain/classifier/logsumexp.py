@@ -61,7 +61,8 @@ class _NegativeLogSumExp(torch.autograd.Function):
         positions = classes.positions(labels, start)
         targets = classes.unit_rows_at(positions)
         running = classes.needs_running_max(total)
-        part = forward_pass(classes, embeddings.detach(), positions, running=running, need_rows=ctx.needs_input_grad[0])
+        ctx.grad_weight = torch.empty_like(classes.weight) if ctx.needs_input_grad[1] and classes.indices is None else None
+        part = forward_pass(classes, embeddings.detach(), positions, running=running, need_rows=ctx.needs_input_grad[0], shelf=ctx.grad_weight)
         (logsumexp,), (cosine,) = combine([part], [(embeddings.detach() * targets).sum(dim=1)], running=running, group=group)
         ctx.classes, ctx.part, ctx.targets, ctx.running = classes, part, targets, running
         ctx.save_for_backward(embeddings, positions, logsumexp)
@@ -77,7 +78,8 @@ class _NegativeLogSumExp(torch.autograd.Function):
             classes = ctx.classes
             arguments = (classes, embeddings.detach(), positions, logsumexp, grad_logsumexp, grad_cosine)
             if classes.indices is None:
-                grad_weight = torch.empty_like(classes.weight)
+                grad_weight = torch.empty_like(classes.weight) if ctx.grad_weight is None else ctx.grad_weight
+                ctx.grad_weight = None  # a second backward has memory of its own
                 weight_gradient_pass(*arguments, out=grad_weight, running=ctx.running, kept=ctx.part.kept)
             else:
                 grad_weight = torch.zeros_like(classes.weight)
@@ -124,7 +126,8 @@ def negative_logsumexp(
     precision   float32 | tf32 (CUDA) | half: float16 operands, float32 cosines and sums, relative gradient error < 1e-3 | bfloat16: likewise, < 1e-2
                 (on a CPU only the gradient's matmuls are bfloat16, < 3e-3)
     kernel      torch | triton (`logsumexp_triton`: needs CUDA)
-    keep_mb     MB of exponentials (the first chunks') that forward leaves for backward; all kept, a quarter of the matmuls is saved
+    keep_mb     MB of exponentials that forward leaves for backward beyond what the memory of `weight.grad` holds (all for B <= d, 2 d in 16 bits; none
+                with `indices`); all kept, a quarter of the matmuls is saved. That memory is taken in forward
 
     Collectives: forward one all-reduce (SUM) of `[B, 2]`; where the number range demands a running maximum (one scale per class, float16, or a scale
     beyond 60 or so) one more (MAX) of `[B, 1]`. Backward none: `embeddings.grad` is then THIS RANK'S share, from its own classes, to be summed

@@ -85,7 +85,7 @@ def _unit_rows_kernel(source, out, dim, eps, block: tl.constexpr):
 
 
 @triton.jit
-def _row_gradients_kernel(gradient, source, factor, dim, eps, unit: tl.constexpr, block: tl.constexpr):
+def _row_gradients_kernel(gradient, source, factor, out, dim, eps, unit: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < dim
@@ -97,7 +97,7 @@ def _row_gradients_kernel(gradient, source, factor, dim, eps, unit: tl.constexpr
     else:
         norm = tl.maximum(tl.sqrt(tl.sum(w * w, axis=0)), eps)
         g = (g - radial / (norm * norm) * w) / norm
-    tl.store(gradient + row * dim + columns, g * tl.load(factor), mask=inside)
+    tl.store(out + row * dim + columns, g * tl.load(factor), mask=inside)
 
 
 def exponentials(
@@ -143,8 +143,8 @@ def unit_rows(source: torch.Tensor, out: torch.Tensor, *, eps: float) -> torch.T
     return out
 
 
-def row_gradients(gradient: torch.Tensor, source: torch.Tensor, factor: torch.Tensor, *, unit: bool, eps: float) -> None:
-    """In place: `gradient` [k, d] with respect to unit rows becomes that with respect to `source` [k, d] times `factor` (one number on the device),
-    all float32 and contiguous. `unit`: the rows have norm 1 already."""
+def row_gradients(gradient: torch.Tensor, source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor, *, unit: bool, eps: float) -> None:
+    """`out` [k, d] = `gradient` [k, d] with respect to unit rows, taken to that with respect to `source` [k, d], times `factor` (one number on the
+    device); all float32 and contiguous, `out` may be `gradient`. `unit`: the rows have norm 1 already."""
     count, dim = gradient.shape
-    _row_gradients_kernel[(count,)](gradient, source, factor, dim, eps, unit=unit, block=triton.next_power_of_2(dim))
+    _row_gradients_kernel[(count,)](gradient, source, factor, out, dim, eps, unit=unit, block=triton.next_power_of_2(dim))

@@ -77,7 +77,12 @@ class ShardedLoss(torch.autograd.Function):
         summed = [(x * target).sum(dim=1) for target in targets]
         passes = anchors if head.expectation_negatives == "own" else anchors[:1]
         running = any(classes.needs_running_max(head.num_classes) for classes in passes)
-        parts = [forward_pass(classes, x, positions, running=running, need_rows=need_embeddings) for classes in passes]
+        # the rows' gradient has its memory from here on: until backward writes it, exponentials wait there
+        shelf = None if head.in_backward or step.gradient is not None or not ctx.needs_input_grad[1] else weight.new_empty(anchors[0].count, dim)
+        parts = [
+            forward_pass(classes, x, positions, running=running, need_rows=need_embeddings, shelf=shelf if classes is anchors[0] else None)
+            for classes in passes
+        ]
         if anchors[-1].mask is not None:
             summed.append((anchors[-1].mask[anchors[-1].rows_at(positions)] & (positions >= 0)).to(dtype) if anchors[-1].count else torch.zeros_like(summed[0]))
         logsumexps, summed = combine(parts, summed, running=running, group=head.group)
@@ -107,7 +112,7 @@ class ShardedLoss(torch.autograd.Function):
             for target, g in zip(targets, grad_cosines):
                 grad_x.addcmul_(target, g.unsqueeze(1))
         ctx.head, ctx.step, ctx.classes, ctx.sizes, ctx.wire = head, step, anchors[0], sizes, wire
-        ctx.running, ctx.kept = running, parts[0].kept
+        ctx.running, ctx.kept, ctx.shelf = running, parts[0].kept, shelf
         ctx.save_for_backward(x, positions, logsumexps[0], grad_n[0], grad_cosines[0], grad_x)
         if head.expectation is not None and head.expectation_updates:
             step.embeddings.append(x)
@@ -130,7 +135,8 @@ class ShardedLoss(torch.autograd.Function):
             pending = reduce_scatter_rows(grad_x.to(ctx.wire), ctx.sizes, head.group)
         if ctx.needs_input_grad[1]:
             arguments = (ctx.classes, x, positions, logsumexp, grad_n * grad_loss, grad_cosine * grad_loss)
-            _row_gradients(head, step, partial(weight_gradient_pass, *arguments, running=ctx.running, kept=ctx.kept), ctx.classes.count)
+            _row_gradients(head, step, partial(weight_gradient_pass, *arguments, running=ctx.running, kept=ctx.kept), ctx.shelf)
+            ctx.shelf = None
             head.aside.follow()
         gradient = None
         if pending is not None:
@@ -157,8 +163,9 @@ class Centres(torch.autograd.Function):
         return None, None, None, None
 
 
-def _row_gradients(head: ShardedClassifier, step: Step, run: Callable[..., None], count: int) -> None:
-    """Adds this micro-step's gradient to the rows', or applies it at once. `run`: pass 2 but for where its result goes."""
+def _row_gradients(head: ShardedClassifier, step: Step, run: Callable[..., None], shelf: torch.Tensor | None) -> None:
+    """Adds this micro-step's gradient to the rows', or applies it at once. `run`: pass 2 but for where its result goes; `shelf`: the memory for it, if
+    forward took any."""
     step.backwards += 1
     if head.in_backward:
         if step.backwards > 1:
@@ -171,10 +178,11 @@ def _row_gradients(head: ShardedClassifier, step: Step, run: Callable[..., None]
             head.optimizer.step_chunk(gradient, slice(start, stop), lr=step.lr, weight_decay=step.weight_decay)
 
         run(apply)
-    elif step.gradient is None:
-        step.gradient = head.weight.new_empty(count, head.embedding_dim)
-        run(out=step.gradient)
+    elif shelf is not None:
+        run(out=shelf)
+        step.gradient = shelf if step.gradient is None else step.gradient.add_(shelf)
     else:
+        assert step.gradient is not None
         total = step.gradient
 
         def add(start: int, stop: int, gradient: torch.Tensor) -> None:

@@ -17,7 +17,8 @@ rows; who reads `.weight` from outside calls `settle` first.
 The gradient contract. `loss` is the mean over the gathered samples of all ranks in this micro-step and is the same on every rank. The engine
 divides it by the accumulation count before backward and averages the backbone's gradients over ranks; so the embedding gradient, which the
 reduce-scatter completes by summation, is multiplied by `gradient_scale` (default: the number of ranks), and nothing else is scaled here. Row
-gradients accumulate over the micro-steps, in a buffer of the rows that take part; every rank ends up with the complete gradient of its own rows.
+gradients accumulate over the micro-steps, in a buffer of the rows that take part, taken in the first forward; every rank ends up with the complete
+gradient of its own rows.
 A sample labelled -1 weighs nothing but still counts in the mean's divisor.
 """
 
@@ -48,8 +49,7 @@ from lvtrain.state import Replicated, Rows, State
 class ClassifierOutput:
     """`loss` scalar, differentiable. Detached, in the order of the gathered micro-batch (rank by rank) and the same on every rank: `cosine` [B] to the
     own class centre (0 for ignored samples), `expectation_cosine` [B] or None, `labels` [B], `embeddings` [B, d] of unit length. `cos2`: mean of cosine squared
-    over the
-    samples that are not ignored."""
+    over the samples that are not ignored."""
 
     loss: torch.Tensor
     cosine: torch.Tensor
@@ -74,8 +74,9 @@ class ShardedClassifier(nn.Module):
     precision               "float32", "tf32" (CUDA; elsewhere as float32), "half" (float16 operands, float32 cosines and sums: gradient error below
                             1e-3) or "bfloat16" (likewise, below 1e-2; a CPU keeps cosines in float32 then, error below 3e-3); see `classes.formats`
     kernel                  what does the elementwise work of a chunk: "torch", or "triton" (CUDA; see `logsumexp_triton`)
-    keep_mb                 MB of exponentials of the first class chunks that forward leaves for backward, which then need not be computed again: with all
-                            of them (B x local classes x 4 bytes, 2 in 16 bits) a quarter of the matmuls is saved
+    keep_mb                 MB of exponentials that forward leaves for backward, which then need not be computed again, beyond those that the memory of the
+                            rows' gradient holds (all for gathered micro-batches up to d, 2 d in 16 bits): with all of them (B x local classes x 4
+                            bytes, 2 in 16 bits) a quarter of the matmuls is saved
     gather                  number format in which embeddings and their gradients travel
     gradient_scale          factor of the embedding gradient; None = number of ranks, for an engine that averages over ranks
     ragged                  ranks may bring different numbers of samples (costs one small all-gather and a host synchronisation)

@@ -1,6 +1,6 @@
 """The classifier's forward and backward: time, memory and the share of its own matmuls, against storing the logits and against arcface_torch.
 
-    python tools/benchmark.py classifier --batch 512 --classes 50000 --kept --peer PATH/recognition/arcface_torch
+    python tools/benchmark.py classifier --batch 512 --classes 50000 --peer PATH/recognition/arcface_torch
     python tools/benchmark.py classifier --device cuda --batch 24576 --classes 32186 --precisions half,tf32 --kernels torch,triton --kept
     python tools/benchmark.py classifier --device cuda --batch 1024 --classes 2059906 --precisions half,tf32 --kernels torch,triton --no-materialised
 
@@ -91,7 +91,8 @@ def run(
 ) -> dict[str, Any]:
     """Milliseconds (CPU time on a CPU) of forward + backward without optimizer; extra MB beyond weights and the rows' gradient.
 
-    `kept`: also with all exponentials kept for backward (three matmuls). `peer`: folder of an arcface_torch checkout, to time its PartialFC_V2 as well.
+    `kept`: also with memory for all exponentials, for batches whose exponentials the rows' gradient does not hold. `peer`: folder of an arcface_torch
+    checkout, to time its PartialFC_V2 as well.
     `only`: one variant, its peak memory alone (what the memory measurement starts in a process of its own)."""
     given = dict(locals())
     check_peer(peer)
@@ -106,7 +107,7 @@ def run(
     measured = compared(interleaved(found, repeats, weight.device))
     if memory:
         for name, row in measured.items():
-            if not name.startswith("matmuls"):
+            if "matmuls" not in name:
                 alone = in_children("classifier", given | {"only": name}, threads=threads, malloc=False)
                 row["extra_mb"] = alone["extra_mb"]
                 row["extra_mb_beyond_gradient_rows"] = round(row["extra_mb"] - shape.taking_part * dim * 4 / 2**20, 1)
@@ -127,14 +128,15 @@ def run(
 
 
 def compared(milliseconds: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Each variant's time, as it is, over its own matmuls and over the peer's."""
+    """Each variant's time: as it is, over the three and the four matmuls in its own number formats, over the peer's and over one anchor's."""
     rows: dict[str, dict[str, Any]] = {}
     for name, value in milliseconds.items():
         row: dict[str, Any] = {"ms": round(value, 2)}
         words = name.split()
-        bound = milliseconds.get(f"matmuls {words[1]}" + (" kept" if "kept" in words else "")) if words[0] == "lvtrain" else None
-        if bound and "anchors" not in words:
-            row["times_own_matmuls"] = round(value / bound, 3)
+        for count in (4, 3):
+            bound = milliseconds.get(f"{count} matmuls {words[1]}") if words[0] == "lvtrain" and "anchors" not in words else None
+            if bound:
+                row[f"times_{count}_matmuls"] = round(value / bound, 3)
         if "peer" in milliseconds:
             row["times_peer"] = round(value / milliseconds["peer"], 3)
         if name.endswith(" two anchors"):
@@ -189,11 +191,12 @@ def variants(
     two_anchors: bool = False,
     kept: bool = False,
 ) -> dict[str, Step]:
-    """Steps by name: "matmuls P", "lvtrain P [kernel] [kept] [two anchors]", "materialised", "peer"."""
+    """Steps by name: "4 matmuls P", "3 matmuls P", "lvtrain P [kernel] [kept] [two anchors]", "materialised", "peer"."""
     steps: dict[str, Step] = {}
     for precision in precisions:
+        for count in (4, 3):
+            steps[f"{count} matmuls {precision}"] = _matmuls(shape, precision, chunk, recompute=count == 4)
         for keep in ["", " kept"] if kept else [""]:
-            steps[f"matmuls {precision}{keep}"] = _matmuls(shape, precision, chunk, recompute=not keep)
             for kernel in kernels or ["torch"]:
                 name = f"lvtrain {precision}" + ("" if kernel == "torch" else f" {kernel}") + keep
                 steps[name] = _ours(shape, precision, kernel, chunk, _ALL if keep else None, two=False)
@@ -228,7 +231,7 @@ def _ours(shape: Problem, precision: Any, kernel: Any, chunk: int, keep_mb: floa
 
 
 def _matmuls(shape: Problem, precision: str, chunk: int, *, recompute: bool) -> Step:
-    """The bound: the four matmuls (three without `recompute`) and nothing else, in the number formats and chunks of the precision, the rows' gradient
+    """A bound: four matmuls (three without `recompute`) and nothing else, in the number formats and chunks of the precision, the rows' gradient
     written where the classifier writes it. 16-bit factors are two chunks held in cache; nothing is normalised, rounded or exponentiated."""
     x, weight, count = shape.all_x, shape.weight.detach(), shape.taking_part
     size = chunk_size(len(x), x.shape[1], count, chunk or None, x.device)
