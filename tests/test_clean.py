@@ -178,6 +178,8 @@ def test_command_line_writes_a_subset_that_loads(planted, tmp_path):
     np.save(tmp_path / "short.npy", planted.embeddings[:-1])
     bad = CliRunner().invoke(app, [*arguments[:2], "--embeddings", str(tmp_path / "short.npy")])
     assert bad.exit_code == 2 and "embed this dataset again" in bad.output
+    late = CliRunner().invoke(app, [arguments[0], str(tmp_path / "exam.json"), "--embeddings", str(tmp_path / "nothing.npy")])
+    assert late.exit_code == 2 and "exam.bin beside it is not a subset's" in late.output  # before anything is embedded
 
 
 def test_embeddings_that_know_nobody_are_refused(planted):

@@ -58,6 +58,8 @@ def test_lists(whole):
         choose(whole, min_images=6)
     with pytest.raises(UserError, match="fraction=0"):
         choose(whole, fraction=0)
+    # 0.28 x 25 is 7.000000000000001, and 7 identities
+    assert len(np.unique(labels[choose(whole, fraction=0.28, identities=[f"person_{i}" for i in range(25)])])) == 7
     for outside in (-1, 200):
         with pytest.raises(UserError, match=r"must be in \[0, 200\)"):
             choose(whole, without_samples=[outside])
@@ -123,12 +125,24 @@ def test_stale_missing_and_cut_subsets_are_refused(whole, tmp_path):
         ShardDataset(tmp_path / "nothing.json")
 
 
+def test_a_verification_set_of_the_same_name_is_not_written_over(whole, tmp_path):
+    (tmp_path / "heldout.bin").write_bytes(b"pairs")
+    with pytest.raises(UserError, match=r"heldout\.bin beside it is not a subset's"):
+        write_subset(tmp_path / "heldout.json", whole, np.arange(5))
+    assert [path.name for path in tmp_path.iterdir()] == ["heldout.bin"] and (tmp_path / "heldout.bin").read_bytes() == b"pairs"
+    for count in (3, 5):  # its own it replaces
+        assert len(ShardDataset(write_subset(tmp_path / "few.json", whole, np.arange(count)))) == count
+
+
 def test_the_tool(folder, tmp_path):
     command = [sys.executable, "tools/make_subset.py", str(folder), str(tmp_path / "s.json")]
     done = subprocess.run([*command, "--fraction", "0.1", "--shots", "1"], capture_output=True, text=True, check=True)
     assert "4 images of 4 identities" in done.stdout
     wrong = subprocess.run([*command, "--fraction", "2"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and wrong.stderr.startswith("make_subset: error: fraction=2.0") and wrong.stderr.count("\n") == 1
+    (tmp_path / "latin.txt").write_bytes(b"Andr\xe9\n")
+    wrong = subprocess.run([*command, "--identities", str(tmp_path / "latin.txt")], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "is no UTF-8 text" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
 def test_cache_copies_within_its_bound_and_changes_nothing(folder, tmp_path):

@@ -17,7 +17,7 @@ import typer
 
 from lvtrain.data import clean, contact_sheet
 from lvtrain.data.shards import ShardDataset
-from lvtrain.data.subset import write_subset
+from lvtrain.data.subset import check_target, write_subset
 from lvtrain.errors import EXIT_ERROR, UserError
 
 _SHOWN = 6
@@ -58,6 +58,7 @@ def _clean(
         raise UserError(f"--merges {merges} is unknown; choose merge, drop or keep")
     if model.suffix == ".npy" and len(bins) != len(bin_embeddings):
         raise UserError(f"{len(bins)} --evaluation and {len(bin_embeddings)} --evaluation-embeddings; give one .npy for each .bin, or a model")
+    check_target(out)
     data = ShardDataset(folder)
     read = _reader(data)
     labels = data.labels(np.arange(len(data)))

@@ -69,6 +69,8 @@ def _lines(path: Path | None) -> list[str] | None:
         return [line for line in path.read_text().splitlines() if line]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; correct the path of the list") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no UTF-8 text; write the list with the names of labels.txt, one a line") from None
 
 
 def _numbers(path: Path | None) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable
@@ -69,7 +70,7 @@ def choose(
     candidates = np.flatnonzero(allowed & (images >= max(1, min_images)))
     drawn = randomness.bits(seed, "subset/identity", candidates).argsort(kind="stable")
     chosen = np.zeros(dataset.num_classes, dtype=bool)
-    chosen[candidates[drawn[: -int(-fraction * len(candidates) // 1)]]] = True
+    chosen[candidates[drawn[: math.ceil(round(fraction * len(candidates), 6))]]] = True  # 0.28 x 25 is 7.000000000000001
     ids = np.flatnonzero(keep & chosen[labels])
     if shots is not None:
         order = ids[np.lexsort((randomness.bits(seed, "subset/shot", ids), labels[ids]))]
@@ -78,6 +79,22 @@ def choose(
     if not len(ids):
         raise UserError(f"nothing of {dataset.folder} is left by this choice; loosen the filters")
     return ids
+
+
+def check_target(path: Path) -> Path:
+    """The .bin that belongs to a manifest to be written.
+
+    Raises:
+        UserError: not NAME.json, or another kind of file (a verification set, mostly) is called NAME.bin and would be lost.
+    """
+    if path.suffix != ".json" or path.name == "dataset.json":
+        raise UserError(f"{path}: a subset manifest is NAME.json (and not dataset.json)")
+    binary = path.with_suffix(".bin")
+    if binary.exists():
+        with open(binary, "rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise UserError(f"{path}: {binary.name} beside it is not a subset's and would be lost; choose another name")
+    return binary
 
 
 def write_subset(
@@ -97,11 +114,10 @@ def write_subset(
             that have a sample are numbered in their old order.
 
     Raises:
-        UserError: no samples, a duplicate or foreign id, a sample whose identity is dropped, or labels with gaps.
+        UserError: no samples, a duplicate or foreign id, a sample whose identity is dropped, labels with gaps, or what `check_target` refuses.
     """
     path = Path(path)
-    if path.suffix != ".json" or path.name == "dataset.json":
-        raise UserError(f"{path}: a subset manifest is NAME.json (and not dataset.json)")
+    binary = check_target(path)
     ids = np.sort(np.asarray(ids, dtype=np.uint64))
     if not len(ids) or int(ids[-1]) >= len(dataset) or (ids[1:] == ids[:-1]).any():
         raise UserError(f"{path}: a subset needs distinct sample ids in [0, {len(dataset)})")
@@ -114,7 +130,6 @@ def write_subset(
     if (label_of[present] == DROPPED).any() or not np.array_equal(used, np.arange(len(used))):
         raise UserError(f"{path}: the label map drops an identity that has samples, or leaves gaps between labels")
     ids, label_of = dataset.in_whole(ids, label_of)
-    binary = path.with_suffix(".bin")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{binary}.tmp", "wb") as file:
         file.write(_HEADER.pack(_MAGIC, SCHEMA, len(used), len(label_of), len(ids)))
