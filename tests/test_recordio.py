@@ -1,5 +1,6 @@
 """RecordIO: round trip of any payload, mxnet's bytes, insightface's arrangement, and DALI as the independent reader."""
 
+import resource
 import struct
 
 import numpy as np
@@ -83,11 +84,25 @@ def test_flat_arrangement_keeps_key_zero(tmp_path):
 
 
 def test_labels_float32_cannot_hold_are_refused(tmp_path):
-    writer = recordio.RecordWriter(tmp_path / "train.rec")
-    writer.write(0, recordio.pack_record((1 << 24) - 1, b"x"))
-    with pytest.raises(UserError, match="16777216"):
-        writer.write(1, recordio.pack_record(1 << 24, b"x"))
-    writer.close()
+    with recordio.RecordWriter(tmp_path / "train.rec") as writer:
+        writer.write(0, recordio.pack_record((1 << 24) - 1, b"x"))
+        with pytest.raises(UserError, match="16777216"):
+            writer.write(1, recordio.pack_record(1 << 24, b"x"))
+
+
+def test_a_disk_that_is_full_leaves_the_old_file_and_nothing_else(tmp_path):
+    with recordio.RecordWriter(tmp_path / "train.rec") as writer:
+        writer.write(0, recordio.pack_record(0, b"old"))
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limit[1]))
+    try:
+        for size in (11_990, 60_000):  # noticed at the end, and while it is written
+            with pytest.raises(OSError, match="File too large"), recordio.RecordWriter(tmp_path / "train.rec") as writer:
+                writer.write(0, recordio.pack_record(0, bytes(size)))
+            assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_cut_and_foreign_files_are_named(tmp_path):
@@ -178,6 +193,8 @@ def test_filtered_index_for_dali(packed, tmp_path):
     arguments = ["--min-images", "3", "--shots", "2", "--without-keys", str(tmp_path / "bad.txt")]
     result = CliRunner().invoke(app, ["filter", str(rec), str(chosen), *arguments])
     assert result.exit_code == 0 and "4 images of 2 identities" in result.output
+    for itself in (rec, rec.with_suffix(".idx")):
+        assert CliRunner().invoke(app, ["filter", str(rec), str(itself)]).exit_code == 2
     assert rec.read_bytes() == before
     file = recordio.RecordFile(rec)
     expected = [file.record(int(offset)) for offset in recordio.read_index(chosen)[1]]

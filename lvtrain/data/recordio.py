@@ -10,6 +10,7 @@ half-open range of their image keys as labels, N+1..N+C. Other tools' files hold
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -63,7 +64,7 @@ def unpack_record(payload: bytes) -> Record:
 
 
 class RecordWriter:
-    """Writes `path` and, beside it, the `.idx`; both get their final names on close.
+    """Writes `path` and, beside it, the `.idx`; both get their final names when the block ends well.
 
     `with RecordWriter("train.rec") as rec: rec.write(key, pack_record(label, jpeg))`
     """
@@ -72,7 +73,7 @@ class RecordWriter:
         self.path = Path(path)
         self.index_path = self.path.with_suffix(".idx")
         self._temporary = [p.with_name(p.name + ".tmp") for p in (self.path, self.index_path)]
-        self._rec: IO[bytes] = open(self._temporary[0], "wb")  # noqa: SIM115  (closed by close)
+        self._rec: IO[bytes] = open(self._temporary[0], "wb")  # noqa: SIM115  (closed by __exit__)
         self._idx: IO[str] = open(self._temporary[1], "w")  # noqa: SIM115
 
     def write(self, key: int, payload: bytes) -> int:
@@ -91,26 +92,23 @@ class RecordWriter:
         self._idx.write(f"{key}\t{offset}\n")
         return offset
 
-    def close(self) -> None:
-        files: tuple[IO[Any], ...] = (self._rec, self._idx)
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        os.replace(self._temporary[0], self.path)
-        os.replace(self._temporary[1], self.index_path)
-
     def __enter__(self) -> RecordWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-            return
-        self._rec.close()
-        self._idx.close()
-        for path in self._temporary:
-            path.unlink(missing_ok=True)
+        files: tuple[IO[Any], ...] = (self._rec, self._idx)
+        try:
+            if kind is None:
+                for file in files:
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(self._temporary[0], self.path)
+                os.replace(self._temporary[1], self.index_path)
+        finally:
+            for file, path in zip(files, self._temporary):
+                with contextlib.suppress(OSError):  # on a full disk what is still buffered cannot be written
+                    file.close()
+                path.unlink(missing_ok=True)
 
 
 def _split(payload: bytes) -> list[bytes]:
@@ -256,8 +254,8 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
     if not len(chosen):
         raise UserError(f"{file.path} holds no image records")
     empty = []
-    for number, at in enumerate(identity_rows):
+    for at in identity_rows:
         ranges = file.record(int(offsets[at])).labels
         if len(ranges) >= 2 and ranges[0] >= ranges[1]:
-            empty.append(number)
+            empty.append(int(keys[at]) - start)
     return RecordCatalogue(keys[chosen], offsets[chosen], labels, tuple(empty))

@@ -68,11 +68,11 @@ def filter_index(
         shots: at most so many images an identity, drawn by `seed`.
 
     Raises:
-        UserError: nothing is left, or the file is damaged.
+        UserError: nothing is left, `out` is the file itself or its index, or the file is damaged.
     """
     rec, out = Path(rec), Path(out)
-    if out.resolve() == rec.with_suffix(".idx").resolve():
-        raise UserError(f"{out} is the file's own index; write the choice under another name")
+    if out.resolve() in (rec.resolve(), rec.with_suffix(".idx").resolve()):
+        raise UserError(f"{out} is the .rec itself or its own index; write the choice under another name")
     found = recordio.catalogue(recordio.RecordFile(rec), rec.with_suffix(".idx"))
     keep = ~np.isin(found.keys, np.fromiter(without_keys, dtype=np.int64))
     if identities is not None:
