@@ -25,7 +25,7 @@ def main(
     source: Annotated[Path, typer.Argument(metavar="SRC")],
     out: Annotated[Path, typer.Argument(metavar="OUT")],
     kind: Annotated[str, typer.Option(help=" | ".join(KINDS))],
-    workers: Annotated[int, typer.Option(help="processes; the result does not depend on it")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="processes; the result does not depend on it")] = os.cpu_count() or 1,
     seed: Annotated[int, typer.Option(help="of the shuffle")] = 0,
     shuffle: Annotated[bool, typer.Option(help="write in random order, so that shards are not sorted by identity")] = True,
     samples_per_shard: int = 8192,
@@ -69,7 +69,7 @@ def main(
 
 def _summary(report: dict[str, Any], out: Path) -> None:
     typer.echo(
-        f"{out}: {report['identities']} identities, {report['images_written']} images in {report['shards']} shards, {report['bytes'] / 1e6:.1f} MB; "
+        f"{out}: {report['identities']} identities, {report['images_written']} images in {report['shards']} shard(s), {report['bytes'] / 1e6:.1f} MB; "
         f"{report['images_untouched']} passed through, {report['images_encoded']} encoded, {report['images_skipped']} skipped"
     )
     for name, trouble in report["troubles"].items():

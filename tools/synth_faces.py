@@ -21,7 +21,7 @@ def main(
     pairs: Annotated[int, typer.Option(help="verification pairs, a multiple of 20")] = 3000,
     seed: int = 0,
     difficulty: Annotated[str, typer.Option(help="normal or hard")] = "normal",
-    workers: Annotated[int, typer.Option(help="processes; the bytes do not depend on it")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="processes; the bytes do not depend on it")] = 2,
 ) -> None:
     # imported here, because every worker process imports this file and needs no torch
     from lvtrain.evaluation.bins import write_bin

@@ -235,7 +235,7 @@ def open_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
 
 def read_labels(folder: str | Path) -> list[str]:
     """The identity names, by label."""
-    return (Path(folder) / "labels.txt").read_text().split("\n")[:-1]
+    return (Path(folder) / "labels.txt").read_bytes().decode().split("\n")[:-1]  # as text, a carriage return would end a name
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from lvtrain.data import recordio
 from lvtrain.data.importers.catalogue import Catalogue, CatalogueWriter, natural_key
 from lvtrain.data.importers.folders import WEBFACE_IDENTITY, is_image
+from lvtrain.data.index import read_labels
 from lvtrain.errors import UserError
 
 
@@ -116,7 +117,7 @@ class WebDataset(_Archives):
     def scan(self, out: CatalogueWriter) -> None:
         names = self.path / "labels.txt"
         if names.exists() and (self.path / "dataset.json").exists():
-            out.class_names.update(enumerate(names.read_text().split("\n")[:-1]))
+            out.class_names.update(enumerate(read_labels(self.path)))
         for file in self.files(".tar"):
             self._scan_tar(file, out)
 

@@ -21,8 +21,9 @@ LABEL_ORDERS = ("natural", "lexicographic")
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sorts id2 before id10: digits count as numbers."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    """Sorts id2 before id10: digits count as numbers; no two names (id1, id01) are equal, or a listing's order would decide."""
+    parts = [(1, int(part), "") if part.isdecimal() else (2, 0, part) for part in re.split(r"(\d+)", name) if part]
+    return [*parts, (0, 0, name)]
 
 
 class CatalogueWriter:

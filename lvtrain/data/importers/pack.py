@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lvtrain import randomness
-from lvtrain.data import contact_sheet
+from lvtrain.data import align, contact_sheet
 from lvtrain.data.importers import images, work
 from lvtrain.data.importers.catalogue import LABEL_ORDERS, Catalogue, CatalogueWriter
 from lvtrain.data.importers.policies import Policies, Troubles
@@ -94,6 +94,8 @@ def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers:
         options.align, options.policies.wrong_size == "fix", options.policies.grey == "fix",
     )  # fmt: skip
     opened = open_source(options.kind, source, image_column=options.image_column, label_column=options.label_column)
+    if options.align:
+        align.Detector()  # refused here, before the listing, where it is not installed
     if not (scratch / "rows.bin").exists():
         tell("listing", 0, 0)
         writer = CatalogueWriter(scratch)

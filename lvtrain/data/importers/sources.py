@@ -22,7 +22,7 @@ class Source(Protocol):
         """Lists every image and identity."""
 
     def read(self, catalogue: Catalogue, row: int) -> bytes:
-        """The encoded image of one row; OSError or zlib.error when it cannot be read."""
+        """The encoded image of one row; OSError when it cannot be read, UserError or zlib.error when what is there is damaged."""
 
     def grains(self, catalogue: Catalogue) -> np.ndarray | None:
         """Per row the number of the run it is best read with [n], or None where any order is as good."""

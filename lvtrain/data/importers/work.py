@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,10 @@ def inspect_chunk(task: tuple[Path, int, int]) -> int:
     for row in range(first, stop):
         try:
             data = state.source.read(state.catalogue, row)
-        except images.UNREADABLE:
+        except images.UNREADABLE as error:
+            # a disk that fails or a forbidden file says nothing of the image: not to be skipped among the damaged ones
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise OSError(error.errno, error.strerror, error.filename or state.catalogue.name(row)) from None
             records[row - first]["flags"] = images.UNDECODABLE
             continue
         digest, width, height, flags, matrix = images.inspect(data, state.job.target, state.detector)
