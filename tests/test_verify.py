@@ -1,5 +1,6 @@
 """tools/verify_dataset.py: every injected fault is found and named, and a sound dataset is called sound."""
 
+import errno
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from lvtrain.data import contact_sheet
 from lvtrain.data.importers import PackOptions, pack
-from lvtrain.data.index import RECORD
+from lvtrain.data.index import RECORD, file_sha256
 from lvtrain.data.synthetic import DIFFICULTIES, render_face
 from lvtrain.data.synthetic.dataset import encode_face
 from lvtrain.data.verify import verify
@@ -142,6 +143,20 @@ def test_bad_label_label_map_and_manifest(dataset):
     assert str(fault).startswith(f"manifest: {dataset}/nowhere/dataset.json: is missing; pack") and str(fault).count("nowhere") == 1
 
 
+def test_a_shard_that_cannot_be_read_hides_no_other_fault(dataset, monkeypatch):
+    from lvtrain.data import verify as module
+
+    def failing(path):
+        if path.name == "000000.tar":
+            raise OSError(errno.EIO, "Input/output error")
+        return file_sha256(path)
+
+    monkeypatch.setattr(module, "file_sha256", failing)
+    flip(dataset / "shards" / "000002.tar", 600)
+    faults = verify(dataset, full=True).faults
+    assert [(fault.kind, fault.where[-10:]) for fault in faults[:2]] == [("unreadable-shard", "000000.tar"), ("changed-shard", "000002.tar")]
+
+
 def test_notes_name_what_is_unread_or_empty(dataset):
     (dataset / "shards" / "000009.tar").write_bytes(b"")
     verdict = verify(dataset)
@@ -160,6 +175,8 @@ def test_command_line(dataset, tmp_path):
     (dataset / "shards" / "000001.tar").unlink()
     bad = CliRunner().invoke(app, [str(dataset)])
     assert bad.exit_code == 2 and "missing-shard" in bad.output and "Traceback" not in bad.output
+    nobody = CliRunner().invoke(app, [str(dataset), "--full", "--workers", "0"])
+    assert nobody.exit_code == 2 and "--workers" in nobody.output
 
 
 def test_colour_order_is_guessed():

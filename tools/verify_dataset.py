@@ -18,7 +18,7 @@ from lvtrain.errors import EXIT_ERROR, UserError
 def main(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET")],
     full: Annotated[bool, typer.Option("--full", help="read everything: hashes, labels in the tars, decode")] = False,
-    workers: int = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="processes of --full")] = os.cpu_count() or 1,
     sheet: Annotated[Path | None, typer.Option(help="draw a contact sheet (PNG) here")] = None,
 ) -> None:
     """Checks a dataset folder; every fault is named, and the exit status is then 2."""
@@ -45,7 +45,7 @@ def main(
         typer.echo(f"verify_dataset: error: {error}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     checked = "every byte" if full else "structure; --full reads every byte"
-    summary = f"{dataset}: {verdict.identities} identities, {verdict.samples} samples, {verdict.shards} shards"
+    summary = f"{dataset}: {verdict.identities} identities, {verdict.samples} samples, {verdict.shards} shard(s)"
     if verdict.faults:
         typer.echo(f"{summary}: {len(verdict.faults)} fault(s) ({checked})", err=True)
         raise typer.Exit(EXIT_ERROR)

@@ -26,7 +26,7 @@ _CHUNK = 1 << 20
 Warn = Callable[[str], None]
 
 
-class ReadError(Exception):
+class ReadError(UserError):
     """One sample's bytes could not be read: the shard was cut short, or the file system kept failing."""
 
 

@@ -163,7 +163,11 @@ def check_shard(task: tuple[int, int], *, folder: Path, manifest: Manifest, use_
     shard = manifest.shards[number]
     path = folder / shard.name
     faults: list[Fault] = []
-    if file_sha256(path) != shard.sha256:
+    try:
+        digest = file_sha256(path)
+    except OSError as error:
+        return [Fault("unreadable-shard", str(path), f"{error.strerror or error}; check the disk, or copy it again")]
+    if digest != shard.sha256:
         faults.append(Fault("changed-shard", str(path), "its sha256 is not the one in dataset.json; bytes were flipped or replaced"))
     records = np.asarray(open_index(folder, manifest)[first : first + shard.samples]) if use_index else None
     counts: dict[str, int] = {}
