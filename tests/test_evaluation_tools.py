@@ -58,7 +58,7 @@ def test_build_and_evaluate(folder: Path, tmp_path: Path) -> None:
             assert image.size[0] > 300
 
 
-def test_a_runs_figures_go_into_the_run(tmp_path: Path) -> None:
+def test_a_runs_figures_go_into_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tools.evaluate import _folder
 
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000000012"
@@ -67,6 +67,10 @@ def test_a_runs_figures_go_into_the_run(tmp_path: Path) -> None:
     assert _folder(tmp_path / "run") == tmp_path / "run" / "evaluated", "not evaluation/, which is the trainer's"
     assert _folder(checkpoint) == tmp_path / "run" / "evaluated_step_000000012"
     assert _folder(tmp_path / "model.onnx") == _folder(Path("raw_pixels")) == Path("evaluation")
+    monkeypatch.chdir(tmp_path / "run")
+    assert _folder(Path("model.onnx")) == _folder(Path("export") / "model.onnx") == Path("evaluation"), "a model in a run is no checkpoint of it"
+    monkeypatch.chdir(checkpoint.parent)
+    assert _folder(Path(checkpoint.name)) == tmp_path / "run" / "evaluated_step_000000012"
 
 
 def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
@@ -81,6 +85,7 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
     attempts = {
         "does not exist": ("evaluate", "raw_pixels", "--benchmark", f"x:{tmp_path}/absent.bin"),
         "nothing to do": ("evaluate", "raw_pixels"),
+        "absent does not exist; give a run": ("evaluate", tmp_path / "absent", "--cluster", f"x:{folder}"),
         "cut.jpg cannot be decoded": ("evaluate", "raw_pixels", "--cpu", "--cluster", f"x:{people}"),
         "more than 8 bits": ("evaluate", "raw_pixels", "--cpu", "--cluster", f"x:{tmp_path / 'deep'}"),
         "line 1": ("build_bin", tmp_path / "bad.txt", folder, tmp_path / "x.bin"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,7 @@ def main(
             names, issame = [names[i] for i in order], issame[order]
         check_folds(issame, out)
         # one image often stands in many pairs: read it once
-        encoded = {name: encode(images / name, image_size, quality) for pair in names for name in pair}
+        encoded = {name: encode(images / name, image_size, quality) for name in dict.fromkeys(chain.from_iterable(names))}
         write_bin(out, [encoded[name] for pair in names for name in pair], issame, about={"alignment": alignment})
     except (UserError, OSError) as error:
         print(f"build_bin: error: {error}", file=sys.stderr)

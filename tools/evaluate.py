@@ -108,10 +108,13 @@ def main(
 
 def _folder(model: Path) -> Path:
     """A run's own figures lie in the run, where its report finds them, beside `evaluation/`, which is the trainer's."""
-    run = model.parent.parent  # of a checkpoint
     if (model / "recipe.yaml").is_file():
         return model / "evaluated"
-    return run / f"evaluated_{model.name}" if (run / "recipe.yaml").is_file() else Path("evaluation")
+    model = model.absolute()
+    run = model.parent.parent
+    if model.parent.name == "checkpoints" and (run / "recipe.yaml").is_file():
+        return run / f"evaluated_{model.name}"
+    return Path("evaluation")
 
 
 def _model(path, device, average):

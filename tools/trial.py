@@ -110,6 +110,9 @@ class Bench:
     def said(self, runs: Path) -> str:
         return (self.folder / f"{runs.name}.txt").read_text()
 
+    def last_line(self, runs: Path) -> str:
+        return (self.said(runs).strip().splitlines() or ["(nothing was said)"])[-1]
+
     def peace(self) -> Path:
         """A run nobody disturbed, made once."""
         runs = self.folder / "peace"

@@ -69,7 +69,7 @@ def parse(text: str, kind: Kind | None = None) -> Task:
         raise UserError(f"--megaface {text}: NAME:PROBES,DISTRACTORS is expected, two folders")
     for path in paths:
         if not path.exists():
-            raise UserError(f"benchmark {name}: {path} does not exist")
+            raise UserError(f"benchmark {name}: {path} does not exist; correct the path in NAME:PATH")
     return Task(name, kind or _kind(paths[0]), paths)
 
 
