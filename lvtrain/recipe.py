@@ -55,6 +55,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
+def _in_steps_or_epochs(warmup: Duration) -> None:
+    if warmup.unit == "samples":
+        raise ValueError("warmup is given in steps or epochs")
+
+
 # ---------------------------------------------------------------------------------------------------------------- sections
 
 
@@ -106,6 +111,14 @@ class Margin(Section):
     filter_threshold: float | None = Field(
         None, description="drop negatives with a higher cosine (inter-class filtering)"
     )
+    warmup: Duration = Field(
+        default_factory=lambda: Duration("0 steps"), description="the margin grows from nothing over this long; in steps or epochs"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Margin:
+        _in_steps_or_epochs(self.warmup)
+        return self
 
 
 class RowOptimizer(Section):
@@ -215,8 +228,7 @@ class Cluster(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Cluster:
-        if self.warmup.unit == "samples":
-            raise ValueError("warmup is given in steps or epochs")
+        _in_steps_or_epochs(self.warmup)
         if self.m_high < self.m_low:
             raise ValueError(f"m_high {self.m_high} is below m_low {self.m_low}")
         return self

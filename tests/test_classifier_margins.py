@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lvtrain.classifier.margins import MARGINS, AdaFace, ArcFace, ClusterGuided, Combined, CosFace, create_margin
+from lvtrain.classifier.margins import (
+    MARGINS,
+    AdaFace,
+    ArcFace,
+    ClusterGuided,
+    Combined,
+    CosFace,
+    Margin,
+    create_margin,
+)
 from lvtrain.errors import UserError
 
 LABELS = torch.tensor([3, 1, 8, 8, 0, 2, 4, 4, 7])
@@ -179,6 +188,27 @@ def test_adaface_ignores_an_empty_step_and_the_norms_gradient() -> None:
     cosine = torch.tensor([0.3], requires_grad=True)
     margin.target_logit(cosine, LABELS[:1], norms).backward()
     assert norms.grad is None
+
+
+@pytest.mark.parametrize(
+    ("whole", "half"),
+    [
+        (CosFace(m=0.4), CosFace(m=0.2)),
+        (ArcFace(m=0.5), ArcFace(m=0.25)),
+        (ArcFace(m=0.5, straight_through=True), ArcFace(m=0.25, straight_through=True)),
+        (Combined(m1=1.5, m2=0.25, m3=0.5), Combined(m1=1.25, m2=0.125, m3=0.25)),
+        (AdaFace(m=0.4), AdaFace(m=0.2)),
+        (ClusterGuided(), ClusterGuided()),
+    ],
+    ids=lambda margin: type(margin).__name__,
+)
+def test_a_share_of_a_margin_is_a_smaller_margin(whole: Margin, half: Margin) -> None:
+    norms = torch.linspace(1.0, 60.0, len(COSINES), dtype=torch.float64)
+    smaller = {"classes": CONTEXT["classes"], "margins": CONTEXT["margins"] / 2}
+    whole.share = 0.5
+    assert torch.equal(whole.target_logit(COSINES, LABELS, norms, **CONTEXT), half.target_logit(COSINES, LABELS, norms, **smaller))
+    whole.share = 0.0
+    assert torch.allclose(whole.target_logit(COSINES, LABELS, norms, **CONTEXT), 64 * COSINES, atol=64e-3)  # AdaFace ends at an angle of 1e-3
 
 
 def test_user_mistakes() -> None:

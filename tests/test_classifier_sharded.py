@@ -18,6 +18,8 @@ from lvtrain.classifier.sampling import chosen_rows
 from lvtrain.errors import UserError
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.heads import rows_rates
+from lvtrain.methods.supervised import batch_cosine
+from lvtrain.recipe import Duration
 from lvtrain.state import Rows
 from tests.ranks import run_ranks
 
@@ -455,7 +457,7 @@ def test_what_the_recipe_says_reaches_the_classifier():
             "data": {"path": "none"},
             "backbone": {"name": "vit_nano", "embedding_dim": DIM},
             "classifier": {
-                "margin": {"name": "arcface", "scale": 24.0, "m": 0.45, "filter_threshold": 0.7},
+                "margin": {"name": "arcface", "scale": 24.0, "m": 0.45, "filter_threshold": 0.7, "warmup": "4 steps"},
                 "precision": "bfloat16",
                 "gather": "bfloat16",
                 "chunk": 9,
@@ -484,9 +486,31 @@ def test_what_the_recipe_says_reaches_the_classifier():
     method.end_step(now, nullcontext)
     before[chosen] -= 0.15 * (gradient + 0.4 * before[chosen])
     torch.testing.assert_close(head.weight.detach(), before)
+    for at, warmup, share in ((0, "4 steps", 0.0), (3, "4 steps", 0.75), (4, "4 steps", 1.0), (9, "4 steps", 1.0), (1, "1.5 epochs", 0.5), (0, "0 steps", 1.0)):
+        recipe.classifier.margin.warmup = Duration(warmup)
+        method.begin_step(Now(step=at, lr=0.05, progress=0.1, epoch=0.75 * at), labels[0])
+        assert head.margin.share == share
     own = recipe.model_copy(deep=True)
     own.classifier.optimizer.weight_decay, own.classifier.optimizer.lr = 0.01, None
     assert rows_rates(own, now) == {"lr": 0.05, "weight_decay": 0.01}
+
+
+def test_a_run_that_learns_nothing_is_told():
+    """The figure of a batch with an ignored sample; and what runs show."""
+    x = F.normalize(torch.randn(9, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64), dim=1)
+    x[4] = 0.0
+    cosines = (x @ x.t())[torch.arange(9) != 4][:, torch.arange(9) != 4]
+    torch.testing.assert_close(batch_cosine(x), (cosines.sum() - 8) / 56)
+    recipe = recipes.resolve({"name": "x", "data": {"path": "none"}, "backbone": {"name": "vit_nano"}, "method": {"name": "pco"},
+        "phases": [{"name": "only", "global_batch": 8, "virtual_batches": 1}], "optimizer": {"lr": 0.1}, "schedule": {"total": "10 steps"}})  # fmt: skip
+    method = create_method(recipe, num_classes=5, device=torch.device("cpu"))
+
+    def told(epoch, cos2, across):
+        return method.warnings({"cos2": cos2, "batch_cosine": across}, Now(step=9, lr=0.1, progress=0.1, epoch=epoch))
+
+    assert told(1.0, 0.12, 0.0) == told(9.0, 0.6, 0.2) == told(0.9, 0.002, 0.9) == []
+    assert "class centres 0.014 (cos2). Lower optimizer.lr" in told(1.4, 0.014, 0.24)[0]
+    assert "that of chance" in told(1.0, 0.002, 0.0)[0]
 
 
 def test_wrong_use_is_told():

@@ -242,11 +242,12 @@ def test_views_that_cannot_be_trained_on_are_refused() -> None:
 
 def test_collapse_is_said() -> None:
     method = create_method(recipe(DINO), num_classes=4, device=CPU)
+    now = Now(step=0, lr=0.1, progress=0.0, epoch=0.0)
     healthy = {"feature_std": 0.2, "teacher_entropy": 1e-4, "prototype_entropy": 2.0}  # every image sure of its own prototype
-    assert method.warnings(healthy) == []
-    assert "nearly equal" in method.warnings(healthy | {"feature_std": 1e-5})[0]
-    assert "one prototype" in method.warnings(healthy | {"prototype_entropy": 1e-4})[0]
-    assert "uniform" in method.warnings(healthy | {"teacher_entropy": math.log(37), "prototype_entropy": math.log(37)})[0]
+    assert method.warnings(healthy, now) == []
+    assert "nearly equal" in method.warnings(healthy | {"feature_std": 1e-5}, now)[0]
+    assert "one prototype" in method.warnings(healthy | {"prototype_entropy": 1e-4}, now)[0]
+    assert "uniform" in method.warnings(healthy | {"teacher_entropy": math.log(37), "prototype_entropy": math.log(37)}, now)[0]
 
 
 def test_collapse_of_a_run_is_detected(tiny_faces: Path, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class Margin(nn.Module):
     filter_threshold: negatives with a cosine above it are dropped (Partial FC's inter-class filtering), None to keep
     all. arcface_torch sets
         such logits to 0, which leaves exp(0) in the sum; here they leave the sum.
+    share: how much of the margin is asked for, in [0, 1]: a method that warms the margin up sets it at a step's begin.
     reads_norms: `target_logit` uses `norms`; if False the classifier may pass None.
     """
 
@@ -67,6 +68,7 @@ class Margin(nn.Module):
             raise UserError(f"margin scale must be positive, got {scale}")
         self.scale = float(scale)
         self.filter_threshold = filter_threshold
+        self.share = 1.0
 
     def target_logit(self, cosine: Tensor, labels: Tensor, norms: Tensor | None = None, **context: Tensor) -> Tensor:
         """T, already times scale: cosine [B] float, labels [B] int64 (-1 = ignored), norms [B] of the embeddings ->
@@ -104,7 +106,7 @@ class CosFace(Margin):
         self.m = float(m)
 
     def target_logit(self, cosine: Tensor, labels: Tensor, norms: Tensor | None = None, **context: Tensor) -> Tensor:
-        return self.scale * (cosine - self.m)
+        return self.scale * (cosine - self.share * self.m)
 
 
 class Combined(Margin):
@@ -130,11 +132,12 @@ class Combined(Margin):
         self.m1, self.m2, self.m3, self.straight_through = float(m1), float(m2), float(m3), straight_through
 
     def target_logit(self, cosine: Tensor, labels: Tensor, norms: Tensor | None = None, **context: Tensor) -> Tensor:
+        m1, m2, m3 = 1 + self.share * (self.m1 - 1), self.share * self.m2, self.share * self.m3
         if self.straight_through:
             with torch.no_grad():
-                change = torch.cos(self.m1 * angle(cosine) + self.m2) - self.m3 - cosine
+                change = torch.cos(m1 * angle(cosine) + m2) - m3 - cosine
             return self.scale * (cosine + change)
-        return self.scale * angular_target(cosine, self.m1, torch.full_like(cosine, self.m2), self.m3)
+        return self.scale * angular_target(cosine, m1, torch.full_like(cosine, m2), m3)
 
 
 class ArcFace(Combined):
@@ -165,7 +168,7 @@ class ClusterGuided(Margin):
         if not len(classes):  # nothing but ignored samples
             return self.scale * cosine
         place = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)  # -1 reads some margin, at weight 0
-        return self.scale * angular_target(cosine, 1.0, margins[place].to(cosine.dtype))
+        return self.scale * angular_target(cosine, 1.0, self.share * margins[place].to(cosine.dtype))
 
 
 class AdaFace(Margin):
@@ -201,8 +204,9 @@ class AdaFace(Margin):
             raise ValueError("AdaFace needs the norms of the embeddings")
         clipped = norms.detach().clamp(1e-3, 100.0).to(cosine.dtype)
         quality = ((clipped - self.mean.to(cosine.dtype)) / (self.std.to(cosine.dtype) + 1e-3) * self.h).clamp(-1, 1)
-        bent = (angle(cosine) - self.m * quality).clamp(1e-3, math.pi - 1e-3)
-        return self.scale * (torch.cos(bent) - self.m - self.m * quality)
+        m = self.share * self.m
+        bent = (angle(cosine) - m * quality).clamp(1e-3, math.pi - 1e-3)
+        return self.scale * (torch.cos(bent) - m - m * quality)
 
     @torch.no_grad()
     def end_step(self, norms: Tensor, labels: Tensor) -> None:

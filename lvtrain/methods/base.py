@@ -23,7 +23,7 @@ from torch import nn
 
 from lvtrain.data.augment import SETS, augmentation
 from lvtrain.errors import UserError
-from lvtrain.recipe import Phase, Recipe
+from lvtrain.recipe import Duration, Phase, Recipe
 from lvtrain.state import State
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ class Now:
     epoch: float
     micro: int = 0
     virtual: int = 0
+
+    def share_of(self, warmup: Duration) -> float:
+        """How much of a warm-up in steps or epochs is behind: 0 in the first step, 1 from its end on."""
+        behind = self.step if warmup.unit == "steps" else self.epoch
+        return min(1.0, behind / warmup.amount) if warmup.amount else 1.0
 
 
 @dataclass
@@ -83,7 +88,7 @@ class Method(ABC):
     def after_initial_weights(self) -> None:
         """Called once, after `init_from` has put weights into `module`."""
 
-    def warnings(self, metrics: dict[str, float]) -> list[str]:
+    def warnings(self, metrics: dict[str, Any], now: Now) -> list[str]:
         """What a log line's figures say is going wrong, in words (a collapse)."""
         return []
 

@@ -46,7 +46,7 @@ from lvtrain.collectives import all_reduce_sum, gather_rows
 from lvtrain.data import Batch
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Now
-from lvtrain.methods.supervised import SupervisedMethod
+from lvtrain.methods.supervised import SupervisedMethod, batch_cosine
 from lvtrain.recipe import Cluster, Phase, Recipe
 from lvtrain.state import Rows, State
 from lvtrain.world import to_device
@@ -134,8 +134,7 @@ class ClusterMethod(SupervisedMethod):
     def begin_step(self, now: Now, global_labels: Tensor) -> None:
         super().begin_step(now, global_labels)
         self.seen.clear()
-        warmup = self.settings.warmup
-        self.warm = (now.step if warmup.unit == "steps" else now.epoch) >= warmup.amount
+        self.warm = now.share_of(self.settings.warmup) == 1.0
         self.clusters = self.read_bank(global_labels)
         if self.settings.guided and self.warm:
             low, high = self.settings.m_low, self.settings.m_high
@@ -149,6 +148,7 @@ class ClusterMethod(SupervisedMethod):
         output = self.classifier(embeddings, batch.labels, step=now.step, context=context)
         self.seen.append(output)
         loss, metrics = output.loss, {"cos2": output.cos2, "loss_classification": output.loss.detach()}
+        metrics |= {"batch_cosine": batch_cosine(output.embeddings)}
         metrics |= {"phi_mean": self.clusters.mean, "phi_std": self.clusters.deviation}
         metrics |= {
             "phi_min": self.clusters.lowest,

@@ -247,7 +247,7 @@ class DinoMethod(Method):
             settings.teacher_temperature - settings.teacher_temperature_start
         )
 
-    def warnings(self, metrics: dict[str, float]) -> list[str]:
+    def warnings(self, metrics: dict[str, Any], now: Now) -> list[str]:
         """What the telemetry says of collapse, in words."""
         said = []
         most = math.log(self.settings.prototypes)

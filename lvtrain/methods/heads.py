@@ -49,7 +49,7 @@ def create_classifier(recipe: Recipe, *, num_classes: int, device: torch.device,
 def recipe_margin(recipe: Recipe) -> Margin:
     """The margin of the recipe's `classifier.margin` section."""
     assert recipe.classifier is not None
-    return create_margin(**recipe.classifier.margin.model_dump())
+    return create_margin(**recipe.classifier.margin.model_dump(exclude={"warmup"}))
 
 
 def rows_rates(recipe: Recipe, now: Now) -> dict[str, float]:

@@ -283,7 +283,7 @@ class PhaseRun:
             else None,
         }
         self.telemetry.metrics(row)
-        for warning in self.method.warnings(figures) if figures else []:
+        for warning in self.method.warnings(row, self.now) if figures else []:
             self._event("warning", text=warning)
             self.telemetry.say(f"warning: {warning}")
         left = (min(self.plan.last_samples, self.rate.total) - self.position.samples_seen) / speed
