@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torchvision.transforms.v2 import functional
 
 from lvtrain.data import Loader, ShardDataset
 from lvtrain.data.augment import SETS, Draws, View, augmentation, draw
-from lvtrain.data.torch_backend import apply, decode
+from lvtrain.data.torch_backend import apply
 from tests.shard_data import jpeg, make_dataset
 
 K = 4000
@@ -74,7 +77,7 @@ def test_landmark_twins_share_crop_and_flip_and_nothing_else():
 
 @pytest.mark.parametrize("name", SETS)
 def test_both_backends_give_the_same_picture(tmp_path_factory, name):
-    """To a rounding of the resampling: a mean below 0.6 of 255 levels, on pictures full of noise."""
+    """To a rounding of the resampling, a mean below 0.6 of 255 levels on pictures full of noise; bit for bit where nothing but a mirror is."""
     folder = make_dataset(tmp_path_factory.mktemp("data"), samples=24)
     views = {}
     for backend in ("dali", "torch"):
@@ -84,6 +87,8 @@ def test_both_backends_give_the_same_picture(tmp_path_factory, name):
             views[backend] = next(loader).views
     assert views["dali"].keys() == views["torch"].keys()
     for view, images in views["dali"].items():
+        if name in ("none", "flip"):
+            assert torch.equal(images, views["torch"][view])
         difference = (images - views["torch"][view]).abs() * 127.5
         assert difference.mean((1, 2, 3)).max() < 1.5 and difference.mean() < 0.6, view
 
@@ -95,7 +100,7 @@ def one(**parameters):
     }
 
 
-IMAGE = decode(jpeg(5))
+IMAGE = torch.from_numpy(np.array(Image.open(io.BytesIO(jpeg(5))))).permute(2, 0, 1).contiguous()
 
 
 def test_neutral_parameters_change_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lvtrain.data import Loader, ShardDataset
 from lvtrain.data.index import RECORD, IndexWriter, open_index, read_manifest
@@ -169,12 +171,7 @@ def test_a_sample_that_fails_inside_dali_costs_a_new_pipeline_only(tmp_path):
     assert set(ids[labels == -1].tolist()) == {3, 9}
 
 
-@pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_other_formats_grey_and_odd_sizes_are_read(tmp_path, backend):
-    import io
-
-    from PIL import Image
-
+def test_other_formats_grey_and_odd_sizes_are_read(tmp_path):
     picture = Image.open(io.BytesIO(jpeg(1)))
 
     def stored(image, kind, **options):
@@ -193,17 +190,22 @@ def test_other_formats_grey_and_odd_sizes_are_read(tmp_path, backend):
         5: stored(picture, "JPEG", optimize=True, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x00\x00\x00\x00\x00"),
         6: stored(picture, "WEBP"),
         7: stored(picture.rotate(180), "JPEG", quality=95, exif=upside_down),
+        8: stored(picture, "JPEG", quality=95, subsampling="4:4:4", restart_marker_blocks=3),
+        9: stored(picture, "JPEG", quality=95, subsampling="4:2:2"),
     }
-    folder = make_dataset(tmp_path, samples=8, shards=1, replaced=replaced)
-    with Loader(
-        ShardDataset(folder), seed=1, micro_batch=8, virtual_batches=1, backend=backend, augmentation="none"
-    ) as loader:
-        batch = next(loader)
-    assert not loader.bad_samples
+    folder = make_dataset(tmp_path, samples=10, shards=1, replaced=replaced)
+    batches = {}
+    for backend in ("dali", "torch"):
+        with Loader(
+            ShardDataset(folder), seed=1, micro_batch=10, virtual_batches=1, backend=backend, augmentation="none"
+        ) as loader:
+            batches[backend] = batch = next(loader)
+        assert not loader.bad_samples
+    assert torch.equal(batches["dali"].images, batch.images)
     pixels = torch.from_numpy((np.asarray(picture).astype(np.float32) - 127.5) / 127.5).permute(2, 0, 1)
     row = {int(sample): number for number, sample in enumerate(batch.sample_ids)}
     torch.testing.assert_close(batch.images[row[0]], pixels, atol=1e-6, rtol=0)
-    for sample in (2, 3, 4, 5, 6, 7):
+    for sample in range(2, 10):
         assert (batch.images[row[sample]] - pixels).abs().mean() < 0.06, sample
     grey = batch.images[row[1]]
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2])
@@ -295,6 +297,12 @@ def test_header_check_takes_good_and_refuses_broken():
     assert "end-of-image" in check.problem(good[: len(good) // 2])
     assert "does not start" in check.problem(b"\x00" + good)
     assert "expected" in check.problem(jpeg(0, (70, 90)))
+    for orientation, upright in ((1, True), (6, False)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        out = io.BytesIO()
+        Image.new("RGB", (112, 112)).save(out, "JPEG", exif=exif)
+        assert (check.problem(out.getvalue()) is None) == upright
     for at in (2, 4, 20, 163, 180, 600):  # marker, length and frame bytes
         wrong = bytearray(good)
         wrong[at] ^= 0x55

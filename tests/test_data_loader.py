@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -156,8 +158,27 @@ def test_closing_an_unused_or_busy_loader_returns(folder):
     assert loader._thread is None
 
 
+def test_every_value_is_normalised_alike_by_every_kind_of_cpu():
+    """Fused or not, multiplying and subtracting give the same float32, so neither the CPU nor a pixel's place matters."""
+    from lvtrain.data.pixels import _STEP, normalise
+
+    values, found = np.arange(256, dtype=np.uint8), torch.empty(2, 3, 16, 16)
+    normalise(np.broadcast_to(values.reshape(16, 16), found.shape).copy(), found)
+    apart = values * np.float32(_STEP) - np.float32(1)
+    fused = (values.astype(np.float64) * float(np.float32(_STEP)) - 1).astype(np.float32)
+    assert np.array_equal(apart, fused) and (found.numpy().reshape(6, 256) == fused).all()
+    assert np.abs(fused - (values.astype(np.float64) - 127.5) / 127.5).max() < 1.3e-7 and np.abs(fused).max() <= 1
+
+
+def test_the_torch_backend_needs_no_dali(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    for name in ("pixels", "torch_backend"):
+        spec = importlib.util.find_spec(f"lvtrain.data.{name}")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 def test_memory_is_lent_again_only_when_nobody_holds_it():
-    from lvtrain.data.dali import Memory
+    from lvtrain.data.pixels import Memory
 
     memory = Memory(keep=2)
     batch = memory.floats(4, 3)

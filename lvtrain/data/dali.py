@@ -6,11 +6,9 @@ sample costs a rebuilt pipeline, never the run.
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from nvidia.dali import fn as dali_fn
@@ -21,6 +19,7 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from lvtrain.data import jpeg
 from lvtrain.data.augment import Draws, View
 from lvtrain.data.job import Decoded, Job
+from lvtrain.data.pixels import Memory, mirror_and_normalise
 
 fn: Any = dali_fn  # its stubs know less than it does
 types: Any = dali_types
@@ -86,7 +85,7 @@ class DaliBackend:
             views = {}
             for name, images in pixels.items():
                 views[name] = self._memory.floats(len(images), 3, *images.shape[1:3])
-                mirror_and_normalise(images, job.draws[name].flip, views[name])
+                mirror_and_normalise(images.numpy(), job.draws[name].flip, views[name])
         return Decoded(job, views)
 
     def close(self) -> None:
@@ -159,49 +158,6 @@ class DaliBackend:
         )
         pipeline.build()
         return pipeline
-
-
-class Memory:
-    """Float tensors whose memory is lent again once nobody holds it: fresh memory costs a page fault every 4 KB.
-
-    Args:
-        keep: tensors of one shape that are kept for the next batch.
-    """
-
-    def __init__(self, keep: int) -> None:
-        self._keep = keep
-        self._spare: dict[tuple[int, ...], deque[np.ndarray]] = {}
-
-    def floats(self, *shape: int) -> torch.Tensor:
-        """An uninitialised float32 tensor."""
-        spare = self._spare.setdefault(shape, deque(maxlen=self._keep))
-        memory = spare.pop() if spare else torch.empty(shape).numpy()
-        lent = memory.view()  # held by the tensor's storage, so it goes when the last tensor on it goes
-        weakref.finalize(lent, spare.append, memory).atexit = False
-        return torch.from_numpy(lent)
-
-
-_STEP = float(np.nextafter(np.float32(2 / 255), np.float32(0)))  # the float32 below 2 / 255: 255 must not land above 1
-_TOGETHER = 16  # images handled at once: few calls, and what one writes the next still finds in the cache
-
-
-def mirror_and_normalise(pixels: torch.Tensor, flip: np.ndarray | None, batch: torch.Tensor) -> None:
-    """uint8 [m, h, w, 3] to float32 `batch` [m, 3, h, w], x * 2 / 255 - 1 (one pass over memory), mirrored where `flip` is 1.
-
-    DALI's `crop_mirror_normalize` does this on a GPU; on a CPU it takes longer than these lines.
-    """
-    minus_one = torch.tensor(-1.0)
-    height, width = pixels.shape[1:3]
-    planes = torch.empty(_TOGETHER, 3, height, width, dtype=torch.uint8)
-    channels = [list(image) for image in planes.numpy()]
-    mirrored = [False] * len(pixels) if flip is None else (flip > 0).tolist()
-    images = pixels.numpy()
-    for start in range(0, len(images), _TOGETHER):
-        part = images[start : start + _TOGETHER]
-        for image, mirror, split in zip(part, mirrored[start:], channels):
-            cv2.split(cv2.flip(image, 1) if mirror else image, split)
-        floats = batch[start : start + len(part)].copy_(planes[: len(part)])
-        torch.add(minus_one, floats, alpha=_STEP, out=floats)
 
 
 def _as_list(encoded: list[bytes]) -> Any:

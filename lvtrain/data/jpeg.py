@@ -1,12 +1,15 @@
-"""Is this a JPEG a decoder can be trusted with? A look at the markers, without decoding.
+"""Is this a JPEG a fast decoder can be trusted with? A look at the markers, without decoding.
 
 DALI 2.4's CPU decoder ends the process (segmentation fault) on bytes without a readable JPEG header, and its pipeline is lost when a sample
-fails. So what does not look like a whole baseline or progressive JPEG is kept away from it and read by Pillow instead.
+fails; simplejpeg knows nothing but JPEG and does not turn a picture upright. So what is not a whole, upright, baseline or progressive JPEG of
+grey or of colours is kept away from both and read by Pillow instead.
 """
 
 from __future__ import annotations
 
 import io
+
+import numpy as np
 
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
 _LARGEST = 8192
@@ -65,6 +68,8 @@ class HeaderCheck:
                 frame = True
             elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
                 return "a kind of JPEG that is not baseline or progressive"
+            elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0" and _turned(data[at + 4 : at + 2 + length]):
+                return "lies on its side or upside down, says its EXIF"
             tables |= marker == 0xDB
             huffman |= marker == 0xC4
             at += 2 + length
@@ -79,8 +84,19 @@ class HeaderCheck:
         return None
 
 
-def rescue(data: bytes, size: tuple[int, int] | None) -> bytes | None:
-    """The same picture as PNG, RGB, upright, resized to (height, width) if given; None if Pillow cannot read it either."""
+def _turned(exif: bytes) -> bool:
+    from PIL import ExifTags, Image
+
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+        return tags.get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # whatever is wrong with it, Pillow will say
+        return True
+
+
+def with_pillow(data: bytes, size: tuple[int, int] | None) -> np.ndarray | None:
+    """The picture as uint8 [height, width, 3], RGB, upright, resized to `size` (height, width) if given; None if Pillow cannot read it either."""
     from PIL import Image, ImageOps
 
     try:
@@ -90,11 +106,21 @@ def rescue(data: bytes, size: tuple[int, int] | None) -> bytes | None:
             colour = ImageOps.exif_transpose(image).convert("RGB")
             if size and colour.size != size[::-1]:
                 colour = colour.resize(size[::-1], Image.Resampling.BILINEAR)
-            out = io.BytesIO()
-            colour.save(out, "PNG", compress_level=1)
-            return out.getvalue()
+            return np.asarray(colour)
     except Exception:  # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, struct.error
         return None
+
+
+def rescue(data: bytes, size: tuple[int, int] | None) -> bytes | None:
+    """What Pillow reads, as PNG; None if it cannot."""
+    from PIL import Image
+
+    pixels = with_pillow(data, size)
+    if pixels is None:
+        return None
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=1)
+    return out.getvalue()
 
 
 def black(height: int, width: int) -> bytes:

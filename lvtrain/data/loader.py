@@ -330,7 +330,9 @@ def _backend(
         )
     from lvtrain.data.torch_backend import TorchBackend
 
-    return TorchBackend(views, image_size=image_size, device=device, threads=threads)
+    return TorchBackend(
+        views, image_size=image_size, stored_size=stored_size, device=device, threads=threads, depth=depth
+    )
 
 
 def _has_dali() -> bool:
