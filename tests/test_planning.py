@@ -108,6 +108,15 @@ def test_the_price_of_all_classes() -> None:
     assert rate(1.0) > 0.94 * rate(0.1)
 
 
+def test_exponentials_that_wait_for_backward_save_a_matmul() -> None:
+    """Within the gradient's memory all of them at B = 2 d in 16 bits, and the rest in memory of their own."""
+    assert ClassRows(8000).kept_share(1024, 8) == ClassRows(8000, operand_bytes=4).kept_share(512, 8) == 1.0
+    assert ClassRows(8000).kept_share(4096, 8) == 0.25 and ClassRows(8000, in_backward=True).kept_share(4096, 8) == 0.0
+    assert ClassRows(8000, keep_mb=4096 * 500 * 2 / 2**20).kept_share(4096, 8) == 0.75
+    few, all_kept = (plan(TOY, ranks=8, micro_batch=512, rows=ClassRows(100_000, keep_mb=mb)).seconds["classifier"] for mb in (0.0, 1000.0))
+    assert 0.7 < all_kept / few < 0.8
+
+
 def test_plan_hangs_together() -> None:
     rows = ClassRows(100_000, expectations=True)
     one = plan(TOY, ranks=8, micro_batch=32, rows=rows)

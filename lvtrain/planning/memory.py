@@ -18,7 +18,7 @@ class ClassRows:
 
     optimizer, mode, moments, in_backward: as in `lvtrain.classifier`'s row optimizer. shared_negatives: the second
     anchor uses the first's sum over negatives, so it costs no matmul. precision: bytes of the matmuls' operands (2
-    half, 4 float32). keep_mb: exponentials that forward leaves for backward, at most.
+    half, 4 float32). keep_mb: exponentials that forward leaves for backward beyond what the rows' gradient holds, at most.
     """
 
     num_classes: int
@@ -41,6 +41,13 @@ class ClassRows:
     def taking_part(self, ranks: int) -> int:
         """Rows of a rank in one step's softmax (the batch's own classes are among them or replace negatives)."""
         return max(1, round(self.local(ranks) * self.sample_rate))
+
+
+    def kept_share(self, batch: int, ranks: int) -> float:
+        """Share of the classes whose exponentials wait for backward, in a step of one micro-step."""
+        in_gradient = 0.0 if self.in_backward else 4 * self.dim / (batch * self.operand_bytes)
+        own = self.keep_mb * 2**20 / (batch * self.operand_bytes * self.taking_part(ranks))
+        return min(1.0, in_gradient + own)
 
 
 def chunk_classes(batch: int, rows: int) -> int:

@@ -15,6 +15,7 @@ CLASSIFIER_EFFICIENCY = 0.85  # longer matmuls
 # compiled, at 28 kept.
 TRAFFIC_EAGER, TRAFFIC_COMPILED = 6.2, 3.0
 LOGIT_BYTES = 14  # read and written for each logit by two passes of matmul + fused elementwise kernels
+KEPT_LOGIT_BYTES = 10  # the same where the second pass finds the exponentials of the first
 ADAM_BYTES = 28  # read and written for each element by a fused AdamW
 
 
@@ -49,16 +50,18 @@ def compute_seconds(
 def classifier_seconds(
     rows: ClassRows, device: Device, *, micro_batch: int, accumulation: int, ranks: int
 ) -> dict[str, float]:
-    """Two passes over the classes that take part (four matmuls; three more for expectations of their own) and the row
-    optimizer.
+    """Two passes over the classes that take part (four matmuls, three for the classes whose exponentials are kept; two more
+    for expectations of their own, which have no gradient) and the row optimizer.
     """
     logits = float(micro_batch * ranks) * rows.taking_part(ranks)
-    own = rows.expectations and not rows.shared_negatives
-    matmuls, sweeps = (7, 2) if own else (4, 1)
+    own = 1 if rows.expectations and not rows.shared_negatives else 0
+    kept = rows.kept_share(micro_batch * ranks, ranks)
+    matmuls = 4 + 2 * own - kept
+    bytes_a_logit = LOGIT_BYTES + kept * (KEPT_LOGIT_BYTES - LOGIT_BYTES) + own * LOGIT_BYTES / 2
     rate = (
         device.matmul * CLASSIFIER_EFFICIENCY / (1 if rows.operand_bytes == 2 else 8)
     )  # float32 without TF32 is far slower
-    passes = logits * (2 * rows.dim * matmuls / rate + sweeps * LOGIT_BYTES / device.bandwidth)
+    passes = logits * (2 * rows.dim * matmuls / rate + bytes_a_logit / device.bandwidth)
     touched = rows.local(ranks) if rows.mode == "dense" else rows.taking_part(ranks)
     element = 12 + 4 * rows.moments_bytes if rows.optimizer == "adamw" else 12 + 2 * rows.moments_bytes
     return {
