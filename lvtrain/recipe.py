@@ -321,8 +321,9 @@ class InitFrom(Section):
     """`init_from: PATH` is short for `init_from: {path: PATH}`."""
 
     path: Path = Field(description="a run, a checkpoint or a weights file")
-    head: Literal["load", "fresh"] = Field(
-        "fresh", description="class rows: load them (class counts must agree) or make them anew"
+    head: Literal["load", "means", "fresh"] = Field(
+        "fresh",
+        description="class rows: load them (class counts must agree), begin at the mean of the pretrained embeddings of their images, or make them anew",
     )
 
     @model_validator(mode="before")

@@ -55,7 +55,7 @@ class Built:
 
         self.method = create_method(recipe, num_classes=run.num_classes, device=world.device)
         if found is None:
-            told = start_weights(recipe, self.method)
+            told = start_weights(run, self.method)
             if told:
                 telemetry.event("init_from", **told)
         self.average = Average(self.method.evaluated(), recipe.ema.decay) if recipe.ema else None

@@ -9,17 +9,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from lvtrain.classifier import ShardedClassifier
 from lvtrain.errors import UserError
 from lvtrain.methods import Method
-from lvtrain.recipe import InitFrom, Lafs, Recipe
+from lvtrain.recipe import InitFrom, Lafs
 from lvtrain.training.checkpoint_reader import Weights, open_weights
+from lvtrain.training.class_means import start_from_means
+from lvtrain.training.run import Run
 
 
-def start_weights(recipe: Recipe, method: Method) -> dict[str, Any]:
-    """Everything a fresh run starts from besides its seed; the fields of an event, empty when there is nothing."""
+def start_weights(run: Run, method: Method) -> dict[str, Any]:
+    """Everything a fresh run starts from besides its seed; the fields of an event, empty when there is nothing. Every rank calls it."""
+    recipe = run.recipe
     told: dict[str, Any] = {}
     if recipe.init_from is not None:
         told = load_initial(recipe.init_from, method)
+        if recipe.init_from.head == "means":
+            told["head"] = _head_from_means(run, method)
     if isinstance(recipe.method, Lafs) and recipe.method.landmark_weights is not None:
         told["landmark_cnn"] = load_landmark_cnn(recipe.method.landmark_weights, method)
     if told:
@@ -118,17 +124,36 @@ def evaluated_weights(source: Weights) -> dict[str, torch.Tensor]:
     return source.backbone
 
 
-def _load_head(path: Path, source: Weights | None, method: Method) -> str:
-    classifier: Any = getattr(method, "classifier", None)
+def _head_from_means(run: Run, method: Method) -> str:
+    recipe = run.recipe
+    images = start_from_means(
+        _classifier(method, "means"),
+        method.evaluated(),
+        run.dataset,
+        world=run.world,
+        batch=recipe.evaluation.batch,
+        image_size=recipe.backbone.image_size,
+        bfloat16=recipe.optimizer.precision == "bfloat16",
+    )
+    return f"rows from the means of {images} images"
+
+
+def _classifier(method: Method, head: str) -> ShardedClassifier:
+    classifier: ShardedClassifier | None = getattr(method, "classifier", None)
     if classifier is None:
-        raise UserError("init_from.head=load: this method has no class rows; use head=fresh")
+        raise UserError(f"init_from.head={head}: this method has no class rows; use head=fresh")
+    return classifier
+
+
+def _load_head(path: Path, source: Weights | None, method: Method) -> str:
+    classifier = _classifier(method, "load")
     if source is None:
         raise UserError(f"init_from.head=load: {path} holds a backbone only; use head=fresh")
     shape = source.reader.shape("classifier.weight")
     if tuple(shape) != (classifier.num_classes, classifier.embedding_dim):
         raise UserError(
             f"init_from.head=load: {path} has class rows {tuple(shape)}, this run needs {(classifier.num_classes, classifier.embedding_dim)}; "
-            "use head=fresh to start them afresh"
+            "head=means starts them from its embeddings, head=fresh anew"
         )
     with torch.no_grad():
         classifier.weight.copy_(source.reader.rows("classifier.weight", *classifier.rows))
