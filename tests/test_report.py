@@ -170,6 +170,30 @@ def test_report_stays_small_for_a_long_run(tmp_path: Path) -> None:
     assert "503 checkpoint events" in text and "500 bad sample events" in text
 
 
+def test_runs_beside_each_other(tmp_path: Path) -> None:
+    """Their curves in one figure, what each reached, and only the settings that differ; a run that has nothing yet is no hindrance."""
+    run, other, young = make_run(tmp_path / "a"), make_run(tmp_path / "b", steps=300), tmp_path / "c"
+    changed = RECIPE.replace("name: sample", "name: half").replace("sample_rate: 1.0", "sample_rate: 0.25")
+    (other / "recipe.yaml").write_text(changed + "schedule: {warmup: 2 epochs}\n")
+    young.mkdir()
+    (young / "recipe.yaml").write_text(RECIPE.replace("name: sample", "name: young"))
+    text = write_report(run, others=[other, young]).read_text()
+    page = Links()
+    page.feed(text)
+    assert page.fetched == [] and page.open == []
+    cells = [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", text)]
+    at = cells.index("phases.refinement.sample_rate")
+    assert cells[at : at + 8] == ["phases.refinement.sample_rate", "1.0", "0.25", "1.0", "schedule.warmup", "", "2 epochs", ""]
+    assert "method.name" not in cells and "phases.alignment.sample_rate" not in cells
+    losses = [json.loads(line)["loss"] for line in (other / "metrics.jsonl").read_text().splitlines()]
+    at = cells.index("half")
+    assert cells[at + 1] == "300" and cells[at + 2] == f"{losses[-1]:.3f}"  # 30 lines: a twentieth is one
+    assert text.count("<svg") == 6 + 4 and text.count(">half</text>") == 6 and ">young</text>" not in text
+    with pytest.raises(UserError, match="4 runs beside"):
+        write_report(run, others=[other] * 4)
+    assert "Their recipes are the same" in write_report(run, others=[run]).read_text()
+
+
 def test_text_of_a_run_cannot_become_markup(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "recipe.yaml").write_text(RECIPE.replace("name: sample", "name: '<script>alert(1)</script>'"))

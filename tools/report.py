@@ -1,4 +1,4 @@
-"""Writes the report of a run as one self-contained HTML file: `python tools/report.py runs/NAME [-o report.html]`."""
+"""Writes the report of a run as one self-contained HTML file: `python tools/report.py runs/NAME [-o report.html] [--beside runs/OTHER]`."""
 
 import sys
 from pathlib import Path
@@ -13,11 +13,12 @@ from lvtrain.report import write_report
 def main(
     run: Annotated[Path, typer.Argument(help="run folder, as a training leaves it (runs/NAME)")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="where to write; RUN/report.html by default")] = None,
+    beside: Annotated[list[Path] | None, typer.Option(help="another run to draw beside it, with what differs; up to three times")] = None,
     faces: Annotated[bool, typer.Option("--faces", help="draw landmarks and attention on real faces of the dataset, too")] = False,
 ) -> None:
     """Writes loss, cosine, throughput, verification and events of a run as one HTML file that fetches nothing."""
     try:
-        print(write_report(run, out, any_faces=faces))
+        print(write_report(run, out, any_faces=faces, others=beside or []))
     except (UserError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None

@@ -65,24 +65,35 @@ def curve(
     percent: bool = False,
     zero: bool = False,
     smooth: bool = True,
+    beside: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    name: str = "",
 ) -> str:
-    """One quantity over steps, with the phases as bands behind it and, for cos^2, each phase's delta as a dashed line."""
+    """One quantity over steps, with the phases as bands behind it and, for cos^2, each phase's delta as a dashed line. `beside`: steps and values of
+    other runs by name, drawn thinner; `name` is then this run's."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes()
         _phase_bands(axes, phases)
+        others = [other for other in (BLUE, TEAL, RED, MUTED) if other != color]
+        for (other, (x, y)), other_color in zip((beside or {}).items(), others):
+            x, y, _, _ = _thinned(x, y)
+            trend = _smooth(y) if smooth else None
+            axes.plot(x, y if trend is None else trend, color=other_color, linewidth=1.1, label=other)
         drawn_steps, mean, low, high = _thinned(steps, values)
         if len(steps) > POINTS:
             axes.fill_between(drawn_steps, low, high, color=color, alpha=0.15, linewidth=0)
         trend = _smooth(mean) if smooth else None
         if trend is not None:
             axes.plot(drawn_steps, mean, color=color, alpha=0.3, linewidth=1)
-        axes.plot(drawn_steps, mean if trend is None else trend, color=color)
+        axes.plot(drawn_steps, mean if trend is None else trend, color=color, label=name)
+        if beside:
+            axes.legend(loc="best")
         if deltas:
             _deltas(axes, phases)
         if log and len(mean) and np.nanmin(mean) > 0 and np.nanmax(mean) / np.nanmin(mean) > 20:
             axes.set_yscale("log")
         elif zero:
-            axes.set_ylim(0, max(float(np.nanmax(high)) * 1.08, 1e-12) if len(high) else 1)
+            top = max([float(np.nanmax(values)) for values in [high, *(y for _, y in (beside or {}).values())] if len(values)], default=0.0)
+            axes.set_ylim(0, max(top * 1.08, 1e-12))
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
         _steps_axis(axes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import jinja2
 import numpy as np
 
 import lvtrain
-from lvtrain.report import faces, figures, protocols
+from lvtrain.errors import UserError
+from lvtrain.report import beside, faces, figures, protocols
 from lvtrain.report.files import PhaseSpan, Row, RunFiles, read_run
 
 _SHOWN_EVENTS = 200
@@ -27,25 +29,31 @@ _REASONS = {
 }
 
 
-def write_report(run_folder: str | Path, out: str | Path | None = None, *, any_faces: bool = False) -> Path:
+def write_report(
+    run_folder: str | Path, out: str | Path | None = None, *, any_faces: bool = False, others: Sequence[str | Path] = ()
+) -> Path:
     """Writes the report of a run, by default as `report.html` in its folder, and returns its path.
 
     Works for a run at any moment of its life: what is not there yet is left out.
 
     Args:
         any_faces: draw landmarks and attention on images of a dataset that is not generated, too; the page then holds real faces.
+        others: folders of up to three runs that are drawn beside this one, with what differs in their recipes.
 
     Raises:
-        UserError: not a run folder.
+        UserError: not a run folder, too many of them.
     """
     run = read_run(run_folder)
+    if len(others) >= beside.MOST:
+        raise UserError(f"{len(others)} runs beside {run_folder}: a figure has colours for {beside.MOST - 1}")
+    together = [run, *map(read_run, others)]
     path = Path(out) if out else run.folder / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(run, any_faces=any_faces))
+    path.write_text(render(run, together[1:], any_faces=any_faces))
     return path
 
 
-def render(run: RunFiles, *, any_faces: bool = False) -> str:
+def render(run: RunFiles, others: Sequence[RunFiles] = (), *, any_faces: bool = False) -> str:
     template = Path(__file__).with_name("page.html.j2").read_text()
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     phases = run.phases()
@@ -59,7 +67,10 @@ def render(run: RunFiles, *, any_faces: bool = False) -> str:
         state=_state(run.events),
         lead=_lead(run),
         tiles=_tiles(run),
-        training=_training(run, phases),
+        training=_training(run, phases, others),
+        names=beside.names([run, *others]),
+        settings=beside.settings([run, *others]),
+        reached=beside.reached([run, *others]) if others else [],
         phases=_phase_table(run, phases),
         benchmarks=_benchmarks(run, fars),
         fars=fars,
@@ -135,13 +146,16 @@ def _tiles(run: RunFiles) -> list[Row]:
 # ---------------------------------------------------------------------------------------------------------------- figures
 
 
-def _training(run: RunFiles, phases: list[PhaseSpan]) -> list[Row]:
+def _training(run: RunFiles, phases: list[PhaseSpan], others: Sequence[RunFiles]) -> list[Row]:
     drawn: list[Row] = []
+    own, *names = beside.names([run, *others])
 
     def add(title: str, column: str, note: str = "", **style: Any) -> None:
         steps, values = run.column(column)
         if len(steps) > 1:
-            drawn.append({"title": title, "note": note, "svg": figures.curve(steps, values, phases, **style)})
+            curves = {name: found for name, other in zip(names, others) if len((found := other.column(column))[0]) > 1}
+            svg = figures.curve(steps, values, phases, beside=curves, name=own, **style)
+            drawn.append({"title": title, "note": note, "svg": svg})
 
     add("Loss", "loss", "mean over the global batch", log=True)
     deltas = any(phase.delta for phase in phases)

@@ -1,0 +1,60 @@
+"""Runs beside each other: which settings differ, and what each reached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lvtrain.report.files import Row, RunFiles
+
+MOST = 4  # as many as a figure has colours for
+
+
+def names(runs: list[RunFiles]) -> list[str]:
+    """One name a run: the recipe's where no two are the same, else the folder's."""
+    own = [run.name for run in runs]
+    return own if len(set(own)) == len(own) else [str(run.folder) for run in runs]
+
+
+def settings(runs: list[RunFiles]) -> list[Row]:
+    """Every setting that is not the same in all runs: `key` and `values`, one a run, "" where the recipe has none."""
+    flat = [_flat(run.recipe) for run in runs]
+    keys = sorted({key for one in flat for key in one} - {"name", "runs"})
+    rows = [{"key": key, "values": [one.get(key, "") for one in flat]} for key in keys]
+    return [row for row in rows if len({repr(value) for value in row["values"]}) > 1]
+
+
+def reached(runs: list[RunFiles]) -> list[Row]:
+    """For each run: how far it is, its loss and cos^2 (means over the last twentieth of its log lines), speed, accuracy at its last evaluation."""
+    rows = []
+    for name, run in zip(names(runs), runs):
+        last = list(run.evaluations.values())[-1]["benchmarks"] if run.evaluations else {}
+        rows.append(
+            {
+                "name": name,
+                "steps": f"{run.metrics[-1]['step']:,}" if run.metrics else "0",
+                "loss": _late(run, "loss", ".3f"),
+                "cos2": _late(run, "cos2", ".3f"),
+                "speed": _late(run, "images_per_second", ",.0f"),
+                "accuracy": ", ".join(f"{one} {100 * found['accuracy']:.2f} ± {100 * found['std']:.2f}%" for one, found in last.items()),
+            }
+        )
+    return rows
+
+
+def _late(run: RunFiles, column: str, form: str) -> str:
+    values = run.column(column)[1]
+    return format(float(np.mean(values[-max(1, len(values) // 20) :])), form) if len(values) else ""
+
+
+def _flat(value: Any, prefix: str = "") -> Row:
+    """Settings by dotted key; a list of named sections (phases) by their names."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
+        value = {item["name"]: {key: inner for key, inner in item.items() if key != "name"} for item in value}
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found: Row = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found
