@@ -68,7 +68,9 @@ def _run(options: argparse.Namespace) -> int:
 
     from lvtrain import world as worlds
     from lvtrain.training.checks import check_before_start, open_dataset
+    from lvtrain.training.ds_config import resolve_ds_config
 
+    resolve_ds_config(options.ds_config, optimizer=recipe.optimizer)  # a wrong path is told before anything of the data is
     size = worlds.launch().size
     dataset = open_dataset(recipe)
     ds_config = check_before_start(

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator, model_validator
 from pydantic_core import core_schema
 
 # --------------------------------------------------------------------------------------------------------------- durations
@@ -356,7 +356,7 @@ class Safety(Section):
 
 
 class Recipe(Section):
-    name: str
+    name: str = Field(description="of the run and of its folder below `runs`")
     runs: Path = Path("runs")
     seed: int = 0
     deterministic: bool = True
@@ -373,6 +373,13 @@ class Recipe(Section):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     logging: Logging = Field(default_factory=Logging)
     safety: Safety = Field(default_factory=Safety)
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        if not name or "/" in name or name.startswith("."):
+            raise ValueError("a run's name is one folder's, without '/' or a leading dot; folders above it go into `runs`")
+        return name
 
     @model_validator(mode="after")
     def _phase_names_differ(self) -> Recipe:

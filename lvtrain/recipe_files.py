@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from lvtrain.errors import UserError
 from lvtrain.recipe import MethodSection, Recipe, Section
@@ -29,7 +30,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise UserError(f"recipe {path} does not exist; lvtrain/recipes has {known}")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}")
@@ -127,14 +128,20 @@ def _position(node: list[Any], name: str, override: str) -> int:
 def _explain(problem: Any) -> str:
     location = _location(problem)
     dotted = ".".join(str(part) for part in location)
+    fields = _fields(problem["loc"][:-1])
     if problem["type"] == "extra_forbidden":
-        valid = _valid_keys(location[:-1])
+        valid = sorted(fields)
         near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"
         return f"unknown key {dotted!r}; {hint}"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{dotted} is missing"
+    if problem["type"] == "path_type" and problem["input"] is None:
+        return f"{dotted} has no value; YAML wants a space behind the colon, 'name: path'"
     got = f", got {problem['input']!r}" if isinstance(problem.get("input"), (str, int, float, bool)) else ""
-    return f"{dotted or 'recipe'}: {message}{got}" if problem["type"] != "missing" else f"{dotted} is missing"
+    meant = fields[location[-1]].description if location and location[-1] in fields and message == problem["msg"] else None
+    return f"{dotted or 'recipe'}: {message}{got}" + (f" ({meant})" if meant else "")
 
 
 def _location(problem: Any) -> tuple[Any, ...]:
@@ -151,10 +158,14 @@ def _discriminators() -> set[str]:
     return {str(model.model_fields["name"].default) for model in _models(MethodSection)}
 
 
-def _valid_keys(location: tuple[Any, ...]) -> list[str]:
+def _fields(location: tuple[Any, ...]) -> dict[str, FieldInfo]:
+    """What may stand at a place of a validation error, in which a method's section is followed by the method's name."""
     models: list[type[Section]] = [Recipe]
     for part in location:
         if isinstance(part, int):
+            continue
+        if named := [model for model in models if "name" in model.model_fields and model.model_fields["name"].default == part]:
+            models = named
             continue
         models = [
             below
@@ -162,4 +173,4 @@ def _valid_keys(location: tuple[Any, ...]) -> list[str]:
             if part in model.model_fields
             for below in _models(model.model_fields[part].annotation)
         ]
-    return sorted({name for model in models for name in model.model_fields})
+    return {name: field for model in models for name, field in model.model_fields.items()}

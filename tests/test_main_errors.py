@@ -74,6 +74,15 @@ def test_compiling_under_zero3(door: FrontDoor, tiny_faces: Path, tmp_path: Path
     assert "backbone.compile: torch.compile does not see the hooks" in line
 
 
+def test_a_ds_config_that_is_not_there_is_told_before_anything_of_the_data(door: FrontDoor, tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, tmp_path / "nowhere")
+    for dry in ([], ["--dry-run"]):
+        assert "DeepSpeed config nothing.json does not exist" in door.refuses(recipe, *dry, ds_config="nothing.json")
+    (tmp_path / "weights.pt").write_bytes(b"\x80\x02\xff")
+    for name, arguments in {"recipe": (tmp_path / "weights.pt", "ds_configs/zero2.json"), "DeepSpeed config": (recipe, str(tmp_path / "weights.pt"))}.items():
+        assert f"{name} {tmp_path / 'weights.pt'} is not" in door.refuses(arguments[0], ds_config=arguments[1])
+
+
 def test_no_dataset(door: FrontDoor, tmp_path: Path) -> None:
     assert "dataset.json" in door.refuses(recipe_file(tmp_path, tmp_path / "nowhere"))
 
@@ -119,6 +128,7 @@ def test_ranks_that_do_not_divide_v(door: FrontDoor, tiny_faces: Path, tmp_path:
     [
         ({"zero_optimization": {"stage": 2}, "train_batch_size": 99}, "train_batch_size: 99 but phase 'alignment'"),
         ({"zero_optimisation": {"stage": 3}}, "no zero_optimization section"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "zero_optimization.offload_optimizer: 'cpu' is no section like"),
     ],
 )
 def test_json_that_contradicts_or_says_nothing(

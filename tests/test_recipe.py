@@ -67,6 +67,12 @@ def test_overrides(override: str, read) -> None:
         ("optimzer.lr=1", "unknown key 'optimzer'; did you mean 'optimizer'?"),
         ("optimizer.rl=1", "unknown key 'optimizer.rl'; did you mean 'lr'?"),
         ("method.windw=3", "did you mean 'window'?"),
+        # only what this method has: another method's key would be refused next
+        ("method.margin=0.4", "unknown key 'method.margin'; valid keys here: expectation_init, expectation_negatives, m2, name, window"),
+        ("logging.every=5min", "got '5min' (steps between lines; the loss is read back only then)"),
+        ("evaluation.benchmarks={lfw:a.bin}", "YAML wants a space behind the colon"),
+        ("name=a/b", "a run's name is one folder's, without '/' or a leading dot; folders above it go into `runs`, got 'a/b'"),
+        ("name=..", "a run's name is one folder's"),
         ("phases.0.sample_rat=1", "did you mean 'sample_rate'?"),
         ("phases.nowhere.sample_rate=1", "has no element 'nowhere'"),
         ("phases.0.virtual_batches=3", "is not a multiple of virtual_batches 3; take global_batch 126 or 129, or virtual_batches 2 or 4"),

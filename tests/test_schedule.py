@@ -63,6 +63,14 @@ def test_steps_are_refused_where_batches_differ() -> None:
         )
 
 
+def test_a_warmup_longer_than_the_whole_is_told() -> None:
+    def warning(total: str) -> str | None:
+        return learning_rate(Schedule(total=total, warmup="3 epochs"), 1.0, phases=[PHASE], samples_per_epoch=20).warning
+
+    assert warning("3 epochs") is None
+    assert "(60 samples) is longer than the whole schedule (50): the learning rate ends at 83% of optimizer.lr" in str(warning("5 steps"))
+
+
 def test_css_compares_the_mean_of_a_full_window() -> None:
     stage = CosineStage(0.5, window=4, device=torch.device("cpu"))
     lucky = [0.9, 0.1, 0.1, 0.1, 0.4, 0.6, 0.5, 0.6]

@@ -12,6 +12,7 @@ from lvtrain.errors import UserError
 from lvtrain.planning import plan_phases
 from lvtrain.recipe import Recipe
 from lvtrain.training.checks import check_before_start, check_benchmarks, open_dataset
+from lvtrain.training.ds_config import resolve_ds_config
 from lvtrain.training.phases import plan_phase
 from lvtrain.training.run import changes
 from lvtrain.training.schedule import learning_rate
@@ -25,6 +26,7 @@ def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_pha
     """
     size = world_size or worlds.launch().size
     here = recipe.data.path.exists()
+    resolve_ds_config(ds_config, optimizer=recipe.optimizer)
     classes, samples, where = _sizes(recipe)
     config = check_before_start(
         recipe, ds_config, num_classes=classes, size=size, only_phase=only_phase, files=here
@@ -40,6 +42,7 @@ def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_pha
         f"recipe {recipe.name}: method {recipe.method.name}, {recipe.backbone.name}, {classes:,} classes, {samples:,} images ({where})",
         f"{size} rank{'s' if size > 1 else ''}, ZeRO-{config['zero_optimization']['stage']}, {recipe.optimizer.precision}; "
         f"{rate.total:,} samples in all ({rate.total / samples:.4g} epochs), warm-up {rate.warmup:,}",
+        *([f"warning: {rate.warning}"] if rate.warning else []),
         "",
     ]
     start = 0

@@ -79,7 +79,9 @@ def resolve_ds_config(
     if stage not in (0, 1, 2, 3):
         raise refuse("zero_optimization.stage", f"{stage!r} is not 0, 1, 2 or 3")
     for key in ("offload_optimizer", "offload_param"):
-        device = (zero.get(key) or {}).get("device", "none")
+        if not isinstance(offload := zero.get(key) or {}, dict):
+            raise refuse(f"zero_optimization.{key}", f'{offload!r} is no section like {{"device": "cpu"}}')
+        device = offload.get("device", "none")
         if device not in ("none", "cpu"):
             raise refuse(f"zero_optimization.{key}.device", f'{device!r} is not supported, only "cpu"')
     if stage in (1, 2) and not zero.get("offload_optimizer"):
@@ -126,7 +128,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         )
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of bytes that are no text
         raise UserError(f"DeepSpeed config {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"DeepSpeed config {path} must be an object, not {type(config).__name__}")

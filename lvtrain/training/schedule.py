@@ -24,6 +24,16 @@ class LearningRate:
     power: float = 1.0
     final: float = 0.0
 
+    @property
+    def warning(self) -> str | None:
+        """For people: not an error, because a short trial of a recipe has one."""
+        if self.warmup <= self.total:
+            return None
+        return (
+            f"schedule.warmup ({self.warmup:,} samples) is longer than the whole schedule ({self.total:,}): the learning rate ends at "
+            f"{self.total / self.warmup:.0%} of optimizer.lr; shorten schedule.warmup too, unless this is a trial"
+        )
+
     def at(self, samples_seen: int, step_samples: int) -> float:
         if samples_seen < self.warmup:
             return self.peak * min(1.0, (samples_seen + step_samples) / self.warmup)

@@ -72,6 +72,8 @@ def train(
     rate = learning_rate(
         run.recipe.schedule, run.recipe.optimizer.lr, phases=phases, samples_per_epoch=len(run.dataset)
     )
+    if rate.warning:
+        telemetry.say(f"warning: {rate.warning}")
     data_skip = position.data_skip
     gone_back_to: list[int] = []
     while True:
