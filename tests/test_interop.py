@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import subprocess
@@ -13,13 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from lvtrain.backbones import create_backbone
+from lvtrain.data import ShardDataset
+from lvtrain.data.subset import write_subset
 from lvtrain.errors import UserError
 from lvtrain.interop import convert, load_model
 from lvtrain.interop.architecture import Architecture, fit, recognise, resize_positions
 from lvtrain.interop.foreign import from_ir, swap_colours
-from lvtrain.interop.model_card import Card
+from lvtrain.interop.model_card import Card, for_weights
 from lvtrain.interop.models import open_backbone
 from lvtrain.interop.packages import (
     arcface_ranges,
@@ -31,6 +35,7 @@ from lvtrain.interop.packages import (
 )
 from lvtrain.interop.reading import read_weights
 from tests.ranks import run_ranks
+from tests.shard_data import make_dataset
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2}
 
@@ -321,3 +326,27 @@ def test_a_deepspeed_folder_consolidates_to_what_its_own_script_gives(stage: int
     assert all(torch.equal(state[name], value) for name, value in weights.items())
     with pytest.raises(UserError, match="latest"):
         read_deepspeed(tmp_path / "s1")
+
+
+def test_a_card_names_the_licence_of_a_subset_and_of_data_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_dataset(tmp_path / "faces", samples=10, size=(16, 16))
+    said = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps({**said, "licence": "by request"}))
+    write_subset(tmp_path / "few.json", ShardDataset(data), np.arange(5))
+    run = tmp_path / "runs" / "few"
+    (run / "checkpoints" / "step_000000004").mkdir(parents=True)
+    recipe = {"data": {"path": str(tmp_path / "few.json")}, "method": {"name": "pco"}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def card(source: Path) -> Card:
+        return for_weights(source, Architecture("vit_nano", 512, 112, {}), {}, "step 4, phase a")
+
+    assert [card(source).data_licence for source in (run, run / "checkpoints" / "step_000000004")] == ["by request"] * 2
+    (data / "dataset.json").unlink()
+    assert card(run).data_licence is None
+    (run / "environment.json").write_text(json.dumps({"data_licence": "as noted at the start"}))
+    assert card(run).data_licence == "as noted at the start"
+    # other weights that lie in a run are not that run's
+    monkeypatch.chdir(run)
+    assert card(Path("model.pt")).recipe == card(run / "export" / "model.pt").recipe == ""
+    assert card(Path(".")).name == "few"

@@ -470,6 +470,9 @@ def test_a_chain_survives_its_file(world: World) -> None:
     assert load_chain(world.folder) == world.chain
     with pytest.raises(UserError, match="has no Slurm chain"):
         load_chain(world.folder / "elsewhere")
+    (world.chain.folder / "chain.json").write_text('{"name": "x"')
+    with pytest.raises(UserError, match=r"chain\.json is damaged .*submit the same script again"):
+        load_chain(world.folder)
 
 
 def test_settings_come_from_variables() -> None:
@@ -590,11 +593,12 @@ phases:
   - {name: refinement, global_batch: 24, virtual_batches: 12}
 schedule: {total: 10 steps}
 """
+ZERO = '{"zero_optimization": {"stage": 2}}'
 
 
 def send(home: Path, slurm: FakeSlurm, **site: Any) -> tuple[Chain, list[int]]:
     (home / "toy.yaml").write_text(RECIPE)
-    (home / "zero.json").write_text("{}")
+    (home / "zero.json").write_text(ZERO)
     settings = Site(**{"nodes": 3, "gpus_per_node": 4, **site})
     return submit_chain("toy.yaml", "zero.json", ["seed=3"], settings, home=home, slurm=Slurm(slurm))
 
@@ -607,7 +611,7 @@ def test_submission_freezes_the_plan_and_starts_with_the_first_open_phase(tmp_pa
     assert chain.script("refinement").read_text() == sbatch_text(load_chain(Path(chain.run_folder)), "refinement")
     # editing the recipe does not change a chain under way
     (tmp_path / "toy.yaml").write_text("name: changed")
-    assert Path(chain.recipe).read_text() == RECIPE and Path(chain.ds_config).read_text() == "{}"
+    assert Path(chain.recipe).read_text() == RECIPE and Path(chain.ds_config).read_text() == ZERO
     # an interrupted chain, submitted again
     chain.mark_done("alignment", Outcome("done", "alignment", 5, "over", 1))
     (chain.folder / "stopped.json").write_text("{}")
@@ -628,7 +632,7 @@ def test_links_are_submitted_ahead(tmp_path: Path) -> None:
 def test_nothing_is_submitted_twice_or_with_wrong_shapes(tmp_path: Path) -> None:
     slurm = FakeSlurm()
     (tmp_path / "toy.yaml").write_text(RECIPE)
-    (tmp_path / "zero.json").write_text("{}")
+    (tmp_path / "zero.json").write_text(ZERO)
     planned = plan_chain("toy.yaml", "zero.json", [], Site(nodes=2, gpus_per_node=2), home=tmp_path, slurm=Slurm(slurm))
     assert planned.phases == ("alignment", "refinement") and not Path(planned.run_folder).exists(), "planning writes nothing"
     with pytest.raises(
@@ -639,6 +643,10 @@ def test_nothing_is_submitted_twice_or_with_wrong_shapes(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"already has jobs .101 PENDING.; to start over: scancel --name=lvtrain-toy"):
         send(tmp_path, slurm)
     slurm.queued.clear()
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": true}}')
+    for name, told in {"mine.json": "fp16: float16 needs loss scaling", "absent.json": "does not exist"}.items():  # not after hours in the queue
+        with pytest.raises(UserError, match=told):
+            plan_chain("toy.yaml", name, [], Site(nodes=2, gpus_per_node=2), home=tmp_path, slurm=Slurm(slurm))
     slurm.refuse = lambda command: command[0] == "sbatch"
     with pytest.raises(UserError, match=r"sbatch refused .* not today; see slurm/site.env"):
         send(tmp_path, slurm)

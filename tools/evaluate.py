@@ -108,13 +108,12 @@ def main(
 
 def _folder(model: Path) -> Path:
     """A run's own figures lie in the run, where its report finds them, beside `evaluation/`, which is the trainer's."""
-    if (model / "recipe.yaml").is_file():
-        return model / "evaluated"
-    model = model.absolute()
-    run = model.parent.parent
-    if model.parent.name == "checkpoints" and (run / "recipe.yaml").is_file():
-        return run / f"evaluated_{model.name}"
-    return Path("evaluation")
+    from lvtrain.interop.model_card import run_of
+
+    run = run_of(model)
+    if run is None:
+        return Path("evaluation")
+    return model / "evaluated" if run == model.absolute() else run / f"evaluated_{model.absolute().name}"
 
 
 def _model(path, device, average):

@@ -33,7 +33,7 @@ def main(
     quality: Annotated[int, typer.Option(help="JPEG quality of what must be encoded: PNG, WebP, fixes, alignment")] = 95,
     label_order: Annotated[str, typer.Option(help="natural (id2 before id10) or lexicographic")] = "natural",
     align: Annotated[bool, typer.Option("--align", help="raw photographs: find the largest face and align it")] = False,
-    licence: Annotated[str, typer.Option(help="terms of the images; carried into checkpoints and model cards")] = "unknown",
+    licence: Annotated[str, typer.Option(help="terms of the images; carried into runs and model cards")] = "unknown",
     image_column: Annotated[str, typer.Option(help="parquet")] = "image",
     label_column: Annotated[str, typer.Option(help="parquet")] = "label",
     wrong_size: Annotated[str, _policy("wrong_size")] = "fix",

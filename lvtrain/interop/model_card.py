@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import yaml
 
+from lvtrain.data.index import read_manifest
+from lvtrain.data.subset import read_subset
+from lvtrain.errors import UserError
 from lvtrain.interop.architecture import Architecture
 
 CONFIG = "config.json"
@@ -42,12 +45,19 @@ def for_weights(source: Path, architecture: Architecture, state: Mapping[str, to
     """The card of weights that `open_backbone` found at `source`: an exported folder's own, a run's, or one of what can be seen in the weights."""
     if source.is_dir() and (card := from_folder(source)) is not None:
         return card
-    run = source if (source / "recipe.yaml").is_file() else source.parent.parent  # a run, or a checkpoint in it
-    if not (run / "recipe.yaml").is_file():
+    run = run_of(source)
+    if run is None:
         return bare(source.name, architecture, state, weights)
     card = bare(run.name, architecture, state, f"run {run.name}, {weights}")
     _add_run(card, run, weights)
     return card
+
+
+def run_of(source: Path) -> Path | None:
+    """The run folder that `source` is, or is a checkpoint of; None for anything else, also if it lies in a run."""
+    source = source.absolute()
+    run = source.parent.parent if source.parent.name == "checkpoints" else source
+    return run if (run / "recipe.yaml").is_file() else None
 
 
 def bare(name: str, architecture: Architecture, state: Mapping[str, torch.Tensor], source: str) -> Card:
@@ -62,9 +72,7 @@ def _add_run(card: Card, run: Path, weights: str) -> None:
     values = yaml.safe_load(card.recipe)
     data = Path(values["data"]["path"])
     card.method, card.dataset = values["method"]["name"], data.name
-    manifest = (data if data.is_dir() else data.parent) / "dataset.json"
-    if manifest.is_file():
-        card.data_licence = json.loads(manifest.read_text()).get("licence")
+    card.data_licence = _licence(run, data)
     for file in (run / "evaluation").glob("*.json"):
         found = json.loads(file.read_text())
         which = f"step {found.get('step')}, phase {found.get('phase')}"
@@ -77,6 +85,17 @@ def _add_run(card: Card, run: Path, weights: str) -> None:
             card.calibration = kept["sets"]
         else:
             card.stale = f"thresholds were found with other weights ({kept['weights']}); these are {weights}"
+
+
+def _licence(run: Path, data: Path) -> str | None:
+    """As the run noted it at its start; of runs that did not, as the dataset says, if it is still there."""
+    noted = run / "environment.json"
+    if noted.is_file() and (licence := json.loads(noted.read_text()).get("data_licence")):
+        return str(licence)
+    try:
+        return read_manifest(read_subset(data)[0] if data.suffix == ".json" and data.name != "dataset.json" else data).licence
+    except (UserError, OSError):
+        return None
 
 
 def from_folder(folder: Path) -> Card | None:

@@ -76,7 +76,10 @@ def load_chain(run_folder: Path) -> Chain:
         raise UserError(
             f"{run_folder} has no Slurm chain ({path} is missing); submit one with sbatch slurm/<script>.sh"
         )
-    values = json.loads(path.read_text())
-    values["site"] = Site(**values["site"])
-    values["phases"], values["overrides"] = tuple(values["phases"]), tuple(values["overrides"])
-    return Chain(**values)
+    try:
+        values = json.loads(path.read_text())
+        values["site"] = Site(**values["site"])
+        values["phases"], values["overrides"] = tuple(values["phases"]), tuple(values["overrides"])
+        return Chain(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); submit the same script again, which writes it anew") from None

@@ -18,6 +18,7 @@ from lvtrain.launch.script import sbatch_text
 from lvtrain.launch.site import Site
 from lvtrain.launch.slurm import Slurm
 from lvtrain.recipe import Recipe
+from lvtrain.training.ds_config import resolve_ds_config
 
 
 def submit_chain(
@@ -71,16 +72,15 @@ def plan_chain(
     """The chain as it would be submitted; nothing is written.
 
     Raises:
-        UserError: a recipe that is refused, a number of ranks that does not divide a phase's virtual batches, no Slurm
-            here, or a chain that already has jobs in the queue.
+        UserError: a recipe that is refused, a number of ranks that does not divide a phase's virtual batches, a DeepSpeed
+            JSON that is refused, no Slurm here, or a chain that already has jobs in the queue.
     """
     words = [*site.words("overrides"), *overrides]
     recipe = recipes.load(_absolute(home, recipe_path), words)
-    if not Path(_absolute(home, ds_config)).is_file():
-        raise UserError(
-            f"DeepSpeed configuration {ds_config} does not exist; ds_configs/ has those that ship with lvtrain"
-        )
     _check_ranks(recipe, site)
+    resolve_ds_config(  # what training would refuse, hours later
+        Path(_absolute(home, ds_config)), optimizer=recipe.optimizer, phases=recipe.phases, world_size=site.ranks
+    )
     run_folder = (home / recipe.run_folder).absolute()
     chain = Chain(
         name=recipe.name,

@@ -69,18 +69,24 @@ class Run:
         return self.dataset.num_classes
 
 
-def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World) -> tuple[Path, str, int, list[str]]:
+def open_folder(
+    recipe: Recipe, ds_config: dict[str, Any], world: World, *, licence: str
+) -> tuple[Path, str, int, list[str]]:
     """Makes or reopens the run folder; returns folder, run id, attempt number and the changes that are allowed but worth telling.
+
+    `licence` is that of the data: noted here, because the data may be gone when the model card is written.
 
     Raises:
         UserError: the folder holds a run that has trained and whose recipe differs in something that is learned from.
     """
     folder = recipe.run_folder
-    run_id, attempt, told = worlds.on_first(lambda: _open(folder, recipe, ds_config, world))
+    run_id, attempt, told = worlds.on_first(lambda: _open(folder, recipe, ds_config, world, licence))
     return folder, run_id, attempt, told
 
 
-def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World) -> tuple[str, int, list[str]]:
+def _open(
+    folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World, licence: str
+) -> tuple[str, int, list[str]]:
     identity: dict[str, Any] = {"run_id": uuid.uuid4().hex, "attempt": 0}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +96,7 @@ def _open(folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World)
         identity["attempt"] += 1
         write(folder / "recipe.yaml", recipes.dump(recipe))
         write(folder / "ds_config.json", json.dumps(ds_config, indent=2))
-        write(folder / "environment.json", json.dumps(environment(world), indent=2))
+        write(folder / "environment.json", json.dumps({**environment(world), "data_licence": licence}, indent=2))
         write(folder / "run.json", json.dumps(identity))
     except OSError as error:
         raise UserError(

@@ -62,7 +62,7 @@ def _train(
     max_time_minutes: float | None,
 ) -> Ending:
     timeout = recipe.safety.collective_timeout
-    folder, run_id, attempt, told = open_folder(recipe, ds_config, world)
+    folder, run_id, attempt, told = open_folder(recipe, ds_config, world, licence=dataset.manifest.licence)
     run = Run(recipe, ds_config, dataset, world, folder, run_id, attempt)
     telemetry = Telemetry(folder, world, tensorboard=recipe.logging.tensorboard)
     for change in told:
