@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -348,6 +349,14 @@ def test_a_disk_that_fails_is_not_an_image_that_is_damaged(folder, tmp_path, mon
     broken.unlink()  # given up by hand: one that is gone is skipped and listed
     report = pack(folder, tmp_path / "out", PackOptions("folder"))
     assert report["troubles"]["undecodable"]["list"] == ["id2/3.jpg"] and report["images_written"] == 17
+
+
+def test_a_picture_that_says_it_is_huge_is_kept_like_any_damaged_one(folder, tmp_path):
+    header = struct.pack("<2sIHHI", b"BM", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 30000, 30000, 1, 24, 0, 0, 0, 0, 0, 0)
+    (folder / "id1" / "huge.bmp").write_bytes(header)
+    report = pack(folder, tmp_path / "out", PackOptions("folder", policies=Policies(undecodable="keep")))
+    assert report["images_written"] == 19 and report["troubles"]["undecodable"]["list"] == ["id1/huge.bmp"]
+    assert [fault.kind for fault in verify(tmp_path / "out", full=True).faults] == ["bad-image"]
 
 
 def test_the_detector_is_looked_for_before_the_listing(folder, tmp_path, monkeypatch):

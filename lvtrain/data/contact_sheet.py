@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+# what Pillow raises for a damaged picture, or one that says it has more pixels than memory
+UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 _CELL = 112
 _MARGIN = 92
 
@@ -18,7 +20,7 @@ def decode(data: bytes) -> np.ndarray | None:
     try:
         picture = Image.open(io.BytesIO(data))
         return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError):
+    except UNDECODABLE:
         return None
 
 

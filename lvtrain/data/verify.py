@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from lvtrain.data.contact_sheet import UNDECODABLE
 from lvtrain.data.index import Manifest, file_sha256, open_index, read_manifest
 from lvtrain.data.parallel import ordered_map
 from lvtrain.errors import UserError
@@ -223,7 +224,7 @@ def _undecodable(data: bytes, size: tuple[int, int] | None) -> str | None:
         picture.load()
     except UnidentifiedImageError:
         return "cannot be decoded (no image format that is known)"
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNDECODABLE as error:
         return f"cannot be decoded ({error})"
     if size is not None and picture.size != (size[1], size[0]):
         return f"is {picture.width}x{picture.height}, dataset.json says {size[1]}x{size[0]}"

@@ -14,13 +14,13 @@ from hashlib import blake2b
 import numpy as np
 from PIL import Image, ImageOps
 
-from lvtrain.data import align
+from lvtrain.data import align, contact_sheet
 from lvtrain.errors import UserError
 
 UNDECODABLE, WRONG_SIZE, GREY, NO_FACE, CONVERTED, NARROW = 1, 2, 4, 8, 16, 32
 INSPECTION = np.dtype([("hash", "<u8"), ("width", "<u2"), ("height", "<u2"), ("flags", "u1")])
 ALIGNED_INSPECTION = np.dtype([*INSPECTION.descr, ("matrix", "<f4", (2, 3))])
-UNREADABLE = (OSError, ValueError, SyntaxError, zlib.error, UserError, Image.DecompressionBombError)
+UNREADABLE = (*contact_sheet.UNDECODABLE, zlib.error, UserError)
 
 
 @dataclass(frozen=True)
