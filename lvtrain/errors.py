@@ -11,3 +11,8 @@ EXIT_STOPPED = 75  # stopped early on request, a checkpoint is written, start me
 
 class UserError(Exception):
     """A mistake the user can mend; its text is one line: what, where, and how to mend it."""
+
+
+def told(error: Exception, where: object) -> str:
+    """The line of a UserError, or of an OSError: a full disk, a forbidden folder. `where` stands for a file that the system does not name."""
+    return f"{error.filename or where}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)

@@ -18,7 +18,7 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lvtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, UserError
+from lvtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, UserError, told
 from lvtrain.training import signals
 
 
@@ -44,11 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     signals.listen()  # a request to stop that comes while torch is being imported counts, and must not kill the rank
     try:
         return _run(options)
-    except UserError as error:
+    except (UserError, OSError) as error:
         if options.debug:
             traceback.print_exc()
-        _tell(f"lvtrain: error: {error}")
-        return EXIT_ERROR
+        _tell(f"lvtrain: error: {told(error, 'a file of the run')}")
+        return EXIT_ERROR if isinstance(error, UserError) else 1  # a disk that fails may work again: a chain tries it, as after a crash
     finally:
         signals.restore()
 

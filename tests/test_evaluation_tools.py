@@ -85,7 +85,7 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
     attempts = {
         "does not exist": ("evaluate", "raw_pixels", "--benchmark", f"x:{tmp_path}/absent.bin"),
         "nothing to do": ("evaluate", "raw_pixels"),
-        "absent does not exist; give a run": ("evaluate", tmp_path / "absent", "--cluster", f"x:{folder}"),
+        "absent does not exist; give a run": ("evaluate", tmp_path / "absent", "--cpu", "--cluster", f"x:{folder}"),
         "cut.jpg cannot be decoded": ("evaluate", "raw_pixels", "--cpu", "--cluster", f"x:{people}"),
         "more than 8 bits": ("evaluate", "raw_pixels", "--cpu", "--cluster", f"x:{tmp_path / 'deep'}"),
         "line 1": ("build_bin", tmp_path / "bad.txt", folder, tmp_path / "x.bin"),
@@ -94,4 +94,4 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
     for message, (name, *arguments) in attempts.items():
         failed = tool(name, *arguments)
         assert failed.exit_code == 2
-        assert message in failed.stderr and len(failed.stderr.strip().splitlines()) == 1
+        assert message in failed.stderr and len(failed.stderr.strip().splitlines()) == 1, failed.stderr

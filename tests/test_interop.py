@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -326,6 +327,17 @@ def test_a_deepspeed_folder_consolidates_to_what_its_own_script_gives(stage: int
     assert all(torch.equal(state[name], value) for name, value in weights.items())
     with pytest.raises(UserError, match="latest"):
         read_deepspeed(tmp_path / "s1")
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_stump(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"model\.pt cannot be written; is the disk full"):
+            write_arcface(tmp_path / "model.pt", {"weight": torch.zeros(5000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_card_names_the_licence_of_a_subset_and_of_data_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

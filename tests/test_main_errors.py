@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lvtrain import errors
 from lvtrain.data.index import IndexWriter
 from lvtrain.main import main
 from tests.conftest import ROOT
@@ -163,6 +165,19 @@ def test_what_a_recipe_names_besides_the_data(door: FrontDoor, tiny_faces: Path,
         (tmp_path / "runs" / "tiny" / name).write_text('{"run_id": "x", "attempt": 1}')
     shutil.copy(recipe, tmp_path / "runs" / "tiny" / "recipe.yaml")
     assert "holds a run with another recipe (seed: 5 -> 6)" in door.refuses(recipe, "seed=6", *dry)
+
+
+def test_a_disk_that_is_full_is_one_line_and_tried_again(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
+    """Not status 2, which ends a chain."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    door.monkeypatch.setattr("lvtrain.training.checks.open_dataset", full)
+    arguments = ["--recipe", str(recipe_file(tmp_path, tiny_faces / "train")), "--ds_config", "ds_configs/zero2.json"]
+    assert main(arguments) == 1
+    assert door.capfd.readouterr().err == "lvtrain: error: a file of the run: No space left on device\n"
+    assert errors.told(OSError(errno.EACCES, "Permission denied", "a.txt"), "b") == "a.txt: Permission denied"
 
 
 def test_unknown_phase(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:

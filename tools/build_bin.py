@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import EXIT_ERROR, UserError, told
 
 
 def main(
@@ -46,7 +46,7 @@ def main(
         encoded = {name: encode(images / name, image_size, quality) for name in dict.fromkeys(chain.from_iterable(names))}
         write_bin(out, [encoded[name] for pair in names for name in pair], issame, about={"alignment": alignment})
     except (UserError, OSError) as error:
-        print(f"build_bin: error: {error}", file=sys.stderr)
+        print(f"build_bin: error: {told(error, out)}", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None
     print(f"{out}: {len(issame)} pairs, {int(issame.sum())} of one person, {len(encoded)} images")
 

@@ -18,7 +18,7 @@ import typer
 from lvtrain.data import clean, contact_sheet
 from lvtrain.data.shards import ShardDataset
 from lvtrain.data.subset import check_target, write_subset
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import EXIT_ERROR, UserError, told
 
 _SHOWN = 6
 
@@ -42,7 +42,7 @@ def main(
             clean.Limits(outlier=outlier, same_person=same_person, overlap=overlap), merges, min_images, batch,
         )  # fmt: skip
     except (UserError, OSError) as error:
-        typer.echo(f"clean_dataset: error: {error}", err=True)
+        typer.echo(f"clean_dataset: error: {told(error, out)}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     limits = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["limits"].items())
     typer.echo(f"cosines used: {limits}")

@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import EXIT_ERROR, UserError, told
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False
@@ -38,11 +38,11 @@ Out = Annotated[Path, typer.Argument(help="folder or file to write")]
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        print(f"convert_checkpoint: error: {error}", file=sys.stderr)
+        print(f"convert_checkpoint: error: {told(error, out)}", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None
 
 
@@ -71,7 +71,7 @@ def import_(
     """Others' weights: arcface_torch, LVFace, CVLface, AdaFace, LAFS, DINO, safetensors."""
     from lvtrain.interop import convert
 
-    with one_line_errors():
+    with one_line_errors(out):
         convert.import_weights(
             source,
             out,
@@ -101,7 +101,7 @@ def consolidate(
     """
     from lvtrain.interop import convert
 
-    with one_line_errors():
+    with one_line_errors(out):
         convert.consolidate(source, out, rows=rows, average=average, tag=tag, heads=heads)
 
 
@@ -117,7 +117,7 @@ def reshard(
     """Class rows for another number of ranks: rank_{r}_softmax_weight.pt, arcface_torch's split."""
     from lvtrain.interop import convert
 
-    with one_line_errors():
+    with one_line_errors(out):
         convert.reshard(source, out, ranks=ranks, num_classes=num_classes)
 
 
@@ -136,7 +136,7 @@ def export(
     """The backbone for others' programs, checked after writing."""
     from lvtrain.interop import convert
 
-    with one_line_errors():
+    with one_line_errors(out):
         convert.export(source, out, to=to, opset=opset, precision=precision, benchmark=benchmark, average=average)
 
 
@@ -159,7 +159,7 @@ def check(
     from lvtrain.interop.clients import CLIENTS, LIVING
     from lvtrain.interop.clients import check as verdicts_of
 
-    with one_line_errors():
+    with one_line_errors(file):
         for name in client or ():
             if name not in CLIENTS:
                 raise UserError(f"client {name} is unknown; known: {', '.join(CLIENTS)}")

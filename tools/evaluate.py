@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import EXIT_ERROR, UserError, told
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def main(
     debug: Annotated[bool, typer.Option(help="show tracebacks")] = False,
 ) -> None:
     """Evaluates MODEL on every benchmark named; what protocol a benchmark is follows from what lies at its path."""
-    with _one_line_errors(debug):
+    folder = out or _folder(Path(model))
+    with _one_line_errors(debug, folder):
         from accelerate import PartialState
         from rich.console import Console
 
@@ -78,7 +79,6 @@ def main(
             raise UserError(
                 "nothing to do; name at least one --benchmark, --cluster, --megaface or --calibrate NAME:PATH"
             )
-        folder = out or _folder(Path(model))
         state = PartialState(cpu=cpu)
         console = Console(quiet=not state.is_main_process)
         name, forward, image_size, weights = _model(model, state.device, average)
@@ -161,13 +161,13 @@ def _calibration(model: Path, weights: str, results, console) -> None:
 
 
 @contextmanager
-def _one_line_errors(debug: bool) -> Iterator[None]:
+def _one_line_errors(debug: bool, out: Path) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
         if debug:
             raise
-        print(f"evaluate: error: {error}", file=sys.stderr)
+        print(f"evaluate: error: {told(error, out)}", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None
 
 

@@ -13,7 +13,7 @@ import typer
 
 from lvtrain.data.shards import ShardDataset
 from lvtrain.data.subset import choose, write_subset
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import EXIT_ERROR, UserError, told
 
 
 def main(
@@ -58,7 +58,7 @@ def main(
         subset = ShardDataset(out)
         typer.echo(f"{out}: {len(subset)} images of {subset.num_classes} identities, fingerprint {subset.fingerprint}")
     except (UserError, OSError) as error:
-        typer.echo(f"make_subset: error: {error}", err=True)
+        typer.echo(f"make_subset: error: {told(error, out)}", err=True)
         sys.exit(EXIT_ERROR)
 
 

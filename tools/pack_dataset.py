@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lvtrain.data.importers import KINDS, POLICIES, PackOptions, Policies, pack
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import EXIT_ERROR, UserError, told
 
 
 def _policy(kind: str) -> Any:
@@ -62,7 +62,7 @@ def main(
 
             report = pack(source, out, options, workers=workers, progress=show)
     except (UserError, OSError) as error:
-        typer.echo(f"pack_dataset: error: {error}", err=True)
+        typer.echo(f"pack_dataset: error: {told(error, out)}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     _summary(report, out)
 

@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from lvtrain.data.recordio_export import filter_index, write_recordio
 from lvtrain.data.shards import ShardDataset
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import EXIT_ERROR, UserError, told
 
 app = typer.Typer(help=__doc__, add_completion=False)
 
@@ -27,7 +27,7 @@ def write(
             task = bar.add_task("images", total=len(opened))
             count = write_recordio(opened, out, progress=lambda done, _: bar.update(task, completed=done))
     except (UserError, OSError) as error:
-        _fail(error)
+        _fail(error, out)
     typer.echo(f"{out}: {count} images of {opened.num_classes} identities")
 
 
@@ -47,7 +47,7 @@ def filter_(
             rec, out, identities=_numbers(identities), min_images=min_images, shots=shots, without_keys=_numbers(without_keys) or (), seed=seed
         )
     except (UserError, OSError) as error:
-        _fail(error)
+        _fail(error, out)
     typer.echo(f"{out}: {images} images of {people} identities; read it with fn.readers.mxnet(path=[{str(rec)!r}], index_path=[{str(out)!r}])")
 
 
@@ -60,8 +60,8 @@ def _numbers(path: Path | None) -> list[int] | None:
         raise UserError(f"{path} must hold one whole number a line ({error})") from None
 
 
-def _fail(error: Exception) -> None:
-    typer.echo(f"recordio: error: {error}", err=True)
+def _fail(error: Exception, out: Path) -> None:
+    typer.echo(f"recordio: error: {told(error, out)}", err=True)
     raise typer.Exit(EXIT_ERROR) from None
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import EXIT_ERROR, UserError, told
 from lvtrain.report import write_report
 
 
@@ -20,7 +20,7 @@ def main(
     try:
         print(write_report(run, out, any_faces=faces, others=beside or []))
     except (UserError, OSError) as error:
-        print(f"report: error: {error}", file=sys.stderr)
+        print(f"report: error: {told(error, out or run)}", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None
 
 

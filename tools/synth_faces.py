@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lvtrain.data.synthetic import heldout_pairs, write_faces
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import EXIT_ERROR, UserError, told
 
 
 def main(
@@ -39,7 +39,7 @@ def main(
         flat = [written.heldout_images[person][image] for person, image in chosen.reshape(-1, 2).tolist()]
         write_bin(out / "heldout.bin", flat, same, about={"kind": "generated faces", "seed": seed, "difficulty": difficulty})
     except (UserError, OSError) as error:
-        typer.echo(f"synth_faces: error: {error}", err=True)
+        typer.echo(f"synth_faces: error: {told(error, out)}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     seconds = time.perf_counter() - start
     total = written.train.samples + written.heldout.samples

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lvtrain.data import contact_sheet
 from lvtrain.data.shards import ShardDataset
 from lvtrain.data.verify import verify
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import EXIT_ERROR, UserError, told
 
 
 def main(
@@ -42,7 +42,7 @@ def main(
             rows = contact_sheet.of_index(opened.index["label"], opened.label_names(), lambda sample: opened.read(sample)[0])
             typer.echo(contact_sheet.draw(rows, f"{dataset.name}: {len(opened)} images of {opened.num_classes} identities", sheet))
     except (UserError, OSError) as error:
-        typer.echo(f"verify_dataset: error: {error}", err=True)
+        typer.echo(f"verify_dataset: error: {told(error, sheet or dataset)}", err=True)
         raise typer.Exit(EXIT_ERROR) from None
     checked = "every byte" if full else "structure; --full reads every byte"
     summary = f"{dataset}: {verdict.identities} identities, {verdict.samples} samples, {verdict.shards} shard(s)"

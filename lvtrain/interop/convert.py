@@ -17,6 +17,7 @@ from lvtrain.interop.models import open_backbone
 from lvtrain.interop.packages import (
     merge_rows,
     read_deepspeed,
+    save,
     split_rows,
     write_arcface,
     write_folder,
@@ -130,7 +131,7 @@ def reshard(
         whole = _rows_of_ranks(sources, num_classes)
     out.mkdir(parents=True, exist_ok=True)
     for rank, part in enumerate(split_rows(whole, ranks)):
-        torch.save(part, out / f"rank_{rank}_softmax_weight.pt")
+        save(part, out / f"rank_{rank}_softmax_weight.pt")
     tell(f"written: {len(whole)} class rows as {ranks} file{'s' if ranks > 1 else ''} in {out}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Mapping
@@ -65,7 +66,21 @@ def write_folder(
 
 def write_arcface(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
     """arcface_torch's `model.pt`: the flat state dict, which its `eval` and `onnx_ijbc` scripts load."""
-    torch.save({name: tensor.contiguous() for name, tensor in state.items()}, str(path))
+    save({name: tensor.contiguous() for name, tensor in state.items()}, path)
+
+
+def save(value: Any, path: str | Path) -> None:
+    """`torch.save`, whole or not at all: where the disk is full, torch's own writer raises what says nothing of it and leaves a stump.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        torch.save(value, str(path))
+    except RuntimeError as error:
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+        raise UserError(f"{path} cannot be written; is the disk full, or the folder missing?") from error
 
 
 def write_insightface(
