@@ -120,6 +120,10 @@ def test_operations_are_torchvisions():
     assert torch.equal(apply(IMAGE, 112, one(posterise=0xF0)), functional.posterize(IMAGE, 4))
     near(apply(IMAGE, 112, one(colour=[1.3, 1.0, 1.0, 0.0])), functional.adjust_brightness(IMAGE, 1.3), 0.6)
     near(apply(IMAGE, 112, one(colour=[1.0, 1.0, 0.0, 0.0])), functional.rgb_to_grayscale(IMAGE, 3), 1.0)
+    for sigma, side in ((0.3, 3), (1.0, 7), (2.0, 13)):
+        theirs = functional.gaussian_blur(IMAGE, [side, side], [sigma, sigma])
+        assert (apply(IMAGE, 112, one(blur=sigma)).int() - theirs.int()).abs().max() <= 1
+        near(apply(IMAGE, 112, one(blur=sigma)), theirs, 0.01)
     angle = np.deg2rad(20)
     turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]], dtype=np.float32)
     theirs = functional.rotate(IMAGE, 20, functional.InterpolationMode.BILINEAR, fill=[128] * 3)
