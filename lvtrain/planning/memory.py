@@ -92,11 +92,12 @@ def classifier_bytes(rows: ClassRows, *, ranks: int, micro_batch: int) -> dict[s
     slots = 2 if rows.optimizer == "adamw" else 1
     embeddings = batch * rows.dim * (4 + 4 + rows.operand_bytes)  # gathered, their gradient, the operand
     anchors = 2 if rows.expectations and not rows.shared_negatives else 1
+    of_rows = 4 + rows.operand_bytes + 4 + (4 if rows.sample_rate < 1 else 0)  # unit rows, as operands, gradient; gathered
     parts = {
         "class rows": 4.0 * local * rows.dim,
         "class rows' gradient": 0.0 if rows.in_backward else 4.0 * rows.taking_part(ranks) * rows.dim,
         "class rows' moments": float(slots * rows.moments_bytes * local * rows.dim),
-        "classifier workspace": anchors * chunk * (4.0 * batch + rows.operand_bytes * batch + 8 * rows.dim)
+        "classifier workspace": anchors * chunk * (4.0 * batch + rows.operand_bytes * batch + of_rows * rows.dim)
         + embeddings
         + min(rows.keep_mb * 2**20, rows.operand_bytes * batch * rows.taking_part(ranks)),
     }
