@@ -107,6 +107,13 @@ def test_missing_shard_is_named(door: FrontDoor, copy: Path, tmp_path: Path) -> 
     assert f"{shard.name} is missing" in door.refuses(recipe_file(tmp_path, copy))
 
 
+def test_forbidden_shard_is_named(door: FrontDoor, copy: Path, tmp_path: Path) -> None:
+    shard = sorted(copy.rglob("*.tar"))[0]
+    access = os.access  # root may read everything
+    door.monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shard and access(path, mode))
+    assert f"{shard.name} may not be read by this user" in door.refuses(recipe_file(tmp_path, copy))
+
+
 def test_truncated_tar_is_named(door: FrontDoor, copy: Path, tmp_path: Path) -> None:
     shard = sorted(copy.rglob("*.tar"))[0]
     shard.write_bytes(shard.read_bytes()[:-5000])

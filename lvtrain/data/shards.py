@@ -41,7 +41,7 @@ class ShardDataset:
         cache, cache_bytes: local folder for copies of shards and its size bound (`lvtrain.data.cache`).
 
     Raises:
-        UserError: dataset.json, the index or a shard is missing, of another size than recorded, or empty (the shard is named).
+        UserError: dataset.json, the index or a shard is missing, forbidden, of another size than recorded, or empty (the shard is named).
     """
 
     def __init__(
@@ -273,6 +273,8 @@ class ShardDataset:
                 size = path.stat().st_size
             except FileNotFoundError:
                 raise UserError(f"shard {path} is missing; restore it or pack again") from None
+            if not os.access(path, os.R_OK):  # else found sample after sample, each after all attempts
+                raise UserError(f"shard {path} may not be read by this user; mend its permissions")
             if size != shard.size:
                 kind = "cut short" if size < shard.size else "longer than recorded"
                 raise UserError(

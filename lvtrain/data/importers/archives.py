@@ -54,7 +54,7 @@ class WebFaceZip(_Archives):
         for file in self.files(".zip"):
             try:
                 entries = zipfile.ZipFile(file).infolist()
-            except (zipfile.BadZipFile, OSError) as error:
+            except zipfile.BadZipFile as error:
                 raise UserError(f"{file} cannot be read as a zip ({error}); download it again") from None
             for entry in sorted(entries, key=lambda entry: natural_key(entry.filename)):
                 parts = entry.filename.rstrip("/").split("/")
@@ -141,7 +141,7 @@ class WebDataset(_Archives):
                     if key in images and key in labels:
                         name, offset, size = images.pop(key)
                         out.add(labels.pop(key), name, container=self.relative(file), offset=offset, length=size)
-        except (tarfile.TarError, OSError) as error:
+        except tarfile.TarError as error:
             raise UserError(f"{file} cannot be read as a tar ({error}); it was cut short, or is compressed: unpack .tar.gz first") from None
         if images:
             raise UserError(f"{file}: {next(iter(images.values()))[0]} has no .cls or .json with a label; add one or remove the image")
