@@ -25,6 +25,9 @@ class FrontDoor:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self.monkeypatch, self.capfd = monkeypatch, capfd
         monkeypatch.chdir(ROOT)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # a start leaves them to this process: put back at the end
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
 
     def refuses(self, recipe: Path, *arguments: str, ds_config: str = "ds_configs/zero2.json", ranks: int = 1) -> str:
         """The one line of the refusal, started as the first of `ranks`."""
