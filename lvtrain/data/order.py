@@ -87,9 +87,17 @@ class SampleOrder:
         block = np.where(slot > short, slot - 1, slot)
         is_short = slot == short
         block[is_short] = 0
-        block = permute(block, self.full_blocks, _keys(self.seed, "order/blocks", epoch))
+        block = self._shuffled(block, _keys(self.seed, "order/blocks", epoch))
         block[is_short] = self.full_blocks
         return block * self.block + inside % self.block
+
+
+    def _shuffled(self, block: np.ndarray, keys: Keys) -> np.ndarray:
+        low, high = int(block.min()), int(block.max()) + 1
+        if high - low >= len(block):
+            return permute(block, self.full_blocks, keys)
+        # neighbouring positions are of one window, that is of few blocks: each is asked for once
+        return permute(np.arange(low, high), self.full_blocks, keys)[block - low]
 
 
 def permute(x: np.ndarray, size: int, keys: Keys) -> np.ndarray:

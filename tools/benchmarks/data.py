@@ -3,7 +3,7 @@
 
     python tools/benchmark.py data --out tools/results/data
 
-writes `OUT.json` and `OUT.md` in about 3 minutes on two free cores. CPU time (user + system of the process, all its threads) is what a shared
+writes `OUT.json` and `OUT.md` in about 6 minutes on two free cores. CPU time (user + system of the process, all its threads) is what a shared
 machine's load blurs least; wall time stands beside it. Every path ends in a float32 [batch, 3, 112, 112] tensor of randomly mirrored images,
 except those named `decode_only`.
 """
@@ -40,7 +40,7 @@ def run(
     batch: int = 128,
     batches: int = 40,
     threads: int = 2,
-    repeats: int = 5,
+    repeats: int = 15,
     epochs: int = 40,
     large: str = "42474557,260890076",
     only: str = "",
@@ -221,8 +221,8 @@ def _markdown(result: dict[str, Any]) -> str:
         f"`python tools/benchmark.py data --out tools/results/data`, {result['date']}, {result['cores']} cores of an {result['cpu']}, load average "
         f"{result['load_average_at_start'][0]} at the start. 112x112 JPEG of quality 95, {result['jpeg_bytes_mean']} bytes on average, batch "
         f"{result['batch']}, {result['threads']} threads, medians of {result['repeats']} interleaved rounds of {result['batches']} batches. Every path ends in",
-        "a float32 batch of randomly mirrored images, except those that only decode; torch's DataLoader works in the process itself, so no worker's",
-        "cost is counted against it.",
+        "a float32 batch of randomly mirrored images, except those that only decode, on as many threads as ours; torch's DataLoader works in the process",
+        "itself, so no worker's cost is counted against it.",
         "",
         "| path | CPU µs an image | wall µs | lvtrain_dali by it (CPU) | lvtrain_torch by it (CPU) | goal |",
         "|---|---|---|---|---|---|",
