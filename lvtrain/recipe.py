@@ -79,7 +79,7 @@ class Data(Section):
     cache: Path | None = Field(None, description="local folder (NVMe) for copies of shards; needs cache_bytes")
     cache_bytes: int = Field(0, ge=0, description="size bound of the cache")
     augmentation: str = Field("flip", description="name of a set in lvtrain.data.augment")
-    max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="undecodable samples tolerated before the run stops")
+    max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="undecodable samples tolerated before the run stops, from 1,000 samples on")
 
     @model_validator(mode="after")
     def _cache_has_a_size(self) -> Data:

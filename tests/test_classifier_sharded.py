@@ -505,11 +505,13 @@ def test_a_run_that_learns_nothing_is_told():
         "phases": [{"name": "only", "global_batch": 8, "virtual_batches": 1}], "optimizer": {"lr": 0.1}, "schedule": {"total": "10 steps"}})  # fmt: skip
     method = create_method(recipe, num_classes=5, device=torch.device("cpu"))
 
-    def told(epoch, cos2, across):
-        return method.warnings({"cos2": cos2, "batch_cosine": across}, Now(step=9, lr=0.1, progress=0.1, epoch=epoch))
+    def told(epoch, cos2, across, step=100):
+        return method.warnings({"cos2": cos2, "batch_cosine": across}, Now(step=step, lr=0.1, progress=0.1, epoch=epoch))
 
-    assert told(1.0, 0.12, 0.0) == told(9.0, 0.6, 0.2) == told(0.9, 0.002, 0.9) == []
-    assert "class centres 0.014 (cos2). Lower optimizer.lr" in told(1.4, 0.014, 0.24)[0]
+    assert told(1.0, 0.12, 0.0) == told(9.0, 0.6, 0.2) == told(0.9, 0.002, 0.9) == told(3.0, 0.002, 0.9, step=99) == []
+    assert "class centres 0.014 (cos2); lower optimizer.lr" in told(1.4, 0.014, 0.24)[0]
+    assert told(1.5, 0.014, 0.24) == []  # said once
+    method.warned = False
     assert "that of chance" in told(1.0, 0.002, 0.0)[0]
 
 

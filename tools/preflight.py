@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 8 tools/preflight.py --shared runs --data /data/glint360k         # on every node, with --nnodes, --rdzv-endpoint …
     deepspeed --hostfile hosts tools/preflight.py …          srun python tools/preflight.py …
 
-Meets, compares what the ranks run on, looks whether they share the run folder's file system and see the same data, and measures the collectives a
+(torchrun first waits for its nodes by itself; --timeout is about what comes then.) Meets, compares what the ranks run on, looks whether they share the run folder's file system and see the same data, and measures the collectives a
 step is made of. Exit status 0: nothing found; 2: something that would stop or spoil a run, one line each.
 """
 
@@ -193,6 +193,9 @@ def check(options: argparse.Namespace) -> int:
     problems = differences(ranks) + unshared(options.shared, ranks)
     if options.data is not None:
         problems += other_data(options.data, ranks)
+    if world.is_first:
+        for line in problems:
+            print(f"preflight: error: {line}", file=sys.stderr, flush=True)
     rows = collectives(world, [float(size) for size in options.megabytes.split(",")], options.repeats) if world.size > 1 else []
     hosts = sorted({one["host"] for one in ranks})
     if world.is_first:
@@ -203,12 +206,11 @@ def check(options: argparse.Namespace) -> int:
         fastest = max((row["gb_per_s"] for row in rows), default=0.0)
         if len(hosts) > 1 and fastest < _SLOW * H200.link / 1e9:
             print(f"  note: tools/plan.py assumes {H200.link / 1e9:.0f} GB/s a GPU between nodes; plan with --link {fastest:.1f}")
-        for line in problems:
-            print(f"preflight: error: {line}", file=sys.stderr)
         if options.json:
             options.json.write_text(json.dumps({"ranks": ranks, "collectives": rows, "problems": problems}, indent=1) + "\n")
         if not problems:
-            print("preflight: nothing found that would stop a run")
+            data = f"{options.data} is the same dataset" if options.data else "no --data was given"
+            print(f"preflight: nothing found that would stop a run: one software, {options.shared} is shared, {data}")
     worlds.barrier()
     worlds.stop()
     return EXIT_ERROR if problems else 0

@@ -30,6 +30,7 @@ class SupervisedMethod(Method):
         self.backbone: nn.Module = initial_backbone(recipe, device)
         self.module = self.backbone
         self.classifier = create_classifier(recipe, num_classes=num_classes, device=device, **classifier_options)
+        self.warned = False
 
     def evaluated(self) -> nn.Module:
         return self.backbone
@@ -50,22 +51,25 @@ class SupervisedMethod(Method):
         return LossOutput(output.loss, {"cos2": output.cos2, "batch_cosine": batch_cosine(output.embeddings)})
 
     def warnings(self, metrics: dict[str, Any], now: Now) -> list[str]:
-        """Whether anything was learned, once every image has been seen. Measured on the quick start: cos2 0.12 after an epoch and batch_cosine 0.00
-        always; with 30 and 300 times its learning rate 0.01 to 0.02, and 0.2 to 0.4."""
+        """Whether anything was learned, once every image has been seen; said once. Measured on the quick start: cos2 0.12 after an epoch and
+        batch_cosine 0.00 always; with 30 and 300 times its learning rate 0.01 to 0.02, and 0.2 to 0.4."""
         cos2, across = metrics["cos2"], metrics["batch_cosine"]
-        if now.epoch < 1:
+        if self.warned or now.epoch < 1 or now.step < 100:  # a small set's epoch is soon over
             return []
+        mend = "lower optimizer.lr, lengthen schedule.warmup, or let the margin grow (classifier.margin.warmup)"
+        said = []
         if across > 0.15 and cos2 < 0.1:
-            return [
+            said.append(
                 f"not learning: different images have a mean cosine of {across:.2f} (batch_cosine, near 0 in a healthy run), their own class centres "
-                f"{cos2:.3f} (cos2). Lower optimizer.lr, lengthen schedule.warmup, or let the margin grow (classifier.margin.warmup)"
-            ]
-        if cos2 < 4 / self.recipe.backbone.embedding_dim:
-            return [
-                f"not learning: after {now.epoch:.1f} epochs the cosine to the own class centre is that of chance (cos2 {cos2:.4f}). Look at the labels "
-                "(tools/verify_dataset.py) and at optimizer.lr"
-            ]
-        return []
+                f"{cos2:.3f} (cos2); {mend}"
+            )
+        elif cos2 < 2 / self.recipe.backbone.embedding_dim:
+            said.append(
+                f"not learning: after {now.epoch:.1f} epochs the cosine to the own class centre is that of chance (cos2 {cos2:.4f}); look at the labels "
+                f"(tools/verify_dataset.py), {mend}"
+            )
+        self.warned = bool(said)
+        return said
 
     def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
         self.classifier.end_step(**rows_rates(self.recipe, now))

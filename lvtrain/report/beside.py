@@ -35,7 +35,7 @@ def reached(runs: list[RunFiles]) -> list[Row]:
                 "name": name,
                 "steps": f"{run.metrics[-1]['step']:,}" if run.metrics else "0",
                 "loss": _late(run, "loss", ".3f"),
-                "cos2": _late(run, "cos2", ".3f"),
+                "cos2": _late(run, "cos2_window", ".3f") or _late(run, "cos2", ".3f"),
                 "speed": _late(run, "images_per_second", ",.0f"),
                 "accuracy": ", ".join(f"{one} {100 * found['accuracy']:.2f} ± {100 * found['std']:.2f}%" for one, found in last.items()),
             }

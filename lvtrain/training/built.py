@@ -58,6 +58,7 @@ class Built:
             told = start_weights(run, self.method)
             if told:
                 telemetry.event("init_from", **told)
+                telemetry.say(f"starting from {', '.join(f'{name} {value}' for name, value in told.items() if value)}")
         self.average = Average(self.method.evaluated(), recipe.ema.decay) if recipe.ema else None
         if recipe.backbone.compile:
             self.method.evaluated().compile()  # in place: the names stay, and the averaged copy stays as it is

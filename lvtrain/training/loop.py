@@ -68,7 +68,7 @@ class PhaseRun:
         self.method, self.engine, self.average, self.loader = built.method, built.engine, built.average, built.loader
         self.stage, self.meter, self.pace = built.stage, built.meter, Pace()
         self.saved_step = -1 if built.entering else self.position.step
-        self.nonfinite_in_row = self.nonfinite_total = 0
+        self.nonfinite_in_row = self.nonfinite_total = self.bad_told = 0
         if built.entering:
             self._event(
                 "phase_start", phase=self.phase.name, world_size=run.world.size, accumulation=self.accumulation
@@ -186,6 +186,9 @@ class PhaseRun:
         limit = self.r.recipe.data.max_bad_fraction
         counts = worlds.gather_objects((self.loader.bad_count, self.loader.seen_count))
         bad, seen = (sum(column) for column in zip(*counts))
+        if bad > self.bad_told:
+            self.telemetry.say(f"warning: {bad} of {seen} samples could not be decoded so far and weigh nothing; events.jsonl names them")
+            self.bad_told = bad
         if seen >= 1000 and bad > limit * seen:
             raise UserError(
                 f"{bad} of {seen} samples could not be decoded, more than data.max_bad_fraction={limit}; "
