@@ -3,8 +3,9 @@
     torchrun --nproc_per_node 8 tools/preflight.py --shared runs --data /data/glint360k         # on every node, with --nnodes, --rdzv-endpoint …
     deepspeed --hostfile hosts tools/preflight.py …          srun python tools/preflight.py …
 
-(torchrun first waits for its nodes by itself; --timeout is about what comes then.) Meets, compares what the ranks run on, looks whether they share the run folder's file system and see the same data, and measures the collectives a
-step is made of. Exit status 0: nothing found; 2: something that would stop or spoil a run, one line each.
+Meets, compares what the ranks run on, looks whether they share the run folder's file system and see the same data, and measures the collectives a
+step is made of. torchrun first waits for its nodes by itself; --timeout is about what comes then. Exit status 0: nothing found; 2: something that
+would stop or spoil a run, one line each.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
     missing = sorted(parameters - taken.keys())
     if len(missing) == len(parameters):
         raise UserError(
-            f"init_from.path: {section.path} has no weight of {type(module).__name__}; give its backbone section to this run, or import foreign weights with tools/convert_checkpoint.py"
+            f"init_from.path: {section.path} has no weight of {type(module).__name__}; give its backbone section to this run, "
+            "or import foreign weights with tools/convert_checkpoint.py"
         )
     module.load_state_dict(taken, strict=False)
     told: dict[str, Any] = {"path": str(section.path), "tensors": len(taken), "left_fresh": missing[:8]}
