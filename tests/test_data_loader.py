@@ -170,6 +170,30 @@ def test_every_value_is_normalised_alike_by_every_kind_of_cpu():
     assert np.abs(fused - (values.astype(np.float64) - 127.5) / 127.5).max() < 1.3e-7 and np.abs(fused).max() <= 1
 
 
+@pytest.mark.parametrize("augmentation", ["flip", "strong", "dino"])
+def test_what_leaves_the_host_as_bytes_is_the_same(folder, augmentation, monkeypatch):
+    """For a GPU the torch backend hands bytes over and normalises them there: here on a device that is none, and in torch on the CPU."""
+    from lvtrain.data import pixels, torch_backend
+
+    travelled = []
+
+    def normalise_here(planes, device):
+        travelled.append((planes.dtype, device.type))
+        return pixels.normalise_on(planes.clone(), torch.device("cpu"))
+
+    def batches(device):
+        options = {"micro_batch": 41, "virtual_batches": 1, "augmentation": augmentation, "backend": "torch"}
+        with Loader(ShardDataset(folder), seed=1, device=device, **options) as loader:
+            return [next(loader).views for _ in range(3)]
+
+    here = batches("cpu")
+    monkeypatch.setattr(torch_backend, "normalise_on", normalise_here)
+    for expected, found in zip(here, batches("meta")):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert set(travelled) == {(torch.uint8, "meta")}
+
+
 def test_the_torch_backend_needs_no_dali(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     for name in ("pixels", "torch_backend"):
@@ -181,13 +205,13 @@ def test_memory_is_lent_again_only_when_nobody_holds_it():
     from lvtrain.data.pixels import Memory
 
     memory = Memory(keep=2)
-    batch = memory.floats(4, 3)
+    batch = memory.lend(4, 3)
     address, row = batch.data_ptr(), batch[2]
     del batch
-    other = memory.floats(4, 3)
+    other = memory.lend(4, 3)
     assert other.data_ptr() != address and row.shape == (3,)
     del row
-    assert memory.floats(4, 3).data_ptr() == address
+    assert memory.lend(4, 3).data_ptr() == address
 
 
 @pytest.mark.slow
@@ -206,6 +230,15 @@ def test_memory_does_not_grow_over_epochs(folder, backend):
         for _ in range(20):
             next(loader)
         assert process.memory_info().rss - before < 30e6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augmentation", ["flip", "strong"])
+def test_the_torch_backend_for_a_gpu_makes_the_pictures_it_makes_for_the_cpu(folder, augmentation):
+    on_gpu, on_cpu = (
+        stream(folder, steps=4, backend="torch", device=device, augmentation=augmentation) for device in ("cuda", "cpu")
+    )
+    assert on_gpu[0].is_cuda and torch.equal(on_gpu[0].cpu(), on_cpu[0])
 
 
 @pytest.mark.gpu

@@ -84,7 +84,7 @@ class DaliBackend:
         else:
             views = {}
             for name, images in pixels.items():
-                views[name] = self._memory.floats(len(images), 3, *images.shape[1:3])
+                views[name] = self._memory.lend(len(images), 3, *images.shape[1:3])
                 mirror_and_normalise(images.numpy(), job.draws[name].flip, views[name])
         return Decoded(job, views)
 

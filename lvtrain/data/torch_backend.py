@@ -1,4 +1,7 @@
-"""Decoding with libjpeg-turbo (`simplejpeg`) and augmenting with torchvision, on a CPU: DALI's order, parameters and interface without DALI."""
+"""Decoding with libjpeg-turbo (`simplejpeg`) and augmenting with torchvision, on a CPU: DALI's order, parameters and interface without DALI.
+
+For a GPU the batch leaves the host as bytes and is normalised there.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 from lvtrain.data import jpeg
 from lvtrain.data.augment import View
 from lvtrain.data.job import Decoded, Job
-from lvtrain.data.pixels import TOGETHER, Memory, mirror_and_normalise, normalise, scratch, split
+from lvtrain.data.pixels import TOGETHER, Memory, mirror, normalise, normalise_on, scratch, split
 
 MID_GREY = 128
 
@@ -44,13 +47,18 @@ class TorchBackend:
         self.views, self.image_size, self.stored_size = views, image_size, stored_size
         self.device, self.threads = device, threads
         self._check = jpeg.HeaderCheck(stored_size)
-        self._memory = Memory(keep=2 * (depth + 1))
+        self._floats_here = device.type == "cpu"
+        self._memory = Memory(
+            keep=2 * (depth + 1),
+            dtype=torch.float32 if self._floats_here else torch.uint8,
+            pinned=device.type == "cuda",
+        )
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._flying: deque[tuple[Decoded, list[Future[None]]]] = deque()
 
     def submit(self, job: Job) -> None:
         count = len(job.ids)
-        views = {view.name: self._memory.floats(count, 3, *[self._size(view)] * 2) for view in self.views}
+        views = {view.name: self._memory.lend(count, 3, *[self._size(view)] * 2) for view in self.views}
         share = math.ceil(count / self.threads)  # a task for each image would cost more than reading it
         parts = [
             self._pool.submit(self._part, job, range(start, min(start + share, count)), views)
@@ -62,7 +70,10 @@ class TorchBackend:
         decoded, parts = self._flying.popleft()
         for part in parts:
             part.result()
-        return Decoded(decoded.job, {name: images.to(self.device) for name, images in decoded.views.items()})
+        if self._floats_here:
+            return decoded
+        views = {name: normalise_on(planes, self.device) for name, planes in decoded.views.items()}
+        return Decoded(decoded.job, views)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -83,14 +94,15 @@ class TorchBackend:
     def _view(
         self, images: list[np.ndarray], size: int, draws: dict[str, np.ndarray], batch: torch.Tensor
     ) -> None:
+        planes = scratch("planes", len(images), 3, size, size) if self._floats_here else batch.numpy()
         if draws.keys() <= {"flip"} and all(image.shape[:2] == (size, size) for image in images):
-            mirror_and_normalise(images, draws.get("flip"), batch)
-            return
-        planes = scratch("augmented", len(images), 3, size, size)
-        for row, image in enumerate(images):
-            own = {name: values[row] for name, values in draws.items()}
-            planes[row] = apply(_planes(image), size, own).numpy()
-        normalise(planes, batch)
+            mirror(images, draws.get("flip"), planes)
+        else:
+            for row, image in enumerate(images):
+                own = {name: values[row] for name, values in draws.items()}
+                planes[row] = apply(_planes(image), size, own).numpy()
+        if self._floats_here:
+            normalise(planes, batch)
 
     def _decode(self, job: Job, rows: slice) -> list[np.ndarray]:
         """uint8 [h, w, 3] each; what nobody can read is bad, and black."""

@@ -20,9 +20,16 @@ def paths(folder: Path, batch: int, threads: int) -> dict[str, Callable[[], Any]
     dataset = ShardDataset(folder)
     encoded = [dataset.read(sample)[0] for sample in range(min(len(dataset), 512))]
 
-    def loader(backend: str) -> Any:
+    def loader(backend: str, device: str = "cpu") -> Any:
         made = Loader(
-            dataset, seed=0, micro_batch=batch, virtual_batches=1, block=256, backend=backend, threads=threads
+            dataset,
+            seed=0,
+            micro_batch=batch,
+            virtual_batches=1,
+            block=256,
+            backend=backend,
+            threads=threads,
+            device=device,
         )
         return lambda: next(made), made.close
 
@@ -89,7 +96,12 @@ def paths(folder: Path, batch: int, threads: int) -> dict[str, Callable[[], Any]
         )
         return lambda: next(batches), lambda: None
 
-    found: dict[str, Callable[[], Any]] = {"lvtrain_torch": lambda: loader("torch"), "dataloader_pillow": pillow}
+    found: dict[str, Callable[[], Any]] = {
+        "lvtrain_torch": lambda: loader("torch"),
+        # to a device without any memory or time: what is left for the host's cores
+        "lvtrain_torch_host_of_gpu": lambda: loader("torch", "meta"),
+        "dataloader_pillow": pillow,
+    }
     try:
         found["dali_webdataset_reader"] = _dali_reader(dataset, batch, threads)
         found["lvtrain_dali"] = lambda: loader("dali")
