@@ -18,7 +18,7 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 from lvtrain.data import jpeg
 from lvtrain.data.augment import Draws, View
-from lvtrain.data.job import Decoded, Job
+from lvtrain.data.job import Decoded, Job, Wanted
 from lvtrain.data.pixels import Memory, mirror_and_normalise
 
 fn: Any = dali_fn  # its stubs know less than it does
@@ -27,33 +27,17 @@ MID_GREY = 128
 
 
 class DaliBackend:
-    """Jobs in, normalised float32 views [m, 3, size, size] out, in order.
+    """Jobs in, normalised float32 views [m, 3, size, size] out, in order."""
 
-    Args:
-        stored_size: (height, width) of the images in the shards, None if they differ.
-        depth: jobs that are submitted before the first is collected.
-    """
-
-    def __init__(
-        self,
-        views: tuple[View, ...],
-        *,
-        image_size: int,
-        stored_size: tuple[int, int] | None,
-        micro_batch: int,
-        device: torch.device,
-        threads: int,
-        depth: int,
-    ) -> None:
-        self.views, self.image_size, self.stored_size = views, image_size, stored_size
-        self.micro_batch, self.device, self.threads, self.depth = micro_batch, device, threads, depth
-        self._check = jpeg.HeaderCheck(stored_size)
-        self._black = jpeg.black(*(stored_size or (image_size, image_size)))
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._check = jpeg.HeaderCheck(wanted.stored_size)
+        self._black = jpeg.black(*(wanted.stored_size or [wanted.image_size] * 2))
         self._flying: deque[Job] = deque()
         self._fed = 0
-        self._on_gpu = device.type == "cuda"
-        self._device_id = (device.index or 0) if self._on_gpu else None
-        self._memory = Memory(keep=2 * (depth + 1))
+        self._on_gpu = wanted.device.type == "cuda"
+        self._device_id = (wanted.device.index or 0) if self._on_gpu else None
+        self._memory = Memory(keep=2 * (wanted.depth + 1))
         self._probe: Any = None
         self._pipeline: Any = self._build()
 
@@ -77,10 +61,10 @@ class DaliBackend:
                 self._recover(error)
         job = self._flying.popleft()
         # DALI's buffers go back to DALI; the tensors that leave here are torch's, ordered by torch's streams
-        pixels = {view.name: torch.from_dlpack(output.as_tensor()) for view, output in zip(self.views, outputs)}
+        pixels = {view.name: torch.from_dlpack(output.as_tensor()) for view, output in zip(self._wanted.views, outputs)}
         if self._on_gpu:
             views = {name: images.clone() for name, images in pixels.items()}
-            torch.cuda.current_stream(self.device).synchronize()
+            torch.cuda.current_stream(self._wanted.device).synchronize()
         else:
             views = {}
             for name, images in pixels.items():
@@ -94,17 +78,17 @@ class DaliBackend:
 
     def _feed(self, job: Job) -> None:
         self._pipeline.feed_input("encoded", _as_list(job.encoded))
-        for view in self.views:
-            size = view.size or self.image_size
-            for name, values in _inputs(job.draws[view.name], size, self.stored_size, self._on_gpu).items():
+        for view in self._wanted.views:
+            size, stored = self._wanted.size(view), self._wanted.stored_size
+            for name, values in _inputs(job.draws[view.name], size, stored, self._on_gpu).items():
                 self._pipeline.feed_input(f"{view.name}.{name}", values)
         self._fed += 1
-        if self._fed >= self.depth:  # the first call runs as many iterations as the queue is deep
+        if self._fed >= self._wanted.depth:  # the first call runs as many iterations as the queue is deep
             self._pipeline.schedule_run()
 
     def _replace(self, job: Job, row: int, problem: str) -> None:
         """Another reader's view of the sample, or black and bad."""
-        rescued = None if row in job.bad else jpeg.rescue(job.encoded[row], self.stored_size)
+        rescued = None if row in job.bad else jpeg.rescue(job.encoded[row], self._wanted.stored_size)
         if rescued is None:
             job.bad[row] = problem
         job.encoded[row] = rescued or self._black
@@ -143,17 +127,18 @@ class DaliBackend:
         return True
 
     def _build(self) -> Any:
+        wanted = self._wanted
         pipeline = _graph(
-            batch_size=self.micro_batch,
-            num_threads=self.threads,
+            batch_size=wanted.micro_batch,
+            num_threads=wanted.threads,
             device_id=self._device_id,
-            prefetch_queue_depth=self.depth,
+            prefetch_queue_depth=wanted.depth,
             exec_dynamic=True,
             views=[
-                (view.name, view.size or self.image_size, sorted(_inputs(_example(view), 1, None, self._on_gpu)))
-                for view in self.views
+                (view.name, wanted.size(view), sorted(_inputs(_example(view), 1, None, self._on_gpu)))
+                for view in wanted.views
             ],
-            stored_size=self.stored_size,
+            stored_size=wanted.stored_size,
             on_gpu=self._on_gpu,
         )
         pipeline.build()

@@ -7,10 +7,34 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from lvtrain.data.augment import Draws
+from lvtrain.data.augment import Draws, View
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a backend is to make of every job, and with what.
+
+    Attributes:
+        views: made of each image, in this order; `image_size` pixels a side where a view does not fix its own.
+        stored_size: (height, width) of the images in the shards, None if they differ.
+        micro_batch: images a job.
+        threads: that decode.
+        depth: jobs that are submitted before the first is collected.
+    """
+
+    views: tuple[View, ...]
+    image_size: int
+    stored_size: tuple[int, int] | None
+    micro_batch: int
+    device: torch.device
+    threads: int
+    depth: int
+
+    def size(self, view: View) -> int:
+        return view.size or self.image_size
 
 
 @dataclass

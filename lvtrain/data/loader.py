@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvtrain.data.augment import View, draw
 from lvtrain.data.augment import augmentation as augmentation_views
-from lvtrain.data.job import Backend, Decoded, Job
+from lvtrain.data.augment import draw
+from lvtrain.data.job import Backend, Decoded, Job, Wanted
 from lvtrain.data.order import SampleOrder
 from lvtrain.data.shards import ReadError, ShardDataset
 from lvtrain.errors import UserError
@@ -120,19 +120,19 @@ class Loader:
         self.bad_count = 0
         self.seen_count = 0
         self.wait_seconds = 0.0
-        self._prefetch, self._read_ahead = max(1, prefetch), max(1, read_ahead)
+        self._read_ahead = max(1, read_ahead)
         self._known_bad: set[int] = set()
-        self._make_backend = lambda: _backend(
-            backend,
+        self._backend = backend
+        self._wanted = Wanted(
             self.views,
             image_size=image_size,
             stored_size=dataset.manifest.image_size,
             micro_batch=micro_batch,
             device=self.device,
             threads=threads,
-            depth=self._prefetch,
+            depth=max(1, prefetch),
         )
-        self._queue: queue.Queue[_Ready | BaseException] = queue.Queue(maxsize=self._prefetch)
+        self._queue: queue.Queue[_Ready | BaseException] = queue.Queue(maxsize=self._wanted.depth)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -215,11 +215,11 @@ class Loader:
         readers = ThreadPoolExecutor(self._read_ahead, "reader")
         reading: deque[Future[Job]] = deque()
         try:
-            backend = self._make_backend()
+            backend = make_backend(self._backend, self._wanted)
             stream = self._stream()
             submitted = collected = 0
             while not self._stop.is_set():
-                while submitted - collected < self._prefetch:
+                while submitted - collected < self._wanted.depth:
                     while len(reading) <= self._read_ahead:  # the one that is due, and those ahead of it
                         reading.append(readers.submit(self._job, *next(stream)))
                     backend.submit(reading.popleft().result())
@@ -297,17 +297,8 @@ class _Ready:
         return self.batch
 
 
-def _backend(
-    name: str,
-    views: tuple[View, ...],
-    *,
-    image_size: int,
-    stored_size: tuple[int, int] | None,
-    micro_batch: int,
-    device: torch.device,
-    threads: int,
-    depth: int,
-) -> Backend:
+def make_backend(name: str, wanted: Wanted) -> Backend:
+    """Raises UserError for an unknown name, or DALI where it cannot be imported."""
     if name not in ("auto", "dali", "torch"):
         raise UserError(f"data.backend={name} is not known; choose auto, dali or torch")
     if name == "auto":
@@ -319,20 +310,10 @@ def _backend(
             raise UserError(
                 f"DALI cannot be imported ({error}); install nvidia-dali or set data.backend=torch"
             ) from None
-        return DaliBackend(
-            views,
-            image_size=image_size,
-            stored_size=stored_size,
-            micro_batch=micro_batch,
-            device=device,
-            threads=threads,
-            depth=depth,
-        )
+        return DaliBackend(wanted)
     from lvtrain.data.torch_backend import TorchBackend
 
-    return TorchBackend(
-        views, image_size=image_size, stored_size=stored_size, device=device, threads=threads, depth=depth
-    )
+    return TorchBackend(wanted)
 
 
 def _has_dali() -> bool:

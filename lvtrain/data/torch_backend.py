@@ -15,8 +15,7 @@ import simplejpeg
 import torch
 
 from lvtrain.data import jpeg
-from lvtrain.data.augment import View
-from lvtrain.data.job import Decoded, Job
+from lvtrain.data.job import Decoded, Job, Wanted
 from lvtrain.data.pixels import TOGETHER, Memory, mirror, normalise, normalise_on, scratch, split
 
 MID_GREY = 128
@@ -27,39 +26,25 @@ _YIQ_TO_RGB = torch.tensor([[1.0, 0.956, 0.621], [1.0, -0.272, -0.647], [1.0, -1
 
 
 class TorchBackend:
-    """Jobs in, normalised float32 views out, in order. A pool's threads handle some samples each: the decoder releases the interpreter lock.
+    """Jobs in, normalised float32 views out, in order. A pool's threads handle some samples each: the decoder releases the interpreter lock."""
 
-    Args:
-        stored_size: (height, width) of the images in the shards, None if they differ.
-        depth: jobs that are submitted before the first is collected.
-    """
-
-    def __init__(
-        self,
-        views: tuple[View, ...],
-        *,
-        image_size: int,
-        stored_size: tuple[int, int] | None,
-        device: torch.device,
-        threads: int,
-        depth: int,
-    ) -> None:
-        self.views, self.image_size, self.stored_size = views, image_size, stored_size
-        self.device, self.threads = device, threads
-        self._check = jpeg.HeaderCheck(stored_size)
-        self._floats_here = device.type == "cpu"
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._check = jpeg.HeaderCheck(wanted.stored_size)
+        kind = wanted.device.type
+        self._floats_here = kind == "cpu"
         self._memory = Memory(
-            keep=2 * (depth + 1),
+            keep=2 * (wanted.depth + 1),
             dtype=torch.float32 if self._floats_here else torch.uint8,
-            pinned=device.type == "cuda",
+            pinned=kind == "cuda",
         )
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(wanted.threads, thread_name_prefix="decode")
         self._flying: deque[tuple[Decoded, list[Future[None]]]] = deque()
 
     def submit(self, job: Job) -> None:
         count = len(job.ids)
-        views = {view.name: self._memory.lend(count, 3, *[self._size(view)] * 2) for view in self.views}
-        share = math.ceil(count / self.threads)  # a task for each image would cost more than reading it
+        views = {view.name: self._memory.lend(count, 3, *[self._wanted.size(view)] * 2) for view in self._wanted.views}
+        share = math.ceil(count / self._wanted.threads)  # a task for each image would cost more than reading it
         parts = [
             self._pool.submit(self._part, job, range(start, min(start + share, count)), views)
             for start in range(0, count, share)
@@ -72,24 +57,21 @@ class TorchBackend:
             part.result()
         if self._floats_here:
             return decoded
-        views = {name: normalise_on(planes, self.device) for name, planes in decoded.views.items()}
+        views = {name: normalise_on(planes, self._wanted.device) for name, planes in decoded.views.items()}
         return Decoded(decoded.job, views)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._flying.clear()
 
-    def _size(self, view: View) -> int:
-        return view.size or self.image_size
-
     def _part(self, job: Job, rows: range, views: dict[str, torch.Tensor]) -> None:
         """Fills `rows` of the job's views."""
         for start in range(rows.start, rows.stop, TOGETHER):
             few = slice(start, min(start + TOGETHER, rows.stop))
             images = self._decode(job, few)
-            for view in self.views:
+            for view in self._wanted.views:
                 draws = {name: values[few] for name, values in job.draws[view.name].arrays().items()}
-                self._view(images, self._size(view), draws, views[view.name][few])
+                self._view(images, self._wanted.size(view), draws, views[view.name][few])
 
     def _view(
         self, images: list[np.ndarray], size: int, draws: dict[str, np.ndarray], batch: torch.Tensor
@@ -106,7 +88,8 @@ class TorchBackend:
 
     def _decode(self, job: Job, rows: slice) -> list[np.ndarray]:
         """uint8 [h, w, 3] each; what nobody can read is bad, and black."""
-        room = scratch("decoded", TOGETHER, *self.stored_size, 3) if self.stored_size else [None] * TOGETHER
+        stored = self._wanted.stored_size
+        room = scratch("decoded", TOGETHER, *stored, 3) if stored else [None] * TOGETHER
         encoded, numbers = job.encoded[rows], range(rows.start, rows.stop)
         # all headers first: threads alternate in the interpreter at every picture, and find its memory in the other's cache
         problems = [job.bad.get(row) or self._check.problem(data) for row, data in zip(numbers, encoded)]
@@ -122,10 +105,11 @@ class TorchBackend:
         return images
 
     def _rescue(self, job: Job, row: int, problem: str) -> np.ndarray:
-        image = None if row in job.bad else jpeg.with_pillow(job.encoded[row], self.stored_size)
+        stored = self._wanted.stored_size
+        image = None if row in job.bad else jpeg.with_pillow(job.encoded[row], stored)
         if image is None:
             job.bad[row] = problem
-            image = np.zeros((*(self.stored_size or (self.image_size, self.image_size)), 3), dtype=np.uint8)
+            image = np.zeros((*(stored or [self._wanted.image_size] * 2), 3), dtype=np.uint8)
         return image
 
 
