@@ -14,8 +14,10 @@ from lvtrain.errors import UserError
 from lvtrain.interop import load_model
 from lvtrain.interop.architecture import Architecture
 from lvtrain.interop.clients import check
+from lvtrain.interop.convert import export
+from lvtrain.interop.model_card import Card
 from lvtrain.interop.onnx_export import compare, export_onnx, to_float16, to_int8
-from lvtrain.interop.packages import write_insightface
+from lvtrain.interop.packages import write_folder, write_insightface
 from tests.test_interop import embed, small_vit
 
 
@@ -88,6 +90,19 @@ def test_narrow_precisions(exported: tuple[torch.nn.Module, Path], tmp_path: Pat
         assert (
             "under 4 bytes" in {v.client: " ".join(v.reasons) for v in check(tmp_path / "narrow.onnx")}["MFR-Ongoing"]
         )
+
+
+def test_a_file_that_does_not_agree_takes_nobodys_place(tmp_path: Path) -> None:
+    """Values beyond float16's range: the export is refused, and what an earlier one wrote stays."""
+    state = small_vit().state_dict()
+    state["feature.0.weight"] *= 1e9
+    source = tmp_path / "folder"
+    write_folder(source, Architecture("vit_nano", 512), state, card=Card("test", "vit_nano", 512, 1))
+    out = tmp_path / "m.onnx"
+    out.write_bytes(b"earlier")
+    with pytest.raises(UserError, match="float16 does not suit this backbone"):
+        export(source, out, precision="float16", tell=lambda line: None)
+    assert out.read_bytes() == b"earlier" and sorted(tmp_path.iterdir()) == [source, out]
 
 
 def test_every_client_accepts_but_the_old_server(exported: tuple[torch.nn.Module, Path]) -> None:

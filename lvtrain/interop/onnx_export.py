@@ -63,7 +63,7 @@ def export_onnx(backbone: nn.Module, path: str | Path, *, image_size: int = 112,
         (_write if opset >= 18 else _write_old)(backbone, example, path, opset)
     parity = compare(backbone, path, image_size=image_size)
     if parity.largest_difference > 1e-4:
-        raise UserError(f"{path} differs from torch by {parity.largest_difference:.2e}; do not use it")
+        raise UserError(f"{path.name} differs from torch by {parity.largest_difference:.2e}, more than 1e-4; do not use it")
     return parity
 
 
@@ -120,7 +120,7 @@ def compare(
             ours = backbone(images).numpy()
         theirs = run(images.numpy())
         if not np.isfinite(theirs).all():
-            raise UserError(f"{path} gives NaN or infinity; the model has diverged, or the precision is too low for it")
+            raise UserError(f"{Path(path).name} gives NaN or infinity; the model has diverged, or the precision is too low for it")
         difference = max(difference, float(np.abs(ours - theirs).max() / max(1.0, np.abs(ours).max())))
         dot = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
         cosine = min(cosine, float(dot.min()))
