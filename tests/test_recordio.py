@@ -83,6 +83,20 @@ def test_flat_arrangement_keeps_key_zero(tmp_path):
     assert recordio.catalogue(recordio.RecordFile(tmp_path / "train.rec"), tmp_path / "train.idx").labels.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("images", [(1 << 24), (1 << 24) + 1, (1 << 24) + 2, (1 << 25) + 1, (1 << 25) + 3])
+def test_a_header_that_float32_has_rounded_hides_no_image(tmp_path, images):
+    """The last records of a file of so many images: an .idx need not name all."""
+    keys = list(range(images - 6, images + 1))
+    with recordio.RecordWriter(tmp_path / "train.rec") as writer:
+        writer.write(0, recordio.pack_record([images + 1, images + 3]))
+        for key in keys:
+            writer.write(key, recordio.pack_record(0, b"image"))
+        writer.write(images + 1, recordio.pack_record([1, images + 1]))
+        writer.write(images + 2, recordio.pack_record([images + 1, images + 1]))
+    found = recordio.catalogue(recordio.RecordFile(tmp_path / "train.rec"), tmp_path / "train.idx")
+    assert found.keys.tolist() == keys and found.empty == (1,)
+
+
 def test_labels_float32_cannot_hold_are_refused(tmp_path):
     with recordio.RecordWriter(tmp_path / "train.rec") as writer:
         writer.write(0, recordio.pack_record((1 << 24) - 1, b"x"))
@@ -160,14 +174,18 @@ def packed(tmp_path_factory):
     return folder / "set"
 
 
-def test_a_dataset_goes_to_recordio_and_back(packed, tmp_path):
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_dataset_goes_to_recordio_and_back(packed, tmp_path, monkeypatch, flat):
     from typer.testing import CliRunner
 
     from lvtrain.data.importers import PackOptions, pack
     from lvtrain.data.shards import ShardDataset
     from tools.recordio import app
 
+    if flat:  # as with more records than float32 counts
+        monkeypatch.setattr(recordio, "LARGEST_LABEL", 18)
     result = CliRunner().invoke(app, ["write", str(packed), str(tmp_path / "rec" / "train.rec")])
+    assert recordio.read_index(tmp_path / "rec" / "train.idx")[0].tolist() == list(range(14 if flat else 19))
     assert result.exit_code == 0 and (tmp_path / "rec" / "property").read_text() == "4,112,112\n14\n", result.output
     pack(tmp_path / "rec", tmp_path / "back", PackOptions("recordio"))
 
@@ -213,3 +231,6 @@ def test_filtered_index_for_dali(packed, tmp_path):
     assert own.exit_code == 2 and "own index" in own.output
     none = CliRunner().invoke(app, ["filter", str(rec), str(chosen), "--min-images", "9"])
     assert none.exit_code == 2 and "nothing" in none.output
+    (tmp_path / "bad.txt").write_text("3\n99\n")
+    unknown = CliRunner().invoke(app, ["filter", str(rec), str(chosen), *arguments])
+    assert unknown.exit_code == 2 and "has no record 99" in unknown.output

@@ -56,7 +56,7 @@ def _numbers(path: Path | None) -> list[int] | None:
         return None
     try:
         return [int(line) for line in path.read_text().split()]
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path} must hold one whole number a line ({error})") from None
 
 

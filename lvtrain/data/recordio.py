@@ -5,7 +5,8 @@ A record is `uint32 magic | uint32 lrec | payload | zero pad to 4 bytes`, little
 and the parts are joined with it again. The payload begins with `<IfQQ`: flag, label, id, id2; flag k > 0 puts k float32 labels behind it.
 
 insightface's files begin with a header record (key 0, flag 2, labels [N+1, N+1+C]): images have the keys 1..N, identity records, with the
-half-open range of their image keys as labels, N+1..N+C. Other tools' files hold images only, from key 0.
+half-open range of their image keys as labels, N+1..N+C. Other tools' files hold images only, from key 0. The header's numbers are float32 too:
+from 2^24 on they are rounded.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
     images = np.ones(len(keys), dtype=bool)
     identity_rows: np.ndarray = np.empty(0, dtype=np.int64)
     if header is not None and header.flag > 0 and not header.image:
-        start = int(header.labels[0])
+        start = _first_identity(file, keys, offsets, header.labels[0])
         images = (keys > 0) & (keys < start)
         identity_rows = np.flatnonzero(keys >= start)
     chosen = np.flatnonzero(images)
@@ -259,3 +260,13 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
         if len(ranges) >= 2 and ranges[0] >= ranges[1]:
             empty.append(int(keys[at]) - start)
     return RecordCatalogue(keys[chosen], offsets[chosen], labels, tuple(empty))
+
+
+def _first_identity(file: RecordFile, keys: np.ndarray, offsets: np.ndarray, stated: np.float32) -> int:
+    """Key of the first identity record: the header's number, or where that may be rounded, the first record near it without an image."""
+    start = int(stated)
+    if start < LARGEST_LABEL:
+        return start
+    doubt = int(np.spacing(stated))
+    near = np.flatnonzero(np.abs(keys - start) <= doubt)
+    return min((int(keys[at]) for at in near if not file.record(int(offsets[at])).image), default=start + doubt + 1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def write_recordio(dataset: ShardDataset, path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> int:
     """Writes insightface's arrangement (header, images sorted by identity, identity records) and its `property` file; returns the images.
 
-    Image bytes are passed through.
+    Image bytes are passed through. With more than 2^24 records, whose header float32 would round, the file is flat as im2rec's: images from key 0.
 
     Raises:
         UserError: 2^24 identities or more, which float32 labels cannot tell apart.
@@ -33,16 +33,20 @@ def write_recordio(dataset: ShardDataset, path: str | Path, *, progress: Callabl
     labels = dataset.labels(np.arange(len(dataset)))
     order = np.argsort(labels, kind="stable")
     count = len(order)
+    flat = count + 1 + dataset.num_classes > recordio.LARGEST_LABEL
     with recordio.RecordWriter(path) as writer:
-        writer.write(0, recordio.pack_record([count + 1, count + 1 + dataset.num_classes]))
-        for key, sample in enumerate(order.tolist(), start=1):
+        if not flat:
+            writer.write(0, recordio.pack_record([count + 1, count + 1 + dataset.num_classes]))
+        for done, sample in enumerate(order.tolist(), start=1):
             data, label = dataset.read(sample)
+            key = done - flat
             writer.write(key, recordio.pack_record(label, data, id=key))
-            if progress and (key % 256 == 0 or key == count):
-                progress(key, count)
-        edges = np.searchsorted(labels[order], np.arange(dataset.num_classes + 1)) + 1
-        for label in range(dataset.num_classes):
-            writer.write(count + 1 + label, recordio.pack_record([int(edges[label]), int(edges[label + 1])]))
+            if progress and (done % 256 == 0 or done == count):
+                progress(done, count)
+        if not flat:
+            edges = np.searchsorted(labels[order], np.arange(dataset.num_classes + 1)) + 1
+            for label in range(dataset.num_classes):
+                writer.write(count + 1 + label, recordio.pack_record([int(edges[label]), int(edges[label + 1])]))
     size = dataset.manifest.image_size or (112, 112)
     path.with_name("property").write_text(f"{dataset.num_classes},{size[0]},{size[1]}\n{count}\n")
     return count
@@ -68,15 +72,15 @@ def filter_index(
         shots: at most so many images an identity, drawn by `seed`.
 
     Raises:
-        UserError: nothing is left, `out` is the file itself or its index, or the file is damaged.
+        UserError: a key or label the file does not have, nothing is left, `out` is the file itself or its index, or the file is damaged.
     """
     rec, out = Path(rec), Path(out)
     if out.resolve() in (rec.resolve(), rec.with_suffix(".idx").resolve()):
         raise UserError(f"{out} is the .rec itself or its own index; write the choice under another name")
     found = recordio.catalogue(recordio.RecordFile(rec), rec.with_suffix(".idx"))
-    keep = ~np.isin(found.keys, np.fromiter(without_keys, dtype=np.int64))
+    keep = ~_named("record", without_keys, found.keys, rec)
     if identities is not None:
-        keep &= np.isin(found.labels, np.fromiter(identities, dtype=np.int64))
+        keep &= _named("identity", identities, found.labels, rec)
     images = np.bincount(found.labels[keep], minlength=int(found.labels.max()) + 1)
     keep &= images[found.labels] >= min_images
     chosen = np.flatnonzero(keep)
@@ -88,3 +92,11 @@ def filter_index(
         raise UserError(f"nothing of {rec} is left by this choice; loosen the filters")
     recordio.write_index(out, found.keys[chosen].tolist(), found.offsets[chosen].tolist())
     return len(chosen), len(np.unique(found.labels[chosen]))
+
+
+def _named(what: str, numbers: Iterable[int], among: np.ndarray, rec: Path) -> np.ndarray:
+    wanted = np.fromiter(numbers, dtype=np.int64)
+    unknown = np.setdiff1d(wanted, among)
+    if len(unknown):
+        raise UserError(f"{rec} has no {what} {unknown[0]} ({len(unknown)} of {len(wanted)} in the list are not in it); correct the list")
+    return np.isin(among, wanted)
