@@ -149,8 +149,8 @@ def test_recordio_with_header_gaps_and_an_empty_identity(faces, tmp_path, with_i
     report = pack(tmp_path, tmp_path / "fixed", PackOptions("recordio"))
     assert contents(tmp_path / "fixed") == expected
     assert report["troubles"]["empty_identity"]["count"] == 4 and report["identities"] == 4
-    keep = PackOptions("recordio", policies=Policies(label_gap="keep", empty_identity="keep"))
-    pack(tmp_path, tmp_path / "kept", keep)
+    report = pack(tmp_path, tmp_path / "kept", PackOptions("recordio", policies=Policies(label_gap="keep")))
+    assert report["troubles"]["empty_identity"]["policy"] == "keep" and report["identities"] == 8
     assert contents(tmp_path / "kept") == {str(label): expected.get(str(label), []) for label in range(8)}
 
 
@@ -260,6 +260,8 @@ def test_impossible_requests_are_one_line(folder, tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="no image"):
         pack(tmp_path / "bare", tmp_path / "out2", PackOptions("folder"))
+    with pytest.raises(UserError, match="no image; left out: 4 x folder whose name is no identity; check"):
+        pack(folder, tmp_path / "out3", PackOptions("webface"))
     assert not list(tmp_path.glob("out*"))  # nothing written, so nothing stands in the way of the corrected command
     pack(folder, tmp_path / "done", PackOptions("folder"))
     with pytest.raises(UserError, match="lies inside"):

@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lvtrain.data.importers import KINDS, POLICIES, PackOptions, Policies, pack
+from lvtrain.data.importers.pack import REPORT, SHEET
 from lvtrain.errors import EXIT_ERROR, UserError, told
 
 
@@ -78,6 +79,7 @@ def _summary(report: dict[str, Any], out: Path) -> None:
     for reason, count in report["ignored"].items():
         typer.echo(f"  ignored: {count} x {reason}")
     typer.echo(f"  {report['contact_sheet']}")
+    typer.echo(f"  to look at: {out / SHEET}; every image that was in trouble: {out / REPORT}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ class CatalogueWriter:
         identities = list(self._identities)
         numeric = all(isinstance(identity, int) for identity in identities)
         if not self.count:
-            raise UserError("the source holds no image; check SRC and --kind")
+            left_out = "".join(f"; left out: {count} x {reason}" for reason, count in self.ignored.items())
+            raise UserError(f"the source holds no image{left_out}; check SRC and --kind")
         if not numeric and any(isinstance(identity, int) for identity in identities):
             raise UserError("the source has labels that are numbers and labels that are names; use one of both")
         if numeric:

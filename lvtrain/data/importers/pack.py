@@ -226,10 +226,12 @@ def _labels(catalogue: Catalogue, keep: np.ndarray, troubles: Troubles) -> tuple
             present = set(numbers.tolist())
             examples = (str(n) for n in range(int(numbers.max())) if n not in present)
             troubles.add("label_gap", gaps, [next(examples) for _ in range(min(gaps, 100))])
+    numbers_stay = catalogue.numeric and troubles.policy("label_gap") == "keep"
+    if numbers_stay:  # the source's own numbers: an identity without images cannot be dropped from the middle
+        troubles.overrule("empty_identity", "keep")
     empty = np.flatnonzero(images_left == 0)
     troubles.add("empty_identity", len(empty), [names[i] for i in empty[: Troubles.LISTED].tolist()])
-    if catalogue.numeric and troubles.policy("label_gap") == "keep":
-        # the source's own numbers: an identity without images cannot be dropped from the middle, so empties stay too
+    if numbers_stay:
         label_map = [catalogue.class_names.get(n, str(n)) for n in range(int(numbers.max()) + 1)]
         return numbers.astype(np.uint32), [_line(name) for name in label_map]
     stays = images_left > 0 if troubles.policy("empty_identity") == "skip" else np.ones(len(identities), dtype=bool)

@@ -13,7 +13,7 @@ POLICIES = {
     "grey": ("an image without colour; fix writes it with three equal channels", ("keep", "skip", "fix", "fail")),
     "empty_identity": ("an identity without an image left; kept, it is a class that is never positive", ("keep", "skip", "fail")),
     "duplicate": ("the same bytes as an earlier image; skip keeps the first", ("keep", "skip", "fail")),
-    "label_gap": ("label numbers nobody has; fix numbers the identities anew, keep makes them empty classes", ("keep", "fix", "fail")),
+    "label_gap": ("label numbers nobody has; fix numbers the identities anew, keep makes them, and identities without an image left, empty classes", ("keep", "fix", "fail")),
     "no_face": ("with --align: a photograph in which no face was found", ("skip", "fail")),
 }
 
@@ -47,6 +47,11 @@ class Troubles:
 
     def policy(self, kind: str) -> str:
         return str(self._policies[kind])
+
+    def overrule(self, kind: str, policy: str) -> None:
+        """Another kind's policy leaves no choice but `policy`; what fails, fails."""
+        if self.policy(kind) != "fail":
+            self._policies[kind] = policy
 
     def add(self, kind: str, count: int, names: list[str]) -> None:
         """Raises UserError when the policy of this kind is `fail`."""
