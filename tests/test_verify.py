@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from lvtrain.data import contact_sheet
 from lvtrain.data.importers import PackOptions, pack
 from lvtrain.data.index import RECORD, file_sha256
+from lvtrain.data.shards import ShardDataset
 from lvtrain.data.synthetic import DIFFICULTIES, render_face
 from lvtrain.data.synthetic.dataset import encode_face
 from lvtrain.data.verify import verify
+from lvtrain.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,8 @@ def test_stale_index(dataset, sound, tmp_path):
     pack(sound, tmp_path / "other", PackOptions("webdataset", samples_per_shard=6, seed=5))
     shutil.copy(tmp_path / "other" / "index.bin", dataset / "index.bin")
     assert kinds(dataset, full=False) == {"stale-index"}
+    with pytest.raises(UserError, match="of another pack"):
+        ShardDataset(dataset)
     assert "stale-index" in kinds(dataset, full=True)
     (dataset / "index.bin").write_bytes((sound / "index.bin").read_bytes()[:-20])
     assert kinds(dataset, full=False) == {"stale-index"}

@@ -28,7 +28,7 @@ from lvtrain.errors import UserError
 SCHEMA = 1
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("shard", "<u4")])
 _MAGIC = b"LVTINDEX"
-_HEADER = struct.Struct("<8sIIQ40x")  # magic, schema, bytes a record, samples
+_HEADER = struct.Struct("<8sIIQ32s8x")  # magic, schema, bytes a record, samples, sha256 of the records
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of the ordered shard names, counts and sizes, the class count and the label map: a run refuses to resume on another."""
-        lines = [f"{shard.name} {shard.samples} {shard.size}" for shard in self.shards]
-        lines += [str(self.samples), str(self.num_classes), self.labels_sha256]
+        """16 hex digits of the ordered shards and their bytes, the index, the class count and the label map: a run refuses to resume on another."""
+        lines = [f"{shard.name} {shard.samples} {shard.size} {shard.sha256}" for shard in self.shards]
+        lines += [str(self.samples), str(self.num_classes), self.labels_sha256, self.index_sha256]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -127,7 +127,7 @@ class IndexWriter:
         if any("\n" in name for name in label_map):
             raise UserError(f"{self.folder}: an identity's name holds a line break; rename it")
         self._file.seek(0)
-        self._file.write(_HEADER.pack(_MAGIC, SCHEMA, RECORD.itemsize, self.samples))
+        self._file.write(_HEADER.pack(_MAGIC, SCHEMA, RECORD.itemsize, self.samples, self._digest.digest()))
         _flush_and_close(self._file)
         os.replace(self._temporary, self.folder / "index.bin")
         text = "".join(f"{name}\n" for name in label_map)
@@ -216,7 +216,7 @@ def open_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
     """`index.bin` as a read-only memory map of `RECORD` [samples].
 
     Raises:
-        UserError: missing, damaged or of another size than `dataset.json` says.
+        UserError: missing, damaged, or written for another `dataset.json` (its records are not hashed here: `lvtrain.data.verify` does that).
     """
     path = Path(folder) / "index.bin"
     try:
@@ -226,10 +226,10 @@ def open_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; restore it or pack again") from None
     expected = _HEADER.size + RECORD.itemsize * manifest.samples
-    if size != expected or _HEADER.unpack(head) != (_MAGIC, SCHEMA, RECORD.itemsize, manifest.samples):
-        raise UserError(
-            f"{path} does not belong to dataset.json ({size} bytes, {expected} expected); it is cut short or stale: pack again"
-        )
+    if size != expected:
+        raise UserError(f"{path} does not belong to dataset.json ({size} bytes, {expected} expected); it is cut short or stale: pack again")
+    if _HEADER.unpack(head) != (_MAGIC, SCHEMA, RECORD.itemsize, manifest.samples, bytes.fromhex(manifest.index_sha256)):
+        raise UserError(f"{path} does not belong to dataset.json (it is of another pack); restore the one that does, or pack again")
     return np.memmap(path, dtype=RECORD, mode="r", offset=_HEADER.size)
 
 

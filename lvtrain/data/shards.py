@@ -95,7 +95,7 @@ class ShardDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with shard names, order, counts and sizes, with the label map, and with a subset's choice."""
+        """Changes with the shards and their bytes, the index, the label map, and with a subset's choice."""
         return self.manifest.fingerprint + self._fingerprint_suffix
 
     def label_names(self) -> list[str]:

@@ -83,7 +83,7 @@ def verify(folder: str | Path, *, full: bool = False, workers: int = 1, progress
 def _check_manifest(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
     path = folder / "dataset.json"
     if json.loads(path.read_text()).get("fingerprint") != manifest.fingerprint:
-        verdict.faults.append(Fault("manifest", str(path), "the fingerprint does not belong to its shard list; the file was edited"))
+        verdict.faults.append(Fault("manifest", str(path), "the fingerprint does not belong to its shard list; it was edited, or packed by another version"))
     counted = sum(shard.samples for shard in manifest.shards)
     if counted != manifest.samples:
         verdict.faults.append(Fault("manifest", str(path), f"counts {manifest.samples} samples, its shards hold {counted}"))
@@ -124,7 +124,7 @@ def _check_index(folder: Path, manifest: Manifest, verdict: Verdict) -> bool:
     try:
         index = open_index(folder, manifest)
     except UserError as error:
-        verdict.faults.append(Fault("stale-index", path, str(error)))
+        verdict.faults.append(Fault("stale-index", path, str(error).removeprefix(f"{path} ")))
         return False
     digest, seen = hashlib.sha256(), np.zeros(manifest.num_classes, dtype=bool)
     sizes = np.array([shard.size for shard in manifest.shards], dtype=np.uint64)

@@ -13,7 +13,7 @@ POLICIES = {
     "grey": ("an image without colour; fix writes it with three equal channels", ("keep", "skip", "fix", "fail")),
     "empty_identity": ("an identity without an image left; kept, it is a class that is never positive", ("keep", "skip", "fail")),
     "duplicate": ("the same bytes as an earlier image; skip keeps the first", ("keep", "skip", "fail")),
-    "label_gap": ("label numbers nobody has; fix numbers the identities anew, keep makes them, and identities without an image left, empty classes", ("keep", "fix", "fail")),
+    "label_gap": ("label numbers nobody has; fix numbers the identities anew, keep leaves them (and empty identities) as classes", ("keep", "fix", "fail")),
     "no_face": ("with --align: a photograph in which no face was found", ("skip", "fail")),
 }
 
