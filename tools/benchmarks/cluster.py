@@ -18,9 +18,11 @@ from lvtrain import recipe_files as recipes
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.cluster import ClusterMethod
 from lvtrain.recipe import Recipe
-from tools.ablation import RECIPE, SETTINGS
 from tools.benchmarks.measure import Clock, describe, median, pick_device
+from tools.study import ROOT, STUDIES, read
 
+STUDY = read(STUDIES / "cluster.yaml")
+RECIPE = ROOT / STUDY.recipe
 SMALL: dict[str, Any] = {"batch": 16, "classes": 200, "rounds": 2}
 
 
@@ -31,14 +33,14 @@ def run(
     rate: float = 1.0,
     rounds: int = 15,
     head: bool = False,
-    settings: str = ",".join(SETTINGS),
+    settings: str = ",".join(STUDY.settings),
     device: str = "auto",
 ) -> dict[str, Any]:
     """batch, dim: 0 takes the recipe's (cluster_ablation.yaml). head: the embeddings are given, no backbone runs."""
     place = pick_device(device)
     base = [f"phases.0.sample_rate={rate}", "method.warmup=0 steps"]
     base += [f"phases.0.global_batch={batch}"] * bool(batch) + [f"backbone.embedding_dim={dim}"] * bool(dim)
-    steps = {name: _Step(recipes.load(RECIPE, [*base, *SETTINGS[name]]), classes, head, place) for name in settings.split(",")}
+    steps = {name: _Step(recipes.load(RECIPE, [*base, *STUDY.overrides(name)]), classes, head, place) for name in settings.split(",")}
     plain = recipes.load(RECIPE, base).model_dump(mode="json") | {"method": {"name": "pco"}}
     steps = {"arcface": _Step(recipes.resolve(plain), classes, head, place), **steps}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
