@@ -23,8 +23,8 @@ def test_published_studies_change_what_they_say(path: Path) -> None:
     resolved = {name: recipes.dump(recipes.load(recipe, found.overrides(name))) for name in found.settings}
     assert len(set(resolved.values())) == len(resolved), "two settings are the same run"
     if found.generated:
-        data = recipes.load(recipe).data.path
-        assert found.generated.path in data.parents and (found.unseen is None or found.generated.path in found.unseen.parents)
+        paths = [recipes.load(recipe, found.overrides(name)).data.path for name in found.settings]
+        assert all(found.generated.path in path.parents for path in [*paths, found.unseen or paths[0]])
 
 
 @pytest.fixture
@@ -43,14 +43,21 @@ def small(tiny_faces: Path, tmp_path: Path) -> Path:
         "ends": {"optimizer.lr": 1e30, "safety.max_nonfinite": 1},
         "high": {"classifier.margin": {"name": "arcface", "m": 0.5}},
     }
-    unseen = str(tiny_faces / "heldout")
-    path.write_text(yaml.safe_dump({"recipe": str(recipe), "seeds": [0], "settings": settings, "unseen": unseen, "far": "1e-01"}, sort_keys=False))
+    values = {
+        "recipe": str(recipe),
+        "seeds": [0],
+        "common": {"logging.every": 2},
+        "settings": settings,
+        "unseen": str(tiny_faces / "heldout"),
+        "far": "1e-01",
+    }
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
 
 def test_settings_are_run_once_and_stand_in_one_table(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "study"
-    words = [str(small), "--out", str(out), "logging.every=2"]
+    words = [str(small), "--out", str(out)]
     assert study.main(words) == EXIT_ERROR, "one of them fails"
     said = capfd.readouterr()
     assert "ends_seed0 failed at step" in said.err and "low_seed0" not in said.err.splitlines()[-1]

@@ -53,6 +53,7 @@ class Generated(Section):
 
 class Study(Section):
     recipe: Path
+    common: dict[str, Any] = Field(default_factory=dict, description="what every setting changes in the recipe")
     settings: dict[str, dict[str, Any]] = Field(min_length=1, description="by name: dotted keys of the recipe and their values")
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     generated: Generated | None = None
@@ -62,7 +63,7 @@ class Study(Section):
     far: str = Field("1e-02", description="false accept rate of the table")
 
     def overrides(self, setting: str) -> list[str]:
-        return [f"{key}={json.dumps(value)}" for key, value in self.settings[setting].items()]
+        return [f"{key}={json.dumps(value)}" for key, value in (self.common | self.settings[setting]).items()]
 
 
 def read(path: Path) -> Study:
