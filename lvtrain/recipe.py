@@ -259,6 +259,11 @@ class Phase(Section):
     expectation: Literal["off", "update", "frozen"] = "off"
     end: PhaseEnd = Field(default_factory=PhaseEnd)
 
+    @field_validator("expectation", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
     @property
     def micro_batch(self) -> int:
         return self.global_batch // self.virtual_batches

@@ -48,6 +48,7 @@ def test_published_runs_can_be_planned_without_their_data(
         ("optimizer.lr=1e-4", lambda r: r.optimizer.lr == 1e-4),
         ("phases.0.sample_rate=0.25", lambda r: r.phases[0].sample_rate == 0.25),
         ("phases.refinement.global_batch=64", lambda r: r.phases[2].global_batch == 64),
+        ("phases.1.expectation=off", lambda r: r.phases[1].expectation == "off"),
         ("schedule.total=10 steps", lambda r: r.schedule.total == Duration("10 steps")),
         ("checkpoint.keep_every=1e6 samples", lambda r: r.checkpoint.keep_every.amount == 1e6),
         ("backbone.overrides.depth=2", lambda r: r.backbone.overrides == {"depth": 2}),
