@@ -19,6 +19,8 @@ from lvtrain.data.index import RECORD, IndexWriter, open_index, read_manifest
 from lvtrain.data.jpeg import HeaderCheck, rescue
 from lvtrain.data.shards import ReadError
 from lvtrain.errors import UserError
+from lvtrain.training.telemetry import Telemetry
+from lvtrain.world import World
 from tests.shard_data import jpeg, make_dataset
 
 
@@ -329,3 +331,10 @@ def test_sizes_of_large_datasets(tmp_path):
     assert RECORD.itemsize <= 24 and (tmp_path / "index.bin").stat().st_size <= 6 * 2**30
     index = open_index(tmp_path, type(manifest)(**{**vars(manifest), "samples": samples}))
     assert len(index) == samples and int(index["label"][-1]) == 0
+
+
+def test_what_one_rank_saw_is_told_by_that_rank(tmp_path, capsys):
+    telemetry = Telemetry(tmp_path, World(3, 4, 1, torch.device("cpu")), tensorboard=False)
+    telemetry.say("of all ranks")
+    telemetry.warn("reading shards/000000.tar failed")
+    assert capsys.readouterr().out == "warning: rank 3: reading shards/000000.tar failed\n"

@@ -102,7 +102,7 @@ class Built:
             prefetch=recipe.data.prefetch,
             read_ahead=recipe.data.read_ahead,
             image_size=recipe.backbone.image_size,
-            warn=telemetry.say,
+            warn=telemetry.warn,
         )
 
     def state(self, rank: int, size: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, events.jsonl and one progress line. Only rank 0 writes."""
+"""What a run says of itself: metrics.jsonl, TensorBoard, events.jsonl and one progress line. Rank 0 writes; others only what they alone saw."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Telemetry:
     """
 
     def __init__(self, folder: Path, world: World, *, tensorboard: bool) -> None:
-        self.folder, self.active = folder, world.is_first
+        self.folder, self.world, self.active = folder, world, world.is_first
         self._writer: Any = None
         if self.active and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -67,6 +67,10 @@ class Telemetry:
     def say(self, text: str) -> None:
         if self.active:
             print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """What only this rank saw (a file system that fails its node), said by any rank."""
+        print(f"warning: rank {self.world.rank}: {text}", flush=True)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with open(self.folder / name, "a") as file:
