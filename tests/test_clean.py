@@ -93,6 +93,20 @@ def test_strangers(planted, findings):
         assert other_cosine > 0.7 > findings.limits["outlier"] > cosine
 
 
+def test_a_hard_picture_that_is_like_nobody_else_is_no_stranger():
+    rng = np.random.default_rng(3)
+    centres = rng.normal(size=(30, DIMENSION))
+    labels = np.repeat(np.arange(30), 8)
+    embeddings = centres[labels] + 0.45 * rng.normal(size=(240, DIMENSION))
+    beside = rng.normal(size=DIMENSION)  # no centre's direction
+    beside -= centres.T @ np.linalg.lstsq(centres.T, beside, rcond=None)[0]
+    embeddings[17] = centres[2] / np.linalg.norm(centres[2]) + 3.5 * beside / np.linalg.norm(beside)
+    found = clean.analyse(embeddings, labels, lambda sample: b"")
+    assert not found.outliers and found.limits["outlier"] > 0.3
+    at_any = clean.analyse(embeddings, labels, lambda sample: b"", limits=clean.Limits(outlier=found.limits["outlier"]))
+    assert [outlier[:2] for outlier in at_any.outliers] == [(17, 2)] and at_any.outliers[0][2] < found.limits["outlier"]
+
+
 def test_one_person_under_two_labels(planted, findings):
     assert [sorted(planted.names[label] for label in group) for group, _ in findings.same_person] == [["p05", "p05b"]]
 

@@ -29,7 +29,7 @@ def main(
     embeddings: Annotated[Path, typer.Option(help=".npy of all samples, or a model: run, weights or .onnx")],
     evaluation: Annotated[list[Path] | None, typer.Option(help="verification set (.bin) whose people must not be trained on")] = None,
     evaluation_embeddings: Annotated[list[Path] | None, typer.Option(help=".npy of its images, one for each --evaluation")] = None,
-    outlier: Annotated[float | None, typer.Option(help="cosine below which a sample is a stranger; absent: read off the data")] = None,
+    outlier: Annotated[float | None, typer.Option(help="cosine below which a sample is a stranger; absent: read off the data (and nearer to another)")] = None,
     same_person: Annotated[float | None, typer.Option(help="cosine of centres from which two identities are one")] = None,
     overlap: Annotated[float | None, typer.Option(help="cosine from which a test picture shows a training identity")] = None,
     merges: Annotated[str, typer.Option(help="what to do with one person under several labels: merge, drop or keep")] = "merge",

@@ -3,6 +3,7 @@
 Thresholds are read off the dataset itself unless given, because cosines of two models cannot be compared:
 
     outlier         three standard deviations above the usual cosine to a stranger's centre: a picture less like its own identity is a stranger
+                    if it is more like another one too (to a stranger its own label is a label like all others), which spares hard pictures
     same person     half way between what nearest identities hardly ever reach (four standard deviations above their median) and what two halves
                     of one identity reach nine times in ten
     overlap         the same for single pictures and centres
@@ -133,7 +134,7 @@ def analyse(
     same_limit = given.same_person if given.same_person is not None else _same_person_limit(unit, labels, member, classes, centres[alive])
     used = {"outlier": outlier_limit, "same_person": same_limit, "near_duplicate": given.near_duplicate, "same_pixels": given.same_pixels}
     findings = Findings(used, unusable=np.flatnonzero(~usable).tolist())
-    _find_outliers(findings, unit, labels, own, np.flatnonzero(strangers), centres, alive)
+    _find_outliers(findings, unit, labels, own, np.flatnonzero(strangers), centres, alive, at_any=given.outlier is not None)
     _find_same_person(findings, centres, alive, same_limit)
     thumbnails = _Thumbnails(read)
     _find_duplicates(findings, unit, usable, thumbnails, given)
@@ -293,14 +294,16 @@ def neighbours(queries: np.ndarray, base: np.ndarray, count: int) -> tuple[np.nd
 
 
 def _find_outliers(
-    findings: Findings, unit: np.ndarray, labels: np.ndarray, own: np.ndarray, samples: np.ndarray, centres: np.ndarray, alive: np.ndarray
+    findings: Findings, unit: np.ndarray, labels: np.ndarray, own: np.ndarray, samples: np.ndarray, centres: np.ndarray, alive: np.ndarray, *, at_any: bool
 ) -> None:
+    """`at_any`: whatever they are like; else only those that are more like another identity."""
     if not len(samples):
         return
     cosines, found = neighbours(unit[samples], centres[alive], 2)
     for sample, cosine, row in zip(samples.tolist(), cosines, alive[found]):
         other = 0 if row[0] != labels[sample] else 1
-        findings.outliers.append((sample, int(labels[sample]), float(own[sample]), int(row[other]), float(cosine[other])))
+        if at_any or own[sample] < cosine[other]:
+            findings.outliers.append((sample, int(labels[sample]), float(own[sample]), int(row[other]), float(cosine[other])))
     findings.outliers.sort(key=lambda outlier: outlier[2])
 
 
