@@ -123,6 +123,7 @@ def run(options: argparse.Namespace, cell: Cell) -> None:
         str(ROOT / "lvtrain" / "main.py"),
         *("--recipe", str(cell.start.recipe), "--ds_config", str(options.ds_config)),
         *(f"name={cell.name}", f"runs={options.out}", f"seed={cell.seed}", f"data.path={subset(options, cell)}", *start),
+        *("data.num_classes=null", "data.num_samples=null"),  # the recipe's are those of the whole dataset
         *options.overrides,
     ]
     print(f"== {cell.name}", flush=True)

@@ -28,16 +28,16 @@ def open_dataset(recipe: Recipe) -> ShardDataset:
     if told is not None and told < dataset.num_classes:
         raise UserError(
             f"data.num_classes={told} but {dataset.path} has labels up to {dataset.num_classes - 1}; "
-            f"set data.num_classes to {dataset.num_classes} or leave it out"
+            f"set data.num_classes to {dataset.num_classes} or to null"
         )
     if told is not None and told > dataset.num_classes:
         raise UserError(
             f"data.num_classes={told} but {dataset.path} has {dataset.num_classes} identities: the other {told - dataset.num_classes} class centres "
-            f"would never see an image; set data.num_classes to {dataset.num_classes} or leave it out"
+            f"would never see an image; set data.num_classes to {dataset.num_classes} or to null"
         )
     if recipe.data.num_samples not in (None, len(dataset)):
         raise UserError(
-            f"data.num_samples={recipe.data.num_samples} but {dataset.path} holds {len(dataset)} images; correct one of them"
+            f"data.num_samples={recipe.data.num_samples} but {dataset.path} holds {len(dataset)} images; set data.num_samples to that or to null, or mend data.path"
         )
     return dataset
 

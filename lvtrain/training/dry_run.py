@@ -1,6 +1,6 @@
 """`--dry-run`: everything resolved and checked, and the plan of phases, parameters, memory a rank and bytes on the wire. Trains nothing.
 
-Works without the data where the recipe says `data.num_classes` and `data.num_samples`, so a run can be planned before it is downloaded.
+Works without the data where the recipe or an override says `data.num_classes` and `data.num_samples`, so a run can be planned before it is downloaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_pha
     Raises:
         UserError: whatever a real start would refuse, as far as it can be seen without the ranks.
     """
-    size = world_size or worlds.launch().size
+    launched = worlds.launch()
+    size = world_size or launched.size
     here = recipe.data.path.exists()
     resolve_ds_config(ds_config, optimizer=recipe.optimizer)
     classes, samples, where = _sizes(recipe)
@@ -42,6 +43,7 @@ def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_pha
         f"recipe {recipe.name}: method {recipe.method.name}, {recipe.backbone.name}, {classes:,} classes, {samples:,} images ({where})",
         f"{size} rank{'s' if size > 1 else ''}, ZeRO-{config['zero_optimization']['stage']}, {recipe.optimizer.precision}; "
         f"{rate.total:,} samples in all ({rate.total / samples:.4g} epochs), warm-up {rate.warmup:,}",
+        *(["planned for 1 rank, since no launcher said how many: add --world-size N for N ranks"] if not world_size and launched.launcher == "python" else []),
         *([f"warning: {rate.warning}"] if rate.warning else []),
         "",
     ]
@@ -67,6 +69,11 @@ def _sizes(recipe: Recipe) -> tuple[int, int, str]:
         return dataset.num_classes, len(dataset), f"counted in {dataset.path}"
     if recipe.data.num_classes is None or recipe.data.num_samples is None:
         raise UserError(
-            f"{recipe.data.path} does not exist; to plan without it set data.num_classes and data.num_samples"
+            f"data.path: {recipe.data.path} does not exist here; to plan without it say how many identities and images it has: "
+            "add data.num_classes=N data.num_samples=N"
         )
-    return recipe.data.num_classes, recipe.data.num_samples, f"as the recipe says; {recipe.data.path} is not here, so no other file is looked for"
+    return (
+        recipe.data.num_classes,
+        recipe.data.num_samples,
+        f"as the recipe says: {recipe.data.path} is not on this machine, so verification sets and init_from were not looked for either",
+    )
