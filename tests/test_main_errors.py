@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from lvtrain import errors
+from lvtrain.backbones import create_backbone
 from lvtrain.data.index import IndexWriter
 from lvtrain.main import main
 from tests.conftest import ROOT
@@ -158,6 +160,9 @@ def test_what_a_recipe_names_besides_the_data(door: FrontDoor, tiny_faces: Path,
     cut = tmp_path / "cut.bin"
     cut.write_bytes((tiny_faces / "heldout.bin").read_bytes()[:5000])
     (weights := tmp_path / "model.safetensors").write_bytes(cut.read_bytes())
+    wider = tmp_path / "wider.safetensors"
+    save_file(create_backbone("vit_nano", embedding_dim=32, dim=64, depth=1, heads=2).state_dict(), wider)
+    save_file(create_backbone("iresnet18", embedding_dim=32).state_dict(), other := tmp_path / "iresnet.safetensors")
     for override, told in {
         "evaluation.benchmarks.lfw=nowhere/lfw.bin": "evaluation.benchmarks.lfw: nowhere/lfw.bin does not exist",
         f"evaluation.benchmarks.lfw={cut}": f"evaluation.benchmarks.lfw: {cut} is cut short",
@@ -165,6 +170,9 @@ def test_what_a_recipe_names_besides_the_data(door: FrontDoor, tiny_faces: Path,
         "init_from=nowhere": "init_from.path: nowhere does not exist",
         f"init_from={cut}": f"init_from.path: {cut} is not a run, a checkpoint or a safetensors file",
         f"init_from={weights}": f"init_from.path: {weights} is not a whole safetensors file",
+        f"init_from={wider}": f"init_from.path: {wider} has pos_embed as (1, 49, 64), this backbone as (1, 49, 32); use the same backbone section",
+        f"init_from={other}": f"init_from.path: {other} has no weight of ViT",
+        f"init_from={{path: {tiny_faces / 'train'}}}": "is neither a run folder with checkpoints nor a checkpoint",
         "backbone.overrides.depth=0": "backbone vit_nano: depth: Input should be greater than 0, got 0",
         "data.augmentation=dino": "trains on views that data.augmentation=dino does not make",
     }.items():
@@ -175,6 +183,10 @@ def test_what_a_recipe_names_besides_the_data(door: FrontDoor, tiny_faces: Path,
         (tmp_path / "runs" / "tiny" / name).write_text('{"run_id": "x", "attempt": 1}')
     shutil.copy(recipe, tmp_path / "runs" / "tiny" / "recipe.yaml")
     assert "holds a run with another recipe (seed: 5 -> 6)" in door.refuses(recipe, "seed=6", *dry)
+    if dry:  # a run that goes on needs no more what it was begun from
+        (tmp_path / "runs" / "old" / "checkpoints" / "step_000000001").mkdir(parents=True)
+        (tmp_path / "runs" / "old" / "checkpoints" / "step_000000001" / "manifest.json").touch()
+        assert main(["--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json", "name=old", "init_from=nowhere", *dry]) == 0
 
 
 def test_a_disk_that_is_full_is_one_line_and_tried_again(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:

@@ -149,7 +149,21 @@ def open_weights(path: str | Path, *, verify: bool = True) -> Weights:
     Raises:
         UserError: nothing there, or damaged (`verify`: every file is hashed again).
     """
-    path = Path(path)
+    return _weights(*_newest(Path(path), verify=verify))
+
+
+def open_shapes(path: str | Path) -> dict[str, torch.Size]:
+    """The whole shape of every tensor in what `open_weights` would open, by its name in the checkpoint; only the manifest is read.
+
+    Raises:
+        UserError: nothing there, or a damaged manifest.
+    """
+    _, content = _newest(Path(path), verify=False)
+    return {name: torch.Size(entry["shape"]) for name, entry in content["tensors"].items()}
+
+
+def _newest(path: Path, *, verify: bool) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint folder and its manifest."""
     folder = path if (path / files.MANIFEST).exists() or files.step_of(path) is not None else None
     if folder is not None:
         candidates = [folder]
@@ -169,7 +183,7 @@ def open_weights(path: str | Path, *, verify: bool = True) -> Weights:
         )
         problem = next((found for found in checks if found), None)
         if problem is None:
-            return _weights(candidate, content)
+            return candidate, content
         problems.append(f"{candidate.name}: {problem}")
     raise UserError(f"{path} holds no valid checkpoint ({'; '.join(problems[:3])})")
 

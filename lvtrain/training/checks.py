@@ -13,7 +13,8 @@ from lvtrain.evaluation import read_bin
 from lvtrain.methods import create_method
 from lvtrain.recipe import Recipe
 from lvtrain.training.ds_config import resolve_ds_config
-from lvtrain.training.initial import weights_file
+from lvtrain.training.initial import check_start_weights, weights_file
+from lvtrain.training.outcome import committed_step
 
 
 def open_dataset(recipe: Recipe) -> ShardDataset:
@@ -37,7 +38,8 @@ def open_dataset(recipe: Recipe) -> ShardDataset:
         )
     if recipe.data.num_samples not in (None, len(dataset)):
         raise UserError(
-            f"data.num_samples={recipe.data.num_samples} but {dataset.path} holds {len(dataset)} images; set data.num_samples to that or to null, or mend data.path"
+            f"data.num_samples={recipe.data.num_samples} but {dataset.path} holds {len(dataset)} images; "
+            "set data.num_samples to that or to null, or mend data.path"
         )
     return dataset
 
@@ -56,10 +58,13 @@ def check_before_start(
     names = [phase.name for phase in recipe.phases]
     if only_phase is not None and only_phase not in names:
         raise UserError(f"--phase {only_phase}: the recipe has {', '.join(names)}")
+    begun = committed_step(recipe.run_folder) > 0  # a run that goes on has no use any more for what it was begun from
     if files:
-        _check_files(recipe)
+        _check_files(recipe, begun=begun)
     with torch.device("meta"):  # built without memory: a backbone or a method that cannot be is refused here
-        create_method(recipe, num_classes=num_classes, device=torch.device("meta"))
+        method = create_method(recipe, num_classes=num_classes, device=torch.device("meta"))
+    if files and not begun:
+        check_start_weights(recipe, method)
     in_backward = recipe.classifier is not None and recipe.classifier.optimizer.in_backward
     for phase in recipe.phases:
         if in_backward and (phase.virtual_batches != size or phase.sample_rate < 1):
@@ -76,11 +81,13 @@ def check_before_start(
     return config
 
 
-def _check_files(recipe: Recipe) -> None:
+def _check_files(recipe: Recipe, *, begun: bool) -> None:
     for name, path in recipe.evaluation.benchmarks.items():
         if not path.is_file():
             wrong = "is a folder; give a .bin verification set" if path.exists() else "does not exist"
             raise UserError(f"evaluation.benchmarks.{name}: {path} {wrong}")
+    if begun:
+        return
     if recipe.init_from is not None:
         if not recipe.init_from.path.exists():
             raise UserError(f"init_from.path: {recipe.init_from.path} does not exist")

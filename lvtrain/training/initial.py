@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,10 +12,13 @@ from safetensors.torch import load_file
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.errors import UserError
 from lvtrain.methods import Method
-from lvtrain.recipe import InitFrom, Lafs
-from lvtrain.training.checkpoint_reader import Weights, open_weights
+from lvtrain.recipe import InitFrom, Lafs, Recipe
+from lvtrain.training.checkpoint_reader import Weights, open_shapes, open_weights
 from lvtrain.training.class_means import start_from_means
 from lvtrain.training.run import Run
+
+_T = TypeVar("_T")
+_TEACHER = "teacher.backbone."
 
 
 def start_weights(run: Run, method: Method) -> dict[str, Any]:
@@ -33,6 +36,23 @@ def start_weights(run: Run, method: Method) -> dict[str, Any]:
     return told
 
 
+def check_start_weights(recipe: Recipe, method: Method) -> None:
+    """Refuses what `start_weights` would, by names and shapes alone; `method` may be on the meta device.
+
+    Raises:
+        UserError: weights that fit nowhere, or class rows of another number or width.
+    """
+    if (section := recipe.init_from) is not None:
+        shapes, rows = _initial_shapes(section.path)
+        _fitting(section.path, shapes, method)
+        if section.head == "load":
+            _check_head(section.path, rows, method)
+        if section.head == "means":
+            _classifier(method, "means")
+    if isinstance(recipe.method, Lafs) and (path := recipe.method.landmark_weights) is not None:
+        _landmark_names(path, _initial_shapes(path)[0], method)
+
+
 def load_landmark_cnn(path: Path, method: Method) -> str:
     """LAFS's frozen landmark CNN, from a supervised Part fViT.
 
@@ -40,17 +60,21 @@ def load_landmark_cnn(path: Path, method: Method) -> str:
         UserError: the source has none, or one for another number of landmarks.
     """
     _, weights = read_initial(path)
-    module = method.evaluated()
-    own = module.state_dict()
+    wanted = _landmark_names(path, {name: tensor.shape for name, tensor in weights.items()}, method)
+    method.evaluated().load_state_dict({name: weights[name] for name in wanted}, strict=False)
+    return str(path)
+
+
+def _landmark_names(path: Path, shapes: dict[str, torch.Size], method: Method) -> list[str]:
+    own = method.evaluated().state_dict()
     wanted = [name for name in own if name.startswith(("stn.", "output_layer."))]
     for name in wanted:
-        if name not in weights or weights[name].shape != own[name].shape:
+        if shapes.get(name) != own[name].shape:
             raise UserError(
                 f"method.landmark_weights: {path} has no {name} of shape {tuple(own[name].shape)}; "
                 "give a supervised run of the same Part fViT"
             )
-    module.load_state_dict({name: weights[name] for name in wanted}, strict=False)
-    return str(path)
+    return wanted
 
 
 def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
@@ -60,28 +84,33 @@ def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
         UserError: the weights fit nowhere, or class rows are asked for whose number or width differs.
     """
     source, weights = read_initial(section.path)
-    module = method.evaluated()
-    own = module.state_dict()
-    taken = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
-    differs = [name for name in own if name in weights and weights[name].shape != own[name].shape]
-    if differs:
-        name = differs[0]
-        raise UserError(
-            f"init_from.path: {section.path} has {name} as {tuple(weights[name].shape)}, this backbone as {tuple(own[name].shape)}; "
-            "use the same backbone section"
-        )
-    parameters = {name for name, _ in module.named_parameters()}
-    missing = sorted(parameters - taken.keys())
-    if len(missing) == len(parameters):
-        raise UserError(
-            f"init_from.path: {section.path} has no weight of {type(module).__name__}; give its backbone section to this run, "
-            "or import foreign weights with tools/convert_checkpoint.py"
-        )
-    module.load_state_dict(taken, strict=False)
+    taken, missing = _fitting(section.path, {name: tensor.shape for name, tensor in weights.items()}, method)
+    method.evaluated().load_state_dict({name: weights[name] for name in taken}, strict=False)
     told: dict[str, Any] = {"path": str(section.path), "tensors": len(taken), "left_fresh": missing[:8]}
     if section.head == "load":
         told["head"] = _load_head(section.path, source, method)
     return told
+
+
+def _fitting(path: Path, shapes: dict[str, torch.Size], method: Method) -> tuple[list[str], list[str]]:
+    """Which of the source's tensors have a place in the evaluated module, and which of its parameters get none."""
+    module = method.evaluated()
+    own = module.state_dict()
+    for name in own:
+        if name in shapes and shapes[name] != own[name].shape:
+            raise UserError(
+                f"init_from.path: {path} has {name} as {tuple(shapes[name])}, this backbone as {tuple(own[name].shape)}; "
+                "use the same backbone section"
+            )
+    taken = [name for name in own if name in shapes]
+    parameters = {name for name, _ in module.named_parameters()}
+    missing = sorted(parameters.difference(taken))
+    if len(missing) == len(parameters):
+        raise UserError(
+            f"init_from.path: {path} has no weight of {type(module).__name__}; give its backbone section to this run, "
+            "or import foreign weights with tools/convert_checkpoint.py"
+        )
+    return taken, missing
 
 
 def read_initial(path: Path) -> tuple[Weights | None, dict[str, torch.Tensor]]:
@@ -90,6 +119,17 @@ def read_initial(path: Path) -> tuple[Weights | None, dict[str, torch.Tensor]]:
         return None, load_file(file)
     source = open_weights(path)
     return source, evaluated_weights(source)
+
+
+def _initial_shapes(path: Path) -> tuple[dict[str, torch.Size], torch.Size | None]:
+    """The shapes of `read_initial`'s weights, without reading them, and of the class rows, if there are any."""
+    if (file := weights_file(path)) is not None:
+        with safe_open(file, "pt") as stored:
+            names: list[str] = stored.keys()
+            return {name: torch.Size(stored.get_slice(name).get_shape()) for name in names}, None
+    every = open_shapes(path)
+    backbone = {name.removeprefix(kind): shape for kind in ("backbone.param.", "backbone.buffer.") for name, shape in every.items() if name.startswith(kind)}
+    return _evaluated(backbone, every), every.get("classifier.weight")
 
 
 def weights_file(path: Path) -> Path | None:
@@ -114,15 +154,17 @@ def weights_file(path: Path) -> Path | None:
 
 def evaluated_weights(source: Weights) -> dict[str, torch.Tensor]:
     """The backbone's weights: of a self-supervised run the teacher's (the better of the two), else the trained module's."""
-    names = sorted(source.reader.names)
-    teacher = "teacher.backbone."
-    if any(name.startswith(teacher) for name in names):
-        return {
-            name.removeprefix(teacher): source.reader.replicated(name) for name in names if name.startswith(teacher)
-        }
-    if source.backbone and all(name.startswith("backbone.") for name in source.backbone):
-        return {name.removeprefix("backbone."): tensor for name, tensor in source.backbone.items()}
-    return source.backbone
+    names = [name for name in sorted(source.reader.names) if name.startswith(_TEACHER)]
+    return _evaluated(source.backbone, {name: source.reader.replicated(name) for name in names})
+
+
+def _evaluated(backbone: dict[str, _T], everything: dict[str, _T]) -> dict[str, _T]:
+    """By the evaluated module's own names: a self-supervised run's teacher, else the trained module, which may hold it as `backbone`."""
+    if teacher := {name.removeprefix(_TEACHER): value for name, value in everything.items() if name.startswith(_TEACHER)}:
+        return teacher
+    if backbone and all(name.startswith("backbone.") for name in backbone):
+        return {name.removeprefix("backbone."): value for name, value in backbone.items()}
+    return backbone
 
 
 def _head_from_means(run: Run, method: Method) -> str:
@@ -146,16 +188,22 @@ def _classifier(method: Method, head: str) -> ShardedClassifier:
     return classifier
 
 
-def _load_head(path: Path, source: Weights | None, method: Method) -> str:
+def _check_head(path: Path, rows: torch.Size | None, method: Method) -> ShardedClassifier:
     classifier = _classifier(method, "load")
-    if source is None:
+    if rows is None:
         raise UserError(f"init_from.head=load: {path} holds a backbone only; use head=fresh")
-    shape = source.reader.shape("classifier.weight")
-    if tuple(shape) != (classifier.num_classes, classifier.embedding_dim):
+    if tuple(rows) != (classifier.num_classes, classifier.embedding_dim):
         raise UserError(
-            f"init_from.head=load: {path} has class rows {tuple(shape)}, this run needs {(classifier.num_classes, classifier.embedding_dim)}; "
+            f"init_from.head=load: {path} has class rows {tuple(rows)}, this run needs {(classifier.num_classes, classifier.embedding_dim)}; "
             "head=means starts them from its embeddings, head=fresh anew"
         )
+    return classifier
+
+
+def _load_head(path: Path, source: Weights | None, method: Method) -> str:
+    has = source is not None and "classifier.weight" in source.reader.names
+    classifier = _check_head(path, source.reader.shape("classifier.weight") if source and has else None, method)
+    assert source is not None
     with torch.no_grad():
         classifier.weight.copy_(source.reader.rows("classifier.weight", *classifier.rows))
-    return f"{shape[0]} rows loaded"
+    return f"{classifier.num_classes} rows loaded"

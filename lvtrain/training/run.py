@@ -37,6 +37,8 @@ _MAY_CHANGE = (
     "data.cache",
     "data.cache_bytes",
     "data.path",
+    "data.num_classes",
+    "data.num_samples",
 )
 _MAY_CHANGE_TOLD = ("schedule", "phases.*.end", "classifier.keep_mb")
 _PACKAGES = (
