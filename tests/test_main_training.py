@@ -86,9 +86,16 @@ def test_starting_a_finished_run_again_does_nothing(trained: dict[tuple[int, int
     folder = trained[1, 2]
     before = (folder / "metrics.jsonl").read_bytes()
     recipe = folder.parent.parent / "recipe.yaml"
-    assert run(recipe, zero=1, ranks=1) == 0, output(recipe)
+    earlier = output(recipe)
+    for arguments in ([], ["--phase", "alignment"], ["schedule.total=20 steps"]):
+        assert run(recipe, *arguments, zero=1, ranks=1) == 0, output(recipe)
     assert (folder / "metrics.jsonl").read_bytes() == before
     assert len(events(folder, "phase_start")) == 3
+    said = output(recipe).removeprefix(earlier)
+    assert "resuming" not in said and not events(folder, "resume")
+    where = f"run folder {folder}; python tools/report.py {folder} shows it"
+    for complete in ("the schedule", "every phase"):
+        assert f"done at step 12: {complete} is complete since an earlier start, so nothing is left to train; {where}" in said
 
 
 def test_phases_one_start_each(tiny_faces: Path, tmp_path: Path, trained: dict[tuple[int, int], Path]) -> None:

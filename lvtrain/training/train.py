@@ -56,6 +56,12 @@ def train(
         )
     position = Position(**found.meta["position"]) if found else Position()
     telemetry.forget_after(position.step)
+    phases = run.recipe.phases
+    rate = learning_rate(
+        run.recipe.schedule, run.recipe.optimizer.lr, phases=phases, samples_per_epoch=len(run.dataset)
+    )
+    if complete := _complete(run, position, rate.total, only_phase):
+        return Ending("done", position.step, only_phase, f"{complete} since an earlier start, so nothing is left to train")
     telemetry.event(
         "resume" if found else "start",
         step=position.step,
@@ -63,14 +69,10 @@ def train(
         world_size=run.world.size,
         attempt=run.attempt,
     )
-    phases = run.recipe.phases
-    at = phases[min(position.phase_index + int(position.phase_over), len(phases) - 1)].name
+    at = phases[position.phase_index + int(position.phase_over)].name
     telemetry.say(
         f"lvtrain: {'resuming' if found else 'starting'} {run.folder} at step {position.step}, phase {at}, "
         f"{run.world.size} rank{'s' if run.world.size > 1 else ''} on {run.world.device.type}"
-    )
-    rate = learning_rate(
-        run.recipe.schedule, run.recipe.optimizer.lr, phases=phases, samples_per_epoch=len(run.dataset)
     )
     if rate.warning:
         telemetry.say(f"warning: {rate.warning}")
@@ -78,11 +80,8 @@ def train(
     gone_back_to: list[int] = []
     while True:
         index = position.phase_index + int(position.phase_over)
-        if index >= len(phases) or (position.phase_over and position.samples_seen >= rate.total):
-            return Ending("done", position.step, only_phase, "the schedule is complete")
-        if only_phase is not None and phases[index].name != only_phase:
-            _check_order(run, only_phase, index)
-            return Ending("done", position.step, only_phase, f"phase {only_phase} is complete")
+        if complete := _complete(run, position, rate.total, only_phase):
+            return Ending("done", position.step, only_phase, complete)
         if preemption.reason is not None:
             # agreed after the last phase's last step, whose checkpoint is there; building the next phase could take all the time that is left
             return Ending("requeue", position.step, phases[index].name, preemption.reason)
@@ -118,7 +117,20 @@ def train(
         data_skip = position.data_skip
 
 
-def _check_order(run: Run, only_phase: str, next_index: int) -> None:
+def _complete(run: Run, position: Position, total: int, only_phase: str | None) -> str | None:
+    """What is complete, the run or the one phase asked for; None while it is to be trained.
+
+    Raises:
+        UserError: the phase asked for cannot be next.
+    """
     names = [phase.name for phase in run.recipe.phases]
-    if names.index(only_phase) > next_index:
-        raise UserError(f"phase {only_phase} cannot start: {names[next_index]} is not finished in {run.folder}")
+    index = position.phase_index + int(position.phase_over)
+    if position.phase_over and position.samples_seen >= total:
+        return "the schedule is complete"
+    if index >= len(names):
+        return "every phase is complete"
+    if only_phase is None or names[index] == only_phase:
+        return None
+    if names.index(only_phase) > index:
+        raise UserError(f"phase {only_phase} cannot start: {names[index]} is not finished in {run.folder}")
+    return f"phase {only_phase} is complete"
