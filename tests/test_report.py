@@ -144,7 +144,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     assert "before training" in text and "after training" in text
     assert "δ1 = 0.2" in text and "δ2 = 0.35" in text
     assert text.count("cosine stage scheduler") == 2
-    assert "in 2 starts" in text
+    assert "in 2 starts" in text and "median of the log lines, " in text
     assert "expectation: frozen" in text  # the recipe, folded
     assert text.count("<svg") == 6 + 4
     assert write_report(run).read_text() == text, "the same run gives the same file"
@@ -154,7 +154,9 @@ def test_report_of_a_young_run(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     assert "running" in write_report(tmp_path, tmp_path / "elsewhere" / "r.html").read_text()
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 30.0, "time": 1.0}\n{"step": 20, "lo')
-    (tmp_path / "events.jsonl").write_text('{"time": 1.0, "event": "start", "step": 0}\n')
+    events = [{"event": "start", "step": 0}, {"event": "warning", "step": 9, "text": "not learning"}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps({"time": 1.0, **event}) + "\n" for event in events))
+    assert '<td class="wide quiet">not learning</td>' in write_report(tmp_path).read_text()
     assert "30.000" in write_report(tmp_path).read_text()
 
 
@@ -171,23 +173,34 @@ def test_report_stays_small_for_a_long_run(tmp_path: Path) -> None:
 
 
 def test_runs_beside_each_other(tmp_path: Path) -> None:
-    """Their curves in one figure, what each reached, and only the settings that differ; a run that has nothing yet is no hindrance."""
+    """Their curves in one figure, what each reached, and only the settings that differ; a run that has nothing yet is no hindrance, nor is one that
+    diverged before its first log line."""
     run, other, young = make_run(tmp_path / "a"), make_run(tmp_path / "b", steps=300), tmp_path / "c"
     changed = RECIPE.replace("name: sample", "name: half").replace("sample_rate: 1.0", "sample_rate: 0.25")
     (other / "recipe.yaml").write_text(changed + "schedule: {warmup: 2 epochs}\n")
     young.mkdir()
     (young / "recipe.yaml").write_text(RECIPE.replace("name: sample", "name: young"))
-    text = write_report(run, others=[other, young]).read_text()
+    (lost := tmp_path / "d").mkdir()
+    (lost / "recipe.yaml").write_text(RECIPE.replace("name: sample", "name: lost"))
+    ended = [{"event": "start", "step": 0}, {"event": "nonfinite", "step": 2}, {"event": "error", "reason": "the loss was not finite"}]
+    (lost / "events.jsonl").write_text("".join(json.dumps({"time": 1.0, **event}) + "\n" for event in ended))
+    text = write_report(run, others=[other, young, lost]).read_text()
     page = Links()
     page.feed(text)
     assert page.fetched == [] and page.open == []
     cells = [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", text)]
     at = cells.index("phases.refinement.sample_rate")
-    assert cells[at : at + 8] == ["phases.refinement.sample_rate", "1.0", "0.25", "1.0", "schedule.warmup", "", "2 epochs", ""]
+    assert cells[at : at + 5] == ["phases.refinement.sample_rate", "1.0", "0.25", "1.0", "1.0"]
+    assert cells[at + 5 : at + 10] == ["schedule.warmup", "", "2 epochs", "", ""]
     assert "method.name" not in cells and "phases.alignment.sample_rate" not in cells
-    losses = [json.loads(line)["loss"] for line in (other / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
     at = cells.index("half")
-    assert cells[at + 1] == "300" and cells[at + 2] == f"{losses[-1]:.3f}"  # 30 lines: a twentieth is one
+    assert cells[at + 1 : at + 4] == ["done", "300", f"{rows[-1]['loss']:.3f}"]  # 30 lines: a twentieth is one
+    at = cells.index("lost")
+    assert cells[at + 1 : at + 6] == ["error: the loss was not finite", "2", "", "", ""]
+    # one definition of speed, in the table and in the tile
+    speed = f"{np.median([row['images_per_second'] for row in rows]):,.0f}"
+    assert cells[cells.index("half") + 5] == speed and f"<b>{speed}</b>" in write_report(other).read_text()
     assert text.count("<svg") == 6 + 4 and text.count(">half</text>") == 6 and ">young</text>" not in text
     with pytest.raises(UserError, match="4 runs beside"):
         write_report(run, others=[other] * 4)

@@ -26,17 +26,21 @@ def settings(runs: list[RunFiles]) -> list[Row]:
 
 
 def reached(runs: list[RunFiles]) -> list[Row]:
-    """For each run: how far it is, its loss and cos^2 (means over the last twentieth of its log lines), speed, accuracy at its last evaluation."""
+    """For each run: its state and, after an error, what it was; how far it is, its loss and cos^2 (means over the last twentieth of its log lines),
+    speed, accuracy at its last evaluation."""
     rows = []
     for name, run in zip(names(runs), runs):
         last = list(run.evaluations.values())[-1]["benchmarks"] if run.evaluations else {}
+        error = next((str(event.get("reason", "")) for event in reversed(run.events) if event["event"] == "error"), "") if run.state == "error" else ""
         rows.append(
             {
                 "name": name,
-                "steps": f"{run.metrics[-1]['step']:,}" if run.metrics else "0",
+                "state": run.state,
+                "error": error,
+                "steps": f"{run.last_step:,}",
                 "loss": _late(run, "loss", ".3f"),
                 "cos2": _late(run, "cos2_window", ".3f") or _late(run, "cos2", ".3f"),
-                "speed": _late(run, "images_per_second", ",.0f"),
+                "speed": "" if run.images_per_second is None else f"{run.images_per_second:,.0f}",
                 "accuracy": ", ".join(f"{one} {100 * found['accuracy']:.2f} ± {100 * found['std']:.2f}%" for one, found in last.items()),
             }
         )

@@ -41,6 +41,24 @@ class RunFiles:
     def name(self) -> str:
         return str(self.recipe.get("name") or self.folder.resolve().name)
 
+    @property
+    def state(self) -> str:
+        """running, done, stopped (on request) or error, by the last event that says so."""
+        names = {"done": "done", "stop": "stopped", "error": "error", "start": "running", "resume": "running"}
+        return next((names[event["event"]] for event in reversed(self.events) if event["event"] in names), "running")
+
+    @property
+    def last_step(self) -> int:
+        """Of the last log line; of the last event that has one, if the run ended before it logged."""
+        rows = self.metrics or [event for event in self.events if isinstance(event.get("step"), int)]
+        return int(rows[-1]["step"]) if rows else 0
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of all ranks together: the median over all log lines, which a slow start or a stall does not move."""
+        speeds = self.column("images_per_second")[1]
+        return float(np.median(speeds)) if len(speeds) else None
+
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps [K] and values [K], float64, of the rows that have a number under `name`."""
         pairs = [(row["step"], row[name]) for row in self.metrics if isinstance(row.get(name), (int, float))]

@@ -64,7 +64,7 @@ def render(run: RunFiles, others: Sequence[RunFiles] = (), *, any_faces: bool = 
     pictures, without_pictures = faces.face_pictures(run, any_dataset=any_faces)
     return page.render(
         name=run.name,
-        state=_state(run.events),
+        state=run.state,
         lead=_lead(run),
         tiles=_tiles(run),
         training=_training(run, phases, others),
@@ -89,11 +89,6 @@ def render(run: RunFiles, others: Sequence[RunFiles] = (), *, any_faces: bool = 
 
 
 # ------------------------------------------------------------------------------------------------------------------- head
-
-
-def _state(events: list[Row]) -> str:
-    names = {"done": "done", "stop": "stopped", "error": "error", "start": "running", "resume": "running"}
-    return next((names[event["event"]] for event in reversed(events) if event["event"] in names), "running")
 
 
 def _lead(run: RunFiles) -> str:
@@ -125,13 +120,12 @@ def _tiles(run: RunFiles) -> list[Row]:
                 tiles.append({"label": f"TAR at FAR {far}", "value": _percent(result["tar_at_far"][far]), "note": note})
     if run.metrics:
         last_row = run.metrics[-1]
-        _, speeds = run.column("images_per_second")
         _, waits = run.column("data_wait")
         note = f"{last_row.get('epoch', 0):.3g} epochs"
         tiles.append({"label": "Steps", "value": f"{last_row['step']:,}", "note": note})
-        if len(speeds):
-            wait = f"{100 * float(np.median(waits)):.0f}% waiting for data" if len(waits) else ""
-            tiles.append({"label": "Images per second", "value": f"{float(np.median(speeds)):,.0f}", "note": wait})
+        if run.images_per_second is not None:
+            wait = f", {100 * float(np.median(waits)):.0f}% waiting for data" if len(waits) else ""
+            tiles.append({"label": "Images per second", "value": f"{run.images_per_second:,.0f}", "note": f"median of the log lines{wait}"})
         if last_row.get("loss") is not None:
             cos2 = last_row.get("cos2_window") or last_row.get("cos2")
             note = f"cos² {cos2:.3f}" if cos2 is not None else ""
@@ -272,7 +266,9 @@ def _events(events: list[Row]) -> tuple[list[Row], str]:
             "step": f"{event['step']:,}" if isinstance(event.get("step"), int) else "",
             "phase": event.get("phase") or "",
             "detail": ", ".join(
-                f"{k.replace('_', ' ')} {_value(v)}" for k, v in event.items() if k not in common and v is not None
+                f"{k.replace('_', ' ')} {_value(v)}" if k != "text" else _value(v)  # a warning's words need no name
+                for k, v in event.items()
+                if k not in common and v is not None
             ),
         }
         for event in shown
