@@ -5,6 +5,7 @@ Ranks are forked from a process that has imported everything (`tools/trial.py`),
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,9 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from lvtrain.data import SampleOrder, ShardDataset
 from lvtrain.main import main
 from lvtrain.training import faults, outcome
 from lvtrain.training.lease import hold
@@ -148,7 +151,18 @@ def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path, peaceful:
     """Once: skipped on all ranks alike. Three times in a row: the run stops with a checkpoint from before them, and goes on from there."""
     once, thrice = (make(tmp_path / name, tiny_faces) for name in "ab")
     assert go(once, 2, 2, "loop.outputs:1:6:nan") == [0, 0], said(once)[-2000:]
-    assert [row["step"] for row in events(folder_of(once), "nonfinite")] == [6]
+    (event,) = events(folder_of(once), "nonfinite")
+    (noted,) = (json.loads(line) for line in (folder_of(once) / "nonfinite.jsonl").read_text().splitlines())
+    assert event["step"] == noted["step"] == 6 and event["named_in"] == "nonfinite.jsonl"
+    # the second rank's half of the batch: the samples that the order puts there, with their labels and their places in the shards
+    data = ShardDataset(tiny_faces / "train")
+    ids = SampleOrder(len(data), 5, 8).at(range(6 * 16, 7 * 16))
+    assert noted["samples_in_batch"] == 16 and noted["samples_not_finite"] == event["samples_not_finite"] == 8
+    named = {sample["sample_id"]: (sample["label"], sample["shard"], sample["key"]) for sample in noted["samples"]}
+    assert named == {int(i): (int(data.labels(np.array([i]))[0]), *data.describe(int(i))) for i in ids}
+    assert {sample["sample_id"] for sample in noted["samples"] if sample["cosine"] == "nan"} == set(ids[8:].tolist())
+    assert noted["micro_batch_losses"] == ["nan"] * 4, "of both ranks' samples each"
+    assert "step 6 is skipped, it was not finite (loss nan, grad norm nan); 8 of its 16 samples have no finite cosine" in said(once)
     assert [row["step"] for row in metrics(folder_of(once)) if row["loss"] is None] == [7]  # no loss rather than 0
     assert go(thrice, 2, 2, ";".join(f"loop.outputs:0:{step}:nan" for step in (10, 11, 12))) == [2, 2]
     assert "not finite in 3 steps in a row from step 10" in said(thrice)

@@ -54,10 +54,12 @@ class Now:
 @dataclass
 class LossOutput:
     """`loss`: scalar, the mean over one micro-step's samples of all ranks, or of this rank's where `Method.global_loss` says so. `metrics`:
-    detached scalars for telemetry (device tensors)."""
+    detached scalars for telemetry (device tensors). `cosine`: detached [R * m], of the micro-step's samples to their own class centres, rank by rank
+    and the same on every rank; None where there are no classes."""
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    cosine: torch.Tensor | None = None
 
 
 class Method(ABC):

@@ -165,7 +165,7 @@ class ClusterMethod(SupervisedMethod):
             metrics["loss_aligning"] = term.detach()
         if inverse_temperature is not None:
             metrics["temperature"] = 1 / inverse_temperature.detach().squeeze()
-        return LossOutput(loss, metrics)
+        return LossOutput(loss, metrics, output.cosine)
 
     def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
         super().end_step(now, full_parameters)

@@ -82,7 +82,7 @@ class FinetuneMethod(SupervisedMethod):
         valid = (batch.labels >= 0).to(landmarks.dtype)
         distance = (torch.linalg.vector_norm(landmarks - held, dim=-1).mean(dim=1) * valid).mean()
         output.metrics["landmark_distance"] = distance.detach()
-        return LossOutput(output.loss + self.settings.beta * distance, output.metrics)
+        return LossOutput(output.loss + self.settings.beta * distance, output.metrics, output.cosine)
 
     def global_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The distance is that of this rank's images."""

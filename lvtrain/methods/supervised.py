@@ -48,7 +48,7 @@ class SupervisedMethod(Method):
 
     def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         output = self.classifier(outputs, batch.labels, step=now.step)
-        return LossOutput(output.loss, {"cos2": output.cos2, "batch_cosine": batch_cosine(output.embeddings)})
+        return LossOutput(output.loss, {"cos2": output.cos2, "batch_cosine": batch_cosine(output.embeddings)}, output.cosine)
 
     def warnings(self, metrics: dict[str, Any], now: Now) -> list[str]:
         """Whether anything was learned, once every image has been seen; said once. Measured on the quick start: cos2 0.12 after an epoch and

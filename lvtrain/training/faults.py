@@ -5,7 +5,7 @@ Points are named where they stand in the code, e.g. `save.mid_file`, `loop.step`
 - `sigkill`, `sigstop`, `sigterm`, `sigusr2`: that signal to this process;
 - `asked`: waits until this process has been asked to stop;  `hold=FILE`: waits, deaf to that, for as long as that file exists;
 - `raise`: a RuntimeError;  `enospc`, `eio`, `erofs`: an OSError of that number;
-- any other word is returned to the caller, which knows what to do with it (`nan` at `loop.loss`).
+- any other word is returned to the caller, which knows what to do with it (`nan` at `loop.outputs`).
 
 Without the variable a point costs one dictionary look-up.
 """

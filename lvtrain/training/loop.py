@@ -20,6 +20,7 @@ from lvtrain.training.built import Built
 from lvtrain.training.checkpoint import Checkpoints, Found
 from lvtrain.training.heartbeat import Heartbeat
 from lvtrain.training.meter import Pace
+from lvtrain.training.nonfinite import FILE, note_batch
 from lvtrain.training.phases import phase_end_reason
 from lvtrain.training.position import Position
 from lvtrain.training.preemption import Preemption
@@ -113,7 +114,7 @@ class PhaseRun:
         now = Now(position.step, lr, position.samples_seen / self.rate.total, position.stream / len(self.r.dataset))
         self.method.begin_step(now, labels)
         self.engine.train()
-        losses, cos2, figures = [], [], []
+        losses, cos2, cosines, figures = [], [], [], []
         for micro in range(self.accumulation):
             self.heart.beat(position.step, "data")
             batch = next(batches)
@@ -130,6 +131,8 @@ class PhaseRun:
             figures.append({name: value for name, value in output.metrics.items() if name != "cos2"})
             if "cos2" in output.metrics:
                 cos2.append(output.metrics["cos2"].detach())
+            if output.cosine is not None:
+                cosines.append(output.cosine)
         loss = self.method.global_loss(torch.stack(losses).mean())
         self.heart.beat(position.step, "update")
         norm = self.engine.step(lr, loss, weight_decay=self.r.recipe.optimizer.weight_decay_at(now.progress))
@@ -143,7 +146,7 @@ class PhaseRun:
                     self.average.update(self.method.evaluated())
             self.nonfinite_in_row = 0
         else:
-            self._skip()
+            self._skip(loss, norm, losses, cosines)
         self.now, position.step, position.samples_seen = (
             now,
             position.step + 1,
@@ -158,11 +161,17 @@ class PhaseRun:
         self.cos2 = torch.stack(cos2).mean() if cos2 else None
         return self.cos2 is not None and self.stage.observe(self.cos2)
 
-    def _skip(self) -> None:
+    def _skip(self, loss: torch.Tensor, norm: torch.Tensor, losses: list[torch.Tensor], cosines: list[torch.Tensor]) -> None:
         self.method.discard_step()
         self.nonfinite_in_row += 1
         self.nonfinite_total += 1
-        self._event("nonfinite", in_row=self.nonfinite_in_row)
+        figures = {"loss": float(loss), "grad_norm": float(norm)}
+        where = {"step": self.position.step, "phase": self.phase.name, "samples_seen": self.position.samples_seen, **figures}
+        noted, said = note_batch(self.r, self.loader, self.position.stream, losses, cosines, where)
+        self._event("nonfinite", in_row=self.nonfinite_in_row, **noted)
+        if said:
+            told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+            self.telemetry.say(f"warning: step {self.position.step} is skipped, it was not finite ({told}); {said}")
         if self.nonfinite_in_row < self.r.recipe.safety.max_nonfinite:
             return
         if self.r.recipe.safety.rollback:
@@ -177,8 +186,8 @@ class PhaseRun:
             self.save("nonfinite")
         self.checkpoints.wait()
         raise UserError(
-            f"the loss was not finite in {self.nonfinite_in_row} steps in a row from step {self.position.step}; a checkpoint from before them is kept. "
-            "Lower optimizer.lr, lengthen schedule.warmup, or set safety.rollback=true to skip this stretch of data"
+            f"the loss was not finite in {self.nonfinite_in_row} steps in a row from step {self.position.step}; a checkpoint from before them is kept, "
+            f"{FILE} names their samples. Lower optimizer.lr, lengthen schedule.warmup, or set safety.rollback=true to skip this stretch of data"
         )
 
     def _check_bad_samples(self) -> None:

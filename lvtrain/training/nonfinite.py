@@ -1,0 +1,73 @@
+"""`nonfinite.jsonl`: what was in the batch of a step whose loss or gradient was not finite, for a person to look at.
+
+Which samples they were follows from the position alone; of each the cosine to its own class centre is noted where the method computes one: it
+is not finite either for a sample whose embedding is not. Bounded: the first steps of a run, and of each the samples most to be suspected.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lvtrain import world as worlds
+from lvtrain.data import Loader
+from lvtrain.training.run import Run
+
+FILE = "nonfinite.jsonl"
+_STEPS, _SAMPLES = 8, 32
+
+
+def note_batch(
+    run: Run,
+    loader: Loader,
+    first: int,
+    losses: list[torch.Tensor],
+    cosines: list[torch.Tensor],
+    where: dict[str, Any],
+) -> tuple[dict[str, Any], str]:
+    """Notes the batch at stream position `first` and returns fields of an event and the end of a sentence on it, both empty once enough is noted.
+    A collective.
+
+    losses: of this rank's A micro-batches, scalars; cosines: of each, [R * m], rank by rank and the same on every rank, or empty.
+    where: what else the line says (step, phase, loss, ...).
+    """
+    by_rank = worlds.gather_objects([float(loss) for loss in losses])
+    path = run.folder / FILE
+    if not run.world.is_first or _lines(path) >= _STEPS:
+        return {}, ""
+    each = np.array(by_rank).ravel()  # of virtual micro-batch r * A + k
+    batch = len(each) * loader.micro_batch
+    found = np.full(batch, np.nan)
+    if cosines:
+        found = torch.stack(cosines).float().cpu().numpy().reshape(len(losses), len(by_rank), -1).transpose(1, 0, 2).ravel()
+    virtual = np.arange(batch) // loader.micro_batch
+    # first samples without a finite cosine, then those of micro-batches without a finite loss, then those far from their class
+    suspects = np.lexsort((np.nan_to_num(found), np.isfinite(each[virtual]), np.isfinite(found)))[:_SAMPLES]
+    ids, labels = loader.order.at(range(first, first + batch)), loader.global_labels(first, batch)
+    samples = []
+    for i in suspects:
+        shard, key = run.dataset.describe(int(ids[i]))
+        said = {"sample_id": int(ids[i]), "label": int(labels[i]), "shard": shard, "key": key, "micro_batch": int(virtual[i])}
+        samples.append(said | ({"cosine": _number(found[i])} if cosines else {}))
+    counted = {"samples_in_batch": batch} | ({"samples_not_finite": int((~np.isfinite(found)).sum())} if cosines else {})
+    line = {**{name: _number(value) for name, value in where.items()}, **counted, "micro_batch_losses": [_number(loss) for loss in each], "samples": samples}
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    which = f"{counted['samples_not_finite']} of its {batch} samples have no finite cosine" if cosines else f"it had {batch} samples"
+    return {**counted, "named_in": FILE}, f"{which}, {FILE} names {'them' if len(samples) == batch else 'those to look at'}"
+
+
+def _number(value: Any) -> Any:
+    """JSON has no word for what is not finite."""
+    if not isinstance(value, (float, np.floating)):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else str(float(value))
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
