@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lvtrain.launch.chain import load_chain
 from lvtrain.launch.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +62,6 @@ class ChainRun:
 
     def __init__(self, environment: dict[str, str], run_folder: Path) -> None:
         self.environment, self.run_folder = environment, run_folder
-        self.name = f"lvtrain-{run_folder.name}"
         self.deadline = time.monotonic() + PATIENCE
 
     def command(self, *words: str) -> str:
@@ -75,7 +75,7 @@ class ChainRun:
 
     def states(self) -> dict[int, str]:
         """Of this chain's jobs that are in the queue."""
-        rows = self.command("squeue", "--noheader", f"--name={self.name}", "--format=%i %T").splitlines()
+        rows = self.command("squeue", "--noheader", f"--name={load_chain(self.run_folder).job_name}", "--format=%i %T").splitlines()
         return {int(job): state for job, state in map(str.split, rows)}
 
     def step(self) -> int:
@@ -108,7 +108,7 @@ class ChainRun:
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
         while not condition():
-            assert time.monotonic() < self.deadline, f"{self.name}: waited in vain for {what}\n{self.story()}"
+            assert time.monotonic() < self.deadline, f"{self.run_folder.name}: waited in vain for {what}\n{self.story()}"
             time.sleep(0.5)
 
     def wait_until_over(self) -> None:

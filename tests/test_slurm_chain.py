@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvtrain.errors import UserError
-from lvtrain.launch.attempt import Attempt
+from lvtrain.launch.attempt import Attempt, stop
 from lvtrain.launch.chain import Chain, load_chain
 from lvtrain.launch.decide import Again, Ended, Finished, Stop, decide, fate, suspect_node
 from lvtrain.launch.ledger import Ledger
@@ -39,6 +40,7 @@ class FakeSlurm:
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
         self.queued: dict[int, str] = {}
+        self.names: dict[int, str] = {}  # of jobs whose script is there to be read
         self.refuse: Callable[[list[str]], bool] = lambda command: False
         self.state = "JobState=RUNNING Reason=None EndTime=1970-01-02T00:00:00"
         self.next_id = 100
@@ -53,9 +55,12 @@ class FakeSlurm:
         if command[0] == "sbatch":
             self.next_id += 1
             self.queued[self.next_id] = "PENDING"
+            if (script := Path(command[-1])).exists():
+                self.names[self.next_id] = re.findall(r"--job-name=(\S+)", script.read_text())[0]
             return f"{self.next_id};cluster\n"
         if command[0] == "squeue":
-            return "".join(f"{job}|{state}|None|\n" for job, state in self.queued.items())
+            asked = next(word.removeprefix("--name=") for word in command if word.startswith("--name="))
+            return "".join(f"{job}|{state}|None|\n" for job, state in self.queued.items() if self.names.get(job, asked) == asked)
         if command[0] == "scancel":
             for job in command[1:]:
                 del self.queued[int(job)]
@@ -428,7 +433,7 @@ def test_the_whole_sbatch_script() -> None:
         sbatch_text(chain, "refinement")
         == """\
 #!/bin/bash
-#SBATCH --job-name=lvtrain-pco_vitl
+#SBATCH --job-name=lvtrain-pco_vitl-442ec3
 #SBATCH --comment="phase refinement of /scratch/my runs/pco_vitl"
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -640,8 +645,12 @@ def test_nothing_is_submitted_twice_or_with_wrong_shapes(tmp_path: Path) -> None
     ):
         send(tmp_path, slurm, nodes=5, gpus_per_node=0)
     send(tmp_path, slurm)
-    with pytest.raises(UserError, match=r"already has jobs .101 PENDING.; to start over: scancel --name=lvtrain-toy"):
+    with pytest.raises(UserError, match=r"already has jobs .101 PENDING.; to start over: scancel --name=lvtrain-toy-\w{6}$"):
         send(tmp_path, slurm)
+    # a run of the same name in another folder has a queue of its own
+    other, (job,) = send(tmp_path, slurm, overrides="runs=elsewhere")
+    stop(other, Ledger(other.folder), Slurm(slurm), "enough", phase="alignment", job=0)
+    assert (job, slurm.queued) == (102, {101: "PENDING"})
     slurm.queued.clear()
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": true}}')
     for name, told in {"mine.json": "fp16: float16 needs loss scaling", "absent.json": "does not exist"}.items():  # not after hours in the queue

@@ -29,7 +29,7 @@ def main(run: Path, as_json: bool = typer.Option(False, "--json", help="for prog
         print(json.dumps(asdict(status), indent=2))
         return
     site = status.chain.site
-    title = f"{status.chain.run_folder}: {site.nodes} nodes x {site.tasks} tasks, {site.chain}, checkpoint of step {status.step}"
+    title = f"{status.chain.run_folder}: {site.nodes} nodes x {site.tasks} tasks, {site.chain}, jobs {status.chain.job_name}, checkpoint of step {status.step}"
     table = Table()
     for name in ("phase", "state", "attempts", "steps", "jobs", "note"):
         table.add_column(name, overflow="fold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,8 +33,9 @@ class Chain:
 
     @property
     def job_name(self) -> str:
-        """The same for every job of the chain: singleton dependencies and `scancel --name` go by it."""
-        return f"lvtrain-{self.name}"
+        """The same for every job of the chain, and no other's: singleton dependencies, the queue and `scancel --name` go by it, and two runs of one
+        name may lie in different folders."""
+        return f"lvtrain-{self.name}-{hashlib.sha256(self.run_folder.encode()).hexdigest()[:6]}"
 
     def script(self, phase: str) -> Path:
         return self.folder / f"{phase}.sbatch"
