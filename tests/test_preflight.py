@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lvtrain.launch.preflight import differences, facts, other_data, unshared
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.runs import free_port
-from tools.preflight import differences, facts, other_data, unshared
 
 
 def test_two_ranks_that_can_train_together(tmp_path: Path) -> None:
