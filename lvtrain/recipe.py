@@ -1,66 +1,19 @@
-"""The whole configuration: what a recipe may say, typed and validated. `lvtrain.recipe_files` reads and writes it.
+"""The whole configuration: what a recipe may say, typed and validated. The papers' own section, `method`, is in `lvtrain.recipe_methods`;
+`lvtrain.recipe_files` reads and writes recipes.
 
-This file knows nothing of torch; rooms receive plain values. Durations (`Duration`) are written "500 steps", "20 epochs" or "1e6 samples" and are
-turned into samples by `Duration.samples`.
+These files know nothing of torch; rooms receive plain values.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator, model_validator
-from pydantic_core import core_schema
+from pydantic import Field, field_validator, model_validator
 
-# --------------------------------------------------------------------------------------------------------------- durations
-
-
-class Duration:
-    """A length of training in steps, epochs or samples: `Duration("20 epochs")`."""
-
-    UNITS = ("steps", "epochs", "samples")
-
-    def __init__(self, text: str | Duration) -> None:
-        self.amount: float
-        self.unit: str
-        if isinstance(text, Duration):
-            self.amount, self.unit = text.amount, text.unit
-            return
-        match = re.fullmatch(r"\s*([0-9_.]+(?:[eE]\+?[0-9]+)?)\s*(step|epoch|sample)s?\s*", str(text))
-        if not match:
-            raise ValueError("a duration is a number and a unit (steps, epochs or samples), like '20 epochs'")
-        self.amount, self.unit = float(match[1].replace("_", "")), match[2] + "s"
-
-    def samples(self, *, global_batch: int, samples_per_epoch: int) -> int:
-        """The duration in samples, rounded up to whole steps of `global_batch`."""
-        per = {"steps": global_batch, "epochs": samples_per_epoch, "samples": 1}[self.unit]
-        return -(-round(self.amount * per) // global_batch) * global_batch
-
-    def __repr__(self) -> str:
-        return f"{self.amount:g} {self.unit}" if self.amount < 1e6 else f"{int(self.amount)} {self.unit}"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Duration) and (self.amount, self.unit) == (other.amount, other.unit)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls, serialization=core_schema.plain_serializer_function_ser_schema(repr)
-        )
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
-
-def _in_steps_or_epochs(warmup: Duration) -> None:
-    if warmup.unit == "samples":
-        raise ValueError("warmup is given in steps or epochs")
-
-
-# ---------------------------------------------------------------------------------------------------------------- sections
+from lvtrain.recipe_base import Duration, Section, in_steps_or_epochs
+from lvtrain.recipe_methods import MethodSection
 
 
 class Data(Section):
@@ -117,7 +70,7 @@ class Margin(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Margin:
-        _in_steps_or_epochs(self.warmup)
+        in_steps_or_epochs(self.warmup)
         return self
 
 
@@ -144,97 +97,6 @@ class Classifier(Section):
     chunk: int | None = Field(None, gt=0, description="classes a chunk; chosen from the shapes when absent")
     keep_mb: float = Field(8.0, ge=0, description="memory, beyond the rows' gradient, for exponentials that forward leaves for backward: saves matmuls")
     optimizer: RowOptimizer = Field(default_factory=RowOptimizer)
-
-
-class Pco(Section):
-    name: Literal["pco"] = "pco"
-    expectation_init: Literal["weight", "first_feature"] = "weight"
-    expectation_negatives: Literal["own", "shared"] = "own"
-    m2: float = Field(0.4, description="margin on the feature expectation")
-    window: int = Field(20, gt=0, description="steps over which CSS averages the batch mean of cos^2")
-
-
-class SelfDistillation(Section):
-    """The defaults are DINO's, the head's size LAFS's."""
-
-    prototypes: int = Field(100_000, gt=1)
-    hidden: int = Field(2048, gt=0)
-    bottleneck: int = Field(256, gt=0)
-    student_temperature: float = Field(0.1, gt=0)
-    teacher_temperature: float = Field(0.04, gt=0)
-    teacher_temperature_start: float = Field(0.04, gt=0)
-    teacher_warmup_epochs: float = Field(0, ge=0)
-    teacher_momentum: float = Field(0.996, gt=0, le=1, description="first value; goes to 1 by a cosine")
-    centre_momentum: float = Field(0.9, ge=0, lt=1)
-    freeze_last_layer: float = Field(1, ge=0, description="epochs at the start in which the prototypes stay as they are")
-
-
-class Dino(SelfDistillation):
-    name: Literal["dino"] = "dino"
-
-
-class Lafs(SelfDistillation):
-    """DINO on landmarks: the teacher sees all of them, the student a subset."""
-
-    name: Literal["lafs"] = "lafs"
-    landmarks: int = Field(36, gt=0, description="landmarks the student sees")
-    shuffle: bool = True
-    perturbation: float = Field(2.0, ge=0, description="alpha, pixels")
-    landmark_weights: Path | None = Field(
-        None, description="supervised Part fViT run whose landmark CNN is taken, frozen"
-    )
-
-
-class Finetune(Section):
-    """Supervised training from pretrained weights (init_from), LAFS's options for the landmark CNN."""
-
-    name: Literal["finetune"] = "finetune"
-    landmarks: Literal["fixed", "trained", "anchored"] = Field("trained", description="the paper's options a, b, c")
-    beta: float = Field(
-        0.1, ge=0, description="anchored: weight of the distance to a frozen landmark CNN's points, pixels"
-    )
-    window: int = Field(20, gt=0)
-
-
-class Cluster(Section):
-    """Joint label classification and supervised contrastive clustering; the defaults are the paper's setting 6."""
-
-    name: Literal["cluster"] = "cluster"
-    guided: bool = Field(True, description="cluster-guided margins; false: ArcFace with classifier.margin.m")
-    m_low: float = Field(0.4, ge=0, description="margin of the tightest cluster of the step, radians")
-    m_high: float = Field(0.6, ge=0, description="margin of the loosest")
-    clustering: Literal["contrastive", "triplet", "centre", "none"] = Field(
-        "contrastive", description="triplet and centre loss are the paper's comparisons"
-    )
-    alpha: float = Field(1.0, ge=0, description="weight of the clustering loss; 0 is off")
-    beta: float = Field(1.0, ge=0, description="weight of the cluster-aligning loss; 0 is off")
-    temperature: Literal["concentration", "learnable"] = Field(
-        "concentration", description="one per class, phi_j, or a single learnable tau0"
-    )
-    tau0: float = Field(0.07, gt=0, description="first value of the learnable temperature")
-    mean_temperature: float | None = Field(
-        None, gt=0, description="rescale the temperatures to this mean over the step's classes, as PCL does"
-    )
-    min_temperature: float = Field(0.05, gt=0, description="smallest temperature of a class")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of the cluster centres")
-    recent: int = Field(100, gt=0, description="Z: most recent features a concentration is taken over")
-    smoothing: float = Field(10.0, gt=0, description="PCL's alpha in Z log(Z + alpha)")
-    triplet_margin: float = Field(0.2, ge=0)
-    warmup: Duration = Field(
-        default_factory=lambda: Duration("1 epochs"),
-        description="the bank follows the features, the losses are plain ArcFace's; in steps or epochs",
-    )
-    window: int = Field(20, gt=0)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Cluster:
-        _in_steps_or_epochs(self.warmup)
-        if self.m_high < self.m_low:
-            raise ValueError(f"m_high {self.m_high} is below m_low {self.m_low}")
-        return self
-
-
-MethodSection = Annotated[Union[Pco, Cluster, Dino, Lafs, Finetune], Field(discriminator="name")]  # noqa: UP007
 
 
 class PhaseEnd(Section):

@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lvtrain.errors import UserError
-from lvtrain.recipe import MethodSection, Recipe, Section
+from lvtrain.recipe import Recipe
+from lvtrain.recipe_base import Section
+from lvtrain.recipe_methods import MethodSection
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -19,7 +19,7 @@ from lvtrain.errors import UserError
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.heads import rows_rates
 from lvtrain.methods.supervised import batch_cosine
-from lvtrain.recipe import Duration
+from lvtrain.recipe_base import Duration
 from lvtrain.state import Rows
 from tests.ranks import run_ranks
 

@@ -8,7 +8,7 @@ import yaml
 from lvtrain import recipe_files as recipes
 from lvtrain.errors import UserError
 from lvtrain.main import main
-from lvtrain.recipe import Duration
+from lvtrain.recipe_base import Duration
 
 FOLDER = Path(recipes.__file__).parent / "recipes"
 QUICKSTART = FOLDER / "quickstart.yaml"

@@ -32,7 +32,7 @@ from lvtrain.errors import EXIT_ERROR, EXIT_STOPPED, UserError
 from lvtrain.evaluation import allpairs, clustering, suite
 from lvtrain.evaluation.sources import labelled_images
 from lvtrain.interop import load_model
-from lvtrain.recipe import Section
+from lvtrain.recipe_base import Section
 from lvtrain.training import outcome
 from lvtrain.world import World
 

@@ -1,0 +1,55 @@
+"""What the sections of a recipe are made of: `Section`, and lengths of training.
+
+Durations are written "500 steps", "20 epochs" or "1e6 samples" and are turned into samples by `Duration.samples`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import core_schema
+
+
+class Duration:
+    """A length of training in steps, epochs or samples: `Duration("20 epochs")`."""
+
+    UNITS = ("steps", "epochs", "samples")
+
+    def __init__(self, text: str | Duration) -> None:
+        self.amount: float
+        self.unit: str
+        if isinstance(text, Duration):
+            self.amount, self.unit = text.amount, text.unit
+            return
+        match = re.fullmatch(r"\s*([0-9_.]+(?:[eE]\+?[0-9]+)?)\s*(step|epoch|sample)s?\s*", str(text))
+        if not match:
+            raise ValueError("a duration is a number and a unit (steps, epochs or samples), like '20 epochs'")
+        self.amount, self.unit = float(match[1].replace("_", "")), match[2] + "s"
+
+    def samples(self, *, global_batch: int, samples_per_epoch: int) -> int:
+        """The duration in samples, rounded up to whole steps of `global_batch`."""
+        per = {"steps": global_batch, "epochs": samples_per_epoch, "samples": 1}[self.unit]
+        return -(-round(self.amount * per) // global_batch) * global_batch
+
+    def __repr__(self) -> str:
+        return f"{self.amount:g} {self.unit}" if self.amount < 1e6 else f"{int(self.amount)} {self.unit}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Duration) and (self.amount, self.unit) == (other.amount, other.unit)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls, serialization=core_schema.plain_serializer_function_ser_schema(repr)
+        )
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+def in_steps_or_epochs(warmup: Duration) -> None:
+    if warmup.unit == "samples":
+        raise ValueError("warmup is given in steps or epochs")
