@@ -150,6 +150,10 @@ def test_cache_copies_within_its_bound_and_changes_nothing(folder, tmp_path):
     sizes = [shard.size for shard in plain.manifest.shards]
     dataset = ShardDataset(folder)
     cache = ShardCache(dataset, tmp_path, max_bytes=2 * max(sizes))
+    other = tmp_path / "another_dataset" / "000007.tar"  # left by an earlier run on other data: counts, and goes first
+    other.parent.mkdir()
+    other.write_bytes(bytes(max(sizes)))
+    os.utime(other, (0, 0))
     for _ in range(3):
         for sample in range(0, 200, 7):
             assert dataset.read(sample) == plain.read(sample)  # while it is copied or deleted
@@ -158,6 +162,7 @@ def test_cache_copies_within_its_bound_and_changes_nothing(folder, tmp_path):
         cache._wanted.join()  # nothing is being copied now
         assert 0 < sum(path.stat().st_size for path in cache.folder.glob("*.tar")) <= 2 * max(sizes)
     cache.close()
+    assert not other.exists()
     assert not list(cache.folder.glob("*.tmp"))
     # what a killed rank left goes, what another rank is writing stays
     (cache.folder / "000000.1.tmp").touch()

@@ -1,7 +1,7 @@
 """Copies of shards on a local disk, up to a size, for datasets on a slow shared file system.
 
 A shard is copied when it is first read, in the background and under a temporary name; until the copy is complete, reads go to the original.
-When the bound is reached the copies read longest ago are deleted. Ranks of one machine may share a cache folder. The cache never changes what
+When the bound is reached the copies read longest ago are deleted, of whatever dataset. Ranks of one machine may share a cache folder. The cache never changes what
 is read: a copy is used only if it has the recorded size, and no longer once reading it has failed.
 """
 
@@ -120,7 +120,7 @@ class ShardCache:
     def _make_room(self, size: int) -> None:
         # other ranks add and delete too: what is gone is gone
         found = []
-        for path in self.folder.glob("*.tar"):
+        for path in self.folder.parent.glob("*/*.tar"):  # another dataset's too: the bound is on the disk
             try:
                 state = path.stat()
                 found.append((state.st_mtime, state.st_size, path))
@@ -131,5 +131,6 @@ class ShardCache:
             if total + size <= self.max_bytes:
                 return
             path.unlink(missing_ok=True)
-            self.dataset.forget(int(path.stem))
+            if path.parent == self.folder:
+                self.dataset.forget(int(path.stem))
             total -= bytes_
