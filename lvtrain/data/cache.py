@@ -1,8 +1,8 @@
 """Copies of shards on a local disk, up to a size, for datasets on a slow shared file system.
 
 A shard is copied when it is first read, in the background and under a temporary name; until the copy is complete, reads go to the original.
-When the bound is reached the copies read longest ago are deleted, of whatever dataset. Ranks of one machine may share a cache folder. The cache never changes what
-is read: a copy is used only if it has the recorded size, and no longer once reading it has failed.
+When the bound is reached the copies read longest ago are deleted, of whatever dataset. Ranks of one machine may share a cache folder. The
+cache never changes what is read: a copy is used only if it has the recorded size, and no longer once reading it has failed.
 """
 
 from __future__ import annotations
