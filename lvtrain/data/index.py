@@ -228,7 +228,8 @@ def open_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
     expected = _HEADER.size + RECORD.itemsize * manifest.samples
     if size != expected:
         raise UserError(f"{path} does not belong to dataset.json ({size} bytes, {expected} expected); it is cut short or stale: pack again")
-    if _HEADER.unpack(head) != (_MAGIC, SCHEMA, RECORD.itemsize, manifest.samples, bytes.fromhex(manifest.index_sha256)):
+    *form, digest = _HEADER.unpack(head)
+    if form != [_MAGIC, SCHEMA, RECORD.itemsize, manifest.samples] or digest.hex() != manifest.index_sha256:
         raise UserError(f"{path} does not belong to dataset.json (it is of another pack); restore the one that does, or pack again")
     return np.memmap(path, dtype=RECORD, mode="r", offset=_HEADER.size)
 
