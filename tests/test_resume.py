@@ -165,7 +165,7 @@ def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path, peaceful:
     assert "step 6 is skipped, it was not finite (loss nan, grad norm nan); 8 of its 16 samples have no finite cosine" in said(once)
     assert [row["step"] for row in metrics(folder_of(once)) if row["loss"] is None] == [7]  # no loss rather than 0
     assert go(thrice, 2, 2, ";".join(f"loop.outputs:0:{step}:nan" for step in (10, 11, 12))) == [2, 2]
-    assert "not finite in 3 steps in a row from step 10" in said(thrice)
+    assert f"not finite in 3 steps in a row from step 10; a checkpoint from before them is kept, {folder_of(thrice)}/nonfinite.jsonl" in said(thrice)
     assert go(thrice, 2, 2) == [0, 0], said(thrice)[-2000:]
     assert [row["step"] for row in events(folder_of(thrice), "resume")] == [10]
     assert not [name for name in differing(peaceful(2, 2), thrice) if not name.startswith("metrics")]

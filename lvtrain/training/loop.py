@@ -185,9 +185,11 @@ class PhaseRun:
         if self.position.step > max(0, self.saved_step):
             self.save("nonfinite")
         self.checkpoints.wait()
+        kept = "a checkpoint from before them is kept" if self.position.step else "nothing was learned before them"
         raise UserError(
-            f"the loss was not finite in {self.nonfinite_in_row} steps in a row from step {self.position.step}; a checkpoint from before them is kept, "
-            f"{FILE} names their samples. Lower optimizer.lr, lengthen schedule.warmup, or set safety.rollback=true to skip this stretch of data"
+            f"the loss was not finite in {self.nonfinite_in_row} steps in a row from step {self.position.step}; {kept}, "
+            f"{self.r.folder / FILE} names the samples of the first such steps. "
+            "Lower optimizer.lr, lengthen schedule.warmup, or set safety.rollback=true to skip this stretch of data"
         )
 
     def _check_bad_samples(self) -> None:

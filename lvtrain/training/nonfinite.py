@@ -59,7 +59,7 @@ def note_batch(
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
     which = f"{counted['samples_not_finite']} of its {batch} samples have no finite cosine" if cosines else f"it had {batch} samples"
-    return {**counted, "named_in": FILE}, f"{which}, {FILE} names {'them' if len(samples) == batch else 'those to look at'}"
+    return {**counted, "named_in": FILE}, f"{which}, {path} names {'them' if len(samples) == batch else 'those to look at'}"
 
 
 def _number(value: Any) -> Any:
