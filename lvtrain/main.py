@@ -60,10 +60,13 @@ def _run(options: argparse.Namespace) -> int:
     if options.print_config:
         print(recipes.dump(recipe), end="")
         return EXIT_DONE
+    from lvtrain.interop.teacher import load_teacher
+
     if options.dry_run:
         from lvtrain.training.dry_run import dry_run
 
-        print(dry_run(recipe, options.ds_config, world_size=options.world_size, only_phase=options.phase))
+        teacher = load_teacher(recipe, needed=recipe.data.path.exists())
+        print(dry_run(recipe, options.ds_config, world_size=options.world_size, only_phase=options.phase, teacher=teacher))
         return EXIT_DONE
 
     from lvtrain import world as worlds
@@ -79,7 +82,8 @@ def _run(options: argparse.Namespace) -> int:
 
     from lvtrain.training.session import train_session
 
-    done = train_session(recipe, ds_config, dataset, only_phase=options.phase, max_time_minutes=options.max_time)
+    arguments = {"only_phase": options.phase, "max_time_minutes": options.max_time, "teacher": load_teacher(recipe)}
+    done = train_session(recipe, ds_config, dataset, **arguments)
     return EXIT_DONE if done else EXIT_STOPPED
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lvtrain.recipe_base import Duration, Section, in_steps_or_epochs
-from lvtrain.recipe_methods import MethodSection
+from lvtrain.recipe_methods import Distill, MethodSection, Supervised
 
 
 class Data(Section):
@@ -254,6 +254,11 @@ class Recipe(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"phase names must differ, got {names}")
         return self
+
+    @property
+    def distill(self) -> Distill | None:
+        """The supervised method's section, if there is one."""
+        return self.method.distill if isinstance(self.method, Supervised) else None
 
     @property
     def run_folder(self) -> Path:

@@ -10,7 +10,20 @@ from pydantic import Field, model_validator
 from lvtrain.recipe_base import Duration, Section, in_steps_or_epochs
 
 
-class Pco(Section):
+class Distill(Section):
+    """A frozen teacher that the embeddings are drawn to: (1 - weight) * the method's loss + weight * mean (1 - cos(student, teacher))."""
+
+    teacher: Path = Field(description="a run, a checkpoint, an exported folder or others' weights: the student's embedding_dim and image_size")
+    weight: float = Field(0.5, gt=0, lt=1)
+
+
+class Supervised(Section):
+    """What every method with a classifier may be told."""
+
+    distill: Distill | None = None
+
+
+class Pco(Supervised):
     name: Literal["pco"] = "pco"
     expectation_init: Literal["weight", "first_feature"] = "weight"
     expectation_negatives: Literal["own", "shared"] = "own"
@@ -49,7 +62,7 @@ class Lafs(SelfDistillation):
     )
 
 
-class Finetune(Section):
+class Finetune(Supervised):
     """Supervised training from pretrained weights (init_from), LAFS's options for the landmark CNN."""
 
     name: Literal["finetune"] = "finetune"
@@ -60,7 +73,7 @@ class Finetune(Section):
     window: int = Field(20, gt=0)
 
 
-class Cluster(Section):
+class Cluster(Supervised):
     """Joint label classification and supervised contrastive clustering; the defaults are the paper's setting 6."""
 
     name: Literal["cluster"] = "cluster"

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import typer.testing
+from torch import nn
 
 from lvtrain import recipe_files as recipes
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
 from lvtrain.planning import H200, ClassRows, Network, measure_network, plan, plan_phases
-from lvtrain.planning.memory import state_bytes
+from lvtrain.planning.memory import Teacher, state_bytes
+from lvtrain.planning.network import forward_peak
 from lvtrain.planning.wire import backbone_transfers, classifier_transfers
 
 RECIPES = Path(__file__).parent.parent / "lvtrain" / "recipes"
@@ -161,6 +163,24 @@ def test_self_distillation_is_planned() -> None:
     assert lafs.memory["images"] == pytest.approx(2 * 64 * 4 * 3 * 20 * 112**2)
     assert dino.memory["activations"] == pytest.approx(64 * dino.network.saved * (2 + 8 * (48 / 112) ** 2))
     assert lafs.memory["activations"] == pytest.approx(64 * lafs.network.saved * 10 * 36 / 196)
+
+
+def test_a_teacher_is_planned() -> None:
+    """A forward pass holds a layer's input and output at once, whatever the depth; weights, peak and time come to the student's."""
+    pixels = 3 * 112**2
+    flat = forward_peak(lambda: nn.Sequential(nn.Flatten(), nn.Linear(pixels, 1000), nn.ReLU(), nn.Linear(1000, 10)))
+    assert flat == 2 * pixels + 2 * 1000  # the picture in bfloat16, and the first layer's result
+    deep = forward_peak(lambda: nn.Sequential(*(nn.Conv2d(width, 8, 3, padding=1) for width in (3, 8, 8, 8))))
+    assert deep == 2 * 2 * 8 * 112**2
+    assert forward_peak(lambda: create_backbone("vit_nano", depth=2)) == forward_peak(lambda: create_backbone("vit_nano"))
+
+    alone = plan(TOY, ranks=8, micro_batch=32, accumulation=2)
+    for precision, factor, copy in (("bfloat16", 1.0, 2 * 400_000), ("float32", 1.8, 0)):
+        beside = plan(TOY, ranks=8, micro_batch=32, accumulation=2, teacher=Teacher(TOY, peak=1e5), precision=precision)
+        assert beside.memory["teacher"] == 4e6
+        assert beside.memory["teacher activations"] == pytest.approx(factor * 32 * 1e5 + copy)
+        # the teacher is the student's size here: its forward pass takes as long
+        assert beside.seconds == alone.seconds | {"teacher": alone.seconds["forward"]}
 
 
 def test_the_tool_prints_and_refuses() -> None:

@@ -72,7 +72,7 @@ def test_overrides(override: str, read) -> None:
         ("optimizer.rl=1", "unknown key 'optimizer.rl'; did you mean 'lr'?"),
         ("method.windw=3", "did you mean 'window'?"),
         # only what this method has: another method's key would be refused next
-        ("method.margin=0.4", "unknown key 'method.margin'; valid keys here: expectation_init, expectation_negatives, m2, name, window"),
+        ("method.margin=0.4", "unknown key 'method.margin'; valid keys here: distill, expectation_init, expectation_negatives, m2, name, window"),
         ("logging.every=5min", "got '5min' (steps between lines; the loss is read back only then)"),
         ("evaluation.benchmarks={lfw:a.bin}", "YAML wants a space behind the colon"),
         ("name=a/b", "a run's name is one folder's, without '/' or a leading dot; folders above it go into `runs`, got 'a/b'"),

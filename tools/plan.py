@@ -16,6 +16,7 @@ import typer
 
 from lvtrain import recipe_files as recipes
 from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.interop.teacher import load_teacher
 from lvtrain.planning import H200, plan_phases
 from lvtrain.training.ds_config import resolve_ds_config
 
@@ -39,7 +40,11 @@ def main(
         default = (matmul, memory, link) == (790, 149, 50)
         name = "H200" if default else "GPU"
         device = replace(H200, name=name, matmul=matmul * 1e12, memory=memory * 1e9, link=link * 1e9)
-        plans = plan_phases(loaded, ranks=gpus, zero=zero, device=device)
+        teacher = load_teacher(loaded, needed=False)
+        if loaded.distill and not teacher:
+            typer.echo(f"plan: warning: {loaded.distill.teacher} is not here: the plan is without the teacher", err=True)
+        build = teacher.build if teacher else None
+        plans = plan_phases(loaded, ranks=gpus, zero=zero, device=device, teacher=build)
     except UserError as error:
         typer.echo(f"plan: error: {error}", err=True)
         raise typer.Exit(EXIT_ERROR) from error

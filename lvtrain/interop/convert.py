@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from lvtrain.interop import onnx_export
 from lvtrain.interop.architecture import Architecture, fit, recognise
 from lvtrain.interop.foreign import swap_colours
 from lvtrain.interop.model_card import bare, for_weights, write_card
-from lvtrain.interop.models import open_backbone
+from lvtrain.interop.models import finite, open_backbone
 from lvtrain.interop.packages import (
     merge_rows,
     read_deepspeed,
@@ -176,15 +176,6 @@ def export(
             write_insightface(out, out / "recognition.onnx", architecture, model_id=out.name, licence=card.data_licence)
             write_card(out / "README.md", card)
     tell(f"written: {out}")
-
-
-def finite(state: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Raises UserError for weights that hold NaN or infinity: they are of no use in any format."""
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{source}: {name} holds NaN or infinity; the model has diverged, take an earlier checkpoint"
-            )
 
 
 def read_rows(source: Path) -> torch.Tensor:

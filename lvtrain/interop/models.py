@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,15 @@ def open_backbone(path: Path, *, average: bool = False) -> tuple[Architecture, d
     if not weights.backbone:
         raise UserError(f"{path} holds {weights.kind}, no backbone")
     return recognise(weights.backbone), weights.backbone, weights.kind
+
+
+def finite(state: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Raises UserError for weights that hold NaN or infinity: they are of no use to anybody."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{source}: {name} holds NaN or infinity; the model has diverged, take an earlier checkpoint"
+            )
 
 
 def architecture_from(section: dict[str, Any]) -> Architecture:

@@ -143,7 +143,7 @@ class ClusterMethod(SupervisedMethod):
         else:
             self.margins = torch.full_like(self.clusters.phi, self.plain_margin)
 
-    def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+    def own_loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         embeddings, inverse_temperature = outputs if self.learnable else (outputs, None)
         context = {"classes": self.clusters.classes, "margins": self.margins}
         output = self.classifier(embeddings, batch.labels, step=now.step, context=context)

@@ -73,11 +73,11 @@ class FinetuneMethod(SupervisedMethod):
         if self.anchor is not None:
             self.anchor.load_state_dict(_landmark_weights(self.backbone), strict=False)
 
-    def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+    def own_loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         if self.anchor is None:
-            return super().loss(outputs, batch, now)
+            return super().own_loss(outputs, batch, now)
         embeddings, landmarks = outputs
-        output = super().loss(embeddings, batch, now)
+        output = super().own_loss(embeddings, batch, now)
         with torch.no_grad():
             held = self.anchor.predict_landmarks(batch.images)
         valid = (batch.labels >= 0).to(landmarks.dtype)
@@ -87,7 +87,7 @@ class FinetuneMethod(SupervisedMethod):
 
     def global_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The distance is that of this rank's images."""
-        return loss if self.anchor is None else worlds.mean_over_ranks(loss)
+        return super().global_loss(loss) if self.anchor is None else worlds.mean_over_ranks(loss)
 
     def state(self) -> State:
         if self.anchor is None:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lvtrain import world as worlds
 from lvtrain.data import Batch
 from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
+from lvtrain.methods.distill import Distillation, Teacher
 from lvtrain.methods.heads import create_classifier, rows_rates
 from lvtrain.recipe import Phase, Recipe
 from lvtrain.state import State
@@ -23,14 +25,21 @@ def batch_cosine(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 class SupervisedMethod(Method):
-    """One phase or several of classification with the recipe's margin; `classifier_options` win over the recipe's classifier section."""
+    """One phase or several of classification with the recipe's margin; `classifier_options` win over the recipe's classifier section.
+
+    A subclass says its own loss in `own_loss`; `loss` adds the teacher's part, where the recipe has a `method.distill`."""
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device, **classifier_options: Any) -> None:
         self.recipe = recipe
         self.backbone: nn.Module = initial_backbone(recipe, device)
         self.module = self.backbone
         self.classifier = create_classifier(recipe, num_classes=num_classes, device=device, **classifier_options)
+        self.distillation: Distillation | None = None
         self.warned = False
+
+    def distil_from(self, teacher: Teacher) -> None:
+        """Takes the network that the recipe's `method.distill` names; called once, before the first step and before `load_state`."""
+        self.distillation = Distillation(self.recipe, teacher, self.classifier.weight.device)
 
     def evaluated(self) -> nn.Module:
         return self.backbone
@@ -47,6 +56,18 @@ class SupervisedMethod(Method):
         self.classifier.begin_step(now.step, global_labels, **rows_rates(self.recipe, now))
 
     def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+        output = self.own_loss(outputs, batch, now)
+        if self.recipe.distill is None:
+            return output
+        assert self.distillation is not None, "distil_from comes first"
+        return self.distillation.mixed(output, outputs[0] if isinstance(outputs, tuple) else outputs, batch)
+
+    def global_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The teacher's part is that of this rank's images."""
+        return loss if self.recipe.distill is None else worlds.mean_over_ranks(loss)
+
+    def own_loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+        """The method's loss without a teacher."""
         output = self.classifier(outputs, batch.labels, step=now.step)
         return LossOutput(output.loss, {"cos2": output.cos2, "batch_cosine": batch_cosine(output.embeddings)}, output.cosine)
 
@@ -78,7 +99,10 @@ class SupervisedMethod(Method):
         self.classifier.discard_step()
 
     def state(self) -> State:
-        return {f"classifier.{name}": saved for name, saved in self.classifier.state().items()}
+        state: State = {f"classifier.{name}": saved for name, saved in self.classifier.state().items()}
+        return state if self.distillation is None else state | self.distillation.state()
 
     def load_state(self, reader: Any) -> None:
         self.classifier.load_state(reader, prefix="classifier.")
+        if self.distillation is not None:
+            self.distillation.check_state(reader)

@@ -10,6 +10,7 @@ from lvtrain.planning.network import Network
 DEEPSPEED_BUCKET = 500_000_000  # elements
 DEEPSPEED_PREFETCH = 50_000_000
 ALLOWANCE = 2e9  # device context, communication library, cuBLAS workspaces, allocator's slack: a guess, not a formula
+FLOAT32_KEEPS = 1.8  # times as much as bfloat16 autocast, whose residual stream is float32, too
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class ClassRows:
         in_gradient = 0.0 if self.in_backward else 4 * self.dim / (batch * self.operand_bytes)
         own = self.keep_mb * 2**20 / (batch * self.operand_bytes * self.taking_part(ranks))
         return min(1.0, in_gradient + own)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen network that a student is distilled from. peak: bytes an image, as `network.forward_peak` measures them."""
+
+    network: Network
+    peak: float
 
 
 def chunk_classes(batch: int, rows: int) -> int:
@@ -106,6 +115,19 @@ def classifier_bytes(rows: ClassRows, *, ranks: int, micro_batch: int) -> dict[s
     return parts
 
 
+def teacher_bytes(
+    teacher: Teacher, micro_batch: int, *, precision: Literal["bfloat16", "float32"] = "bfloat16"
+) -> dict[str, float]:
+    """A frozen network's float32 weights, and what one forward pass of a micro-batch needs at its peak; in bfloat16
+    each module's weights are copied while they are used."""
+    half = precision == "bfloat16"
+    return {
+        "teacher": 4.0 * teacher.network.parameters,
+        "teacher activations": teacher.peak * micro_batch * (1.0 if half else FLOAT32_KEEPS)
+        + (2.0 * teacher.network.largest if half else 0.0),
+    }
+
+
 def activation_bytes(
     network: Network,
     micro_batch: int,
@@ -117,10 +139,8 @@ def activation_bytes(
 ) -> dict[str, float]:
     """What the backward pass needs of a micro-batch of `views` full pictures an image, and `ahead` batches of images,
     of which the loader brings `pictures` full pictures each.
-
-    float32 arithmetic keeps 1.8 times as much as bfloat16 autocast (the residual stream is float32 in both).
     """
-    kept = (network.saved + network.recomputed) * (1.8 if precision == "float32" else 1.0)
+    kept = (network.saved + network.recomputed) * (FLOAT32_KEEPS if precision == "float32" else 1.0)
     return {
         "activations": kept * micro_batch * views,
         "images": 4.0 * 3 * network.image_size**2 * micro_batch * pictures * ahead,

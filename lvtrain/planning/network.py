@@ -5,6 +5,7 @@ is counted.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,17 @@ def measure_network(name: str, build: Callable[[], nn.Module], *, image_size: in
     )
 
 
+def forward_peak(build: Callable[[], nn.Module], *, image_size: int = 112) -> float:
+    """Bytes an image that are alive at the fullest moment of a forward pass without a backward one, in bfloat16 autocast;
+    weights, their copies and the pixels left out. `build` as for `measure_network`."""
+    with FakeTensorMode(), torch.no_grad():
+        module = build().eval().requires_grad_(False)
+        images, alive = torch.randn(_BATCH, 3, image_size, image_size), _Alive(_shapes(module))
+        with alive, torch.autocast("cpu", torch.bfloat16):
+            module(images)
+    return alive.peak / _BATCH
+
+
 def _set_recompute(module: Any, mode: str) -> int:
     for part in module.modules():
         if hasattr(part, "checkpoint_blocks"):
@@ -81,8 +93,7 @@ def _set_recompute(module: Any, mode: str) -> int:
 
 def _train_step(module: nn.Module, image_size: int, with_flops: bool = False) -> tuple[float, tuple[float, float]]:
     """Bytes an image kept for the backward pass, and (forward, total) flops of `_BATCH` images."""
-    weights = {tuple(p.shape) for p in module.parameters()}
-    weights |= {shape[::-1] for shape in weights}
+    weights = _shapes(module)
     counter, flops, kept = FlopCounterMode(display=False), (0.0, 0.0), _Kept()
     sizes: dict[int, int] = {}
     alive = []  # a storage must live while it is counted, or its address may be given to another
@@ -109,6 +120,12 @@ def _train_step(module: nn.Module, image_size: int, with_flops: bool = False) ->
     return (sum(sizes.values()) + selective) / _BATCH, flops
 
 
+def _shapes(module: nn.Module) -> set[tuple[int, ...]]:
+    """Of weights, their copies and transposes: what does not grow with the batch."""
+    weights = {tuple(p.shape) for p in module.parameters()}
+    return weights | {shape[::-1] for shape in weights}
+
+
 def _recompute_of(module: nn.Module) -> str:
     for part in module.modules():
         for attribute in ("checkpoint_blocks", "recompute"):
@@ -133,3 +150,29 @@ class _Kept(TorchDispatchMode):
                 if isinstance(tensor, torch.Tensor) and tensor.ndim > 1:
                     self.bytes += tensor.numel() * tensor.element_size()
         return result
+
+
+class _Alive(TorchDispatchMode):
+    """The most bytes that results of operations held at one time, those of a shape in `left_out` not counted."""
+
+    def __init__(self, left_out: set[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.left_out, self.known = left_out, weakref.WeakSet[torch.UntypedStorage]()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in args:  # a view of a weight is no new memory
+            if isinstance(tensor, torch.Tensor):
+                self.known.add(tensor.untyped_storage())
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                if tuple(tensor.shape) not in self.left_out:
+                    self._change(storage.nbytes())
+                    weakref.finalize(storage, self._change, -storage.nbytes())
+        return result
+
+    def _change(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)

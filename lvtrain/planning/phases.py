@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+
+from torch import nn
 
 from lvtrain.backbones import create_backbone
 from lvtrain.data.augment import augmentation
 from lvtrain.errors import UserError
 from lvtrain.planning.device import H200, Device
-from lvtrain.planning.memory import DEEPSPEED_BUCKET, ClassRows
-from lvtrain.planning.network import Network, measure_network
+from lvtrain.planning.memory import DEEPSPEED_BUCKET, ClassRows, Teacher
+from lvtrain.planning.network import Network, forward_peak, measure_network
 from lvtrain.planning.plan import Plan, plan
 from lvtrain.recipe import Phase, Recipe
 
@@ -27,15 +29,17 @@ def plan_phases(
     zero: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     device: Device = H200,
+    teacher: Callable[[], nn.Module] | None = None,
 ) -> dict[str, Plan]:
     """The plan of each phase by its name, on `ranks` ranks.
 
     zero: DeepSpeed's `zero_optimization` section; absent: stage 1. num_classes: absent, the recipe's
-    `data.num_classes`. Raises UserError where a phase's virtual batches cannot be split over so many ranks, naming
-    the counts that can.
+    `data.num_classes`. teacher: builds the network that `method.distill` names. Raises UserError where a phase's
+    virtual batches cannot be split over so many ranks, naming the counts that can.
     """
     zero = dict(zero or {"stage": 1})
     network = measure_network(recipe.backbone.name, lambda: _build(recipe), image_size=recipe.backbone.image_size)
+    frozen = _teacher(teacher, recipe.backbone.image_size) if teacher else None
     extra: dict[str, float] = {}
     views: dict[str, float] = {}
     if recipe.method.name in ("dino", "lafs"):
@@ -66,6 +70,7 @@ def plan_phases(
             offload_parameters=_offloads(zero, "offload_param"),
             bucket=int(float(_number(zero, "reduce_bucket_size", DEEPSPEED_BUCKET))),
             ema=recipe.ema is not None,
+            teacher=frozen,
             extra={
                 name: size * (phase.micro_batch if name == "prototype logits" else 1) for name, size in extra.items()
             },
@@ -84,6 +89,10 @@ def _build(recipe: Recipe) -> Any:
         checkpoint_every=backbone.checkpoint_every,
         **backbone.overrides,
     )
+
+
+def _teacher(build: Callable[[], nn.Module], image_size: int) -> Teacher:
+    return Teacher(measure_network("teacher", build, image_size=image_size), forward_peak(build, image_size=image_size))
 
 
 def _class_rows(recipe: Recipe, phase: Phase, num_classes: int | None) -> ClassRows | None:

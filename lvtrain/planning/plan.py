@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lvtrain.errors import UserError
 from lvtrain.planning import memory, timing, wire
 from lvtrain.planning.device import H200, Device
-from lvtrain.planning.memory import ClassRows
+from lvtrain.planning.memory import ClassRows, Teacher
 from lvtrain.planning.network import Network
 from lvtrain.planning.wire import Transfer
 
@@ -110,6 +110,7 @@ def plan(
     views: float = 1.0,
     teacher_views: float = 0.0,
     pictures: float = 1.0,
+    teacher: Teacher | None = None,
     extra: dict[str, float] | None = None,
 ) -> Plan:
     """The plan of one step. Pure: nothing is built, allocated or asked of the machine.
@@ -120,7 +121,7 @@ def plan(
     ema: an average of the weights is kept on the device.
     views, teacher_views: self-distillation's views of one image in full pictures, with and without a backward pass;
     pictures: what the loader brings of one image, in full pictures.
-    extra: further bytes by name, such as a teacher's weights.
+    teacher: a frozen network that sees the same pictures, whole on every rank. extra: further bytes by name.
     Raises UserError for counts that are not positive or an unknown stage.
     """
     if min(ranks, micro_batch, accumulation) < 1:
@@ -141,6 +142,8 @@ def plan(
     if ema:
         parts["average of the weights"] = 4.0 * network.parameters
     parts |= memory.activation_bytes(network, micro_batch, views=views, pictures=pictures, precision=precision)
+    if teacher is not None:
+        parts |= memory.teacher_bytes(teacher, micro_batch, precision=precision)
     parts |= extra or {}
     seconds = timing.compute_seconds(
         network,
@@ -153,6 +156,8 @@ def plan(
         views=views,
         teacher_views=teacher_views,
     )
+    if teacher is not None:
+        seconds["teacher"] = micro_batch * accumulation * timing.forward_seconds(teacher.network, device)
     transfers = []
     if rows is not None:
         parts |= memory.classifier_bytes(rows, ranks=ranks, micro_batch=micro_batch)

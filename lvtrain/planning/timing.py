@@ -33,11 +33,10 @@ def compute_seconds(
 ) -> dict[str, float]:
     """The backbone's forward, backward and optimizer for one step of one rank."""
     images = micro_batch * accumulation
-    rate, traffic = device.matmul * MATMUL_EFFICIENCY, TRAFFIC_COMPILED if compiled else TRAFFIC_EAGER
-    whole = network.unrecomputed or network.saved
-    elementwise = traffic * whole / device.bandwidth
+    rate, whole = device.matmul * MATMUL_EFFICIENCY, network.unrecomputed or network.saved
+    elementwise = _elementwise_seconds(network, device, compiled)
     again = elementwise / 3 * (1 - network.saved / whole)  # elementwise work of what is recomputed
-    forward = network.forward_flops / rate + elementwise / 3
+    forward = forward_seconds(network, device, compiled=compiled)
     backward = (network.train_flops - network.forward_flops) / rate + elementwise * 2 / 3 + again
     share = network.parameters / (ranks if stage >= 1 else 1)
     return {
@@ -45,6 +44,18 @@ def compute_seconds(
         "backward": images * views * backward,
         "backbone optimizer": ADAM_BYTES * share / device.bandwidth,
     }
+
+
+def forward_seconds(network: Network, device: Device, *, compiled: bool = False) -> float:
+    """One image's forward pass."""
+    elementwise = _elementwise_seconds(network, device, compiled)
+    return network.forward_flops / (device.matmul * MATMUL_EFFICIENCY) + elementwise / 3
+
+
+def _elementwise_seconds(network: Network, device: Device, compiled: bool) -> float:
+    """What is no matmul in one image's forward and backward pass, nothing recomputed."""
+    whole = network.unrecomputed or network.saved
+    return (TRAFFIC_COMPILED if compiled else TRAFFIC_EAGER) * whole / device.bandwidth
 
 
 def classifier_seconds(

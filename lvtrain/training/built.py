@@ -6,6 +6,7 @@ from typing import Any
 
 from lvtrain.data import Loader
 from lvtrain.methods import create_method
+from lvtrain.methods.supervised import SupervisedMethod
 from lvtrain.training.checkpoint import Checkpoints, Found
 from lvtrain.training.ema import Average
 from lvtrain.training.engine import Engine
@@ -54,6 +55,9 @@ class Built:
         self.accumulation = phase.virtual_batches // world.size
 
         self.method = create_method(recipe, num_classes=run.num_classes, device=world.device)
+        if run.teacher is not None:
+            assert isinstance(self.method, SupervisedMethod)  # only its section names one
+            self.method.distil_from(run.teacher)
         if found is None:
             told = start_weights(run, self.method)
             if told:

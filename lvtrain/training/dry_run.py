@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lvtrain import world as worlds
 from lvtrain.errors import UserError
+from lvtrain.methods.distill import Teacher
 from lvtrain.planning import plan_phases
 from lvtrain.recipe import Recipe
 from lvtrain.training.checks import check_before_start, check_benchmarks, open_dataset
@@ -18,7 +19,7 @@ from lvtrain.training.run import changes
 from lvtrain.training.schedule import learning_rate
 
 
-def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_phase: str | None = None) -> str:
+def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_phase: str | None = None, teacher: Teacher | None = None) -> str:
     """The plan as text, for `world_size` ranks (the launcher's number when absent).
 
     Raises:
@@ -37,7 +38,7 @@ def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_pha
         changes(recipe.run_folder, recipe)
     rate = learning_rate(recipe.schedule, recipe.optimizer.lr, phases=recipe.phases, samples_per_epoch=samples)
     known = recipe.model_copy(update={"data": recipe.data.model_copy(update={"num_classes": classes})})
-    plans = plan_phases(known, ranks=size, zero=config["zero_optimization"])
+    plans = plan_phases(known, ranks=size, zero=config["zero_optimization"], teacher=teacher.build if teacher else None)
 
     lines = [
         f"recipe {recipe.name}: method {recipe.method.name}, {recipe.backbone.name}, {classes:,} classes, {samples:,} images ({where})",
@@ -45,6 +46,8 @@ def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_pha
         f"{rate.total:,} samples in all ({rate.total / samples:.4g} epochs), warm-up {rate.warmup:,}",
         *(["planned for 1 rank, since no launcher said how many: add --world-size N for N ranks"] if not world_size and launched.launcher == "python" else []),
         *([f"warning: {rate.warning}"] if rate.warning else []),
+        *([f"distilled from {teacher.name}"] if teacher else []),
+        *([f"warning: {recipe.distill.teacher} is not here: the plan is without the teacher"] if recipe.distill and not teacher else []),
         "",
     ]
     start = 0

@@ -23,6 +23,7 @@ from lvtrain.world import World
 
 if TYPE_CHECKING:
     from lvtrain.data import ShardDataset
+    from lvtrain.methods.distill import Teacher
 
 # what another start of the same run may say differently: how it is watched and kept, never what is learned
 _MAY_CHANGE = (
@@ -39,6 +40,7 @@ _MAY_CHANGE = (
     "data.path",
     "data.num_classes",
     "data.num_samples",
+    "method.distill.teacher",  # a checkpoint knows the teacher's weights, as it knows the data's fingerprint
 )
 _MAY_CHANGE_TOLD = ("schedule", "phases.*.end", "classifier.keep_mb")
 _PACKAGES = (
@@ -65,6 +67,7 @@ class Run:
     folder: Path
     run_id: str
     attempt: int
+    teacher: Teacher | None = None
 
     @property
     def num_classes(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from lvtrain import world as worlds
 from lvtrain.data import ShardDataset
 from lvtrain.errors import UserError
+from lvtrain.methods.distill import Teacher
 from lvtrain.recipe import Recipe
 from lvtrain.training import outcome
 from lvtrain.training.checkpoint import Checkpoints
@@ -31,8 +32,9 @@ def train_session(
     *,
     only_phase: str | None,
     max_time_minutes: float | None,
+    teacher: Teacher | None = None,
 ) -> bool:
-    """Returns True when the run (or `only_phase`) is done, False when it stopped early on request.
+    """Returns True when the run (or `only_phase`) is done, False when it stopped early on request. `teacher`: what `method.distill` names.
 
     Raises:
         UserError: the run cannot go on; `outcome.json` then says fatal and why.
@@ -44,7 +46,7 @@ def train_session(
     try:
         worlds.on_first(lambda: check_benchmarks(recipe))
         with hold(recipe.run_folder, world) as lease:
-            ending = _train(recipe, ds_config, dataset, world, lease, only_phase, max_time_minutes)
+            ending = _train(recipe, ds_config, dataset, world, lease, only_phase, max_time_minutes, teacher)
         # a rank that leaves with 75 before rank 0 has written would have srun take rank 0 down
         worlds.barrier()
         return ending.verdict == "done"
@@ -60,14 +62,18 @@ def _train(
     lease: Lease | None,
     only_phase: str | None,
     max_time_minutes: float | None,
+    teacher: Teacher | None,
 ) -> Ending:
     timeout = recipe.safety.collective_timeout
     folder, run_id, attempt, told = open_folder(recipe, ds_config, world, licence=dataset.manifest.licence)
-    run = Run(recipe, ds_config, dataset, world, folder, run_id, attempt)
+    run = Run(recipe, ds_config, dataset, world, folder, run_id, attempt, teacher)
     telemetry = Telemetry(folder, world, tensorboard=recipe.logging.tensorboard)
     for change in told:
         telemetry.event("recipe_changed", change=change)
         telemetry.say(f"lvtrain: recipe changed since the last start: {change}")
+    if teacher is not None:
+        telemetry.event("teacher", name=teacher.name, fingerprint=teacher.fingerprint.hex())
+        telemetry.say(f"lvtrain: distilling from {teacher.name}")
     allotted = max_time_minutes * 60 if max_time_minutes else None
     ending: Ending | None = None  # stays None when the attempt crashes: no outcome.json says so
     try:

@@ -1,0 +1,76 @@
+"""Distillation of a large recogniser into a small one, beside the classification of any supervised method.
+
+    L = (1 - w) L_method + w mean_i (1 - cos(s_i, t_i))        s, t: embeddings that student and teacher give of the same picture
+
+The mean is over the global micro-batch, as that of the classification: a sample that could not be decoded (label -1) counts as one of it and adds
+nothing. The teacher is frozen and whole on every rank; it is no part of what the engine trains and of what a checkpoint holds, but for its
+fingerprint, so that a resumed run has the same one.
+
+Cosine between embeddings that are L2-normalised first, mixed with the classification by one weight, is how users of the field's trainers do it;
+it compares directions only, which is all that recognition compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lvtrain.data import Batch
+from lvtrain.errors import UserError
+from lvtrain.methods.base import LossOutput
+from lvtrain.recipe import Recipe
+from lvtrain.state import Replicated, State
+
+_FINGERPRINT = "distill.teacher"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """`backbone`: `[B, 3, S, S]` -> `[B, d]` of the student's S and d, in evaluation mode and without gradients; `build` makes one of the same shape;
+    `fingerprint`: SHA-256 of its weights; `name`: for people."""
+
+    backbone: nn.Module
+    build: Callable[[], nn.Module]
+    fingerprint: bytes
+    name: str
+
+
+class Distillation:
+    """The teacher's part of a supervised method's loss, on this rank."""
+
+    def __init__(self, recipe: Recipe, teacher: Teacher, device: torch.device) -> None:
+        assert recipe.distill is not None
+        self.weight, self.path, self.teacher = recipe.distill.weight, recipe.distill.teacher, teacher
+        self.backbone = teacher.backbone.to(device)
+        self.bfloat16 = recipe.optimizer.precision == "bfloat16"
+
+    def mixed(self, own: LossOutput, embeddings: torch.Tensor, batch: Batch) -> LossOutput:
+        """The method's loss of a micro-batch with the teacher's part of it. `embeddings` float [B, d]: the student's, not normalised."""
+        term = self.distance(embeddings, batch)
+        return LossOutput((1 - self.weight) * own.loss + self.weight * term, own.metrics | {"loss_distillation": term.detach()})
+
+    def distance(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Scalar: mean of 1 - cos over this rank's micro-batch; the gradient goes to `embeddings`."""
+        images, valid = batch.images, batch.labels >= 0
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+            wanted = self.backbone(images)
+        # an ignored sample may hold anything, even what is not a number: masked first, so that no gradient comes back either
+        own, wanted = (torch.where(valid.unsqueeze(1), each.float(), 0.0) for each in (embeddings, wanted))
+        cosine = (F.normalize(own) * F.normalize(wanted)).sum(dim=1)
+        return torch.where(valid, 1 - cosine, 0.0).mean()
+
+    def state(self) -> State:
+        return {_FINGERPRINT: Replicated(torch.tensor(list(self.teacher.fingerprint), dtype=torch.uint8))}
+
+    def check_state(self, reader: Any) -> None:
+        """Raises UserError where the checkpoint was distilled from another teacher."""
+        if bytes(reader.replicated(_FINGERPRINT).tolist()) != self.teacher.fingerprint:
+            raise UserError(
+                f"method.distill.teacher: {self.path} is another network than the one this run was begun with (its weights' fingerprint differs); "
+                "name that one, or begin anew with another name=... and init_from"
+            )
