@@ -259,6 +259,11 @@ def test_adafaces_names_and_colours_there_and_back(tmp_path: Path) -> None:
     assert weights.bgr and weights.kind.startswith("AdaFace")
     assert weights.backbone.keys() == ours.keys() and all(torch.equal(weights.backbone[k], v) for k, v in ours.items())
     assert recognise(weights.backbone).overrides == {"first_shortcut": "subsample"}
+    backbone = create_backbone("iresnet18", first_shortcut="subsample").eval()
+    backbone.load_state_dict(ours)
+    images = torch.randn(2, 3, 112, 112)
+    expected, opened = embed(backbone, images.flip(1)), load_model(tmp_path / "a.ckpt")  # opened as it is, not imported first
+    assert torch.allclose(opened.forward(images), expected, atol=1e-5 * float(expected.abs().max())) and "BGR" in opened.weights
     with pytest.raises(UserError, match="IR-SE"):
         from_ir({**theirs, "body.0.res_layer.se_block.fc1.weight": torch.ones(1)})
 

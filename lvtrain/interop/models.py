@@ -15,6 +15,7 @@ from torch import nn
 
 from lvtrain.errors import UserError
 from lvtrain.interop.architecture import Architecture, fit, recognise
+from lvtrain.interop.foreign import swap_colours
 from lvtrain.interop.model_card import CONFIG
 from lvtrain.interop.reading import read_weights
 
@@ -76,7 +77,8 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", average:
 
 
 def open_backbone(path: Path, *, average: bool = False) -> tuple[Architecture, dict[str, torch.Tensor], str]:
-    """Architecture, bare state dict and which weights these are (for people), of whatever lies at `path`, without building it."""
+    """Architecture, bare state dict and which weights these are (for people), of whatever lies at `path`, without building it. The weights take
+    RGB, whatever the file's took."""
     if path.is_dir() and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
         try:
             config = json.loads((path / CONFIG).read_text())
@@ -93,6 +95,8 @@ def open_backbone(path: Path, *, average: bool = False) -> tuple[Architecture, d
     weights = read_weights(path)
     if not weights.backbone:
         raise UserError(f"{path} holds {weights.kind}, no backbone")
+    if weights.bgr:
+        return recognise(weights.backbone), swap_colours(weights.backbone), f"{weights.kind}, turned from BGR to RGB"
     return recognise(weights.backbone), weights.backbone, weights.kind
 
 
