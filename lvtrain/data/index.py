@@ -25,7 +25,7 @@ import numpy as np
 
 from lvtrain.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("shard", "<u4")])
 _MAGIC = b"LVTINDEX"
 _HEADER = struct.Struct("<8sIIQ32s8x")  # magic, schema, bytes a record, samples, sha256 of the records
