@@ -14,7 +14,7 @@ class Distill(Section):
     """A frozen teacher that the embeddings are drawn to: (1 - weight) * the method's loss + weight * mean (1 - cos(student, teacher))."""
 
     teacher: Path = Field(description="a run, a checkpoint, an exported folder or others' weights: the student's embedding_dim and image_size")
-    weight: float = Field(0.5, gt=0, lt=1)
+    weight: float = Field(0.99, gt=0, lt=1, description="a classification's gradient is about its scale, 64, times the cosine's")
 
 
 class Supervised(Section):
