@@ -83,6 +83,7 @@ def run(
         "batches": batches,
         "threads": threads,
         "repeats": repeats,
+        "epochs": epochs,
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
@@ -222,7 +223,8 @@ def _markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Data path on a CPU",
         "",
-        f"`python tools/benchmark.py data --out tools/results/data`, {result['date']}, {result['cores']} cores of an {result['cpu']}, load average "
+        f"`python tools/benchmark.py data --repeats {result['repeats']} --epochs {result['epochs']} --out tools/results/data`, {result['date']}, "
+        f"{result['cores']} cores of an {result['cpu']}, load average "
         f"{result['load_average_at_start'][0]} at the start. 112x112 JPEG of quality 95, {result['jpeg_bytes_mean']} bytes on average, batch "
         f"{result['batch']}, {result['threads']} threads, medians of {result['repeats']} interleaved rounds of {result['batches']} batches. Every path ends in",
         "a float32 batch of randomly mirrored images, except those that only decode, on as many threads as ours, and ours for a GPU without DALI, which",
