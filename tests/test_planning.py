@@ -183,7 +183,7 @@ def test_a_teacher_is_planned() -> None:
         assert beside.seconds == alone.seconds | {"teacher": alone.seconds["forward"]}
 
 
-def test_the_tool_prints_and_refuses() -> None:
+def test_the_tool_prints_and_refuses(tiny_faces: Path) -> None:
     from tools import plan as tool
 
     app = typer.Typer()
@@ -191,5 +191,7 @@ def test_the_tool_prints_and_refuses() -> None:
     run = typer.testing.CliRunner().invoke
     good = run(app, [str(RECIPES / "quickstart.yaml"), "--gpus", "2", "data.num_classes=500"])
     assert good.exit_code == 0 and "memory a rank" in good.output, good.output
+    counted = run(app, [str(RECIPES / "quickstart.yaml"), "--gpus", "2", f"data.path={tiny_faces / 'train'}"])
+    assert counted.exit_code == 0 and "an epoch of 240 images" in " ".join(counted.output.split()), counted.output
     bad = run(app, [str(RECIPES / "quickstart.yaml"), "--ds-config", "nowhere.json", "data.num_classes=500"])
     assert bad.exit_code == 2 and "nowhere.json does not exist" in bad.output

@@ -35,7 +35,7 @@ def test_every_recipe_can_be_planned_without_its_data(
     arguments = ["--recipe", str(path), "--ds_config", str(FOLDER.parents[1] / "ds_configs" / "zero1.json"), "--dry-run"]
     if recipe.data.num_samples is None:
         assert main(arguments) == 2 and "add data.num_classes=N data.num_samples=N" in capsys.readouterr().err
-        arguments += ["data.num_classes=500", "data.num_samples=8000"]
+        arguments += ["data.num_classes=500", "data.num_samples=12000"]
     ranks, parameters = PUBLISHED.get(path.stem, (1, ""))
     assert main([*arguments, "--world-size", str(ranks)] if parameters else arguments) == 0
     plan = capsys.readouterr().out

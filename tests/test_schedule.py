@@ -109,3 +109,19 @@ def test_why_a_phase_ends() -> None:
     assert phase_end_reason(plan, 200, reached_delta=False, total=200) == "schedule"
     late = plan_phase(phase, 0, start_step=6, start_samples=60, total=200, samples_per_epoch=20)
     assert late.last_samples == 70
+
+
+def test_a_schedule_that_ends_before_a_phase_began_says_so():
+    from types import SimpleNamespace
+
+    from lvtrain.training.position import Position
+    from lvtrain.training.train import _complete
+
+    phases = [Phase(name=name, global_batch=4, virtual_batches=1) for name in ("one", "two", "three")]
+    run = SimpleNamespace(recipe=SimpleNamespace(phases=phases), folder="runs/x")
+    ended = Position(step=10, samples_seen=40, phase_index=0, phase_over=True)
+    assert _complete(run, ended, 40, None) == "the schedule is complete, before two and three began"
+    ended.phase_index = 2
+    assert _complete(run, ended, 40, None) == "the schedule is complete"
+    ended.phase_over = False
+    assert _complete(run, ended, 80, None) is None

@@ -72,9 +72,12 @@ def test_settings_are_run_once_and_stand_in_one_table(small: Path, tmp_path: Pat
     assert recipes.load(out / "high_seed0" / "recipe.yaml").classifier.margin.name == "arcface"
 
     before = (out / "low_seed0" / "events.jsonl").read_text()
-    assert study.main([*words, "--settings", "low", "high"]) == 0
+    assert study.main([*words, "--settings", "low,high"]) == 0
     assert (out / "low_seed0" / "events.jsonl").read_text() == before, "a finished run is left alone"
-    assert study.main([*words, "--settings", "low", "high", "--seeds", "0", "1", "--table"]) == 0
+    (out / "high_seed0" / "evaluation" / "final.json").unlink()  # as without benchmarks
+    assert study.main([*words, "--seeds", "0,1", "--settings", "high", "--table", "checkpoint.every=2 steps"]) == 0
+    only = json.loads((out / "study.json").read_text())["high"]["figures"]
+    assert "loss" in only and "pairs %" not in only
     assert "== " not in capfd.readouterr().out.split("┏")[-1], "--table runs nothing"
 
 

@@ -1,4 +1,5 @@
-"""What a recipe needs on so many GPUs: memory a rank, time a step, bytes on the wire, hours an epoch. No GPU, no data.
+"""What a recipe needs on so many GPUs: memory a rank, time a step, bytes on the wire, hours an epoch. No GPU; the data's own figures where they
+are here, else the recipe's.
 
     python tools/plan.py lvtrain/recipes/pco_vitl_webface42m.yaml --gpus 64 --ds-config ds_configs/zero1.json
 
@@ -18,6 +19,7 @@ from lvtrain import recipe_files as recipes
 from lvtrain.errors import EXIT_ERROR, UserError
 from lvtrain.interop.teacher import load_teacher
 from lvtrain.planning import H200, plan_phases
+from lvtrain.training.dry_run import sizes
 from lvtrain.training.ds_config import resolve_ds_config
 
 
@@ -44,7 +46,10 @@ def main(
         if loaded.distill and not teacher:
             typer.echo(f"plan: warning: {loaded.distill.teacher} is not here: the plan is without the teacher", err=True)
         build = teacher.build if teacher else None
-        plans = plan_phases(loaded, ranks=gpus, zero=zero, device=device, teacher=build)
+        classes, samples = loaded.data.num_classes, loaded.data.num_samples
+        if loaded.data.path.exists():
+            classes, samples, _ = sizes(loaded)
+        plans = plan_phases(loaded, ranks=gpus, zero=zero, num_classes=classes, device=device, teacher=build)
     except UserError as error:
         typer.echo(f"plan: error: {error}", err=True)
         raise typer.Exit(EXIT_ERROR) from error
@@ -53,9 +58,9 @@ def main(
         return
     for phase, found in plans.items():
         typer.echo(f"phase {phase}: {found.table()}")
-        if loaded.data.num_samples:
-            hours = loaded.data.num_samples / (found.images_per_second * gpus) / 3600
-            typer.echo(f"\nan epoch of {loaded.data.num_samples:,} images takes {hours:.2f} h at this rate")
+        if samples:
+            hours = samples / (found.images_per_second * gpus) / 3600
+            typer.echo(f"\nan epoch of {samples:,} images takes {hours:.2f} h at this rate")
         typer.echo("")
 
 

@@ -2,7 +2,7 @@
 
     python tools/study.py tools/studies/pco.yaml                # PCO's three phases against one
     python tools/study.py tools/studies/cluster.yaml            # the cluster paper's settings 1 to 6
-    python tools/study.py tools/studies/learning_rate.yaml --recipe MY_RECIPE.yaml --seeds 0 data.path=/data/mine ...
+    python tools/study.py tools/studies/learning_rate.yaml --recipe MY_RECIPE.yaml --settings 1e-4,3e-4 data.path=/data/mine ...
 
 A study is a YAML file: a recipe, settings (a name, and what it changes in the recipe), seeds, and if wanted generated people to train on and to
 test on. Every run is an ordinary one under --out; a finished one is not run again, an interrupted one goes on, and one that failed is named and
@@ -81,8 +81,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="YAML file, see tools/studies/")
     parser.add_argument("--recipe", type=Path, help="instead of the study's")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
-    parser.add_argument("--settings", nargs="+", help="only these")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], metavar="N,N,...", help="instead of the study's")
+    parser.add_argument("--settings", type=lambda text: text.split(","), metavar="NAME,NAME,...", help="only these")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--ds-config", type=Path, default=ROOT / "ds_configs" / "zero1.json")
     parser.add_argument("--out", type=Path, help="runs/NAME of the study by default")
@@ -102,7 +102,7 @@ class Batch:
         self.out: Path = options.out or Path("runs") / options.study.stem
         unknown = set(self.settings) - set(self.study.settings)
         if unknown:
-            raise UserError(f"--settings {' '.join(sorted(unknown))}: the study has {', '.join(self.study.settings)}")
+            raise UserError(f"--settings {','.join(sorted(unknown))}: the study has {', '.join(self.study.settings)}")
         for setting in self.settings:  # before the first run, not after hours of them
             recipes.load(self.recipe, [*self.study.overrides(setting), *options.overrides])
 
@@ -118,7 +118,7 @@ class Batch:
         for seed in self.seeds:  # a seed at a time, so that an interrupted table is a fair one
             for setting in self.settings:
                 folder = self.folder(setting, seed)
-                if not (folder / "evaluation" / "final.json").exists() and not self._train(setting, seed):
+                if not _finished(folder) and not self._train(setting, seed):
                     ended = outcome.read(folder)
                     failed.append(f"{folder.name} failed" + (f" at step {ended.step}: {ended.reason}" if ended else ""))
                 elif self.study.unseen and not (folder / "unseen.json").exists():
@@ -173,6 +173,11 @@ class Batch:
         return table
 
 
+def _finished(folder: Path) -> bool:
+    ended = outcome.read(folder)
+    return ended is not None and ended.outcome == "done"
+
+
 def _people(folder: Path, study: Study) -> dict[str, Any]:
     """All pairs and clusterings of the people never trained on, from one pass over their pictures."""
     assert study.unseen is not None
@@ -189,11 +194,12 @@ def _people(folder: Path, study: Study) -> dict[str, Any]:
 def _figures(folder: Path, study: Study) -> dict[str, float] | None:
     """What one finished run reached, by title."""
     final, people = folder / "evaluation" / "final.json", folder / "unseen.json"
-    if not final.exists() or (study.unseen and not people.exists()):
+    if not _finished(folder) or (study.unseen and not people.exists()):
         return None
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figures = {"loss": statistics.fmean(losses[-max(1, len(losses) // 10) :])}
-    for name, found in json.loads(final.read_text())["benchmarks"].items():
+    benchmarks = json.loads(final.read_text())["benchmarks"] if final.exists() else {}
+    for name, found in benchmarks.items():
         figures[f"{name} %"] = 100 * found["accuracy"]
         figures[f"{name} pos - neg cosine"] = found["positive_mean"] - found["negative_mean"]
     if study.unseen:

@@ -29,7 +29,7 @@ def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_pha
     size = world_size or launched.size
     here = recipe.data.path.exists()
     resolve_ds_config(ds_config, optimizer=recipe.optimizer)
-    classes, samples, where = _sizes(recipe)
+    classes, samples, where = sizes(recipe)
     config = check_before_start(
         recipe, ds_config, num_classes=classes, size=size, only_phase=only_phase, files=here
     )
@@ -66,7 +66,8 @@ def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_pha
     return "\n".join(lines).rstrip()
 
 
-def _sizes(recipe: Recipe) -> tuple[int, int, str]:
+def sizes(recipe: Recipe) -> tuple[int, int, str]:
+    """Identities, images, and where the two are from: the data if they are here, else the recipe."""
     if recipe.data.path.exists():
         dataset = open_dataset(recipe)
         return dataset.num_classes, len(dataset), f"counted in {dataset.path}"

@@ -126,7 +126,8 @@ def _complete(run: Run, position: Position, total: int, only_phase: str | None) 
     names = [phase.name for phase in run.recipe.phases]
     index = position.phase_index + int(position.phase_over)
     if position.phase_over and position.samples_seen >= total:
-        return "the schedule is complete"
+        never = f", before {' and '.join(names[index:])} began" if index < len(names) else ""
+        return f"the schedule is complete{never}"
     if index >= len(names):
         return "every phase is complete"
     if only_phase is None or names[index] == only_phase:
