@@ -24,7 +24,7 @@ from lvtrain.errors import UserError
 from lvtrain.interop import convert, load_model
 from lvtrain.interop.architecture import Architecture, fit, recognise, resize_positions
 from lvtrain.interop.foreign import from_ir, swap_colours
-from lvtrain.interop.model_card import Card, for_weights
+from lvtrain.interop.model_card import Card, for_weights, write_card
 from lvtrain.interop.models import open_backbone
 from lvtrain.interop.packages import (
     arcface_ranges,
@@ -367,3 +367,13 @@ def test_a_card_names_the_licence_of_a_subset_and_of_data_that_is_gone(tmp_path:
     monkeypatch.chdir(run)
     assert card(Path("model.pt")).recipe == card(run / "export" / "model.pt").recipe == ""
     assert card(Path(".")).name == "few"
+
+
+def test_a_card_names_the_weights_these_were_made_from(tmp_path: Path) -> None:
+    recipe = {"data": {"path": "gone"}, "method": {"name": "pco", "distill": {"teacher": "runs/large"}}, "init_from": {"path": "runs/first"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    card = for_weights(tmp_path, Architecture("vit_nano", 512, 112, {}), {}, "step 4, phase a")
+    write_card(tmp_path / "README.md", card)
+    said = (tmp_path / "README.md").read_text()
+    for part in ("begun from runs/first", "distilled from runs/large"):
+        assert f"- {part}: these weights inherit the conditions of its data, too" in said

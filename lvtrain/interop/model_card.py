@@ -33,6 +33,7 @@ class Card:
     source: str = ""
     dataset: str = "unknown"
     data_licence: str | None = None
+    made_from: list[str] = field(default_factory=list)  # other weights that had a part in these: where they began, a teacher
     method: str = "unknown"
     samples_seen: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +74,8 @@ def _add_run(card: Card, run: Path, weights: str) -> None:
     data = Path(values["data"]["path"])
     card.method, card.dataset = values["method"]["name"], data.name
     card.data_licence = _licence(run, data)
+    parts = {"begun from": values.get("init_from"), "distilled from": values["method"].get("distill")}
+    card.made_from = [f"{how} {part.get('path') or part.get('teacher')}" for how, part in parts.items() if part]
     for file in (run / "evaluation").glob("*.json"):
         found = json.loads(file.read_text())
         which = f"step {found.get('step')}, phase {found.get('phase')}"
@@ -159,6 +162,7 @@ def write_card(path: str | Path, card: Card) -> None:
         f"- method: {card.method}" + (f"; {card.samples_seen:,} samples seen" if card.samples_seen else ""),
         f"- data: {card.dataset}",
         f"- licence of the data, which these weights inherit: {card.data_licence or _UNKNOWN}",
+        *(f"- {part}: these weights inherit the conditions of its data, too" for part in card.made_from),
         f"- source: {card.source or 'unknown'}",
         "",
         "## Figures",
