@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from lvtrain import recipe_files as recipes
+    from lvtrain.recipe import files as recipes
 
     recipe = recipes.load(options.recipe, options.overrides)
     if options.print_config:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from lvtrain import recipe_files as recipes
 from lvtrain.classifier import ShardedClassifier, class_range
 from lvtrain.classifier.banks import ExpectationBank
 from lvtrain.classifier.margins import AdaFace, ArcFace, Combined, CosFace
@@ -19,7 +18,8 @@ from lvtrain.errors import UserError
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.heads import rows_rates
 from lvtrain.methods.supervised import batch_cosine
-from lvtrain.recipe_base import Duration
+from lvtrain.recipe import files as recipes
+from lvtrain.recipe.base import Duration
 from lvtrain.state import Rows
 from tests.ranks import run_ranks
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvtrain import recipe_files as recipes
 from lvtrain.errors import UserError
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.cluster import ClusterMethod
-from lvtrain.recipe import Recipe
+from lvtrain.recipe import files as recipes
+from lvtrain.recipe.sections import Recipe
 from lvtrain.state import Replicated, Rows, State
 from tests.ranks import run_ranks
 

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lvtrain import recipe_files as recipes
 from lvtrain.backbones import create_backbone
 from lvtrain.interop.teacher import load_teacher
 from lvtrain.main import main
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.distill import Teacher
 from lvtrain.methods.supervised import SupervisedMethod
-from lvtrain.recipe import Recipe
+from lvtrain.recipe import files as recipes
+from lvtrain.recipe.sections import Recipe
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.runs import events, metrics, output, recipe_file, run

@@ -12,7 +12,7 @@ from torch import nn
 
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
-from lvtrain.recipe import Optimizer, Phase
+from lvtrain.recipe.sections import Optimizer, Phase
 from lvtrain.training.ds_config import resolve_ds_config
 from lvtrain.training.parameter_groups import parameter_groups
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lvtrain.recipe import Optimizer
+from lvtrain.recipe.sections import Optimizer
 from lvtrain.training.engine import Engine, resolve_ds_config
 from tests.ranks import run_ranks
 

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lvtrain import recipe_files as recipes
 from lvtrain import world as worlds
 from lvtrain.data import Batch
 from lvtrain.errors import UserError
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.dino import DinoMethod, ProjectionHead, dino_loss
 from lvtrain.methods.lafs import landmark_view
-from lvtrain.recipe import Recipe
+from lvtrain.recipe import files as recipes
+from lvtrain.recipe.sections import Recipe
 from lvtrain.training.meter import Meter
 from tests.ranks import run_ranks
 

@@ -10,13 +10,13 @@ import pytest
 import typer.testing
 from torch import nn
 
-from lvtrain import recipe_files as recipes
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
 from lvtrain.planning import H200, ClassRows, Network, measure_network, plan, plan_phases
 from lvtrain.planning.memory import Teacher, state_bytes
 from lvtrain.planning.network import forward_peak
 from lvtrain.planning.wire import backbone_transfers, classifier_transfers
+from lvtrain.recipe import files as recipes
 
 RECIPES = Path(__file__).parent.parent / "lvtrain" / "recipes"
 TOY = Network("toy", 1_000_000, 400_000, forward_flops=2e9, train_flops=6e9, saved=1e6, unrecomputed=1e6)

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lvtrain import recipe_files as recipes
 from lvtrain.errors import UserError
 from lvtrain.main import main
-from lvtrain.recipe_base import Duration
+from lvtrain.recipe import files as recipes
+from lvtrain.recipe.base import Duration
 
-FOLDER = Path(recipes.__file__).parent / "recipes"
+FOLDER = Path(recipes.__file__).parents[1] / "recipes"
 QUICKSTART = FOLDER / "quickstart.yaml"
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lvtrain.errors import UserError
-from lvtrain.recipe import Optimizer, Phase, PhaseEnd, Schedule
-from lvtrain.recipe_base import Duration
+from lvtrain.recipe.base import Duration
+from lvtrain.recipe.sections import Optimizer, Phase, PhaseEnd, Schedule
 from lvtrain.training.phases import CosineStage, phase_end_reason, plan_phase
 from lvtrain.training.schedule import learning_rate
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from lvtrain import recipe_files as recipes
 from lvtrain.errors import EXIT_ERROR
+from lvtrain.recipe import files as recipes
 from tests.conftest import ROOT
 from tests.runs import recipe_file
 from tools import study

@@ -27,13 +27,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lvtrain import recipe_files as recipes
 from lvtrain.data.shards import ShardDataset
 from lvtrain.data.subset import choose, write_subset
 from lvtrain.errors import EXIT_ERROR, EXIT_STOPPED, UserError
 from lvtrain.launch.script import quoted
 from lvtrain.launch.site import read_site
 from lvtrain.launch.slurm import Slurm
+from lvtrain.recipe import files as recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -27,12 +27,12 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from lvtrain import recipe_files as recipes
 from lvtrain.errors import EXIT_ERROR, EXIT_STOPPED, UserError
 from lvtrain.evaluation import allpairs, clustering, suite
 from lvtrain.evaluation.sources import labelled_images
 from lvtrain.interop import load_model
-from lvtrain.recipe_base import Section
+from lvtrain.recipe import files as recipes
+from lvtrain.recipe.base import Section
 from lvtrain.training import outcome
 from lvtrain.world import World
 

@@ -11,7 +11,7 @@ from lvtrain.errors import UserError
 from lvtrain.interop.architecture import fit
 from lvtrain.interop.models import finite, open_backbone
 from lvtrain.methods.distill import Teacher
-from lvtrain.recipe import Recipe
+from lvtrain.recipe.sections import Recipe
 
 
 def load_teacher(recipe: Recipe, *, needed: bool = True) -> Teacher | None:

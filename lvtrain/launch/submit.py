@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lvtrain import recipe_files as recipes
 from lvtrain.errors import UserError
 from lvtrain.launch.attempt import stopped_path, submit_phase
 from lvtrain.launch.chain import Chain
@@ -17,7 +16,8 @@ from lvtrain.launch.ledger import Ledger
 from lvtrain.launch.script import sbatch_text
 from lvtrain.launch.site import Site
 from lvtrain.launch.slurm import Slurm
-from lvtrain.recipe import Recipe
+from lvtrain.recipe import files as recipes
+from lvtrain.recipe.sections import Recipe
 from lvtrain.training.ds_config import resolve_ds_config
 
 

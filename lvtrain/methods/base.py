@@ -23,8 +23,8 @@ from torch import nn
 
 from lvtrain.data.augment import SETS, augmentation
 from lvtrain.errors import UserError
-from lvtrain.recipe import Phase, Recipe
-from lvtrain.recipe_base import Duration
+from lvtrain.recipe.base import Duration
+from lvtrain.recipe.sections import Phase, Recipe
 from lvtrain.state import State
 
 if TYPE_CHECKING:

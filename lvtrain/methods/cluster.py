@@ -47,8 +47,8 @@ from lvtrain.data import Batch
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Now
 from lvtrain.methods.supervised import SupervisedMethod, batch_cosine
-from lvtrain.recipe import Phase, Recipe
-from lvtrain.recipe_methods import Cluster
+from lvtrain.recipe.methods import Cluster
+from lvtrain.recipe.sections import Phase, Recipe
 from lvtrain.state import Rows, State
 from lvtrain.world import to_device
 

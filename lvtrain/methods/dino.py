@@ -43,8 +43,8 @@ from lvtrain.data import Batch
 from lvtrain.data.augment import augmentation
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
-from lvtrain.recipe import Phase, Recipe
-from lvtrain.recipe_methods import SelfDistillation
+from lvtrain.recipe.methods import SelfDistillation
+from lvtrain.recipe.sections import Phase, Recipe
 from lvtrain.state import Replicated, State
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from lvtrain.data import Batch
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput
-from lvtrain.recipe import Recipe
+from lvtrain.recipe.sections import Recipe
 from lvtrain.state import Replicated, State
 
 _FINGERPRINT = "distill.teacher"

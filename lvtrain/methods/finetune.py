@@ -22,8 +22,8 @@ from lvtrain.data import Batch
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Now
 from lvtrain.methods.supervised import SupervisedMethod
-from lvtrain.recipe import Recipe
-from lvtrain.recipe_methods import Finetune
+from lvtrain.recipe.methods import Finetune
+from lvtrain.recipe.sections import Recipe
 from lvtrain.state import Replicated, State
 
 

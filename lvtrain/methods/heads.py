@@ -10,7 +10,7 @@ from lvtrain.classifier import ShardedClassifier
 from lvtrain.classifier.margins import Margin, create_margin
 from lvtrain.errors import UserError
 from lvtrain.methods.base import Now
-from lvtrain.recipe import Recipe
+from lvtrain.recipe.sections import Recipe
 
 
 def create_classifier(recipe: Recipe, *, num_classes: int, device: torch.device, **options: Any) -> ShardedClassifier:

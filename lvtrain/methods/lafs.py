@@ -24,7 +24,7 @@ from lvtrain.data import Batch
 from lvtrain.errors import UserError
 from lvtrain.methods.base import Now
 from lvtrain.methods.dino import DinoMethod, view_names
-from lvtrain.recipe_methods import Lafs
+from lvtrain.recipe.methods import Lafs
 from lvtrain.world import to_device
 
 View = tuple[

@@ -18,8 +18,8 @@ import torch
 
 from lvtrain.classifier.margins import create_margin
 from lvtrain.methods.supervised import SupervisedMethod
-from lvtrain.recipe import Classifier, Recipe
-from lvtrain.recipe_methods import Pco
+from lvtrain.recipe.methods import Pco
+from lvtrain.recipe.sections import Classifier, Recipe
 
 
 class PcoMethod(SupervisedMethod):

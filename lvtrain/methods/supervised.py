@@ -14,7 +14,7 @@ from lvtrain.data import Batch
 from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
 from lvtrain.methods.distill import Distillation, Teacher
 from lvtrain.methods.heads import create_classifier, rows_rates
-from lvtrain.recipe import Phase, Recipe
+from lvtrain.recipe.sections import Phase, Recipe
 from lvtrain.state import State
 
 

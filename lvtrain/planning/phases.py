@@ -16,7 +16,7 @@ from lvtrain.planning.device import H200, Device
 from lvtrain.planning.memory import DEEPSPEED_BUCKET, ClassRows, Teacher
 from lvtrain.planning.network import Network, forward_peak, measure_network
 from lvtrain.planning.plan import Plan, plan
-from lvtrain.recipe import Phase, Recipe
+from lvtrain.recipe.sections import Phase, Recipe
 
 # copies of the student's prototype logits that the loss holds at its peak, measured (float32 and bfloat16, 10 views)
 _LOGIT_COPIES = 3.4

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from lvtrain import recipe_files as recipes
 from lvtrain.backbones.attention import class_attention
 from lvtrain.backbones.part_fvit import FViT, PartFViT
 from lvtrain.data.contact_sheet import decode
 from lvtrain.data.shards import ReadError, ShardDataset
 from lvtrain.errors import UserError
 from lvtrain.methods.base import initial_backbone
-from lvtrain.recipe import Recipe
+from lvtrain.recipe import files as recipes
+from lvtrain.recipe.sections import Recipe
 from lvtrain.report.files import RunFiles
 from lvtrain.training.checkpoint_files import step_of
 from lvtrain.training.checkpoint_layout import committed

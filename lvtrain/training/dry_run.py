@@ -11,7 +11,7 @@ from lvtrain import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods.distill import Teacher
 from lvtrain.planning import plan_phases
-from lvtrain.recipe import Recipe
+from lvtrain.recipe.sections import Recipe
 from lvtrain.training.checks import check_before_start, check_benchmarks, open_dataset
 from lvtrain.training.ds_config import resolve_ds_config
 from lvtrain.training.phases import plan_phase

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lvtrain.errors import UserError
-from lvtrain.recipe import Optimizer, Phase
+from lvtrain.recipe.sections import Optimizer, Phase
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _NOT_HERE = {

@@ -23,7 +23,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from pydantic import ValidationError
 
 from lvtrain.errors import UserError
-from lvtrain.recipe import Optimizer
+from lvtrain.recipe.sections import Optimizer
 from lvtrain.state import Replicated, State
 from lvtrain.training import zero_state
 from lvtrain.training.batch_statistics import BatchStatistics

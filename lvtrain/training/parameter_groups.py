@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lvtrain.recipe import Optimizer
+from lvtrain.recipe.sections import Optimizer
 
 _TOKENS = ("pos_embed", "pos_embedding", "mask_token", "cls_token", "reg_token")
 _FIRST = (*_TOKENS, "patch_embed", "patch_to_embedding", "stn", "output_layer")  # the last two: LAFS's landmark CNN

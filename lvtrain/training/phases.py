@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lvtrain.recipe import Phase
+from lvtrain.recipe.sections import Phase
 
 
 @dataclass(frozen=True)

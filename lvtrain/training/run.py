@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lvtrain import recipe_files as recipes
 from lvtrain import world as worlds
 from lvtrain.errors import UserError
-from lvtrain.recipe import Recipe
+from lvtrain.recipe import files as recipes
+from lvtrain.recipe.sections import Recipe
 from lvtrain.world import World
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lvtrain.errors import UserError
-from lvtrain.recipe import Phase, Schedule
+from lvtrain.recipe.sections import Phase, Schedule
 
 
 @dataclass(frozen=True)

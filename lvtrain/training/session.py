@@ -10,7 +10,7 @@ from lvtrain import world as worlds
 from lvtrain.data import ShardDataset
 from lvtrain.errors import UserError
 from lvtrain.methods.distill import Teacher
-from lvtrain.recipe import Recipe
+from lvtrain.recipe.sections import Recipe
 from lvtrain.training import outcome
 from lvtrain.training.checkpoint import Checkpoints
 from lvtrain.training.checks import check_benchmarks

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from lvtrain import recipe_files as recipes
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.cluster import ClusterMethod
-from lvtrain.recipe import Recipe
+from lvtrain.recipe import files as recipes
+from lvtrain.recipe.sections import Recipe
 from tools.benchmarks.measure import Clock, describe, median, pick_device
 from tools.study import ROOT, STUDIES, read
 

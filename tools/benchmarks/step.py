@@ -20,7 +20,7 @@ from lvtrain import world as worlds
 from lvtrain.backbones import create_backbone
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.classifier.margins import create_margin
-from lvtrain.recipe import Optimizer
+from lvtrain.recipe.sections import Optimizer
 from tools.benchmarks import backbone as backbone_benchmark
 from tools.benchmarks.measure import Clock, describe, machine_rates, median, peak_memory, profile
 from tools.benchmarks.waits import host_waits

@@ -1,5 +1,5 @@
-"""The whole configuration: what a recipe may say, typed and validated. The papers' own section, `method`, is in `lvtrain.recipe_methods`;
-`lvtrain.recipe_files` reads and writes recipes.
+"""The whole configuration: what a recipe may say, typed and validated. The papers' own section, `method`, is in `lvtrain.recipe.methods`;
+`lvtrain.recipe.files` reads and writes recipes.
 
 These files know nothing of torch; rooms receive plain values.
 """
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lvtrain.recipe_base import Duration, Section, in_steps_or_epochs
-from lvtrain.recipe_methods import Distill, MethodSection, Supervised
+from lvtrain.recipe.base import Duration, Section, in_steps_or_epochs
+from lvtrain.recipe.methods import Distill, MethodSection, Supervised
 
 
 class Data(Section):

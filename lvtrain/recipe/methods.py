@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
-from lvtrain.recipe_base import Duration, Section, in_steps_or_epochs
+from lvtrain.recipe.base import Duration, Section, in_steps_or_epochs
 
 
 class Distill(Section):

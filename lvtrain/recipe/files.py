@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lvtrain.errors import UserError
-from lvtrain.recipe import Recipe
-from lvtrain.recipe_base import Section
-from lvtrain.recipe_methods import MethodSection
+from lvtrain.recipe.base import Section
+from lvtrain.recipe.methods import MethodSection
+from lvtrain.recipe.sections import Recipe
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -28,7 +28,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     """
     path = Path(path)
     if not path.is_file():
-        known = ", ".join(sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml")))
+        known = ", ".join(sorted(p.name for p in (Path(__file__).parents[1] / "recipes").glob("*.yaml")))
         raise UserError(f"recipe {path} does not exist; lvtrain/recipes has {known}")
     try:
         values = yaml.safe_load(path.read_text())
