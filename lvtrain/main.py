@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
         print(dry_run(recipe, options.ds_config, world_size=options.world_size, only_phase=options.phase, teacher=teacher))
         return EXIT_DONE
 
-    from lvtrain import world as worlds
+    from lvtrain.distributed import world as worlds
     from lvtrain.training.checks import check_before_start, open_dataset
     from lvtrain.training.ds_config import resolve_ds_config
 

@@ -65,7 +65,7 @@ def test_a_training_step_never_waits_for_the_device(tiny_faces: Path, tmp_path: 
 
 def _waits_in_the_steady_state(rank: int, world_size: int, stage: int) -> dict[str, int]:
     """Of one more step when all is warm; on a GPU torch raises at the first wait it knows of."""
-    from lvtrain import world as worlds
+    from lvtrain.distributed import world as worlds
     from tools.benchmarks.step import SMALL as OPTIONS
     from tools.benchmarks.step import _Step
 

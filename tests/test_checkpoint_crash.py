@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.state import Replicated, Rows, State
 from lvtrain.training import checkpoint_files as files
@@ -25,7 +26,6 @@ from lvtrain.training import checkpoint_layout as layout
 from lvtrain.training import faults
 from lvtrain.training.checkpoint import Checkpoints, open_weights
 from lvtrain.training.lease import hold
-from lvtrain.world import World
 from tools.torture import POINTS
 
 STEPS, EVERY, CLASSES = 12, 2, 7

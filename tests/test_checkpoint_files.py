@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.state import Replicated, Rows, State
 from lvtrain.training import checkpoint_files as files
 from lvtrain.training.checkpoint import Checkpoints, open_weights
 from lvtrain.training.lease import hold
-from lvtrain.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

@@ -10,9 +10,9 @@ from lvtrain.backbones import create_backbone
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.classifier.margins import CosFace
 from lvtrain.data import ShardDataset
+from lvtrain.distributed.world import World
 from lvtrain.evaluation.extract import decode
 from lvtrain.training import class_means
-from lvtrain.world import World
 from tests.ranks import run_ranks
 from tests.runs import events, metrics, output, recipe_file, run
 from tests.shard_data import jpeg, make_dataset

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from lvtrain.collectives import all_reduce_sum, gather_rows
+from lvtrain.distributed.collectives import all_reduce_sum, gather_rows
 from tests.ranks import run_ranks
 
 COUNTS = [3, 0, 5, 1]

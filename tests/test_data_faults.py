@@ -18,9 +18,9 @@ from lvtrain.data import Loader, ShardDataset
 from lvtrain.data.index import RECORD, IndexWriter, open_index, read_manifest
 from lvtrain.data.jpeg import HeaderCheck, rescue
 from lvtrain.data.shards import ReadError
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.training.telemetry import Telemetry
-from lvtrain.world import World
 from tests.shard_data import jpeg, make_dataset
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.metrics import roc_curve
 
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.evaluation.allpairs import BINS, all_pairs
-from lvtrain.world import World
 from tests.ranks import run_ranks
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.evaluation import benchmarks, extract, verification
 from lvtrain.evaluation.bins import write_bin
-from lvtrain.world import World
 from tests.ranks import run_ranks
 
 

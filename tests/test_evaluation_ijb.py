@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_curve
 
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.evaluation import extract, ijb
-from lvtrain.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

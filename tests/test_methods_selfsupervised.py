@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lvtrain import world as worlds
 from lvtrain.data import Batch
+from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.dino import DinoMethod, ProjectionHead, dino_loss

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lvtrain.distributed.world import World
 from lvtrain.training import outcome, signals
 from lvtrain.training.heartbeat import EXIT_HUNG, Beat, Heartbeat, behind, read_all
 from lvtrain.training.outcome import Outcome
 from lvtrain.training.preemption import Deadline, Preemption
-from lvtrain.world import World
 from tests.ranks import run_ranks
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

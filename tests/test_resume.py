@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from lvtrain.data import SampleOrder, ShardDataset
+from lvtrain.distributed.world import World
 from lvtrain.main import main
 from lvtrain.training import faults, outcome
 from lvtrain.training.lease import hold
-from lvtrain.world import World
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.runs import events, free_port, metrics, recipe_file

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from lvtrain import world
+from lvtrain.distributed import world
 from lvtrain.errors import UserError
 
 

@@ -120,9 +120,9 @@ def _model(path: Path, batch: int) -> Callable[[Any], np.ndarray]:
     """Embeds encoded images with whatever `load_model` opens, on the GPU if there is one."""
     import torch
 
+    from lvtrain.distributed.world import alone
     from lvtrain.evaluation.extract import embed
     from lvtrain.interop import load_model
-    from lvtrain.world import alone
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(path, device=device)

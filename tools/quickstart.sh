@@ -20,7 +20,7 @@ python tools/report.py runs/quickstart
 python - <<'END'
 import json
 from lvtrain.evaluation import raw_pixels, run_benchmarks
-from lvtrain.world import alone
+from lvtrain.distributed.world import alone
 
 final = json.load(open("runs/quickstart/evaluation/final.json"))["benchmarks"]["heldout"]
 pixels = run_benchmarks(raw_pixels, {"heldout": "data/quickstart/heldout.bin"}, world=alone(), batch=256, device="cpu")["heldout"]

@@ -27,6 +27,7 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from lvtrain.distributed.world import World
 from lvtrain.errors import EXIT_ERROR, EXIT_STOPPED, UserError
 from lvtrain.evaluation import allpairs, clustering, suite
 from lvtrain.evaluation.sources import labelled_images
@@ -34,7 +35,6 @@ from lvtrain.interop import load_model
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.base import Section
 from lvtrain.training import outcome
-from lvtrain.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ROOT / "tools" / "studies"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lvtrain.classifier.classes import Classes
 from lvtrain.classifier.passes import Partial, forward_pass, weight_gradient_pass
-from lvtrain.collectives import Group, group_size
+from lvtrain.distributed.collectives import Group, group_size
 
 
 def combine(parts: list[Partial], cosines: list[torch.Tensor], *, running: bool, group: Group) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -14,7 +14,7 @@ import torch
 
 from lvtrain.classifier.logsumexp import combine
 from lvtrain.classifier.passes import forward_pass, weight_gradient_pass
-from lvtrain.collectives import PendingRows, all_gather_rows, gather_sizes, reduce_scatter_rows
+from lvtrain.distributed.collectives import PendingRows, all_gather_rows, gather_sizes, reduce_scatter_rows
 from lvtrain.errors import UserError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lvtrain.distributed.world import to_device
 from lvtrain.randomness import torch_uniform
-from lvtrain.world import to_device
 
 _PURPOSE = "class-sampling"
 _CHUNK = 1 << 16  # classes hashed at once: bounds the float64 temporaries to a few megabytes whatever the number of classes

@@ -40,7 +40,7 @@ from lvtrain.classifier.margins import Margin
 from lvtrain.classifier.optimizer import RowOptimizer
 from lvtrain.classifier.partition import class_range, initial_rows
 from lvtrain.classifier.sampling import chosen_rows
-from lvtrain.collectives import Group, group_rank, group_size
+from lvtrain.distributed.collectives import Group, group_rank, group_size
 from lvtrain.errors import UserError
 from lvtrain.state import Replicated, Rows, State
 

@@ -26,8 +26,8 @@ from lvtrain.data.augment import draw
 from lvtrain.data.job import Backend, Decoded, Job, Wanted
 from lvtrain.data.order import SampleOrder
 from lvtrain.data.shards import ReadError, ShardDataset
+from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
-from lvtrain.world import to_device
 
 _ASKED_AT_ONCE = 8
 

@@ -27,7 +27,7 @@ _GATHER_BYTES = 64 << 20
 
 
 class Ranks(Protocol):
-    """What is needed of `lvtrain.world.World`."""
+    """What is needed of `lvtrain.distributed.world.World`."""
 
     @property
     def rank(self) -> int: ...

@@ -131,8 +131,8 @@ def accuracies(
     backbone: nn.Module, path: str | Path, benchmark: str | Path, *, image_size: int = 112
 ) -> tuple[float, float]:
     """Ten-fold verification accuracy on a `.bin` set, of the backbone and of the file."""
+    from lvtrain.distributed.world import World
     from lvtrain.evaluation.benchmarks import verify_set
-    from lvtrain.world import World
 
     run = session(path)
     cpu = torch.device("cpu")

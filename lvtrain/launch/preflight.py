@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lvtrain import world as worlds
+from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.planning import H200
 

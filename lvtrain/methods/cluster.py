@@ -42,15 +42,15 @@ from torch import Tensor, nn
 from lvtrain.classifier import ClassifierOutput, negative_logsumexp
 from lvtrain.classifier.banks import CentreBank
 from lvtrain.classifier.margins import ClusterGuided
-from lvtrain.collectives import all_reduce_sum, gather_rows
 from lvtrain.data import Batch
+from lvtrain.distributed.collectives import all_reduce_sum, gather_rows
+from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Now
 from lvtrain.methods.supervised import SupervisedMethod, batch_cosine
 from lvtrain.recipe.methods import Cluster
 from lvtrain.recipe.sections import Phase, Recipe
 from lvtrain.state import Rows, State
-from lvtrain.world import to_device
 
 
 class WithTemperature(nn.Module):

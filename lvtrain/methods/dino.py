@@ -38,9 +38,9 @@ from torch import nn
 from torch.nn import functional
 
 from lvtrain import randomness
-from lvtrain import world as worlds
 from lvtrain.data import Batch
 from lvtrain.data.augment import augmentation
+from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
 from lvtrain.recipe.methods import SelfDistillation

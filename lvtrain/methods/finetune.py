@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lvtrain import world as worlds
 from lvtrain.backbones.part_fvit import PartFViT
 from lvtrain.data import Batch
+from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Now
 from lvtrain.methods.supervised import SupervisedMethod

@@ -21,11 +21,11 @@ import torch
 from lvtrain import randomness
 from lvtrain.backbones.part_fvit import PartFViT
 from lvtrain.data import Batch
+from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
 from lvtrain.methods.base import Now
 from lvtrain.methods.dino import DinoMethod, view_names
 from lvtrain.recipe.methods import Lafs
-from lvtrain.world import to_device
 
 View = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lvtrain import world as worlds
 from lvtrain.data import Batch
+from lvtrain.distributed import world as worlds
 from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
 from lvtrain.methods.distill import Distillation, Teacher
 from lvtrain.methods.heads import create_classifier, rows_rates

@@ -20,7 +20,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from lvtrain import world as worlds
+from lvtrain.distributed import world as worlds
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.state import State
 from lvtrain.training import checkpoint_files as files
@@ -31,7 +32,6 @@ from lvtrain.training.checkpoint_commit import Commit, Committer, Job
 from lvtrain.training.checkpoint_reader import Reader, Weights, open_weights
 from lvtrain.training.lease import Lease
 from lvtrain.training.snapshot import Snapshot
-from lvtrain.world import World
 
 __all__ = ["Checkpoints", "Commit", "Found", "Reader", "Weights", "open_weights"]
 

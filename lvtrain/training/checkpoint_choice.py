@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lvtrain import world as worlds
+from lvtrain.distributed import world as worlds
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.training import checkpoint_files as files
 from lvtrain.training import checkpoint_layout as layout
-from lvtrain.world import World
 
 
 @dataclass(frozen=True)

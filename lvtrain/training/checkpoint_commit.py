@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lvtrain.distributed.world import World
 from lvtrain.training import checkpoint_files as files
 from lvtrain.training import checkpoint_layout as layout
 from lvtrain.training import faults
 from lvtrain.training.lease import Lease, Lost
-from lvtrain.world import World
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from lvtrain import world as worlds
+from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.training import checkpoint_files as files
 from lvtrain.training import checkpoint_layout as layout

@@ -8,8 +8,8 @@ from torch import nn
 
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.data import ShardDataset
+from lvtrain.distributed.world import World
 from lvtrain.evaluation.extract import embed
-from lvtrain.world import World
 
 IMAGES = 16  # of a class, at most: the mean of more moves little
 _TOGETHER = 65_536  # embeddings a rank holds at once

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lvtrain import world as worlds
+from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods.distill import Teacher
 from lvtrain.planning import plan_phases

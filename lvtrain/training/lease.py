@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lvtrain import world as worlds
+from lvtrain.distributed import world as worlds
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.world import World
 
 NAME = "lease.json"
 

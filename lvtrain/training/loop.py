@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lvtrain import randomness
-from lvtrain import world as worlds
+from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.evaluation import run_benchmarks
 from lvtrain.methods import Now

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lvtrain import world as worlds
+from lvtrain.distributed import world as worlds
 
 
 class Meter:

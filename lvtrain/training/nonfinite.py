@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvtrain import world as worlds
 from lvtrain.data import Loader
+from lvtrain.distributed import world as worlds
 from lvtrain.training.run import Run
 
 FILE = "nonfinite.jsonl"

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lvtrain.distributed.world import World
 from lvtrain.training import signals
-from lvtrain.world import World
 
 _GO_ON, _OUT_OF_TIME, _SIGNALLED = 0, 1, 2
 

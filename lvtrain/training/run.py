@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lvtrain import world as worlds
+from lvtrain.distributed import world as worlds
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
-from lvtrain.world import World
 
 if TYPE_CHECKING:
     from lvtrain.data import ShardDataset

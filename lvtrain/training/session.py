@@ -6,8 +6,9 @@ import os
 import time
 from typing import Any
 
-from lvtrain import world as worlds
 from lvtrain.data import ShardDataset
+from lvtrain.distributed import world as worlds
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.methods.distill import Teacher
 from lvtrain.recipe.sections import Recipe
@@ -20,7 +21,6 @@ from lvtrain.training.preemption import Preemption
 from lvtrain.training.run import Run, open_folder
 from lvtrain.training.telemetry import Telemetry
 from lvtrain.training.train import Ending, train
-from lvtrain.world import World
 
 _STARTED = time.monotonic()
 

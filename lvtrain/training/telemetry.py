@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lvtrain.world import World
+from lvtrain.distributed.world import World
 
 
 class Telemetry:

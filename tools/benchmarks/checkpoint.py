@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from lvtrain.distributed.world import World
 from lvtrain.state import Replicated, Rows, State
 from lvtrain.training.checkpoint import Checkpoints
 from lvtrain.training.lease import hold
-from lvtrain.world import World
 
 VIT_L = 255_700_000
 SMALL = {"scale": 0.002}

@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lvtrain import randomness
-from lvtrain import world as worlds
 from lvtrain.backbones import create_backbone
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.classifier.margins import create_margin
+from lvtrain.distributed import world as worlds
 from lvtrain.recipe.sections import Optimizer
 from tools.benchmarks import backbone as backbone_benchmark
 from tools.benchmarks.measure import Clock, describe, machine_rates, median, peak_memory, profile
