@@ -18,8 +18,8 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from lvtrain import signals
 from lvtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, UserError, told
-from lvtrain.training import signals
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from lvtrain.training import faults, outcome, signals
+from lvtrain import faults, signals
+from lvtrain.training import outcome
 
 EVERY = 5  # steps from checkpoint to checkpoint
 

@@ -18,12 +18,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lvtrain import faults
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.state import Replicated, Rows, State
 from lvtrain.training import checkpoint_files as files
 from lvtrain.training import checkpoint_layout as layout
-from lvtrain.training import faults
 from lvtrain.training.checkpoint import Checkpoints, open_weights
 from lvtrain.training.lease import hold
 from tools.torture import POINTS

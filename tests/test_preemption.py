@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lvtrain import signals
 from lvtrain.distributed.world import World
-from lvtrain.training import outcome, signals
+from lvtrain.training import outcome
 from lvtrain.training.heartbeat import EXIT_HUNG, Beat, Heartbeat, behind, read_all
 from lvtrain.training.outcome import Outcome
 from lvtrain.training.preemption import Deadline, Preemption

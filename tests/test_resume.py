@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 
+from lvtrain import faults
 from lvtrain.data import SampleOrder, ShardDataset
 from lvtrain.distributed.world import World
 from lvtrain.main import main
-from lvtrain.training import faults, outcome
+from lvtrain.training import outcome
 from lvtrain.training.lease import hold
 from tests.conftest import ROOT
 from tests.ranks import run_ranks

@@ -20,13 +20,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from lvtrain import faults
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.state import State
 from lvtrain.training import checkpoint_files as files
 from lvtrain.training import checkpoint_layout as layout
-from lvtrain.training import faults
 from lvtrain.training.checkpoint_choice import Choice, Found, on_first
 from lvtrain.training.checkpoint_commit import Commit, Committer, Job
 from lvtrain.training.checkpoint_reader import Reader, Weights, open_weights

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lvtrain import faults
 from lvtrain.distributed.world import World
 from lvtrain.training import checkpoint_files as files
 from lvtrain.training import checkpoint_layout as layout
-from lvtrain.training import faults
 from lvtrain.training.lease import Lease, Lost
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from lvtrain import randomness
+from lvtrain import faults, randomness
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.evaluation import run_benchmarks
 from lvtrain.methods import Now
-from lvtrain.training import faults
 from lvtrain.training.built import Built
 from lvtrain.training.checkpoint import Checkpoints, Found
 from lvtrain.training.heartbeat import Heartbeat

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lvtrain import signals
 from lvtrain.distributed.world import World
-from lvtrain.training import signals
 
 _GO_ON, _OUT_OF_TIME, _SIGNALLED = 0, 1, 2
 

@@ -17,7 +17,7 @@ import os
 import signal
 import time
 
-from lvtrain.training import signals
+from lvtrain import signals
 
 VARIABLE = "LVTRAIN_FAULT"
 _SIGNALS = {"sigkill": signal.SIGKILL, "sigstop": signal.SIGSTOP, "sigterm": signal.SIGTERM, "sigusr2": signal.SIGUSR2}
