@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 
 from lvtrain import faults
+from lvtrain.checkpoint import files as files
+from lvtrain.checkpoint import plan as layout
+from lvtrain.checkpoint.checkpoints import Checkpoints, open_weights
+from lvtrain.checkpoint.lease import hold
+from lvtrain.checkpoint.state import Replicated, Rows, State
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.state import Replicated, Rows, State
-from lvtrain.training import checkpoint_files as files
-from lvtrain.training import checkpoint_layout as layout
-from lvtrain.training.checkpoint import Checkpoints, open_weights
-from lvtrain.training.lease import hold
 from tools.torture import POINTS
 
 STEPS, EVERY, CLASSES = 12, 2, 7

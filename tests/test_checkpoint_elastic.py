@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from lvtrain.checkpoint import plan as layout
+from lvtrain.checkpoint.checkpoints import Checkpoints
+from lvtrain.checkpoint.lease import Lease, Lost, hold
+from lvtrain.checkpoint.plan import describe, plan
+from lvtrain.checkpoint.state import Replicated, Rows, State
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.state import Replicated, Rows, State
-from lvtrain.training import checkpoint_layout as layout
-from lvtrain.training.checkpoint import Checkpoints
-from lvtrain.training.checkpoint_layout import describe, plan
-from lvtrain.training.lease import Lease, Lost, hold
 from tests.ranks import run_ranks
 
 CLASS_COUNTS = (1, 2, 3, 4, 11, 10007)

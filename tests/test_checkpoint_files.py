@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lvtrain.checkpoint import files as files
+from lvtrain.checkpoint.checkpoints import Checkpoints, open_weights
+from lvtrain.checkpoint.lease import hold
+from lvtrain.checkpoint.state import Replicated, Rows, State
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.state import Replicated, Rows, State
-from lvtrain.training import checkpoint_files as files
-from lvtrain.training.checkpoint import Checkpoints, open_weights
-from lvtrain.training.lease import hold
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

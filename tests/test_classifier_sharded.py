@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from lvtrain.checkpoint.state import Rows
 from lvtrain.classifier import ShardedClassifier, class_range
 from lvtrain.classifier.banks import ExpectationBank
 from lvtrain.classifier.margins import AdaFace, ArcFace, Combined, CosFace
@@ -20,7 +21,6 @@ from lvtrain.methods.heads import rows_rates
 from lvtrain.methods.supervised import batch_cosine
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.base import Duration
-from lvtrain.state import Rows
 from tests.ranks import run_ranks
 
 CLASSES, DIM, GLOBAL, VIRTUAL, STEPS = 53, 16, 24, 4, 3

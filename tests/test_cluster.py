@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lvtrain.checkpoint.state import Replicated, Rows, State
 from lvtrain.errors import UserError
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.cluster import ClusterMethod
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
-from lvtrain.state import Replicated, Rows, State
 from tests.ranks import run_ranks
 
 CLASSES, DIM, VIRTUAL, MICRO = 53, 12, 4, 5

@@ -20,11 +20,11 @@ import pytest
 import torch
 
 from lvtrain import faults
+from lvtrain.checkpoint.lease import hold
 from lvtrain.data import SampleOrder, ShardDataset
 from lvtrain.distributed.world import World
 from lvtrain.main import main
 from lvtrain.training import outcome
-from lvtrain.training.lease import hold
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.runs import events, free_port, metrics, recipe_file

@@ -147,7 +147,7 @@ def contents(folder: Path) -> dict[str, Any]:
     """The final checkpoint's tensors as bytes (rows whole, whatever the ranks that wrote them), and what every step logged of the training."""
     import torch
 
-    from lvtrain.training.checkpoint import open_weights
+    from lvtrain.checkpoint.checkpoints import open_weights
 
     reader = open_weights(folder).reader
     found: dict[str, Any] = {}
@@ -166,8 +166,8 @@ def last_step(runs: Path) -> int:
 
 
 def newest_committed(runs: Path) -> int:
-    from lvtrain.training import checkpoint_files as files
-    from lvtrain.training import checkpoint_layout as layout
+    from lvtrain.checkpoint import files as files
+    from lvtrain.checkpoint import plan as layout
 
     steps = [files.step_of(path) or 0 for path in layout.committed(run_folder(runs) / "checkpoints")]
     return max(steps, default=0)

@@ -32,6 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lvtrain.checkpoint.state import Replicated, Rows, State
 from lvtrain.classifier.aside import Aside
 from lvtrain.classifier.banks import ExpectationBank
 from lvtrain.classifier.classes import PRECISIONS, Classes
@@ -42,7 +43,6 @@ from lvtrain.classifier.partition import class_range, initial_rows
 from lvtrain.classifier.sampling import chosen_rows
 from lvtrain.distributed.collectives import Group, group_rank, group_size
 from lvtrain.errors import UserError
-from lvtrain.state import Replicated, Rows, State
 
 
 @dataclass

@@ -184,7 +184,7 @@ def read_rows(source: Path) -> torch.Tensor:
     Raises:
         UserError: it has none.
     """
-    from lvtrain.training.checkpoint_reader import open_weights
+    from lvtrain.checkpoint.reader import open_weights
 
     reader = open_weights(source).reader
     if "classifier.weight" not in reader.names:

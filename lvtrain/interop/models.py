@@ -117,7 +117,7 @@ def architecture_from(section: dict[str, Any]) -> Architecture:
 
 
 def _run(path: Path, average: bool) -> tuple[Architecture, dict[str, torch.Tensor], str]:
-    from lvtrain.training.checkpoint_reader import open_weights
+    from lvtrain.checkpoint.reader import open_weights
     from lvtrain.training.initial import evaluated_weights
 
     source = open_weights(path)

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from lvtrain.checkpoint.state import State
 from lvtrain.data.augment import SETS, augmentation
 from lvtrain.errors import UserError
 from lvtrain.recipe.base import Duration
 from lvtrain.recipe.sections import Phase, Recipe
-from lvtrain.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -39,6 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lvtrain.checkpoint.state import Rows, State
 from lvtrain.classifier import ClassifierOutput, negative_logsumexp
 from lvtrain.classifier.banks import CentreBank
 from lvtrain.classifier.margins import ClusterGuided
@@ -50,7 +51,6 @@ from lvtrain.methods.base import LossOutput, Now
 from lvtrain.methods.supervised import SupervisedMethod, batch_cosine
 from lvtrain.recipe.methods import Cluster
 from lvtrain.recipe.sections import Phase, Recipe
-from lvtrain.state import Rows, State
 
 
 class WithTemperature(nn.Module):

@@ -38,6 +38,7 @@ from torch import nn
 from torch.nn import functional
 
 from lvtrain import randomness
+from lvtrain.checkpoint.state import Replicated, State
 from lvtrain.data import Batch
 from lvtrain.data.augment import augmentation
 from lvtrain.distributed import world as worlds
@@ -45,7 +46,6 @@ from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
 from lvtrain.recipe.methods import SelfDistillation
 from lvtrain.recipe.sections import Phase, Recipe
-from lvtrain.state import Replicated, State
 
 
 class ProjectionHead(nn.Module):

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lvtrain.checkpoint.state import Replicated, State
 from lvtrain.data import Batch
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput
 from lvtrain.recipe.sections import Recipe
-from lvtrain.state import Replicated, State
 
 _FINGERPRINT = "distill.teacher"
 

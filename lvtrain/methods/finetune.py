@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lvtrain.backbones.part_fvit import PartFViT
+from lvtrain.checkpoint.state import Replicated, State
 from lvtrain.data import Batch
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
@@ -24,7 +25,6 @@ from lvtrain.methods.base import LossOutput, Now
 from lvtrain.methods.supervised import SupervisedMethod
 from lvtrain.recipe.methods import Finetune
 from lvtrain.recipe.sections import Recipe
-from lvtrain.state import Replicated, State
 
 
 class WithLandmarks(nn.Module):

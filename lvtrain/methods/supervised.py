@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lvtrain.checkpoint.state import State
 from lvtrain.data import Batch
 from lvtrain.distributed import world as worlds
 from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
 from lvtrain.methods.distill import Distillation, Teacher
 from lvtrain.methods.heads import create_classifier, rows_rates
 from lvtrain.recipe.sections import Phase, Recipe
-from lvtrain.state import State
 
 
 def batch_cosine(embeddings: torch.Tensor) -> torch.Tensor:

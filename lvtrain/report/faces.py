@@ -19,6 +19,8 @@ from PIL import Image, ImageDraw
 
 from lvtrain.backbones.attention import class_attention
 from lvtrain.backbones.part_fvit import FViT, PartFViT
+from lvtrain.checkpoint.files import step_of
+from lvtrain.checkpoint.plan import committed
 from lvtrain.data.contact_sheet import decode
 from lvtrain.data.shards import ReadError, ShardDataset
 from lvtrain.errors import UserError
@@ -26,8 +28,6 @@ from lvtrain.methods.base import initial_backbone
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
 from lvtrain.report.files import RunFiles
-from lvtrain.training.checkpoint_files import step_of
-from lvtrain.training.checkpoint_layout import committed
 from lvtrain.training.initial import read_initial
 
 FACES, MOMENTS, CELL = 6, 4, 160  # images, checkpoints at most, pixels a face

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lvtrain.checkpoint.checkpoints import Checkpoints, Found
 from lvtrain.data import Loader
 from lvtrain.methods import create_method
 from lvtrain.methods.supervised import SupervisedMethod
-from lvtrain.training.checkpoint import Checkpoints, Found
 from lvtrain.training.ema import Average
 from lvtrain.training.engine import Engine
 from lvtrain.training.initial import start_weights

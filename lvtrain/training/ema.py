@@ -8,7 +8,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from lvtrain.state import Replicated, State
+from lvtrain.checkpoint.state import Replicated, State
 
 
 class Average:

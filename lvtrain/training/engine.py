@@ -22,9 +22,9 @@ import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from pydantic import ValidationError
 
+from lvtrain.checkpoint.state import Replicated, State
 from lvtrain.errors import UserError
 from lvtrain.recipe.sections import Optimizer
-from lvtrain.state import Replicated, State
 from lvtrain.training import zero_state
 from lvtrain.training.batch_statistics import BatchStatistics
 from lvtrain.training.ds_config import resolve_ds_config

@@ -9,12 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from lvtrain.checkpoint.reader import Weights, open_shapes, open_weights
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.errors import UserError
 from lvtrain.methods import Method
 from lvtrain.recipe.methods import Lafs
 from lvtrain.recipe.sections import InitFrom, Recipe
-from lvtrain.training.checkpoint_reader import Weights, open_shapes, open_weights
 from lvtrain.training.class_means import start_from_means
 from lvtrain.training.run import Run
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from lvtrain import faults, randomness
+from lvtrain.checkpoint.checkpoints import Checkpoints, Found
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.evaluation import run_benchmarks
 from lvtrain.methods import Now
 from lvtrain.training.built import Built
-from lvtrain.training.checkpoint import Checkpoints, Found
 from lvtrain.training.heartbeat import Heartbeat
 from lvtrain.training.meter import Pace
 from lvtrain.training.nonfinite import FILE, note_batch

@@ -6,6 +6,8 @@ import os
 import time
 from typing import Any
 
+from lvtrain.checkpoint.checkpoints import Checkpoints
+from lvtrain.checkpoint.lease import InUse, Lease, hold
 from lvtrain.data import ShardDataset
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
@@ -13,10 +15,8 @@ from lvtrain.errors import UserError
 from lvtrain.methods.distill import Teacher
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training import outcome
-from lvtrain.training.checkpoint import Checkpoints
 from lvtrain.training.checks import check_benchmarks
 from lvtrain.training.heartbeat import Heartbeat
-from lvtrain.training.lease import InUse, Lease, hold
 from lvtrain.training.preemption import Preemption
 from lvtrain.training.run import Run, open_folder
 from lvtrain.training.telemetry import Telemetry

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lvtrain.checkpoint.checkpoints import Checkpoints
 from lvtrain.errors import UserError
-from lvtrain.training.checkpoint import Checkpoints
 from lvtrain.training.heartbeat import Heartbeat
 from lvtrain.training.loop import PhaseRun, RollBack
 from lvtrain.training.outcome import Verdict

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from lvtrain.checkpoint.checkpoints import Checkpoints
+from lvtrain.checkpoint.lease import hold
+from lvtrain.checkpoint.state import Replicated, Rows, State
 from lvtrain.distributed.world import World
-from lvtrain.state import Replicated, Rows, State
-from lvtrain.training.checkpoint import Checkpoints
-from lvtrain.training.lease import hold
 
 VIT_L = 255_700_000
 SMALL = {"scale": 0.002}

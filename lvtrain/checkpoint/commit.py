@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 
 from lvtrain import faults
+from lvtrain.checkpoint import files as files
+from lvtrain.checkpoint import plan as layout
+from lvtrain.checkpoint.lease import Lease, Lost
 from lvtrain.distributed.world import World
-from lvtrain.training import checkpoint_files as files
-from lvtrain.training import checkpoint_layout as layout
-from lvtrain.training.lease import Lease, Lost
 
 
 @dataclass(frozen=True)

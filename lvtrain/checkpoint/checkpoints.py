@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from lvtrain import faults
+from lvtrain.checkpoint import files as files
+from lvtrain.checkpoint import plan as layout
+from lvtrain.checkpoint.commit import Commit, Committer, Job
+from lvtrain.checkpoint.folder import Choice, Found, on_first
+from lvtrain.checkpoint.lease import Lease
+from lvtrain.checkpoint.reader import Reader, Weights, open_weights
+from lvtrain.checkpoint.snapshot import Snapshot
+from lvtrain.checkpoint.state import State
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.state import State
-from lvtrain.training import checkpoint_files as files
-from lvtrain.training import checkpoint_layout as layout
-from lvtrain.training.checkpoint_choice import Choice, Found, on_first
-from lvtrain.training.checkpoint_commit import Commit, Committer, Job
-from lvtrain.training.checkpoint_reader import Reader, Weights, open_weights
-from lvtrain.training.lease import Lease
-from lvtrain.training.snapshot import Snapshot
 
 __all__ = ["Checkpoints", "Commit", "Found", "Reader", "Weights", "open_weights"]
 

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lvtrain.checkpoint import files as files
+from lvtrain.checkpoint import plan as layout
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.training import checkpoint_files as files
-from lvtrain.training import checkpoint_layout as layout
 
 
 @dataclass(frozen=True)

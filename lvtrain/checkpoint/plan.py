@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lvtrain.state import Replicated, State
-from lvtrain.training import checkpoint_files as files
+from lvtrain.checkpoint import files as files
+from lvtrain.checkpoint.state import Replicated, State
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from lvtrain.checkpoint import files as files
+from lvtrain.checkpoint import plan as layout
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
-from lvtrain.training import checkpoint_files as files
-from lvtrain.training import checkpoint_layout as layout
 
 
 class Reader:
