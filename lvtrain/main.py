@@ -70,8 +70,8 @@ def _run(options: argparse.Namespace) -> int:
         return EXIT_DONE
 
     from lvtrain.distributed import world as worlds
+    from lvtrain.engine.ds_config import resolve_ds_config
     from lvtrain.training.checks import check_before_start, open_dataset
-    from lvtrain.training.ds_config import resolve_ds_config
 
     resolve_ds_config(options.ds_config, optimizer=recipe.optimizer)  # a wrong path is told before anything of the data is
     size = worlds.launch().size

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from lvtrain.engine.engine import Engine, resolve_ds_config
 from lvtrain.recipe.sections import Optimizer
-from lvtrain.training.engine import Engine, resolve_ds_config
 from tests.ranks import run_ranks
 
 

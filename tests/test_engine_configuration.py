@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from lvtrain.backbones import create_backbone
+from lvtrain.engine.ds_config import resolve_ds_config
+from lvtrain.engine.parameter_groups import parameter_groups
 from lvtrain.errors import UserError
 from lvtrain.recipe.sections import Optimizer, Phase
-from lvtrain.training.ds_config import resolve_ds_config
-from lvtrain.training.parameter_groups import parameter_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASE = Phase(name="one", global_batch=48, virtual_batches=6)

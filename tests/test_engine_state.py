@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from lvtrain.engine.engine import Engine, resolve_ds_config
 from lvtrain.recipe.sections import Optimizer
-from lvtrain.training.engine import Engine, resolve_ds_config
 from tests.ranks import run_ranks
 
 MICRO = 6  # samples a virtual micro-batch; V = 6 of them a step, so 1, 2, 3 and 6 ranks are possible

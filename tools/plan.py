@@ -15,12 +15,12 @@ from typing import Annotated, Any
 
 import typer
 
+from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.errors import EXIT_ERROR, UserError
 from lvtrain.interop.teacher import load_teacher
 from lvtrain.planning import H200, plan_phases
 from lvtrain.recipe import files as recipes
 from lvtrain.training.dry_run import sizes
-from lvtrain.training.ds_config import resolve_ds_config
 
 
 def main(

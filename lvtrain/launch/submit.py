@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.errors import UserError
 from lvtrain.launch.attempt import stopped_path, submit_phase
 from lvtrain.launch.chain import Chain
@@ -18,7 +19,6 @@ from lvtrain.launch.site import Site
 from lvtrain.launch.slurm import Slurm
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
-from lvtrain.training.ds_config import resolve_ds_config
 
 
 def submit_chain(

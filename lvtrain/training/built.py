@@ -6,10 +6,10 @@ from typing import Any
 
 from lvtrain.checkpoint.checkpoints import Checkpoints, Found
 from lvtrain.data import Loader
+from lvtrain.engine.engine import Engine
 from lvtrain.methods import create_method
 from lvtrain.methods.supervised import SupervisedMethod
 from lvtrain.training.ema import Average
-from lvtrain.training.engine import Engine
 from lvtrain.training.initial import start_weights
 from lvtrain.training.meter import Meter
 from lvtrain.training.phases import CosineStage, PhasePlan, plan_phase

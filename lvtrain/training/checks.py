@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from lvtrain.data import ShardDataset
+from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.errors import UserError
 from lvtrain.evaluation import read_bin
 from lvtrain.methods import create_method
 from lvtrain.recipe.sections import Recipe
-from lvtrain.training.ds_config import resolve_ds_config
 from lvtrain.training.initial import check_start_weights, weights_file
 from lvtrain.training.outcome import committed_step
 

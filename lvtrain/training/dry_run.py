@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from lvtrain.distributed import world as worlds
+from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.errors import UserError
 from lvtrain.methods.distill import Teacher
 from lvtrain.planning import plan_phases
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training.checks import check_before_start, check_benchmarks, open_dataset
-from lvtrain.training.ds_config import resolve_ds_config
 from lvtrain.training.phases import plan_phase
 from lvtrain.training.run import changes
 from lvtrain.training.schedule import learning_rate

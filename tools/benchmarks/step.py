@@ -158,7 +158,7 @@ class _Step:
         checkpoint_blocks: str,
         data: Path | None,
     ) -> None:
-        from lvtrain.training.engine import Engine, resolve_ds_config
+        from lvtrain.engine.engine import Engine, resolve_ds_config
 
         device = self.device = world.device
         torch.manual_seed(0)

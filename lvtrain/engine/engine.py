@@ -23,12 +23,12 @@ from deepspeed.utils import logger as deepspeed_logger
 from pydantic import ValidationError
 
 from lvtrain.checkpoint.state import Replicated, State
+from lvtrain.engine import zero_state
+from lvtrain.engine.batch_statistics import BatchStatistics
+from lvtrain.engine.ds_config import resolve_ds_config
+from lvtrain.engine.parameter_groups import parameter_groups
 from lvtrain.errors import UserError
 from lvtrain.recipe.sections import Optimizer
-from lvtrain.training import zero_state
-from lvtrain.training.batch_statistics import BatchStatistics
-from lvtrain.training.ds_config import resolve_ds_config
-from lvtrain.training.parameter_groups import parameter_groups
 
 __all__ = ["Engine", "StateReader", "resolve_ds_config"]
 

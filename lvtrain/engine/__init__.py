@@ -1,0 +1,1 @@
+"""The backbone under DeepSpeed, and its state by parameter name."""
