@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lvtrain.data.index import IndexWriter
-from lvtrain.data.shard_writer import ShardWriter
+from lvtrain.datasets.shard_writer import ShardWriter
 
 
 def jpeg(number: int, size: tuple[int, int] = (112, 112)) -> bytes:

@@ -9,11 +9,11 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from lvtrain.data import clean
-from lvtrain.data.importers import PackOptions, pack
 from lvtrain.data.shards import ShardDataset
-from lvtrain.data.synthetic import DIFFICULTIES
-from lvtrain.data.synthetic.dataset import encode_face
+from lvtrain.datasets import clean
+from lvtrain.datasets.importers import PackOptions, pack
+from lvtrain.datasets.synthetic import DIFFICULTIES
+from lvtrain.datasets.synthetic.dataset import encode_face
 from lvtrain.errors import UserError
 from lvtrain.evaluation.bins import write_bin
 

@@ -18,13 +18,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from lvtrain.data import recordio
-from lvtrain.data.importers import PackOptions, Policies, pack
-from lvtrain.data.importers.catalogue import natural_key
 from lvtrain.data.shards import ShardDataset
-from lvtrain.data.synthetic import DIFFICULTIES
-from lvtrain.data.synthetic.dataset import encode_face
-from lvtrain.data.verify import verify
+from lvtrain.datasets import recordio
+from lvtrain.datasets.importers import PackOptions, Policies, pack
+from lvtrain.datasets.importers.catalogue import natural_key
+from lvtrain.datasets.synthetic import DIFFICULTIES
+from lvtrain.datasets.synthetic.dataset import encode_face
+from lvtrain.datasets.verify import verify
 from lvtrain.errors import UserError
 
 COUNTS = {"id1": 3, "id2": 5, "id10": 4, "id20": 6}  # ragged, and natural order differs from lexicographic
@@ -272,7 +272,7 @@ def test_impossible_requests_are_one_line(folder, tmp_path):
 
 KILLED_IN_THE_FOURTH_SHARD = """
 import os, runpy, signal, sys
-from lvtrain.data.shard_writer import ShardWriter
+from lvtrain.datasets.shard_writer import ShardWriter
 add, samples = ShardWriter.add, iter(range(1000))
 def dying(*arguments):
     if next(samples) == 3 * 9 + 4:
@@ -310,7 +310,7 @@ def test_killed_pack_is_continued_to_the_same_bytes(tmp_path, faces):
 
 ENDED_WITH_WORKERS_AT_WORK = """
 import os, signal, time
-from lvtrain.data.parallel import ordered_map
+from lvtrain.datasets.parallel import ordered_map
 for _ in ordered_map(time.sleep, [0, 0, 600, 600], workers=2):
     os.kill(os.getpid(), signal.SIGKILL)
 """

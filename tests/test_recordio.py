@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvtrain.data import recordio
-from lvtrain.data.synthetic import DIFFICULTIES
-from lvtrain.data.synthetic.dataset import encode_face
+from lvtrain.datasets import recordio
+from lvtrain.datasets.synthetic import DIFFICULTIES
+from lvtrain.datasets.synthetic.dataset import encode_face
 from lvtrain.errors import UserError
 
 MAGIC = struct.pack("<I", recordio.MAGIC)
@@ -163,7 +163,7 @@ def test_dali_reads_our_records(tmp_path):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    from lvtrain.data.importers import PackOptions, pack
+    from lvtrain.datasets.importers import PackOptions, pack
 
     folder = tmp_path_factory.mktemp("export")
     for person in range(4):
@@ -178,8 +178,8 @@ def packed(tmp_path_factory):
 def test_a_dataset_goes_to_recordio_and_back(packed, tmp_path, monkeypatch, flat):
     from typer.testing import CliRunner
 
-    from lvtrain.data.importers import PackOptions, pack
     from lvtrain.data.shards import ShardDataset
+    from lvtrain.datasets.importers import PackOptions, pack
     from tools.recordio import app
 
     if flat:  # as with more records than float32 counts
@@ -200,8 +200,8 @@ def test_filtered_index_for_dali(packed, tmp_path):
     from nvidia import dali
     from typer.testing import CliRunner
 
-    from lvtrain.data.recordio_export import write_recordio
     from lvtrain.data.shards import ShardDataset
+    from lvtrain.datasets.recordio_export import write_recordio
     from tools.recordio import app
 
     rec, chosen = tmp_path / "train.rec", tmp_path / "chosen.idx"

@@ -9,7 +9,7 @@ import webdataset
 from PIL import Image
 
 from lvtrain.data.index import open_index, read_labels, read_manifest
-from lvtrain.data.synthetic import DIFFICULTIES, heldout_pairs, render_face, write_faces
+from lvtrain.datasets.synthetic import DIFFICULTIES, heldout_pairs, render_face, write_faces
 from lvtrain.errors import UserError
 
 NORMAL = DIFFICULTIES["normal"]

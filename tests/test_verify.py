@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from lvtrain.data import contact_sheet
-from lvtrain.data.importers import PackOptions, pack
 from lvtrain.data.index import RECORD, file_sha256
 from lvtrain.data.shards import ShardDataset
-from lvtrain.data.synthetic import DIFFICULTIES, render_face
-from lvtrain.data.synthetic.dataset import encode_face
-from lvtrain.data.verify import verify
+from lvtrain.datasets import contact_sheet
+from lvtrain.datasets.importers import PackOptions, pack
+from lvtrain.datasets.synthetic import DIFFICULTIES, render_face
+from lvtrain.datasets.synthetic.dataset import encode_face
+from lvtrain.datasets.verify import verify
 from lvtrain.errors import UserError
 
 
@@ -148,7 +148,7 @@ def test_bad_label_label_map_and_manifest(dataset):
 
 
 def test_a_shard_that_cannot_be_read_hides_no_other_fault(dataset, monkeypatch):
-    from lvtrain.data import verify as module
+    from lvtrain.datasets import verify as module
 
     def failing(path):
         if path.name == "000000.tar":

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from lvtrain.data import clean, contact_sheet
 from lvtrain.data.shards import ShardDataset
 from lvtrain.data.subset import check_target, write_subset
+from lvtrain.datasets import clean, contact_sheet
 from lvtrain.errors import EXIT_ERROR, UserError, told
 
 _SHOWN = 6

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lvtrain.data.importers import KINDS, POLICIES, PackOptions, Policies, pack
-from lvtrain.data.importers.pack import REPORT, SHEET
+from lvtrain.datasets.importers import KINDS, POLICIES, PackOptions, Policies, pack
+from lvtrain.datasets.importers.pack import REPORT, SHEET
 from lvtrain.errors import EXIT_ERROR, UserError, told
 
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from lvtrain.data.recordio_export import filter_index, write_recordio
 from lvtrain.data.shards import ShardDataset
+from lvtrain.datasets.recordio_export import filter_index, write_recordio
 from lvtrain.errors import EXIT_ERROR, UserError, told
 
 app = typer.Typer(help=__doc__, add_completion=False)

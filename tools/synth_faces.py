@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lvtrain.data.synthetic import heldout_pairs, write_faces
+from lvtrain.datasets.synthetic import heldout_pairs, write_faces
 from lvtrain.errors import EXIT_ERROR, UserError, told
 
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lvtrain.data import contact_sheet
 from lvtrain.data.shards import ShardDataset
-from lvtrain.data.verify import verify
+from lvtrain.datasets import contact_sheet
+from lvtrain.datasets.verify import verify
 from lvtrain.errors import EXIT_ERROR, UserError, told
 
 

@@ -216,7 +216,7 @@ def open_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
     """`index.bin` as a read-only memory map of `RECORD` [samples].
 
     Raises:
-        UserError: missing, damaged, or written for another `dataset.json` (its records are not hashed here: `lvtrain.data.verify` does that).
+        UserError: missing, damaged, or written for another `dataset.json` (its records are not hashed here: `lvtrain.datasets.verify` does that).
     """
     path = Path(folder) / "index.bin"
     try:

@@ -21,8 +21,8 @@ from lvtrain.backbones.attention import class_attention
 from lvtrain.backbones.part_fvit import FViT, PartFViT
 from lvtrain.checkpoint.files import step_of
 from lvtrain.checkpoint.plan import committed
-from lvtrain.data.contact_sheet import decode
 from lvtrain.data.shards import ReadError, ShardDataset
+from lvtrain.datasets.contact_sheet import decode
 from lvtrain.errors import UserError
 from lvtrain.methods.base import initial_backbone
 from lvtrain.recipe import files as recipes
@@ -31,7 +31,7 @@ from lvtrain.report.files import RunFiles
 from lvtrain.training.initial import read_initial
 
 FACES, MOMENTS, CELL = 6, 4, 160  # images, checkpoints at most, pixels a face
-GENERATED = "generated faces"  # the provenance `lvtrain.data.synthetic` writes
+GENERATED = "generated faces"  # the provenance `lvtrain.datasets.synthetic` writes
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from lvtrain.data.index import RECORD, IndexWriter
-from lvtrain.data.shard_writer import ShardWriter
+from lvtrain.datasets.shard_writer import ShardWriter
 from tools.benchmarks.data_paths import paths as all_paths
 
 SMALL = {"images": 512, "batch": 64, "batches": 4, "repeats": 1, "large": "1000000", "epochs": 2}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lvtrain.data.importers.catalogue import Catalogue, CatalogueWriter, natural_key
+from lvtrain.datasets.importers.catalogue import Catalogue, CatalogueWriter, natural_key
 from lvtrain.errors import UserError
 
 _GROUPS_KEPT = 24  # decoded row groups a process holds; a shard is made of whole groups, so that is enough to read each once

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from lvtrain.data.importers.archives import RecordIO, WebDataset, WebFaceZip
-from lvtrain.data.importers.catalogue import Catalogue, CatalogueWriter
-from lvtrain.data.importers.folders import Folder, WebFace
-from lvtrain.data.importers.tables import Parquet
+from lvtrain.datasets.importers.archives import RecordIO, WebDataset, WebFaceZip
+from lvtrain.datasets.importers.catalogue import Catalogue, CatalogueWriter
+from lvtrain.datasets.importers.folders import Folder, WebFace
+from lvtrain.datasets.importers.tables import Parquet
 from lvtrain.errors import UserError
 
 KINDS = ("folder", "webface", "webface-zip", "recordio", "parquet", "webdataset")

@@ -3,8 +3,8 @@
 `faces` draws the numbers (who a person is, how one picture differs), `render` draws the picture, `dataset` writes shards, index and pairs.
 """
 
-from lvtrain.data.synthetic.dataset import FacesWritten, heldout_pairs, write_faces
-from lvtrain.data.synthetic.faces import DIFFICULTIES, Difficulty
-from lvtrain.data.synthetic.render import render_face
+from lvtrain.datasets.synthetic.dataset import FacesWritten, heldout_pairs, write_faces
+from lvtrain.datasets.synthetic.faces import DIFFICULTIES, Difficulty
+from lvtrain.datasets.synthetic.render import render_face
 
 __all__ = ["DIFFICULTIES", "Difficulty", "FacesWritten", "heldout_pairs", "render_face", "write_faces"]

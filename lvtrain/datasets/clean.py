@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 
 from lvtrain import randomness
-from lvtrain.data.contact_sheet import decode
 from lvtrain.data.subset import DROPPED
+from lvtrain.datasets.contact_sheet import decode
 from lvtrain.errors import UserError
 
 _CHUNK = 1 << 16

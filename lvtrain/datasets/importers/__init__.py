@@ -4,8 +4,8 @@
 do about trouble, `pack` does it in parallel and can be killed and started again.
 """
 
-from lvtrain.data.importers.pack import PackOptions, pack
-from lvtrain.data.importers.policies import POLICIES, Policies
-from lvtrain.data.importers.sources import KINDS
+from lvtrain.datasets.importers.pack import PackOptions, pack
+from lvtrain.datasets.importers.policies import POLICIES, Policies
+from lvtrain.datasets.importers.sources import KINDS
 
 __all__ = ["KINDS", "POLICIES", "PackOptions", "Policies", "pack"]

@@ -15,10 +15,10 @@ import numpy as np
 
 from lvtrain import randomness
 from lvtrain.data.index import IndexWriter, Manifest
-from lvtrain.data.parallel import ordered_map
-from lvtrain.data.shard_writer import ShardWriter
-from lvtrain.data.synthetic.faces import DIFFICULTIES, Difficulty
-from lvtrain.data.synthetic.render import render_face
+from lvtrain.datasets.parallel import ordered_map
+from lvtrain.datasets.shard_writer import ShardWriter
+from lvtrain.datasets.synthetic.faces import DIFFICULTIES, Difficulty
+from lvtrain.datasets.synthetic.render import render_face
 from lvtrain.errors import UserError
 
 FOLDS = 10

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lvtrain.data.contact_sheet import UNDECODABLE
 from lvtrain.data.index import Manifest, file_sha256, open_index, read_manifest
-from lvtrain.data.parallel import ordered_map
+from lvtrain.datasets.contact_sheet import UNDECODABLE
+from lvtrain.datasets.parallel import ordered_map
 from lvtrain.errors import UserError
 
 Progress = Callable[[str, int, int], None]

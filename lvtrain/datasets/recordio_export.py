@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lvtrain import randomness
-from lvtrain.data import recordio
+from lvtrain.datasets import recordio
 from lvtrain.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lvtrain.data.importers.catalogue import Catalogue, CatalogueWriter, natural_key
+from lvtrain.datasets.importers.catalogue import Catalogue, CatalogueWriter, natural_key
 from lvtrain.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"})

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lvtrain.data import align
-from lvtrain.data.importers import images
-from lvtrain.data.importers.catalogue import Catalogue
-from lvtrain.data.importers.sources import Source, open_source
-from lvtrain.data.shard_writer import ShardWriter
+from lvtrain.datasets import align
+from lvtrain.datasets.importers import images
+from lvtrain.datasets.importers.catalogue import Catalogue
+from lvtrain.datasets.importers.sources import Source, open_source
+from lvtrain.datasets.shard_writer import ShardWriter
 from lvtrain.errors import UserError
 
 INSPECTION_FILE = "inspection.bin"

@@ -11,7 +11,7 @@ from statistics import NormalDist
 import cv2
 import numpy as np
 
-from lvtrain.data.synthetic.faces import Difficulty, identity_numbers, image_numbers, noise_bytes
+from lvtrain.datasets.synthetic.faces import Difficulty, identity_numbers, image_numbers, noise_bytes
 
 SIZE = 112
 _PIXELS = 38.5  # pixels a unit

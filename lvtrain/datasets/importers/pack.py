@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from lvtrain import randomness
-from lvtrain.data import align, contact_sheet
-from lvtrain.data.importers import images, work
-from lvtrain.data.importers.catalogue import LABEL_ORDERS, Catalogue, CatalogueWriter
-from lvtrain.data.importers.policies import Policies, Troubles
-from lvtrain.data.importers.sources import open_source
 from lvtrain.data.index import IndexWriter, Manifest
-from lvtrain.data.parallel import ordered_map
+from lvtrain.datasets import align, contact_sheet
+from lvtrain.datasets.importers import images, work
+from lvtrain.datasets.importers.catalogue import LABEL_ORDERS, Catalogue, CatalogueWriter
+from lvtrain.datasets.importers.policies import Policies, Troubles
+from lvtrain.datasets.importers.sources import open_source
+from lvtrain.datasets.parallel import ordered_map
 from lvtrain.errors import UserError
 
 Progress = Callable[[str, int, int], None]

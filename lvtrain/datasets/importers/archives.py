@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lvtrain.data import recordio
-from lvtrain.data.importers.catalogue import Catalogue, CatalogueWriter, natural_key
-from lvtrain.data.importers.folders import WEBFACE_IDENTITY, is_image
 from lvtrain.data.index import read_labels
+from lvtrain.datasets import recordio
+from lvtrain.datasets.importers.catalogue import Catalogue, CatalogueWriter, natural_key
+from lvtrain.datasets.importers.folders import WEBFACE_IDENTITY, is_image
 from lvtrain.errors import UserError
 
 

@@ -1,0 +1,1 @@
+"""Making datasets: importing, generating, aligning, verifying, cleaning and choosing subsets."""
