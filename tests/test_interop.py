@@ -22,10 +22,7 @@ from lvtrain.data import ShardDataset
 from lvtrain.data.subset import write_subset
 from lvtrain.errors import UserError
 from lvtrain.interop import convert, load_model
-from lvtrain.interop.architecture import Architecture, fit, recognise, resize_positions
-from lvtrain.interop.foreign import from_ir, swap_colours
 from lvtrain.interop.model_card import Card, for_weights, write_card
-from lvtrain.interop.models import open_backbone
 from lvtrain.interop.packages import (
     arcface_ranges,
     merge_rows,
@@ -34,7 +31,10 @@ from lvtrain.interop.packages import (
     write_arcface,
     write_folder,
 )
-from lvtrain.interop.reading import read_weights
+from lvtrain.weights.architecture import Architecture, fit, recognise, resize_positions
+from lvtrain.weights.foreign import from_ir, swap_colours
+from lvtrain.weights.models import open_backbone
+from lvtrain.weights.reading import read_weights
 from tests.ranks import run_ranks
 from tests.shard_data import make_dataset
 

@@ -23,8 +23,8 @@ import torch
 
 from lvtrain.backbones import create_backbone
 from lvtrain.interop import load_model
-from lvtrain.interop.architecture import Architecture, fit, recognise
-from lvtrain.interop.reading import read_weights
+from lvtrain.weights.architecture import Architecture, fit, recognise
+from lvtrain.weights.reading import read_weights
 from tests.conftest import ROOT
 
 PEERS = Path(os.environ.get("LVTRAIN_PEERS", "")).resolve()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lvtrain.interop import load_model
 from lvtrain.interop.packages import merge_rows
-from lvtrain.interop.reading import read_weights
+from lvtrain.weights.reading import read_weights
 from tests.conftest import ROOT
 from tests.runs import output, recipe_file, run, tool
 

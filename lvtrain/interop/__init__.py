@@ -1,5 +1,5 @@
 """Other people's formats, in and out. See README.md."""
 
-from lvtrain.interop.models import Model, load_model
+from lvtrain.weights.models import Model, load_model
 
 __all__ = ["Model", "load_model"]

@@ -11,10 +11,7 @@ import torch
 
 from lvtrain.errors import UserError
 from lvtrain.interop import onnx_export
-from lvtrain.interop.architecture import Architecture, fit, recognise
-from lvtrain.interop.foreign import swap_colours
 from lvtrain.interop.model_card import bare, for_weights, write_card
-from lvtrain.interop.models import finite, open_backbone
 from lvtrain.interop.packages import (
     merge_rows,
     read_deepspeed,
@@ -24,7 +21,10 @@ from lvtrain.interop.packages import (
     write_folder,
     write_insightface,
 )
-from lvtrain.interop.reading import read_weights, strip_wrappers
+from lvtrain.weights.architecture import Architecture, fit, recognise
+from lvtrain.weights.foreign import swap_colours
+from lvtrain.weights.models import finite, open_backbone
+from lvtrain.weights.reading import read_weights, strip_wrappers
 
 Tell = Callable[[str], None]
 Precision = Literal["float32", "float16", "int8"]

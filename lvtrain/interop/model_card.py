@@ -15,7 +15,7 @@ import yaml
 from lvtrain.data.index import read_manifest
 from lvtrain.data.subset import read_subset
 from lvtrain.errors import UserError
-from lvtrain.interop.architecture import Architecture
+from lvtrain.weights.architecture import Architecture
 
 CONFIG = "config.json"
 CALIBRATION = "calibration.json"  # in a run's folder, until the run is exported

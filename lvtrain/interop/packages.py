@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from lvtrain.errors import UserError
-from lvtrain.interop.architecture import Architecture
 from lvtrain.interop.model_card import CONFIG, Card, write_card
-from lvtrain.interop.models import WEIGHTS
+from lvtrain.weights.architecture import Architecture
+from lvtrain.weights.models import WEIGHTS
 
 ROWS = "class_rows.safetensors"
 

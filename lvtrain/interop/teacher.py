@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from lvtrain.errors import UserError
-from lvtrain.interop.architecture import fit
-from lvtrain.interop.models import finite, open_backbone
 from lvtrain.methods.distill import Teacher
 from lvtrain.recipe.sections import Recipe
+from lvtrain.weights.architecture import fit
+from lvtrain.weights.models import finite, open_backbone
 
 
 def load_teacher(recipe: Recipe, *, needed: bool = True) -> Teacher | None:

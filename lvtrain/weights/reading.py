@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lvtrain.errors import UserError
-from lvtrain.interop.foreign import from_ir, is_ir
+from lvtrain.weights.foreign import from_ir, is_ir
 
 _OUTER = ("teacher", "state_dict_backbone", "state_dict", "backbone", "model", "student")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "net.", "encoder.", "model.")

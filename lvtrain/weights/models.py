@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lvtrain.errors import UserError
-from lvtrain.interop.architecture import Architecture, fit, recognise
-from lvtrain.interop.foreign import swap_colours
 from lvtrain.interop.model_card import CONFIG
-from lvtrain.interop.reading import read_weights
+from lvtrain.weights.architecture import Architecture, fit, recognise
+from lvtrain.weights.foreign import swap_colours
+from lvtrain.weights.reading import read_weights
 
 WEIGHTS = "model.safetensors"
 

@@ -1,0 +1,1 @@
+"""Weights from anywhere: files and folders in, named tensors and networks out."""
