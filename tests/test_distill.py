@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lvtrain.export.teacher import load_teacher
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lvtrain.backbones import create_backbone
-from lvtrain.interop.teacher import load_teacher
 from lvtrain.main import main
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.distill import Teacher

@@ -21,16 +21,10 @@ from lvtrain.backbones import create_backbone
 from lvtrain.data import ShardDataset
 from lvtrain.data.subset import write_subset
 from lvtrain.errors import UserError
-from lvtrain.interop import convert, load_model
-from lvtrain.interop.model_card import Card, for_weights, write_card
-from lvtrain.interop.packages import (
-    arcface_ranges,
-    merge_rows,
-    read_deepspeed,
-    split_rows,
-    write_arcface,
-    write_folder,
-)
+from lvtrain.export import convert
+from lvtrain.export.model_card import Card, for_weights, write_card
+from lvtrain.export.packages import arcface_ranges, merge_rows, read_deepspeed, split_rows, write_arcface, write_folder
+from lvtrain.weights import load_model
 from lvtrain.weights.architecture import Architecture, fit, recognise, resize_positions
 from lvtrain.weights.foreign import from_ir, swap_colours
 from lvtrain.weights.models import open_backbone

@@ -11,12 +11,12 @@ import torch
 
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
-from lvtrain.interop import load_model
-from lvtrain.interop.clients import check
-from lvtrain.interop.convert import export
-from lvtrain.interop.model_card import Card
-from lvtrain.interop.onnx_export import compare, export_onnx, to_float16, to_int8
-from lvtrain.interop.packages import write_folder, write_insightface
+from lvtrain.export.clients import check
+from lvtrain.export.convert import export
+from lvtrain.export.model_card import Card
+from lvtrain.export.onnx_export import compare, export_onnx, to_float16, to_int8
+from lvtrain.export.packages import write_folder, write_insightface
+from lvtrain.weights import load_model
 from lvtrain.weights.architecture import Architecture
 from tests.test_interop import embed, small_vit
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from lvtrain.backbones import create_backbone
-from lvtrain.interop import load_model
+from lvtrain.weights import load_model
 from lvtrain.weights.architecture import Architecture, fit, recognise
 from lvtrain.weights.reading import read_weights
 from tests.conftest import ROOT

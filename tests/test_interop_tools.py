@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lvtrain.interop import load_model
-from lvtrain.interop.packages import merge_rows
+from lvtrain.export.packages import merge_rows
+from lvtrain.weights import load_model
 from lvtrain.weights.reading import read_weights
 from tests.conftest import ROOT
 from tests.runs import output, recipe_file, run, tool

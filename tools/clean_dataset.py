@@ -1,6 +1,6 @@
 """Find strangers inside identities, one person under two labels, repeated pictures and people of test sets; write a subset manifest.
 
-The model is a matrix of embeddings (.npy, one row a sample id), or a run, weights or .onnx that `lvtrain.interop.load_model` opens. No image is copied
+The model is a matrix of embeddings (.npy, one row a sample id), or a run, weights or .onnx that `lvtrain.export.load_model` opens. No image is copied
 or deleted: OUT.json is a subset for `data.path`, OUT.report.json the findings, OUT.png examples of each.
 """
 
@@ -122,7 +122,7 @@ def _model(path: Path, batch: int) -> Callable[[Any], np.ndarray]:
 
     from lvtrain.distributed.world import alone
     from lvtrain.evaluation.extract import embed
-    from lvtrain.interop import load_model
+    from lvtrain.weights import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(path, device=device)

@@ -69,7 +69,7 @@ def import_(
     ] = None,
 ) -> None:
     """Others' weights: arcface_torch, LVFace, CVLface, AdaFace, LAFS, DINO, safetensors."""
-    from lvtrain.interop import convert
+    from lvtrain.export import convert
 
     with one_line_errors(out):
         convert.import_weights(
@@ -99,7 +99,7 @@ def consolidate(
 
     A DeepSpeed folder is unpickled by DeepSpeed's own script, which could run code: give it only one you trust.
     """
-    from lvtrain.interop import convert
+    from lvtrain.export import convert
 
     with one_line_errors(out):
         convert.consolidate(source, out, rows=rows, average=average, tag=tag, heads=heads)
@@ -115,7 +115,7 @@ def reshard(
     num_classes: Annotated[int | None, typer.Option(help="refuse another total")] = None,
 ) -> None:
     """Class rows for another number of ranks: rank_{r}_softmax_weight.pt, arcface_torch's split."""
-    from lvtrain.interop import convert
+    from lvtrain.export import convert
 
     with one_line_errors(out):
         convert.reshard(source, out, ranks=ranks, num_classes=num_classes)
@@ -134,7 +134,7 @@ def export(
     average: Annotated[bool, typer.Option(help="the moving average of the weights")] = False,
 ) -> None:
     """The backbone for others' programs, checked after writing."""
-    from lvtrain.interop import convert
+    from lvtrain.export import convert
 
     with one_line_errors(out):
         convert.export(source, out, to=to, opset=opset, precision=precision, benchmark=benchmark, average=average)
@@ -156,8 +156,8 @@ def check(
     from rich.console import Console
     from rich.table import Table
 
-    from lvtrain.interop.clients import CLIENTS, LIVING
-    from lvtrain.interop.clients import check as verdicts_of
+    from lvtrain.export.clients import CLIENTS, LIVING
+    from lvtrain.export.clients import check as verdicts_of
 
     with one_line_errors(file):
         for name in client or ():

@@ -108,7 +108,7 @@ def main(
 
 def _folder(model: Path) -> Path:
     """A run's own figures lie in the run, where its report finds them, beside `evaluation/`, which is the trainer's."""
-    from lvtrain.interop.model_card import run_of
+    from lvtrain.export.model_card import run_of
 
     run = run_of(model)
     if run is None:
@@ -122,7 +122,7 @@ def _model(path, device, average):
 
     if path == "raw_pixels":
         return "raw pixels", raw_pixels, 112, ""
-    from lvtrain.interop import load_model
+    from lvtrain.weights import load_model
 
     model = load_model(path, device=device, average=average)
     return model.name, model.forward, model.image_size, model.weights
@@ -153,7 +153,7 @@ def _write(name, results, tasks, out: Path, image_size: int) -> None:
 
 def _calibration(model: Path, weights: str, results, console) -> None:
     """Thresholds go where the model card is written from."""
-    from lvtrain.interop.model_card import keep_calibration
+    from lvtrain.export.model_card import keep_calibration
 
     found = {name: result for name, result in results.items() if result["kind"] == "calibration"}
     if found and (kept := keep_calibration(model, weights, found)) is not None:

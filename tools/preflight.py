@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read by torch's import: its own words on ranks that do not meet are forty lines
 
 from lvtrain.errors import EXIT_ERROR, UserError
-from lvtrain.launch.preflight import preflight
+from lvtrain.training.preflight import preflight
 
 
 def sizes(text: str) -> list[float]:

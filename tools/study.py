@@ -31,10 +31,10 @@ from lvtrain.distributed.world import World
 from lvtrain.errors import EXIT_ERROR, EXIT_STOPPED, UserError
 from lvtrain.evaluation import allpairs, clustering, suite
 from lvtrain.evaluation.sources import labelled_images
-from lvtrain.interop import load_model
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.base import Section
 from lvtrain.training import outcome
+from lvtrain.weights import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ROOT / "tools" / "studies"

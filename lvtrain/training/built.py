@@ -14,7 +14,7 @@ from lvtrain.training.initial import start_weights
 from lvtrain.training.meter import Meter
 from lvtrain.training.phases import CosineStage, PhasePlan, plan_phase
 from lvtrain.training.position import Position
-from lvtrain.training.run import Run
+from lvtrain.training.run_folder import Run
 from lvtrain.training.schedule import LearningRate
 from lvtrain.training.telemetry import Telemetry
 

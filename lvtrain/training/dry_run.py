@@ -15,7 +15,7 @@ from lvtrain.planning import plan_phases
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training.checks import check_before_start, check_benchmarks, open_dataset
 from lvtrain.training.phases import plan_phase
-from lvtrain.training.run import changes
+from lvtrain.training.run_folder import changes
 from lvtrain.training.schedule import learning_rate
 
 

@@ -16,7 +16,7 @@ from lvtrain.methods import Method
 from lvtrain.recipe.methods import Lafs
 from lvtrain.recipe.sections import InitFrom, Recipe
 from lvtrain.training.class_means import start_from_means
-from lvtrain.training.run import Run
+from lvtrain.training.run_folder import Run
 
 _T = TypeVar("_T")
 _TEACHER = "teacher.backbone."

@@ -23,7 +23,7 @@ from lvtrain.training.nonfinite import FILE, note_batch
 from lvtrain.training.phases import phase_end_reason
 from lvtrain.training.position import Position
 from lvtrain.training.preemption import Preemption
-from lvtrain.training.run import Run
+from lvtrain.training.run_folder import Run
 from lvtrain.training.schedule import LearningRate
 from lvtrain.training.telemetry import Telemetry, progress_line
 

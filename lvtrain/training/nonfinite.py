@@ -16,7 +16,7 @@ import torch
 
 from lvtrain.data import Loader
 from lvtrain.distributed import world as worlds
-from lvtrain.training.run import Run
+from lvtrain.training.run_folder import Run
 
 FILE = "nonfinite.jsonl"
 _STEPS, _SAMPLES = 8, 32

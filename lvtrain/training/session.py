@@ -18,7 +18,7 @@ from lvtrain.training import outcome
 from lvtrain.training.checks import check_benchmarks
 from lvtrain.training.heartbeat import Heartbeat
 from lvtrain.training.preemption import Preemption
-from lvtrain.training.run import Run, open_folder
+from lvtrain.training.run_folder import Run, open_folder
 from lvtrain.training.telemetry import Telemetry
 from lvtrain.training.train import Ending, train
 

@@ -15,7 +15,7 @@ from lvtrain.training.loop import PhaseRun, RollBack
 from lvtrain.training.outcome import Verdict
 from lvtrain.training.position import Position
 from lvtrain.training.preemption import Preemption
-from lvtrain.training.run import Run
+from lvtrain.training.run_folder import Run
 from lvtrain.training.schedule import learning_rate
 from lvtrain.training.telemetry import Telemetry
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lvtrain.errors import UserError
-from lvtrain.interop.model_card import CONFIG
+from lvtrain.export.model_card import CONFIG
 from lvtrain.weights.architecture import Architecture, fit, recognise
 from lvtrain.weights.foreign import swap_colours
 from lvtrain.weights.reading import read_weights
@@ -131,7 +131,7 @@ def _run(path: Path, average: bool) -> tuple[Architecture, dict[str, torch.Tenso
 
 
 def _onnx(path: Path) -> Model:
-    from lvtrain.interop.onnx_export import session
+    from lvtrain.export.onnx_export import session
 
     run = session(path)
     import onnx

@@ -147,7 +147,7 @@ def write_card(path: str | Path, card: Card) -> None:
         "tells identity. Not L2-normalised.",
         "",
         "```python",
-        "from lvtrain.interop import load_model",
+        "from lvtrain.weights import load_model",
         'model = load_model("THIS_FOLDER")',
         "embeddings = model.forward(images)        # float32 [B, 3, 112, 112], RGB, (x - 127.5) / 127.5",
         *(

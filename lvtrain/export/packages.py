@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from lvtrain.errors import UserError
-from lvtrain.interop.model_card import CONFIG, Card, write_card
+from lvtrain.export.model_card import CONFIG, Card, write_card
 from lvtrain.weights.architecture import Architecture
 from lvtrain.weights.models import WEIGHTS
 
@@ -29,7 +29,7 @@ def write_folder(
     card: Card,
     rows: torch.Tensor | None = None,
 ) -> Path:
-    """One float32 safetensors file, `config.json` and a model card: `lvtrain.interop.load_model(folder)` opens it.
+    """One float32 safetensors file, `config.json` and a model card: `lvtrain.export.load_model(folder)` opens it.
 
     `rows` `[C, d]` are written beside, when the class centres are wanted too.
     """

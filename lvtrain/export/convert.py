@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 
 from lvtrain.errors import UserError
-from lvtrain.interop import onnx_export
-from lvtrain.interop.model_card import bare, for_weights, write_card
-from lvtrain.interop.packages import (
+from lvtrain.export import onnx_export
+from lvtrain.export.model_card import bare, for_weights, write_card
+from lvtrain.export.packages import (
     merge_rows,
     read_deepspeed,
     save,
