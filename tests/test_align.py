@@ -7,8 +7,8 @@ import pytest
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 
+from lvtrain.data import align
 from lvtrain.data.shards import ShardDataset
-from lvtrain.datasets import align
 from lvtrain.datasets.importers import PackOptions, Policies, pack
 
 

@@ -104,7 +104,7 @@ def test_whole_protocol_with_and_without_flip(folder: Path) -> None:
 
 
 def test_alignment_brings_the_points_to_the_template(folder: Path) -> None:
-    from lvtrain.datasets import align
+    from lvtrain.data import align
 
     release = ijb.read_release(folder)
     matrix = align.similarity(release.points[3], align.template())

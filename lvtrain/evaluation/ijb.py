@@ -100,7 +100,7 @@ class AlignedCrops:
 
     def __init__(self, release: Release, image_size: int = 112) -> None:
         # OpenCV is an optional dependency, and only this protocol warps
-        from lvtrain.datasets import align
+        from lvtrain.data import align
 
         self.release, self.image_size, self._align = release, image_size, align
 

@@ -51,7 +51,7 @@ def check(path: str | Path) -> list[Verdict]:
     """
     import onnx
 
-    from lvtrain.export.onnx_export import session
+    from lvtrain.weights.onnx_session import session
 
     path = Path(path)
     if not path.is_file():

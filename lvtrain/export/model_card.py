@@ -16,8 +16,8 @@ from lvtrain.data.index import read_manifest
 from lvtrain.data.subset import read_subset
 from lvtrain.errors import UserError
 from lvtrain.weights.architecture import Architecture
+from lvtrain.weights.models import CONFIG
 
-CONFIG = "config.json"
 CALIBRATION = "calibration.json"  # in a run's folder, until the run is exported
 _UNKNOWN = "not stated in dataset.json; find out before you use or share these weights"
 

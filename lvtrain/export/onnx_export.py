@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lvtrain.errors import UserError
+from lvtrain.weights.onnx_session import session
 
 INPUT, OUTPUT = "data", "embedding"
 OPSETS = range(14, 21)
@@ -144,29 +145,6 @@ def accuracies(
     return accuracy(backbone), accuracy(lambda images: torch.from_numpy(run(images.numpy())))
 
 
-def session(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """A function float32 `[N, 3, H, W]` -> float32 `[N, d]` over onnxruntime, whatever the file's input and output are called."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        running = onnxruntime.InferenceSession(str(path), options, providers=_providers(onnxruntime))
-    except Exception as error:
-        raise UserError(f"{path} cannot be opened by onnxruntime: {' '.join(str(error).split())[:200]}") from error
-    source, target = running.get_inputs()[0].name, running.get_outputs()[0].name
-
-    def run(images: np.ndarray) -> np.ndarray:
-        try:
-            found: np.ndarray = running.run([target], {source: np.ascontiguousarray(images, dtype=np.float32)})[0]
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} cannot be run on images {list(images.shape)}: {reason}") from error
-        return found
-
-    return run
-
-
 def to_float16(source: str | Path, target: str | Path) -> None:
     """float16 weights behind float32 input and output: half the size. MFR-Ongoing's rules refuse such a file."""
     import onnx
@@ -191,6 +169,3 @@ def to_int8(source: str | Path, target: str | Path) -> None:
         stripped.unlink()
 
 
-def _providers(onnxruntime) -> list[str]:  # type: ignore[no-untyped-def]
-    available = onnxruntime.get_available_providers()
-    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]

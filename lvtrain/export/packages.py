@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from lvtrain.errors import UserError
-from lvtrain.export.model_card import CONFIG, Card, write_card
+from lvtrain.export.model_card import Card, write_card
 from lvtrain.weights.architecture import Architecture
-from lvtrain.weights.models import WEIGHTS
+from lvtrain.weights.models import CONFIG, WEIGHTS
 
 ROWS = "class_rows.safetensors"
 

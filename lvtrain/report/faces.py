@@ -28,7 +28,7 @@ from lvtrain.methods.base import initial_backbone
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
 from lvtrain.report.files import RunFiles
-from lvtrain.training.initial import read_initial
+from lvtrain.weights.runs import read_initial
 
 FACES, MOMENTS, CELL = 6, 4, 160  # images, checkpoints at most, pixels a face
 GENERATED = "generated faces"  # the provenance `lvtrain.datasets.synthetic` writes

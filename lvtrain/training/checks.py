@@ -13,8 +13,9 @@ from lvtrain.errors import UserError
 from lvtrain.evaluation import read_bin
 from lvtrain.methods import create_method
 from lvtrain.recipe.sections import Recipe
-from lvtrain.training.initial import check_start_weights, weights_file
+from lvtrain.training.initial import check_start_weights
 from lvtrain.training.outcome import committed_step
+from lvtrain.weights.runs import weights_file
 
 
 def open_dataset(recipe: Recipe) -> ShardDataset:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
-from lvtrain.checkpoint.reader import Weights, open_shapes, open_weights
+from lvtrain.checkpoint.reader import Weights
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.errors import UserError
 from lvtrain.methods import Method
@@ -17,9 +15,7 @@ from lvtrain.recipe.methods import Lafs
 from lvtrain.recipe.sections import InitFrom, Recipe
 from lvtrain.training.class_means import start_from_means
 from lvtrain.training.run_folder import Run
-
-_T = TypeVar("_T")
-_TEACHER = "teacher.backbone."
+from lvtrain.weights.runs import read_initial, shapes_of
 
 
 def start_weights(run: Run, method: Method) -> dict[str, Any]:
@@ -44,14 +40,14 @@ def check_start_weights(recipe: Recipe, method: Method) -> None:
         UserError: weights that fit nowhere, or class rows of another number or width.
     """
     if (section := recipe.init_from) is not None:
-        shapes, rows = _initial_shapes(section.path)
+        shapes, rows = shapes_of(section.path)
         _fitting(section.path, shapes, method)
         if section.head == "load":
             _check_head(section.path, rows, method)
         if section.head == "means":
             _classifier(method, "means")
     if isinstance(recipe.method, Lafs) and (path := recipe.method.landmark_weights) is not None:
-        _landmark_names(path, _initial_shapes(path)[0], method)
+        _landmark_names(path, shapes_of(path)[0], method)
 
 
 def load_landmark_cnn(path: Path, method: Method) -> str:
@@ -112,60 +108,6 @@ def _fitting(path: Path, shapes: dict[str, torch.Size], method: Method) -> tuple
             "or import foreign weights with tools/convert_checkpoint.py"
         )
     return taken, missing
-
-
-def read_initial(path: Path) -> tuple[Weights | None, dict[str, torch.Tensor]]:
-    """A checkpoint (ours) and its evaluated module's weights, or just weights from a safetensors file or folder."""
-    if (file := weights_file(path)) is not None:
-        return None, load_file(file)
-    source = open_weights(path)
-    return source, evaluated_weights(source)
-
-
-def _initial_shapes(path: Path) -> tuple[dict[str, torch.Size], torch.Size | None]:
-    """The shapes of `read_initial`'s weights, without reading them, and of the class rows, if there are any."""
-    if (file := weights_file(path)) is not None:
-        with safe_open(file, "pt") as stored:
-            names: list[str] = stored.keys()
-            return {name: torch.Size(stored.get_slice(name).get_shape()) for name in names}, None
-    every = open_shapes(path)
-    backbone = {name.removeprefix(kind): shape for kind in ("backbone.param.", "backbone.buffer.") for name, shape in every.items() if name.startswith(kind)}
-    return _evaluated(backbone, every), every.get("classifier.weight")
-
-
-def weights_file(path: Path) -> Path | None:
-    """The safetensors file that `path` is or holds, its header read; None for a folder without, which is a run or a checkpoint.
-
-    Raises:
-        UserError: another kind of file, or one that is cut short.
-    """
-    if path.is_dir() and not (path / "model.safetensors").exists():
-        return None
-    file = path / "model.safetensors" if path.is_dir() else path
-    if file.suffix != ".safetensors":
-        raise UserError(
-            f"init_from.path: {file} is not a run, a checkpoint or a safetensors file; tools/convert_checkpoint.py import makes one"
-        )
-    try:
-        with safe_open(file, "pt"):
-            return file
-    except SafetensorError as error:
-        raise UserError(f"init_from.path: {file} is not a whole safetensors file ({error}); copy it again") from error
-
-
-def evaluated_weights(source: Weights) -> dict[str, torch.Tensor]:
-    """The backbone's weights: of a self-supervised run the teacher's (the better of the two), else the trained module's."""
-    names = [name for name in sorted(source.reader.names) if name.startswith(_TEACHER)]
-    return _evaluated(source.backbone, {name: source.reader.replicated(name) for name in names})
-
-
-def _evaluated(backbone: dict[str, _T], everything: dict[str, _T]) -> dict[str, _T]:
-    """By the evaluated module's own names: a self-supervised run's teacher, else the trained module, which may hold it as `backbone`."""
-    if teacher := {name.removeprefix(_TEACHER): value for name, value in everything.items() if name.startswith(_TEACHER)}:
-        return teacher
-    if backbone and all(name.startswith("backbone.") for name in backbone):
-        return {name.removeprefix("backbone."): value for name, value in backbone.items()}
-    return backbone
 
 
 def _head_from_means(run: Run, method: Method) -> str:

@@ -13,13 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from lvtrain.checkpoint.reader import open_weights
 from lvtrain.errors import UserError
-from lvtrain.export.model_card import CONFIG
 from lvtrain.weights.architecture import Architecture, fit, recognise
 from lvtrain.weights.foreign import swap_colours
+from lvtrain.weights.onnx_session import session
 from lvtrain.weights.reading import read_weights
+from lvtrain.weights.runs import evaluated_weights
 
-WEIGHTS = "model.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
 
 
 @dataclass
@@ -117,9 +119,6 @@ def architecture_from(section: dict[str, Any]) -> Architecture:
 
 
 def _run(path: Path, average: bool) -> tuple[Architecture, dict[str, torch.Tensor], str]:
-    from lvtrain.checkpoint.reader import open_weights
-    from lvtrain.training.initial import evaluated_weights
-
     source = open_weights(path)
     if average and source.average is None:
         raise UserError(f"{path} keeps no moving average; the recipe has no ema section")
@@ -131,8 +130,6 @@ def _run(path: Path, average: bool) -> tuple[Architecture, dict[str, torch.Tenso
 
 
 def _onnx(path: Path) -> Model:
-    from lvtrain.export.onnx_export import session
-
     run = session(path)
     import onnx
 

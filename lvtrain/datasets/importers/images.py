@@ -14,7 +14,8 @@ from hashlib import blake2b
 import numpy as np
 from PIL import Image, ImageOps
 
-from lvtrain.datasets import align, contact_sheet
+from lvtrain.data import align
+from lvtrain.datasets import contact_sheet
 from lvtrain.errors import UserError
 
 UNDECODABLE, WRONG_SIZE, GREY, NO_FACE, CONVERTED, NARROW = 1, 2, 4, 8, 16, 32

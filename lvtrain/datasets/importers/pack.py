@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from lvtrain import randomness
+from lvtrain.data import align
 from lvtrain.data.index import IndexWriter, Manifest
-from lvtrain.datasets import align, contact_sheet
+from lvtrain.datasets import contact_sheet
 from lvtrain.datasets.importers import images, work
 from lvtrain.datasets.importers.catalogue import LABEL_ORDERS, Catalogue, CatalogueWriter
 from lvtrain.datasets.importers.policies import Policies, Troubles

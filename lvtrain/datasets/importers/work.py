@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lvtrain.datasets import align
+from lvtrain.data import align
 from lvtrain.datasets.importers import images
 from lvtrain.datasets.importers.catalogue import Catalogue
 from lvtrain.datasets.importers.sources import Source, open_source

@@ -1,0 +1,38 @@
+"""An ONNX recogniser as a function of arrays, run by onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lvtrain.errors import UserError
+
+
+def session(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
+    """A function float32 `[N, 3, H, W]` -> float32 `[N, d]` over onnxruntime, whatever the file's input and output are called."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        running = onnxruntime.InferenceSession(str(path), options, providers=_providers(onnxruntime))
+    except Exception as error:
+        raise UserError(f"{path} cannot be opened by onnxruntime: {' '.join(str(error).split())[:200]}") from error
+    source, target = running.get_inputs()[0].name, running.get_outputs()[0].name
+
+    def run(images: np.ndarray) -> np.ndarray:
+        try:
+            found: np.ndarray = running.run([target], {source: np.ascontiguousarray(images, dtype=np.float32)})[0]
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} cannot be run on images {list(images.shape)}: {reason}") from error
+        return found
+
+    return run
+
+
+def _providers(onnxruntime) -> list[str]:  # type: ignore[no-untyped-def]
+    available = onnxruntime.get_available_providers()
+    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
