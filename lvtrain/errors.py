@@ -15,4 +15,6 @@ class UserError(Exception):
 
 def told(error: Exception, where: object) -> str:
     """The line of a UserError, or of an OSError: a full disk, a forbidden folder. `where` stands for a file that the system does not name."""
-    return f"{error.filename or where}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+    return (
+        f"{error.filename or where}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+    )

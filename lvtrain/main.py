@@ -29,7 +29,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--phase", help="run this phase only, and exit when it is over")
     parser.add_argument("--max-time", type=float, metavar="MINUTES", help="stop early enough to have saved by then")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check all that a start would (without the data: the recipe alone), print the plan, train nothing"
+        "--dry-run",
+        action="store_true",
+        help="check all that a start would (without the data: the recipe alone), print the plan, train nothing",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
@@ -48,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         _tell(f"lvtrain: error: {told(error, 'a file of the run')}")
-        return EXIT_ERROR if isinstance(error, UserError) else 1  # a disk that fails may work again: a chain tries it, as after a crash
+        return (
+            EXIT_ERROR if isinstance(error, UserError) else 1
+        )  # a disk that fails may work again: a chain tries it, as after a crash
     finally:
         signals.restore()
 
@@ -66,14 +70,18 @@ def _run(options: argparse.Namespace) -> int:
         from lvtrain.training.dry_run import dry_run
 
         teacher = load_teacher(recipe, needed=recipe.data.path.exists())
-        print(dry_run(recipe, options.ds_config, world_size=options.world_size, only_phase=options.phase, teacher=teacher))
+        print(
+            dry_run(recipe, options.ds_config, world_size=options.world_size, only_phase=options.phase, teacher=teacher)
+        )
         return EXIT_DONE
 
     from lvtrain.distributed import world as worlds
     from lvtrain.engine.ds_config import resolve_ds_config
     from lvtrain.training.checks import check_before_start, open_dataset
 
-    resolve_ds_config(options.ds_config, optimizer=recipe.optimizer)  # a wrong path is told before anything of the data is
+    resolve_ds_config(
+        options.ds_config, optimizer=recipe.optimizer
+    )  # a wrong path is told before anything of the data is
     size = worlds.launch().size
     dataset = open_dataset(recipe)
     ds_config = check_before_start(

@@ -75,7 +75,9 @@ class ChainRun:
 
     def states(self) -> dict[int, str]:
         """Of this chain's jobs that are in the queue."""
-        rows = self.command("squeue", "--noheader", f"--name={load_chain(self.run_folder).job_name}", "--format=%i %T").splitlines()
+        rows = self.command(
+            "squeue", "--noheader", f"--name={load_chain(self.run_folder).job_name}", "--format=%i %T"
+        ).splitlines()
         return {int(job): state for job, state in map(str.split, rows)}
 
     def step(self) -> int:
@@ -108,7 +110,9 @@ class ChainRun:
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
         while not condition():
-            assert time.monotonic() < self.deadline, f"{self.run_folder.name}: waited in vain for {what}\n{self.story()}"
+            assert time.monotonic() < self.deadline, (
+                f"{self.run_folder.name}: waited in vain for {what}\n{self.story()}"
+            )
             time.sleep(0.5)
 
     def wait_until_over(self) -> None:

@@ -62,7 +62,9 @@ def test_photographs_are_aligned_and_faceless_ones_counted(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
     portrait.rotate(90, expand=True).save(tmp_path / "src" / "hopper" / "c.jpg", quality=95, exif=exif)
     Image.new("RGB", (200, 150), (90, 120, 60)).save(tmp_path / "src" / "hopper" / "meadow.jpg")
-    report = pack(tmp_path / "src", tmp_path / "out", PackOptions("folder", align=True, policies=Policies(no_face="skip")))
+    report = pack(
+        tmp_path / "src", tmp_path / "out", PackOptions("folder", align=True, policies=Policies(no_face="skip"))
+    )
     assert report["troubles"]["no_face"] == {"policy": "skip", "count": 1, "list": ["hopper/meadow.jpg"]}
     assert report["images_encoded"] == report["images_written"] == 3
     dataset = ShardDataset(tmp_path / "out")

@@ -75,7 +75,14 @@ def _waits_in_the_steady_state(rank: int, world_size: int, stage: int) -> dict[s
     world = worlds.start()
     shape = OPTIONS | {"batch": 4, "classes": 64, "accumulation": 2, "stage": stage}
     del shape["steps"]
-    rest = {"sample_rate": 1.0, "expectations": False, "as_ranks": 1, "compile": False, "checkpoint_blocks": "none", "data": None}
+    rest = {
+        "sample_rate": 1.0,
+        "expectations": False,
+        "as_ranks": 1,
+        "compile": False,
+        "checkpoint_blocks": "none",
+        "data": None,
+    }
     step = _Step(world, **shape, **rest)
     for _ in range(3):
         step(None)

@@ -73,7 +73,9 @@ def test_landmarks_lie_in_the_picture_given() -> None:
     for released, low, high in ((False, 3.5, 43.5), (True, -1.0, 46.0)):
         part, _ = pair(released=released)
         points = part.predict_landmarks(torch.randn(2, 3, 48, 48))
-        assert float(points.min()) == pytest.approx(low, abs=1e-4) and float(points.max()) == pytest.approx(high, abs=1e-4)
+        assert float(points.min()) == pytest.approx(low, abs=1e-4) and float(points.max()) == pytest.approx(
+            high, abs=1e-4
+        )
 
 
 def test_order_and_subsets_of_landmarks() -> None:

@@ -155,7 +155,11 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("vit_t", {"checkpoint_blocks": "half"}, "checkpoint_blocks: Input should be 'none', 'activation' or 'block', got 'half'"),
+        (
+            "vit_t",
+            {"checkpoint_blocks": "half"},
+            "checkpoint_blocks: Input should be 'none', 'activation' or 'block', got 'half'",
+        ),
         ("vit_t", {"dim": 100, "heads": 8}, "dim 100 is not a multiple of heads 8"),
         ("dino_vit_tiny", {"heads": 5}, "dim 192 is not a multiple of heads 5"),
         ("vit_t", {"depth": -1}, "depth: Input should be greater than 0, got -1"),

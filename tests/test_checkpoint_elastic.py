@@ -41,7 +41,10 @@ def _pass_on(rank: int, size: int, folder: str, step: int) -> dict[int, list[str
         start, stop = classes * rank // size, classes * (rank + 1) // size
         mine = {name: tensor[start:stop] for name, tensor in _whole(classes).items()}
         run = Path(folder) / str(classes)
-        with hold(run, world) as lease, Checkpoints(run, world, run_id="r", fingerprint="f", lease=lease) as checkpoints:
+        with (
+            hold(run, world) as lease,
+            Checkpoints(run, world, run_id="r", fingerprint="f", lease=lease) as checkpoints,
+        ):
             found = checkpoints.newest()
             if found is not None:
                 reader = checkpoints.load(found)

@@ -37,7 +37,9 @@ def rows(rank: int, ranks: int, folder: str) -> tuple[int, torch.Tensor, torch.T
     fresh = head.weight.detach().clone()
     model = backbone().train()
     world = World(rank, ranks, rank, torch.device("cpu"))
-    images = class_means.start_from_means(head, model, ShardDataset(Path(folder)), world=world, batch=4, image_size=112, bfloat16=False)
+    images = class_means.start_from_means(
+        head, model, ShardDataset(Path(folder)), world=world, batch=4, image_size=112, bfloat16=False
+    )
     assert model.training
     return images, fresh, head.weight.detach()
 
@@ -52,10 +54,14 @@ def test_rows_are_the_means_of_their_classes_on_any_number_of_ranks(tmp_path: Pa
     with torch.no_grad():
         for sample in range(SAMPLES):
             data, label = dataset.read(sample)
-            sums[label] += F.normalize(model(torch.tensor(decode(data, 112)).permute(2, 0, 1)[None].sub(127.5).div(127.5)))[0]
+            sums[label] += F.normalize(
+                model(torch.tensor(decode(data, 112)).permute(2, 0, 1)[None].sub(127.5).div(127.5))
+            )[0]
     _, fresh, found = alone
     length = fresh.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(found[:CLASSES], F.normalize(sums) * length[:CLASSES], rtol=0, atol=1e-5 * length.max().item())
+    torch.testing.assert_close(
+        found[:CLASSES], F.normalize(sums) * length[:CLASSES], rtol=0, atol=1e-5 * length.max().item()
+    )
     assert torch.equal(found[CLASSES], fresh[CLASSES])
 
 

@@ -52,7 +52,9 @@ def _steps(head: ShardedClassifier, device: str) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def step(number: int) -> None:
-        labels = torch.randperm(CLASSES, generator=generator)[:BATCH]  # distinct: a GPU adds up those of one class in any order
+        labels = torch.randperm(CLASSES, generator=generator)[
+            :BATCH
+        ]  # distinct: a GPU adds up those of one class in any order
         x = torch.randn(BATCH, DIM, generator=generator).to(device).requires_grad_()
         head.begin_step(number, labels)
         loss = head(x, labels.to(device), step=number).loss
@@ -81,7 +83,9 @@ def _steps(head: ShardedClassifier, device: str) -> list[torch.Tensor]:
 def test_every_reader_waits_for_the_update(device: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def head() -> ShardedClassifier:
         margin, optimizer = create_margin("cosface"), {"mode": mode}
-        made = ShardedClassifier(CLASSES, DIM, margin=margin, expectation_margin=margin, optimizer=optimizer, device=device)
+        made = ShardedClassifier(
+            CLASSES, DIM, margin=margin, expectation_margin=margin, optimizer=optimizer, device=device
+        )
         made.enter_phase(sample_rate=0.4)
         return made
 

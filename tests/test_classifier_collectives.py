@@ -22,7 +22,9 @@ def loss_of(x, share):
 def gathered(rank, ranks, known):
     x = rows_of(rank).requires_grad_()
     everything = gather_rows(x, sizes=COUNTS[:ranks] if known else None, gradient_scale=float(ranks))
-    loss_of(everything, rank + 1.0).backward()  # each rank its own part of the whole loss, as each rank has its own classes
+    loss_of(
+        everything, rank + 1.0
+    ).backward()  # each rank its own part of the whole loss, as each rank has its own classes
     return everything.detach(), x.grad
 
 

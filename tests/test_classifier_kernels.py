@@ -22,9 +22,15 @@ def test_exponentials(running, width):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(5, width, generator=generator) * 9).to(DEVICE)
     column = torch.tensor([0, -3, width - 1, width, 10_000], device=DEVICE)
-    maximum = torch.tensor([-torch.inf, 3.0, 50.0, -torch.inf, 0.0], device=DEVICE) if running else torch.zeros(5, device=DEVICE)
+    maximum = (
+        torch.tensor([-torch.inf, 3.0, 50.0, -torch.inf, 0.0], device=DEVICE)
+        if running
+        else torch.zeros(5, device=DEVICE)
+    )
     total = torch.arange(5.0, device=DEVICE)
-    kept = logits.masked_fill((torch.arange(width, device=DEVICE) == column[:, None]) | (logits > 12), -torch.inf).double()
+    kept = logits.masked_fill(
+        (torch.arange(width, device=DEVICE) == column[:, None]) | (logits > 12), -torch.inf
+    ).double()
     highest = torch.maximum(maximum.double(), kept.amax(1)) if running else torch.zeros(5, device=DEVICE).double()
     shift = highest.clamp(min=-3e38)
     factor = torch.exp(maximum.double() - shift)
@@ -41,7 +47,10 @@ def test_exponentials(running, width):
 
 def test_coefficients():
     logits = torch.randn(4, 70, device=DEVICE)
-    column, shift = torch.tensor([0, 69, 70, -1], device=DEVICE), torch.tensor([1.0, torch.inf, -2.0, 0.0], device=DEVICE)
+    column, shift = (
+        torch.tensor([0, 69, 70, -1], device=DEVICE),
+        torch.tensor([1.0, torch.inf, -2.0, 0.0], device=DEVICE),
+    )
     value = torch.tensor([-5.0, 7.0, 8.0, 9.0], device=DEVICE)
     wanted = torch.where(logits > 1.0, 0.0, torch.exp(logits - shift[:, None]))
     wanted[0, 0], wanted[1, 69] = -5.0, 7.0
@@ -60,14 +69,18 @@ def test_rows_are_normalised_and_their_gradient_taken_through_it(dim):
     leaf = source.double().requires_grad_()
     wanted = F.normalize(leaf)
     (through,) = torch.autograd.grad(wanted, leaf, gradient.double() * 0.25)
-    torch.testing.assert_close(unit_rows(source, torch.empty_like(source), eps=1e-12).double(), wanted.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        unit_rows(source, torch.empty_like(source), eps=1e-12).double(), wanted.detach(), rtol=1e-6, atol=1e-7
+    )
     rounded = unit_rows(source, torch.empty_like(source, dtype=torch.float16), eps=1e-12)
     torch.testing.assert_close(rounded.double(), wanted.detach(), rtol=1e-3, atol=1e-7)
     for unit in (False, True):
         got = gradient.clone()
         row_gradients(got, source, factor, got, unit=unit, eps=1e-12)
         expected = 0.25 * (gradient - (gradient * source).sum(1, keepdim=True) * source) if unit else through
-        torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-5 * expected[:4].abs().max().item())
+        torch.testing.assert_close(
+            got.double(), expected.double(), rtol=1e-5, atol=1e-5 * expected[:4].abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("precision", ["float32", "half"])
@@ -82,7 +95,14 @@ def test_the_whole_primitive_with_the_kernels(precision, threshold):
     answers = []
     for kernel in ("torch", "triton"):
         n, cosine = negative_logsumexp(
-            F.normalize(x), weight, labels, scale=64.0, chunk=40, threshold=threshold, precision=precision, kernel=kernel
+            F.normalize(x),
+            weight,
+            labels,
+            scale=64.0,
+            chunk=40,
+            threshold=threshold,
+            precision=precision,
+            kernel=kernel,
         )
         loss = (torch.logaddexp(torch.zeros_like(n), n - 64 * cosine + 25) * (labels >= 0)).mean()
         answers.append((n, *torch.autograd.grad(loss, (x, weight))))

@@ -17,7 +17,9 @@ CLASSES, DIM, BATCH = 211, 24, 37  # ragged against every chunk size below
 
 def data(seed=0, dtype=torch.float64, classes=CLASSES, batch=BATCH, dim=DIM, late=False):
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(classes, dim, generator=generator, dtype=torch.float64) * torch.rand(classes, 1, generator=generator, dtype=torch.float64)
+    weight = torch.randn(classes, dim, generator=generator, dtype=torch.float64) * torch.rand(
+        classes, 1, generator=generator, dtype=torch.float64
+    )
     labels = torch.randint(0, classes, (batch,), generator=generator)
     x = torch.randn(batch, dim, generator=generator, dtype=torch.float64)
     if late:  # cosine to the own centre near 0.75
@@ -115,7 +117,9 @@ def test_per_class_scale_filtering_mask_and_subset_together():
     expected_cosine = torch.where(here, full[torch.arange(BATCH), labels.clamp(min=0)], 0.0)
     torch.testing.assert_close(n, expected, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(cosine, expected_cosine, rtol=1e-13, atol=1e-13)
-    loss, loss_ref = (torch.logaddexp(torch.zeros_like(a), a - 20 * b).sum() for a, b in ((n, cosine), (expected, expected_cosine)))
+    loss, loss_ref = (
+        torch.logaddexp(torch.zeros_like(a), a - 20 * b).sum() for a, b in ((n, cosine), (expected, expected_cosine))
+    )
     got, wanted = torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(loss_ref, (x, weight))
     for a, b in zip(got, wanted):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * b.abs().max().item())
@@ -131,7 +135,10 @@ def test_cosines_at_plus_and_minus_one(own, others, dtype):
     x = direction[None].clone().requires_grad_()
     labels = torch.zeros(1, dtype=torch.int64)
     for margin in (CosFace(), ArcFace()):
-        loss, expected = ours(x, weight, labels, margin, chunk=8), materialised(x.double(), weight.double(), labels, margin)
+        loss, expected = (
+            ours(x, weight, labels, margin, chunk=8),
+            materialised(x.double(), weight.double(), labels, margin),
+        )
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-30)
         for gradient in torch.autograd.grad(loss, (x, weight)):
             assert gradient.isfinite().all()
@@ -181,7 +188,9 @@ def test_kept_exponentials_change_nothing(batch, scale, keep_mb):
     the same numbers bit for bit, with the running maximum (scale 300) to rounding."""
     x, weight, labels = data(dtype=torch.float32, batch=batch)
     labels[2] = -1
-    n, cosine = negative_logsumexp(F.normalize(x), weight, labels, scale=scale, chunk=50, threshold=0.6, keep_mb=keep_mb)
+    n, cosine = negative_logsumexp(
+        F.normalize(x), weight, labels, scale=scale, chunk=50, threshold=0.6, keep_mb=keep_mb
+    )
     loss = (torch.logaddexp(torch.zeros_like(n), n - scale * cosine) * (labels >= 0)).sum()
     kept = torch.autograd.grad(loss, (x, weight), retain_graph=True)
     again = [gradient.clone() for gradient in kept]
@@ -205,7 +214,9 @@ class Multiplications(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision,batch,matmuls", [("float32", 32, 3.0), ("float32", 64, 3.5), ("half", 64, 3.0), ("half", 128, 3.5)])
+@pytest.mark.parametrize(
+    "precision,batch,matmuls", [("float32", 32, 3.0), ("float32", 64, 3.5), ("half", 64, 3.0), ("half", 128, 3.5)]
+)
 def test_exponentials_on_the_shelf_save_a_matmul(precision, batch, matmuls):
     """B up to d (2 d in 16 bits): three matmuls instead of four; twice that: half of it saved."""
     x, weight, labels = data(dtype=torch.float32, classes=1600, batch=batch, dim=32)
@@ -292,7 +303,9 @@ def arcface_torch_loss(x, weight, labels, kind):
     return -torch.softmax((cosine + offset) * 64.0, dim=1)[index, labels].clamp_min(1e-30).log().mean()
 
 
-@pytest.mark.parametrize("kind,margin", [("cosface", CosFace(m=0.4)), ("arcface", ArcFace(m=0.5, straight_through=True))])
+@pytest.mark.parametrize(
+    "kind,margin", [("cosface", CosFace(m=0.4)), ("arcface", ArcFace(m=0.5, straight_through=True))]
+)
 def test_values_and_gradients_of_arcface_torch(kind, margin):
     x, weight, labels = data(4, late=True)
     expected, loss = arcface_torch_loss(x, weight, labels, kind), ours(x, weight, labels, margin, chunk=70)

@@ -206,9 +206,13 @@ def test_a_share_of_a_margin_is_a_smaller_margin(whole: Margin, half: Margin) ->
     norms = torch.linspace(1.0, 60.0, len(COSINES), dtype=torch.float64)
     smaller = {"classes": CONTEXT["classes"], "margins": CONTEXT["margins"] / 2}
     whole.share = 0.5
-    assert torch.equal(whole.target_logit(COSINES, LABELS, norms, **CONTEXT), half.target_logit(COSINES, LABELS, norms, **smaller))
+    assert torch.equal(
+        whole.target_logit(COSINES, LABELS, norms, **CONTEXT), half.target_logit(COSINES, LABELS, norms, **smaller)
+    )
     whole.share = 0.0
-    assert torch.allclose(whole.target_logit(COSINES, LABELS, norms, **CONTEXT), 64 * COSINES, atol=64e-3)  # AdaFace ends at an angle of 1e-3
+    assert torch.allclose(
+        whole.target_logit(COSINES, LABELS, norms, **CONTEXT), 64 * COSINES, atol=64e-3
+    )  # AdaFace ends at an angle of 1e-3
 
 
 def test_user_mistakes() -> None:

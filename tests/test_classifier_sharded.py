@@ -40,7 +40,9 @@ def batch(kind="mixed"):
 
 def head_of(**options):
     options = copy.deepcopy(options)  # a margin may carry statistics: each head has its own
-    settings = dict(margin=CosFace(scale=32.0), expectation_margin=CosFace(scale=32.0, m=0.3), dtype=torch.float64, chunk=7, seed=5)
+    settings = dict(
+        margin=CosFace(scale=32.0), expectation_margin=CosFace(scale=32.0, m=0.3), dtype=torch.float64, chunk=7, seed=5
+    )
     return ShardedClassifier(options.pop("classes", CLASSES), DIM, **(settings | options))
 
 
@@ -96,9 +98,13 @@ def reference(options, phase, kind):
         for i, cosine in enumerate(cosines):
             negatives = cosines[0] if options.get("expectation_negatives") == "shared" else cosine
             above = torch.where(own | out[i], 0.0, torch.exp(32.0 * negatives)).sum(1)
-            fractions.append(above / torch.exp(margins[i].target_logit((cosine * own).sum(1), y, leaf.detach().norm(dim=1))))
+            fractions.append(
+                above / torch.exp(margins[i].target_logit((cosine * own).sum(1), y, leaf.detach().norm(dim=1)))
+            )
         loss = (torch.log(1 + sum(fractions)) * valid).sum() / GLOBAL
-        if bank is None:  # one anchor: the formula is the library's cross entropy on the logits with the target's changed
+        if (
+            bank is None
+        ):  # one anchor: the formula is the library's cross entropy on the logits with the target's changed
             targets = margins[0].target_logit((cosines[0] * own).sum(1), y, leaf.detach().norm(dim=1))
             logits = torch.where(own, targets[:, None], (32.0 * cosines[0]).masked_fill(out[0], -torch.inf))
             library = (F.cross_entropy(logits, own.int().argmax(1), reduction="none") * valid).sum() / GLOBAL
@@ -115,21 +121,39 @@ def reference(options, phase, kind):
         if bank is not None and phase["expectation"] == "update":
             bank.update(F.normalize(leaf.detach()), labels[step])
         head.margin.end_step(leaf.detach().norm(dim=1), labels[step])
-    return dict(losses=losses, gradients=torch.stack(gradients), weight=weight.detach(), rows=bank.rows_tensor if bank else None, cos2=cos2)
+    return dict(
+        losses=losses,
+        gradients=torch.stack(gradients),
+        weight=weight.detach(),
+        rows=bank.rows_tensor if bank else None,
+        cos2=cos2,
+    )
 
 
 CASES = {
     "cosface": ({}, dict(sample_rate=1.0), "mixed"),
     "sampled": ({}, dict(sample_rate=0.3), "mixed"),
     "arcface": (dict(margin=ArcFace(scale=32.0)), dict(sample_rate=1.0), "mixed"),
-    "arcface, straight through": (dict(margin=ArcFace(scale=32.0, straight_through=True)), dict(sample_rate=1.0), "mixed"),
-    "combined, filtered": (dict(margin=Combined(scale=32.0, m1=1.2, m2=0.2, m3=0.1, filter_threshold=0.3)), dict(sample_rate=0.3), "mixed"),
+    "arcface, straight through": (
+        dict(margin=ArcFace(scale=32.0, straight_through=True)),
+        dict(sample_rate=1.0),
+        "mixed",
+    ),
+    "combined, filtered": (
+        dict(margin=Combined(scale=32.0, m1=1.2, m2=0.2, m3=0.1, filter_threshold=0.3)),
+        dict(sample_rate=0.3),
+        "mixed",
+    ),
     "adaface": (dict(margin=AdaFace(scale=32.0)), dict(sample_rate=1.0), "mixed"),
     "nothing kept": (dict(keep_mb=0.0), dict(sample_rate=1.0), "mixed"),
     "one chunk kept": (dict(keep_mb=2e-3), dict(sample_rate=1.0), "mixed"),
     "one identity": ({}, dict(sample_rate=0.2), "one identity"),
     "two anchors": ({}, dict(sample_rate=0.3, expectation="update"), "mixed"),
-    "two anchors, shared negatives": (dict(expectation_negatives="shared"), dict(sample_rate=1.0, expectation="update"), "mixed"),
+    "two anchors, shared negatives": (
+        dict(expectation_negatives="shared"),
+        dict(sample_rate=1.0, expectation="update"),
+        "mixed",
+    ),
     "two anchors, frozen, all classes": ({}, dict(sample_rate=1.0, expectation="frozen"), "mixed"),
 }
 
@@ -144,7 +168,9 @@ def everything(rank, ranks):
         answers["state"] = half_way(rank, ranks, None)
     if ranks == 4:
         answers["few classes"] = few_classes(rank, ranks)
-        answers["in backward"] = train(rank, ranks, dict(in_backward=True), dict(sample_rate=1.0), "mixed")  # one micro-step a step
+        answers["in backward"] = train(
+            rank, ranks, dict(in_backward=True), dict(sample_rate=1.0), "mixed"
+        )  # one micro-step a step
     return answers
 
 
@@ -159,7 +185,10 @@ def test_training_equals_the_formulas_on_any_number_of_ranks(case, ranks):
     options, phase, kind = CASES[case]
     answers = [answer[case] for answer in on(ranks)]
     expected = reference(options, phase, kind)
-    exact = [sum(answers[0]["losses"][i * VIRTUAL // ranks : (i + 1) * VIRTUAL // ranks]) / (VIRTUAL // ranks) for i in range(STEPS)]
+    exact = [
+        sum(answers[0]["losses"][i * VIRTUAL // ranks : (i + 1) * VIRTUAL // ranks]) / (VIRTUAL // ranks)
+        for i in range(STEPS)
+    ]
     for got, wanted in zip(exact, expected["losses"]):
         assert abs(got - wanted) <= 1e-12 * abs(wanted)
     for answer in answers:
@@ -168,9 +197,13 @@ def test_training_equals_the_formulas_on_any_number_of_ranks(case, ranks):
     scale = expected["gradients"].abs().max().item()
     torch.testing.assert_close(gradients, expected["gradients"], rtol=0, atol=1e-12 * scale)
     weight = torch.cat([answer["weight"] for answer in answers])
-    torch.testing.assert_close(weight, expected["weight"], rtol=0, atol=1e-10)  # AdamW divides by what may be near its eps
+    torch.testing.assert_close(
+        weight, expected["weight"], rtol=0, atol=1e-10
+    )  # AdamW divides by what may be near its eps
     if expected["rows"] is not None:
-        torch.testing.assert_close(torch.cat([answer["rows"] for answer in answers]), expected["rows"], rtol=0, atol=2e-7)
+        torch.testing.assert_close(
+            torch.cat([answer["rows"] for answer in answers]), expected["rows"], rtol=0, atol=2e-7
+        )
     if ranks == VIRTUAL:
         for got, wanted in zip(answers[0]["cos2"], expected["cos2"]):
             assert abs(got - wanted) < 1e-12
@@ -317,8 +350,13 @@ def test_first_feature_leaves_unknown_classes_out_of_the_second_anchor():
     own = F.one_hot(y, CLASSES).bool()
     assert 3 < (valid & ~known[y]).sum() < GLOBAL - 3, "samples of either kind"
     fractions = 0.0
-    for cosine, margin, out in ((unit @ F.normalize(head.weight.detach()).t(), 0.4, own), (unit @ rows.t(), 0.3, own | ~known)):
-        sums = torch.exp(32.0 * cosine).masked_fill(out, 0.0).sum(1) / torch.exp(32.0 * ((cosine * own).sum(1) - margin))
+    for cosine, margin, out in (
+        (unit @ F.normalize(head.weight.detach()).t(), 0.4, own),
+        (unit @ rows.t(), 0.3, own | ~known),
+    ):
+        sums = torch.exp(32.0 * cosine).masked_fill(out, 0.0).sum(1) / torch.exp(
+            32.0 * ((cosine * own).sum(1) - margin)
+        )
         fractions = fractions + sums * (known[y] if margin == 0.3 else 1.0)
     assert losses[3] == pytest.approx(((torch.log(1 + fractions) * valid).sum() / GLOBAL).item(), rel=1e-6)
     moved = head.expectation.rows_tensor.clone()
@@ -358,7 +396,16 @@ def half_way(rank, ranks, given):
 def test_state_written_on_two_ranks_is_taken_up_by_any_number():
     states = [answer["state"] for answer in on(2)]
     assert set(states[0]) == {
-        *("weight", "exp_avg", "exp_avg_sq", "row_step", "expectation", "expectation_valid", "margin.mean", "margin.std")
+        *(
+            "weight",
+            "exp_avg",
+            "exp_avg_sq",
+            "row_step",
+            "expectation",
+            "expectation_valid",
+            "margin.mean",
+            "margin.std",
+        )
     }
     assert isinstance(states[1]["weight"], Rows) and states[1]["weight"].start == class_range(CLASSES, 1, 2)[0]
     ends = {1: [half_way(0, 1, states)], 4: run_ranks(4, half_way, states)}
@@ -418,13 +465,18 @@ def test_three_collectives_a_step():
 
 
 @pytest.mark.parametrize("precision", ["float32", "half"])
-@pytest.mark.parametrize("device,kernel", [("cpu", "torch"), *(pytest.param("cuda", kernel, marks=pytest.mark.gpu) for kernel in ("torch", "triton"))])
+@pytest.mark.parametrize(
+    "device,kernel",
+    [("cpu", "torch"), *(pytest.param("cuda", kernel, marks=pytest.mark.gpu) for kernel in ("torch", "triton"))],
+)
 def test_the_device_computes_the_step_and_the_host_never_waits_for_it(device, precision, kernel):
     """Sampled classes, a margin with statistics, two anchors, the row-sparse update. The bank's update is left out: it waits twice, and says so."""
     options, phase = dict(margin=AdaFace(scale=32.0)), dict(sample_rate=0.3, expectation="frozen")
     expected = reference(options, phase, "mixed")
     row_optimizer = dict(mode="row_sparse", kernel=kernel)
-    head = head_of(**options, dtype=torch.float32, device=device, precision=precision, kernel=kernel, optimizer=row_optimizer)
+    head = head_of(
+        **options, dtype=torch.float32, device=device, precision=precision, kernel=kernel, optimizer=row_optimizer
+    )
     head.enter_phase(**phase)
     x, labels = batch()
     leaves, there = [one.float().to(device).requires_grad_() for one in x], labels.to(device)
@@ -443,7 +495,9 @@ def test_the_device_computes_the_step_and_the_host_never_waits_for_it(device, pr
             torch.cuda.set_sync_debug_mode("default")
     assert [loss.item() for loss in losses[:1]] == pytest.approx(expected["losses"][:1], rel=1e-3)
     got = leaves[0].grad.cpu().double()
-    assert (got - expected["gradients"][0]).norm() < (1e-3 if precision == "half" else 1e-5) * expected["gradients"][0].norm()
+    assert (got - expected["gradients"][0]).norm() < (1e-3 if precision == "half" else 1e-5) * expected["gradients"][
+        0
+    ].norm()
     assert all(loss.isfinite() for loss in losses) and head.margin.mean.device.type == device
 
 
@@ -464,8 +518,21 @@ def test_what_the_recipe_says_reaches_the_classifier():
                 "keep_mb": 3.0,
                 "optimizer": {"name": "sgd", "mode": "row_sparse", "momentum": 0.0, "lr": 0.3, "moments": "bfloat16"},
             },
-            "method": {"name": "pco", "m2": 0.25, "expectation_negatives": "shared", "expectation_init": "first_feature"},
-            "phases": [{"name": "only", "global_batch": GLOBAL, "virtual_batches": 1, "sample_rate": 0.5, "expectation": "update"}],
+            "method": {
+                "name": "pco",
+                "m2": 0.25,
+                "expectation_negatives": "shared",
+                "expectation_init": "first_feature",
+            },
+            "phases": [
+                {
+                    "name": "only",
+                    "global_batch": GLOBAL,
+                    "virtual_batches": 1,
+                    "sample_rate": 0.5,
+                    "expectation": "update",
+                }
+            ],
             "optimizer": {"lr": 0.1, "betas": [0.7, 0.95], "eps": 1e-5, "weight_decay": 0.2, "weight_decay_end": 0.6},
             "schedule": {"total": "10 steps"},
         }
@@ -473,20 +540,47 @@ def test_what_the_recipe_says_reaches_the_classifier():
     method = create_method(recipe, num_classes=CLASSES, device=torch.device("cpu"))
     method.enter_phase(recipe.phases[0], first_time=True)
     head, rows = method.classifier, method.classifier.optimizer
-    assert isinstance(head.margin, ArcFace) and (head.margin.scale, head.margin.m2, head.margin.filter_threshold) == (24.0, 0.45, 0.7)
-    assert isinstance(head.expectation_margin, CosFace) and (head.expectation_margin.scale, head.expectation_margin.m) == (24.0, 0.25)
-    assert (head.expectation_negatives, head.expectation.init, head.expectation_updates) == ("shared", "first_feature", True)
-    assert (head.sample_rate, head.seed, head.precision, head.gather, head.chunk, head.keep_mb) == (0.5, 9, "bfloat16", "bfloat16", 9, 3.0)
+    assert isinstance(head.margin, ArcFace) and (head.margin.scale, head.margin.m2, head.margin.filter_threshold) == (
+        24.0,
+        0.45,
+        0.7,
+    )
+    assert isinstance(head.expectation_margin, CosFace) and (
+        head.expectation_margin.scale,
+        head.expectation_margin.m,
+    ) == (24.0, 0.25)
+    assert (head.expectation_negatives, head.expectation.init, head.expectation_updates) == (
+        "shared",
+        "first_feature",
+        True,
+    )
+    assert (head.sample_rate, head.seed, head.precision, head.gather, head.chunk, head.keep_mb) == (
+        0.5,
+        9,
+        "bfloat16",
+        "bfloat16",
+        9,
+        3.0,
+    )
     assert (rows.name, rows.mode, rows.momentum, rows.betas, rows.eps) == ("sgd", "row_sparse", 0.0, (0.7, 0.95), 1e-5)
     x, labels = batch()
-    now = Now(step=0, lr=0.05, progress=0.5, epoch=0.0)  # the backbone's rate at half its peak, its weight decay half way from 0.2 to 0.6
+    now = Now(
+        step=0, lr=0.05, progress=0.5, epoch=0.0
+    )  # the backbone's rate at half its peak, its weight decay half way from 0.2 to 0.6
     method.begin_step(now, labels[0])
     method.loss(x[0].float().requires_grad_(), SimpleNamespace(labels=labels[0]), now).loss.backward()
     before, chosen, gradient = head.weight.detach().clone(), head.chosen, head._step.gradient.clone()
     method.end_step(now, nullcontext)
     before[chosen] -= 0.15 * (gradient + 0.4 * before[chosen])
     torch.testing.assert_close(head.weight.detach(), before)
-    for at, warmup, share in ((0, "4 steps", 0.0), (3, "4 steps", 0.75), (4, "4 steps", 1.0), (9, "4 steps", 1.0), (1, "1.5 epochs", 0.5), (0, "0 steps", 1.0)):
+    for at, warmup, share in (
+        (0, "4 steps", 0.0),
+        (3, "4 steps", 0.75),
+        (4, "4 steps", 1.0),
+        (9, "4 steps", 1.0),
+        (1, "1.5 epochs", 0.5),
+        (0, "0 steps", 1.0),
+    ):
         recipe.classifier.margin.warmup = Duration(warmup)
         method.begin_step(Now(step=at, lr=0.05, progress=0.1, epoch=0.75 * at), labels[0])
         assert head.margin.share == share
@@ -506,7 +600,9 @@ def test_a_run_that_learns_nothing_is_told():
     method = create_method(recipe, num_classes=5, device=torch.device("cpu"))
 
     def told(epoch, cos2, across, step=100):
-        return method.warnings({"cos2": cos2, "batch_cosine": across}, Now(step=step, lr=0.1, progress=0.1, epoch=epoch))
+        return method.warnings(
+            {"cos2": cos2, "batch_cosine": across}, Now(step=step, lr=0.1, progress=0.1, epoch=epoch)
+        )
 
     assert told(1.0, 0.12, 0.0) == told(9.0, 0.6, 0.2) == told(0.9, 0.002, 0.9) == told(3.0, 0.002, 0.9, step=99) == []
     assert "class centres 0.014 (cos2); lower optimizer.lr" in told(1.4, 0.014, 0.24)[0]

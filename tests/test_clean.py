@@ -49,10 +49,15 @@ class Planted:
         self.who = [int(shot.split("-")[0]) for _, shot in self.key]
         self.embeddings = np.stack([self.embed(rng, who) for who in self.who]).astype(np.float32)
         for name, again, first in (("p11", "11-again", "11-1"), ("p14", "14-again", "14-0")):
-            self.embeddings[self.sample(name, again)] = self.embeddings[self.sample(name, first)] + 0.05 * rng.normal(size=DIMENSION)
+            self.embeddings[self.sample(name, again)] = self.embeddings[self.sample(name, first)] + 0.05 * rng.normal(
+                size=DIMENSION
+            )
         self.embeddings *= rng.uniform(0.5, 20, size=(len(self.embeddings), 1))  # scale carries no meaning
         # the test set: person 20 who is trained on, picture 14-2 itself, and a stranger
-        shown = [(20, encode_face(7, 20, 50, DIFFICULTIES["normal"])), (PEOPLE, encode_face(7, PEOPLE, 0, DIFFICULTIES["normal"]))] * 5
+        shown = [
+            (20, encode_face(7, 20, 50, DIFFICULTIES["normal"])),
+            (PEOPLE, encode_face(7, PEOPLE, 0, DIFFICULTIES["normal"])),
+        ] * 5
         self.test_images = [image for _, image in shown] + [images["p14", "14-2"]] * 10
         rows = [self.embed(rng, who) for who, _ in shown]
         self.test_embeddings = np.stack(rows + [self.embeddings[self.sample("p14", "14-2")]] * 10)
@@ -79,7 +84,9 @@ def planted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def findings(planted):
     part = clean.EvaluationSet("exam", planted.test_embeddings, planted.test_images.__getitem__)
-    return clean.analyse(planted.embeddings, planted.labels, lambda sample: planted.data.read(sample)[0], evaluation=[part])
+    return clean.analyse(
+        planted.embeddings, planted.labels, lambda sample: planted.data.read(sample)[0], evaluation=[part]
+    )
 
 
 def test_strangers(planted, findings):
@@ -121,8 +128,17 @@ def test_the_same_picture_in_other_bytes(planted, findings):
 
 
 def test_overlap_with_an_evaluation_set(planted, findings):
-    assert {(name, planted.names[label]) for name, _, label, _ in findings.overlaps} == {("exam", "p20"), ("exam", "p14")}
-    assert sorted({image for _, image, label, _ in findings.overlaps if planted.names[label] == "p20"}) == [0, 2, 4, 6, 8]
+    assert {(name, planted.names[label]) for name, _, label, _ in findings.overlaps} == {
+        ("exam", "p20"),
+        ("exam", "p14"),
+    }
+    assert sorted({image for _, image, label, _ in findings.overlaps if planted.names[label] == "p20"}) == [
+        0,
+        2,
+        4,
+        6,
+        8,
+    ]
     assert {(image, sample) for _, image, sample, _ in findings.repeated_images} == {
         (image, planted.sample("p14", "14-2")) for image in range(10, 20)
     }
@@ -138,7 +154,9 @@ def test_choice(planted, findings, policy):
     expected |= {sample for sample, label in enumerate(planted.labels) if planted.names[label] in dropped}
     assert gone == expected
     used = label_of[label_of != clean.DROPPED]
-    assert sorted(set(used.tolist())) == list(range({"merge": classes - 3, "drop": classes - 3, "keep": classes - 2}[policy]))
+    assert sorted(set(used.tolist())) == list(
+        range({"merge": classes - 3, "drop": classes - 3, "keep": classes - 2}[policy])
+    )
     five, five_b = planted.names.index("p05"), planted.names.index("p05b")
     assert (label_of[five] == label_of[five_b]) == (policy == "merge")
 
@@ -177,7 +195,13 @@ def test_command_line_writes_a_subset_that_loads(planted, tmp_path):
     before = {path: path.read_bytes() for path in planted.folder.rglob("*") if path.is_file()}
     app = typer.Typer()
     app.command()(main)
-    arguments = [str(planted.folder), str(tmp_path / "cleaned.json"), "--embeddings", str(tmp_path / "all.npy"), "--evaluation"]
+    arguments = [
+        str(planted.folder),
+        str(tmp_path / "cleaned.json"),
+        "--embeddings",
+        str(tmp_path / "all.npy"),
+        "--evaluation",
+    ]
     arguments += [str(tmp_path / "exam.bin"), "--evaluation-embeddings", str(tmp_path / "exam.npy")]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -192,7 +216,9 @@ def test_command_line_writes_a_subset_that_loads(planted, tmp_path):
     np.save(tmp_path / "short.npy", planted.embeddings[:-1])
     bad = CliRunner().invoke(app, [*arguments[:2], "--embeddings", str(tmp_path / "short.npy")])
     assert bad.exit_code == 2 and "embed this dataset again" in bad.output
-    late = CliRunner().invoke(app, [arguments[0], str(tmp_path / "exam.json"), "--embeddings", str(tmp_path / "nothing.npy")])
+    late = CliRunner().invoke(
+        app, [arguments[0], str(tmp_path / "exam.json"), "--embeddings", str(tmp_path / "nothing.npy")]
+    )
     assert late.exit_code == 2 and "exam.bin beside it is not a subset's" in late.output  # before anything is embedded
 
 

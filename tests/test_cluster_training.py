@@ -43,10 +43,14 @@ def test_front_door_trains_resumes_and_reports(tiny_faces: Path, tmp_path: Path)
     assert [row["step"] for row in straight] == list(range(1, 9)) == [row["step"] for row in moved]
     for row, again in zip(straight, stopped, strict=True):
         of_machine = {"time", "images_per_second", "data_wait"}
-        assert {k: v for k, v in row.items() if k not in of_machine} == {k: v for k, v in again.items() if k not in of_machine}
+        assert {k: v for k, v in row.items() if k not in of_machine} == {
+            k: v for k, v in again.items() if k not in of_machine
+        }
     parts = ("loss_classification", "loss_clustering", "loss_aligning")
     for column in ("loss", "phi_mean", "phi_max", "margin_mean", "temperature", *parts):
-        assert [row.get(column, 0.0) for row in moved] == pytest.approx([row.get(column, 0.0) for row in straight], rel=2e-4), column
+        assert [row.get(column, 0.0) for row in moved] == pytest.approx(
+            [row.get(column, 0.0) for row in straight], rel=2e-4
+        ), column
     # the bank's warm-up: two steps of plain ArcFace, then all three losses
     assert "loss_clustering" not in straight[1] and straight[2]["loss_clustering"] > 0
     assert "loss_aligning" not in straight[1] and 0 < straight[2]["loss_aligning"] < 2

@@ -116,7 +116,12 @@ def test_fingerprint_changes_with_what_matters(folder, tmp_path):
     body = json.loads(path.read_text())
     shards = body["shards"]
     other_bytes = [{**shards[0], "sha256": "0" * 64}, *shards[1:]]
-    for change in ({"shards": shards[::-1]}, {"shards": other_bytes}, {"index_sha256": "0" * 64}, {"labels_sha256": "0" * 64}):
+    for change in (
+        {"shards": shards[::-1]},
+        {"shards": other_bytes},
+        {"index_sha256": "0" * 64},
+        {"labels_sha256": "0" * 64},
+    ):
         path.write_text(json.dumps(body | change))
         assert read_manifest(folder).fingerprint != before
     assert ShardDataset(make_dataset(tmp_path / "other", samples=42)).fingerprint != before

@@ -99,11 +99,15 @@ def test_a_subset_of_a_subset_is_one_of_the_dataset(whole, tmp_path):
     label_of = np.full(40, DROPPED, dtype=np.uint32)
     label_of[[3, 9, 11, 20]] = [0, 0, 1, 2]
     labels = whole.labels(np.arange(200))
-    cleaned = ShardDataset(write_subset(tmp_path / "a.json", whole, np.flatnonzero(label_of[labels] != DROPPED), label_of=label_of))
+    cleaned = ShardDataset(
+        write_subset(tmp_path / "a.json", whole, np.flatnonzero(label_of[labels] != DROPPED), label_of=label_of)
+    )
     ids = choose(cleaned, shots=1, without_identities=["person_11"])
     few = ShardDataset(write_subset(tmp_path / "b.json", cleaned, ids))
     assert len(few) == few.num_classes == 2 and few.label_names() == ["person_3", "person_20"]
-    assert [few.read(row) for row in range(2)] == [(cleaned.read(int(sample))[0], row) for row, sample in enumerate(ids)]
+    assert [few.read(row) for row in range(2)] == [
+        (cleaned.read(int(sample))[0], row) for row, sample in enumerate(ids)
+    ]
 
 
 def test_stale_missing_and_cut_subsets_are_refused(whole, tmp_path):
@@ -129,7 +133,9 @@ def test_a_verification_set_of_the_same_name_is_not_written_over(whole, tmp_path
     (tmp_path / "heldout.bin").write_bytes(b"pairs")
     with pytest.raises(UserError, match=r"heldout\.bin beside it is not a subset's"):
         write_subset(tmp_path / "heldout.json", whole, np.arange(5))
-    assert [path.name for path in tmp_path.iterdir()] == ["heldout.bin"] and (tmp_path / "heldout.bin").read_bytes() == b"pairs"
+    assert [path.name for path in tmp_path.iterdir()] == ["heldout.bin"] and (
+        tmp_path / "heldout.bin"
+    ).read_bytes() == b"pairs"
     for count in (3, 5):  # its own it replaces
         assert len(ShardDataset(write_subset(tmp_path / "few.json", whole, np.arange(count)))) == count
 
@@ -139,9 +145,15 @@ def test_the_tool(folder, tmp_path):
     done = subprocess.run([*command, "--fraction", "0.1", "--shots", "1"], capture_output=True, text=True, check=True)
     assert "4 images of 4 identities" in done.stdout
     wrong = subprocess.run([*command, "--fraction", "2"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("make_subset: error: fraction=2.0") and wrong.stderr.count("\n") == 1
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr.startswith("make_subset: error: fraction=2.0")
+        and wrong.stderr.count("\n") == 1
+    )
     (tmp_path / "latin.txt").write_bytes(b"Andr\xe9\n")
-    wrong = subprocess.run([*command, "--identities", str(tmp_path / "latin.txt")], capture_output=True, text=True, check=False)
+    wrong = subprocess.run(
+        [*command, "--identities", str(tmp_path / "latin.txt")], capture_output=True, text=True, check=False
+    )
     assert wrong.returncode == 2 and "is no UTF-8 text" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 

@@ -49,7 +49,9 @@ def small_recipe(method: dict[str, Any], margin: str = "cosface") -> Recipe:
 
 def linear_teacher() -> Teacher:
     torch.manual_seed(4)
-    return Teacher(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, DIM)).requires_grad_(False), nn.Identity, bytes(32), "linear")
+    return Teacher(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, DIM)).requires_grad_(False), nn.Identity, bytes(32), "linear"
+    )
 
 
 def distilled(method: dict[str, Any], margin: str = "cosface") -> SupervisedMethod:
@@ -119,7 +121,9 @@ def test_loss_and_gradients_are_the_formulas_on_any_number_of_ranks(ranks: int) 
     gradient = torch.cat([result["x"] for result in results]).double() / ranks
     torch.testing.assert_close(gradient[good], x.grad, rtol=1e-5, atol=1e-8)  # the cosine to the teacher is float32
     assert not gradient[~good].any()
-    torch.testing.assert_close(torch.cat([result["rows"] for result in results]).double(), rows.grad, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        torch.cat([result["rows"] for result in results]).double(), rows.grad, rtol=1e-6, atol=1e-9
+    )
 
 
 def test_other_supervised_methods_are_distilled_too() -> None:
@@ -132,7 +136,9 @@ def test_other_supervised_methods_are_distilled_too() -> None:
     own = method.own_loss(outputs, batch, NOW)
     mixed = method.loss(outputs, batch, NOW)
     assert own.metrics.keys() | {"loss_distillation"} == mixed.metrics.keys() and "loss_distillation" not in own.metrics
-    assert float(mixed.loss) == pytest.approx((1 - WEIGHT) * float(own.loss) + WEIGHT * float(mixed.metrics["loss_distillation"]), rel=1e-6)
+    assert float(mixed.loss) == pytest.approx(
+        (1 - WEIGHT) * float(own.loss) + WEIGHT * float(mixed.metrics["loss_distillation"]), rel=1e-6
+    )
 
 
 def test_the_teacher_computes_in_the_students_precision() -> None:
@@ -142,7 +148,9 @@ def test_the_teacher_computes_in_the_students_precision() -> None:
     _, images, labels = step_data()
     for method.distillation.bfloat16 in (False, True):
         method.distillation.distance(torch.randn(GLOBAL, DIM), SimpleNamespace(images=images, labels=labels))
-    assert [result.dtype for result in seen] == [torch.float32, torch.bfloat16] and not any(result.requires_grad for result in seen)
+    assert [result.dtype for result in seen] == [torch.float32, torch.bfloat16] and not any(
+        result.requires_grad for result in seen
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- by the front door
@@ -182,7 +190,9 @@ def test_a_stopped_run_goes_on_with_its_teacher_and_with_no_other(tiny_faces: Pa
     assert run(stopped, f"method.distill.teacher={moved}", ranks=2) == 0, output(stopped)
     ours, theirs = contents(folders["stopped"]), contents(folders["peaceful"])
     assert ours == theirs
-    assert {name for name in ours if "distill" in name or "teacher" in name} == {"distill.teacher"}  # of the teacher, its fingerprint alone
+    assert {name for name in ours if "distill" in name or "teacher" in name} == {
+        "distill.teacher"
+    }  # of the teacher, its fingerprint alone
 
     one, two = metrics(folders["alone"]), metrics(folders["peaceful"])
     for a, b in zip(one, two, strict=True):
@@ -205,8 +215,12 @@ def test_a_teacher_that_cannot_be_is_refused_before_a_start(
         tmp_path / "nowhere": "does not exist",
         tmp_path / "model.onnx": "is an ONNX file, which cannot be turned back; give the weights",
         tmp_path / "nan.safetensors": "blocks.1.mlp.fc1.weight holds NaN or infinity",
-        weights(tmp_path / "wide.safetensors", 1, embedding_dim=48): "has embedding_dim 48, the student 32; set backbone.embedding_dim=48",
-        weights(tmp_path / "large.safetensors", 1, image_size=144): "has image_size 144, the student 112; set backbone.image_size=144",
+        weights(
+            tmp_path / "wide.safetensors", 1, embedding_dim=48
+        ): "has embedding_dim 48, the student 32; set backbone.embedding_dim=48",
+        weights(
+            tmp_path / "large.safetensors", 1, image_size=144
+        ): "has image_size 144, the student 112; set backbone.image_size=144",
     }
     for path, told in refused.items():
         recipe = make(tmp_path / "run", tiny_faces, path)
@@ -217,7 +231,9 @@ def test_a_teacher_that_cannot_be_is_refused_before_a_start(
     assert not (tmp_path / "run" / "runs").exists()
 
 
-def test_the_plan_counts_the_teacher(tiny_faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_counts_the_teacher(
+    tiny_faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Dry run with the teacher; without data and teacher, which is another machine's plan, it says what it leaves out."""
     monkeypatch.chdir(ROOT)
     recipe = make(tmp_path, tiny_faces, weights(tmp_path / "teacher.safetensors", 1))
@@ -225,10 +241,18 @@ def test_the_plan_counts_the_teacher(tiny_faces: Path, tmp_path: Path, monkeypat
     assert main(arguments) == 0
     said = capfd.readouterr().out
     assert "distilled from vit_nano from" in said and said.count("    teacher activations  ") == 3
-    elsewhere = ["data.path=/nowhere", "data.num_classes=24", "data.num_samples=240", "method.distill.teacher=/nowhere/run"]
+    elsewhere = [
+        "data.path=/nowhere",
+        "data.num_classes=24",
+        "data.num_samples=240",
+        "method.distill.teacher=/nowhere/run",
+    ]
     assert main([*arguments, *elsewhere]) == 0
     said = capfd.readouterr().out
-    assert "warning: /nowhere/run is not here: the plan is without the teacher" in said and "teacher activations" not in said
+    assert (
+        "warning: /nowhere/run is not here: the plan is without the teacher" in said
+        and "teacher activations" not in said
+    )
 
 
 def test_what_a_teacher_is(tmp_path: Path) -> None:
@@ -243,10 +267,17 @@ def test_what_a_teacher_is(tmp_path: Path) -> None:
         return teacher
 
     file = weights(tmp_path / "a.safetensors", 1, embedding_dim=DIM)
-    wrapped = {f"module.{name}": value for name, value in load_file(file).items() if not name.endswith("num_batches_tracked")}
+    wrapped = {
+        f"module.{name}": value for name, value in load_file(file).items() if not name.endswith("num_batches_tracked")
+    }
     torch.save(wrapped, tmp_path / "b.pt")
     first, second = loaded(file), loaded(tmp_path / "b.pt")
-    assert first.fingerprint == second.fingerprint != loaded(weights(tmp_path / "c.safetensors", 2, embedding_dim=DIM)).fingerprint
-    assert not any(module.training for module in first.backbone.modules()) and not any(p.requires_grad for p in first.backbone.parameters())
+    assert (
+        first.fingerprint
+        == second.fingerprint
+        != loaded(weights(tmp_path / "c.safetensors", 2, embedding_dim=DIM)).fingerprint
+    )
+    assert not any(module.training for module in first.backbone.modules()) and not any(
+        p.requires_grad for p in first.backbone.parameters()
+    )
     assert load_teacher(small_recipe({"name": "pco", "distill": None})) is None
-

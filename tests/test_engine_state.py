@@ -46,7 +46,9 @@ class Kept:
         return self.state[name]
 
 
-def build(stage: int, world_size: int, precision: str = "float32", zero: dict[str, Any] | None = None, **changes: Any) -> Engine:
+def build(
+    stage: int, world_size: int, precision: str = "float32", zero: dict[str, Any] | None = None, **changes: Any
+) -> Engine:
     torch.manual_seed(0)
     optimizer = Optimizer.model_validate({"lr": 1e-2, "clip": 1.0, "precision": precision} | changes)
     config = resolve_ds_config({"zero_optimization": {"stage": stage} | (zero or {})}, optimizer=optimizer)
@@ -104,7 +106,11 @@ def exported(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 STAGES = (0, 1, 2, 3)
 OFFLOAD: dict[str, Any] = {name: {"device": "cpu"} for name in ("offload_optimizer", "offload_param")}
-WAYS: list[tuple[int, dict[str, Any]]] = [*((stage, {}) for stage in STAGES), (2, {"offload_optimizer": {"device": "cpu"}}), (3, OFFLOAD)]
+WAYS: list[tuple[int, dict[str, Any]]] = [
+    *((stage, {}) for stage in STAGES),
+    (2, {"offload_optimizer": {"device": "cpu"}}),
+    (3, OFFLOAD),
+]
 SIZES = (1, 2, 3)
 
 
@@ -244,7 +250,12 @@ def _by_torch() -> dict[str, torch.Tensor]:
     """Three steps of `train` by torch alone: AdamW with one group a parameter, clip_grad_norm_, the mean of V losses."""
     torch.manual_seed(0)
     net = Net()
-    scales = {"blocks.0.0.weight": 0.25, "blocks.0.1": 0.25, "blocks.1": 0.5, "pos_embed": 0.125}  # embeddings 0.5^3, block i of 2 0.5^(2-i), the rest 1
+    scales = {
+        "blocks.0.0.weight": 0.25,
+        "blocks.0.1": 0.25,
+        "blocks.1": 0.5,
+        "pos_embed": 0.125,
+    }  # embeddings 0.5^3, block i of 2 0.5^(2-i), the rest 1
     groups = []
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
@@ -295,7 +306,13 @@ def test_running_statistics_move_by_the_layers_momentum() -> None:
     for v in range(V):
         torch.manual_seed(v)
         net(step_data(0, v)[0])
-        seen.append([buffer.clone() for layer in (net.blocks[0][1], net.head_norm) for buffer in (layer.running_mean, layer.running_var)])
+        seen.append(
+            [
+                buffer.clone()
+                for layer in (net.blocks[0][1], net.head_norm)
+                for buffer in (layer.running_mean, layer.running_var)
+            ]
+        )
     names = [f"{layer}.running_{what}" for layer in ("blocks.0.1", "head_norm") for what in ("mean", "var")]
     for name, batches in zip(names, zip(*seen)):
         expected = 0.9 * (0.0 if "mean" in name else 1.0) + 0.1 * torch.stack(batches).mean(0)

@@ -88,6 +88,11 @@ def test_refusals() -> None:
     with pytest.raises(UserError, match="both genuine and impostor"):
         calibrate.from_pairs(np.zeros(10), np.ones(10, bool))
     embeddings, labels = population(0, people=20, images=2)
-    for refused in (lambda: calibrate.from_people(embeddings, labels), lambda: calibrate.from_pairs(np.zeros(1520), np.arange(1520) < 760)):
-        with pytest.raises(UserError, match=r"7[26]0 impostor pairs are too few .* FMR 1e-03 needs 1,000, 1e-04 needs 10,000, 1e-05"):
+    for refused in (
+        lambda: calibrate.from_people(embeddings, labels),
+        lambda: calibrate.from_pairs(np.zeros(1520), np.arange(1520) < 760),
+    ):
+        with pytest.raises(
+            UserError, match=r"7[26]0 impostor pairs are too few .* FMR 1e-03 needs 1,000, 1e-04 needs 10,000, 1e-05"
+        ):
             refused()

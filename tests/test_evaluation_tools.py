@@ -47,7 +47,11 @@ def test_build_and_evaluate(folder: Path, tmp_path: Path) -> None:
         "-o", tmp_path / "results",
     )  # fmt: skip
     # the same folder cannot be probes and distractors, 30 pairs no threshold; the other benchmarks are done all the same
-    assert done.exit_code == 2 and "same as a distractor" in done.stderr and "cal: 30 impostor pairs are too few" in done.stderr, done.stderr
+    assert (
+        done.exit_code == 2
+        and "same as a distractor" in done.stderr
+        and "cal: 30 impostor pairs are too few" in done.stderr
+    ), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     results = json.loads((tmp_path / "results" / "evaluation.json").read_text())["benchmarks"]
     assert [result["kind"] for result in results.values()] == ["verification", "all_pairs", "clustering"]
@@ -68,7 +72,9 @@ def test_a_runs_figures_go_into_the_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert _folder(checkpoint) == tmp_path / "run" / "evaluated_step_000000012"
     assert _folder(tmp_path / "model.onnx") == _folder(Path("raw_pixels")) == Path("evaluation")
     monkeypatch.chdir(tmp_path / "run")
-    assert _folder(Path("model.onnx")) == _folder(Path("export") / "model.onnx") == Path("evaluation"), "a model in a run is no checkpoint of it"
+    assert _folder(Path("model.onnx")) == _folder(Path("export") / "model.onnx") == Path("evaluation"), (
+        "a model in a run is no checkpoint of it"
+    )
     monkeypatch.chdir(checkpoint.parent)
     assert _folder(Path(checkpoint.name)) == tmp_path / "run" / "evaluated_step_000000012"
 

@@ -44,7 +44,9 @@ def test_a_cell_is_run_once_and_the_table_has_the_papers_form(
     assert fewshot.main(one) == 0
     folder = out / "50percent_2shot_scratch_seed3"
     resolved = yaml.safe_load((folder / "recipe.yaml").read_text())
-    assert resolved["optimizer"]["layer_decay"] is None and resolved["init_from"] is None, "from scratch no layer-wise decay"
+    assert resolved["optimizer"]["layer_decay"] is None and resolved["init_from"] is None, (
+        "from scratch no layer-wise decay"
+    )
     data = ShardDataset(resolved["data"]["path"])
     assert data.num_classes == 12 and len(data) == 24
 
@@ -75,11 +77,25 @@ def test_slurm_array_in_dry_form(
 ) -> None:
     monkeypatch.setenv("LVTRAIN_PARTITION", "gpu")
     monkeypatch.setenv("LVTRAIN_SBATCH", "--constraint=h200 --exclusive")
-    words = [str(tiny_faces / "train"), "--start", f"scratch={recipe}", "--out", str(tmp_path / "grid with space"), *CELLS]
+    words = [
+        str(tiny_faces / "train"),
+        "--start",
+        f"scratch={recipe}",
+        "--out",
+        str(tmp_path / "grid with space"),
+        *CELLS,
+    ]
     assert fewshot.main([*words, "--ranks", "4", "--submit", "--dry-run", "optimizer.lr=1e-4"]) == 0
     script = capfd.readouterr().out
     assert not (tmp_path / "grid with space").exists(), "nothing written, nothing submitted"
-    for line in ("--array=0-3", "--partition=gpu", "--gpus-per-node=4", "--ntasks-per-node=4", "--constraint=h200", "--requeue"):
+    for line in (
+        "--array=0-3",
+        "--partition=gpu",
+        "--gpus-per-node=4",
+        "--ntasks-per-node=4",
+        "--constraint=h200",
+        "--requeue",
+    ):
         assert f"#SBATCH {line}" in script, line
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 

@@ -256,8 +256,14 @@ def test_adafaces_names_and_colours_there_and_back(tmp_path: Path) -> None:
     backbone = create_backbone("iresnet18", first_shortcut="subsample").eval()
     backbone.load_state_dict(ours)
     images = torch.randn(2, 3, 112, 112)
-    expected, opened = embed(backbone, images.flip(1)), load_model(tmp_path / "a.ckpt")  # opened as it is, not imported first
-    assert torch.allclose(opened.forward(images), expected, atol=1e-5 * float(expected.abs().max())) and "BGR" in opened.weights
+    expected, opened = (
+        embed(backbone, images.flip(1)),
+        load_model(tmp_path / "a.ckpt"),
+    )  # opened as it is, not imported first
+    assert (
+        torch.allclose(opened.forward(images), expected, atol=1e-5 * float(expected.abs().max()))
+        and "BGR" in opened.weights
+    )
     with pytest.raises(UserError, match="IR-SE"):
         from_ir({**theirs, "body.0.res_layer.se_block.fc1.weight": torch.ones(1)})
 
@@ -339,7 +345,9 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_no_stump(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_card_names_the_licence_of_a_subset_and_of_data_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_names_the_licence_of_a_subset_and_of_data_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = make_dataset(tmp_path / "faces", samples=10, size=(16, 16))
     said = json.loads((data / "dataset.json").read_text())
     (data / "dataset.json").write_text(json.dumps({**said, "licence": "by request"}))
@@ -364,7 +372,11 @@ def test_a_card_names_the_licence_of_a_subset_and_of_data_that_is_gone(tmp_path:
 
 
 def test_a_card_names_the_weights_these_were_made_from(tmp_path: Path) -> None:
-    recipe = {"data": {"path": "gone"}, "method": {"name": "pco", "distill": {"teacher": "runs/large"}}, "init_from": {"path": "runs/first"}}
+    recipe = {
+        "data": {"path": "gone"},
+        "method": {"name": "pco", "distill": {"teacher": "runs/large"}},
+        "init_from": {"path": "runs/first"},
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     card = for_weights(tmp_path, Architecture("vit_nano", 512, 112, {}), {}, "step 4, phase a")
     write_card(tmp_path / "README.md", card)

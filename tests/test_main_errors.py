@@ -27,7 +27,13 @@ class FrontDoor:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self.monkeypatch, self.capfd = monkeypatch, capfd
         monkeypatch.chdir(ROOT)
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # a start leaves them to this process: put back at the end
+        for name in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        ):  # a start leaves them to this process: put back at the end
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
 
@@ -64,7 +70,9 @@ def copy(tiny_faces: Path, tmp_path: Path) -> Path:
 def test_typo_in_a_recipe_key(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path, tiny_faces / "train")
     assert "did you mean 'optimizer'?" in door.refuses(recipe, "optimzer.lr=1")
-    assert "did you mean 'seed'?" in door.refuses(recipe, "optimizer.lr=1", "--max-time", "5", "sed=1")  # overrides on both sides of an option
+    assert "did you mean 'seed'?" in door.refuses(
+        recipe, "optimizer.lr=1", "--max-time", "5", "sed=1"
+    )  # overrides on both sides of an option
 
 
 def test_num_classes_that_is_not_the_datasets(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
@@ -86,7 +94,10 @@ def test_a_ds_config_that_is_not_there_is_told_before_anything_of_the_data(door:
     for dry in ([], ["--dry-run"]):
         assert "DeepSpeed config nothing.json does not exist" in door.refuses(recipe, *dry, ds_config="nothing.json")
     (tmp_path / "weights.pt").write_bytes(b"\x80\x02\xff")
-    for name, arguments in {"recipe": (tmp_path / "weights.pt", "ds_configs/zero2.json"), "DeepSpeed config": (recipe, str(tmp_path / "weights.pt"))}.items():
+    for name, arguments in {
+        "recipe": (tmp_path / "weights.pt", "ds_configs/zero2.json"),
+        "DeepSpeed config": (recipe, str(tmp_path / "weights.pt")),
+    }.items():
         assert f"{name} {tmp_path / 'weights.pt'} is not" in door.refuses(arguments[0], ds_config=arguments[1])
 
 
@@ -142,7 +153,10 @@ def test_ranks_that_do_not_divide_v(door: FrontDoor, tiny_faces: Path, tmp_path:
     [
         ({"zero_optimization": {"stage": 2}, "train_batch_size": 99}, "train_batch_size: 99 but phase 'alignment'"),
         ({"zero_optimisation": {"stage": 3}}, "no zero_optimization section"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "zero_optimization.offload_optimizer: 'cpu' is no section like"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+            "zero_optimization.offload_optimizer: 'cpu' is no section like",
+        ),
     ],
 )
 def test_json_that_contradicts_or_says_nothing(
@@ -154,7 +168,9 @@ def test_json_that_contradicts_or_says_nothing(
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "start"])
-def test_what_a_recipe_names_besides_the_data(door: FrontDoor, tiny_faces: Path, tmp_path: Path, dry: list[str]) -> None:
+def test_what_a_recipe_names_besides_the_data(
+    door: FrontDoor, tiny_faces: Path, tmp_path: Path, dry: list[str]
+) -> None:
     """A dry run refuses what a start refuses, and a refused start leaves no run folder."""
     recipe = recipe_file(tmp_path, tiny_faces / "train")
     cut = tmp_path / "cut.bin"
@@ -186,7 +202,12 @@ def test_what_a_recipe_names_besides_the_data(door: FrontDoor, tiny_faces: Path,
     if dry:  # a run that goes on needs no more what it was begun from
         (tmp_path / "runs" / "old" / "checkpoints" / "step_000000001").mkdir(parents=True)
         (tmp_path / "runs" / "old" / "checkpoints" / "step_000000001" / "manifest.json").touch()
-        assert main(["--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json", "name=old", "init_from=nowhere", *dry]) == 0
+        assert (
+            main(
+                ["--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json", "name=old", "init_from=nowhere", *dry]
+            )
+            == 0
+        )
 
 
 def test_a_disk_that_is_full_is_one_line_and_tried_again(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:

@@ -95,7 +95,10 @@ def test_starting_a_finished_run_again_does_nothing(trained: dict[tuple[int, int
     assert "resuming" not in said and not events(folder, "resume")
     where = f"run folder {folder}; python tools/report.py {folder} shows it"
     for complete in ("the schedule", "every phase"):
-        assert f"done at step 12: {complete} is complete since an earlier start, so nothing is left to train; {where}" in said
+        assert (
+            f"done at step 12: {complete} is complete since an earlier start, so nothing is left to train; {where}"
+            in said
+        )
 
 
 def test_phases_one_start_each(tiny_faces: Path, tmp_path: Path, trained: dict[tuple[int, int], Path]) -> None:

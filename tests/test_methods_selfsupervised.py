@@ -92,7 +92,12 @@ def test_loss_equals_a_plain_reference() -> None:
 
 def test_teacher_and_centre_follow_the_formulas() -> None:
     """Half-way through the warm-up of the teacher's temperature, with a centre, drop path in the student only, and a sample that was not decoded."""
-    settings = DINO | {"student_temperature": 0.2, "teacher_temperature_start": 0.02, "teacher_temperature": 0.06, "teacher_warmup_epochs": 1}
+    settings = DINO | {
+        "student_temperature": 0.2,
+        "teacher_temperature_start": 0.02,
+        "teacher_temperature": 0.06,
+        "teacher_warmup_epochs": 1,
+    }
     overrides = PART | {"depth": 2, "drop_path": 0.5}
     method = create_method(
         recipe(settings, backbone={"name": "fvit_tiny", "embedding_dim": 16, "image_size": 32, "overrides": overrides}),
@@ -155,7 +160,9 @@ def test_prototypes_keep_still_for_the_first_epoch() -> None:
     still, moving = gradients
     last = "head.prototypes.weight"
     assert not still[last].any() and moving[last].abs().max() > 0
-    assert still.keys() == moving.keys() and all(torch.equal(still[name], moving[name]) for name in still if name != last)
+    assert still.keys() == moving.keys() and all(
+        torch.equal(still[name], moving[name]) for name in still if name != last
+    )
 
 
 def test_the_teacher_runs_in_the_students_precision() -> None:
@@ -231,7 +238,11 @@ def test_centre_losses_and_figures_are_the_same_on_1_2_and_4_ranks() -> None:
 def test_views_that_cannot_be_trained_on_are_refused() -> None:
     iresnet = {"name": "iresnet18", "embedding_dim": 16, "image_size": 112}
     for method, changes, told in (
-        (DINO, {"data": {"path": "nowhere"}}, r"data\.augmentation=flip does not make; choose one of dino, dino_faces, dino_faces_56, lafs, lafs_56"),
+        (
+            DINO,
+            {"data": {"path": "nowhere"}},
+            r"data\.augmentation=flip does not make; choose one of dino, dino_faces, dino_faces_56, lafs, lafs_56",
+        ),
         (LAFS, {"data": {"path": "nowhere", "augmentation": "dino"}}, "choose one of lafs, lafs_56$"),
         ({"name": "pco"}, {"data": {"path": "nowhere", "augmentation": "dino"}}, "choose one of none, flip, arcface"),
         (DINO, {"backbone": iresnet}, "takes pictures of 112 pixels only, and data.augmentation=dino has views of 48"),
@@ -243,11 +254,18 @@ def test_views_that_cannot_be_trained_on_are_refused() -> None:
 def test_collapse_is_said() -> None:
     method = create_method(recipe(DINO), num_classes=4, device=CPU)
     now = Now(step=0, lr=0.1, progress=0.0, epoch=0.0)
-    healthy = {"feature_std": 0.2, "teacher_entropy": 1e-4, "prototype_entropy": 2.0}  # every image sure of its own prototype
+    healthy = {
+        "feature_std": 0.2,
+        "teacher_entropy": 1e-4,
+        "prototype_entropy": 2.0,
+    }  # every image sure of its own prototype
     assert method.warnings(healthy, now) == []
     assert "nearly equal" in method.warnings(healthy | {"feature_std": 1e-5}, now)[0]
     assert "one prototype" in method.warnings(healthy | {"prototype_entropy": 1e-4}, now)[0]
-    assert "uniform" in method.warnings(healthy | {"teacher_entropy": math.log(37), "prototype_entropy": math.log(37)}, now)[0]
+    assert (
+        "uniform"
+        in method.warnings(healthy | {"teacher_entropy": math.log(37), "prototype_entropy": math.log(37)}, now)[0]
+    )
 
 
 def test_collapse_of_a_run_is_detected(tiny_faces: Path, tmp_path: Path) -> None:
@@ -269,7 +287,9 @@ def test_collapse_of_a_run_is_detected(tiny_faces: Path, tmp_path: Path) -> None
     assert run(path, environment={"LVTRAIN_FAULT": "loop.outputs:*:0:nan"}) == 0, output(path)
     folder = tmp_path / "runs" / "tiny"
     rows = metrics(folder)
-    assert rows[0]["nonfinite"] == 1 and rows[1]["feature_std"] > 1e-3 and rows[1]["prototype_entropy"] > 0.05, "not from the start"
+    assert rows[0]["nonfinite"] == 1 and rows[1]["feature_std"] > 1e-3 and rows[1]["prototype_entropy"] > 0.05, (
+        "not from the start"
+    )
     said = events(folder, "warning")
     assert said and all("collapse" in event["text"] and event["step"] > 2 for event in said), said
     assert "warning: collapse" in output(path)
@@ -443,7 +463,11 @@ def test_gradients_reach_landmarks_as_the_option_says(option: str, reaches: bool
 
 @pytest.mark.parametrize(
     ("option", "told"),
-    [("trained", "freeze_landmarks: false"), ("anchored", "freeze_landmarks: false"), ("fixed", "needs a trained landmark CNN")],
+    [
+        ("trained", "freeze_landmarks: false"),
+        ("anchored", "freeze_landmarks: false"),
+        ("fixed", "needs a trained landmark CNN"),
+    ],
 )
 def test_landmark_options_that_cannot_be(option: str, told: str) -> None:
     """Trained although frozen; held to points that nobody trained."""
@@ -472,7 +496,14 @@ def lafs_run(folder: Path, data: Path) -> Path:
             "overrides": PART | {"freeze_landmarks": True},
         },
         method={
-            **{"name": "lafs", "prototypes": 31, "hidden": 16, "bottleneck": 8, "landmarks": 5, "freeze_last_layer": 0.05},
+            **{
+                "name": "lafs",
+                "prototypes": 31,
+                "hidden": 16,
+                "bottleneck": 8,
+                "landmarks": 5,
+                "freeze_last_layer": 0.05,
+            },
             "landmark_weights": str(folder / "supervised.safetensors"),
         },
         phases=[{"name": "pretraining", "global_batch": 8, "virtual_batches": 2}],
@@ -497,7 +528,11 @@ def test_selfsupervised_run_resumes_exactly_and_elastically(tiny_faces: Path, tm
         assert run(path, ranks=ranks, zero=zero) == 0, output(path)
         folder = tmp_path / name / "runs" / "tiny"
         half, end = (
-            {k: v for file in (folder / "checkpoints" / f"step_00000000{step}").glob("*.safetensors") for k, v in load_file(file).items()}
+            {
+                k: v
+                for file in (folder / "checkpoints" / f"step_00000000{step}").glob("*.safetensors")
+                for k, v in load_file(file).items()
+            }
             for step in (2, 4)
         )
         ends.append(end)

@@ -68,7 +68,9 @@ def through_webdataset(path):
 
 
 def files_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def test_folder_passes_bytes_through(folder, faces, tmp_path):
@@ -79,7 +81,9 @@ def test_folder_passes_bytes_through(folder, faces, tmp_path):
     assert list(contents(tmp_path / "out")) == ["id1", "id2", "id10", "id20"]
     assert through_webdataset(tmp_path / "out") == dict(enumerate(expected.values()))
     assert not (tmp_path / "out" / ".pack").exists() and (tmp_path / "out" / "contact_sheet.png").stat().st_size > 10000
-    assert json.loads((tmp_path / "out" / "pack_report.json").read_text()) == json.loads(json.dumps({**report, "source": str(folder)}))
+    assert json.loads((tmp_path / "out" / "pack_report.json").read_text()) == json.loads(
+        json.dumps({**report, "source": str(folder)})
+    )
 
 
 def test_label_order_is_chosen_and_stored(folder, tmp_path):
@@ -159,7 +163,9 @@ def test_parquet(faces, tmp_path):
     import pyarrow.parquet as parquet
 
     rows = [(label, data) for label, group in enumerate(faces.values()) for data in group]
-    table = pa.table({"face": [{"bytes": data, "path": None} for _, data in rows], "person": [label for label, _ in rows]})
+    table = pa.table(
+        {"face": [{"bytes": data, "path": None} for _, data in rows], "person": [label for label, _ in rows]}
+    )
     metadata = {"info": {"features": {"person": {"names": ["ann", "ben", "cem", "dan"], "_type": "ClassLabel"}}}}
     (tmp_path / "table").mkdir()
     table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
@@ -167,7 +173,9 @@ def test_parquet(faces, tmp_path):
     parquet.write_table(table.slice(11), tmp_path / "table" / "train-1.parquet", row_group_size=4)
     options = {"image_column": "face", "label_column": "person", "samples_per_shard": 6}
     report = pack(tmp_path / "table", tmp_path / "out", PackOptions("parquet", **options))
-    assert contents(tmp_path / "out") == dict(zip(["ann", "ben", "cem", "dan"], (sorted(group) for group in faces.values())))
+    assert contents(tmp_path / "out") == dict(
+        zip(["ann", "ben", "cem", "dan"], (sorted(group) for group in faces.values()))
+    )
     assert report["shards"] == 3
     with pytest.raises(UserError, match="no column 'image'"):
         pack(tmp_path / "table", tmp_path / "other", PackOptions("parquet"))
@@ -179,7 +187,10 @@ def test_webdataset_of_others_and_our_own(folder, faces, tmp_path):
         with tarfile.open(tmp_path / "tars" / f"{part}.tar", "w") as tar:
             for name in names:
                 for number, data in enumerate(faces[name]):
-                    label = {"jpg": data, **({"cls": name.encode()} if part else {"json": json.dumps({"label": name}).encode()})}
+                    label = {
+                        "jpg": data,
+                        **({"cls": name.encode()} if part else {"json": json.dumps({"label": name}).encode()}),
+                    }
                     for suffix, body in label.items():
                         info = tarfile.TarInfo(f"{name}/{number}.{suffix}")
                         info.size = len(body)
@@ -209,7 +220,9 @@ def troubled(folder, faces):
 
 def test_defaults_count_list_and_fix(troubled, tmp_path, faces):
     report = pack(troubled, tmp_path / "out", PackOptions("folder"), workers=2)
-    found = {kind: (trouble["count"], trouble["list"]) for kind, trouble in report["troubles"].items() if trouble["count"]}
+    found = {
+        kind: (trouble["count"], trouble["list"]) for kind, trouble in report["troubles"].items() if trouble["count"]
+    }
     assert found == {
         "wrong_size": (1, ["id2/size.jpg (90x120)"]),
         "undecodable": (2, ["id2/broken.jpg", "id2/nothing.jpg"]),
@@ -219,9 +232,13 @@ def test_defaults_count_list_and_fix(troubled, tmp_path, faces):
     }
     assert report["ignored"] == {"file which is no image by its suffix": 1}
     assert report["images_encoded"] == 2 and report["images_written"] == 22 and report["images_skipped"] == 2
-    pictures = {name: [Image.open(io.BytesIO(data)) for data in images] for name, images in contents(tmp_path / "out").items()}
+    pictures = {
+        name: [Image.open(io.BytesIO(data)) for data in images] for name, images in contents(tmp_path / "out").items()
+    }
     assert list(pictures) == ["id1", "id2", "id10", "id20"]
-    assert all(picture.size == (112, 112) and picture.format == "JPEG" for images in pictures.values() for picture in images)
+    assert all(
+        picture.size == (112, 112) and picture.format == "JPEG" for images in pictures.values() for picture in images
+    )
     original = np.asarray(Image.open(io.BytesIO(faces["id1"][0]))).astype(int)
     again = [np.abs(np.asarray(picture.convert("RGB")).astype(int) - original).mean() for picture in pictures["id1"]]
     assert sum(0 < difference < 2.5 for difference in again) == 1  # the PNG, converted once at quality 95
@@ -235,14 +252,24 @@ def test_policies_skip_and_keep(troubled, tmp_path, faces):
     policies = Policies(wrong_size="keep", grey="fix", undecodable="keep")
     pack(troubled, tmp_path / "kept", PackOptions("folder", policies=policies))
     kept = contents(tmp_path / "kept")
-    assert (troubled / "id2" / "size.jpg").read_bytes() in kept["id2"] and faces["id2"][0][:900] in kept["id2"] and b"" in kept["id2"]
+    assert (
+        (troubled / "id2" / "size.jpg").read_bytes() in kept["id2"]
+        and faces["id2"][0][:900] in kept["id2"]
+        and b"" in kept["id2"]
+    )
     assert all(Image.open(io.BytesIO(data)).mode == "RGB" for data in kept["id1"])
     assert ShardDataset(tmp_path / "kept").manifest.image_size is None
 
 
 @pytest.mark.parametrize(
     "kind, name",
-    [("wrong_size", "size.jpg"), ("undecodable", "broken.jpg"), ("grey", "grey.jpg"), ("empty_identity", "zero"), ("duplicate", "copy.jpg")],
+    [
+        ("wrong_size", "size.jpg"),
+        ("undecodable", "broken.jpg"),
+        ("grey", "grey.jpg"),
+        ("empty_identity", "zero"),
+        ("duplicate", "copy.jpg"),
+    ],
 )
 def test_policy_fail_names_the_first(troubled, tmp_path, kind, name):
     with pytest.raises(UserError, match=name) as error:
@@ -290,20 +317,31 @@ def test_killed_pack_is_continued_to_the_same_bytes(tmp_path, faces):
     for person in range(10):
         (source / f"p{person}").mkdir(parents=True)
         for number, data in enumerate(image for group in faces.values() for image in group):
-            (source / f"p{person}" / f"{number}.jpg").write_bytes(data + bytes([person]))  # distinct bytes, same picture
+            (source / f"p{person}" / f"{number}.jpg").write_bytes(
+                data + bytes([person])
+            )  # distinct bytes, same picture
     root = Path(__file__).parent.parent
     tool, environment = str(root / "tools" / "pack_dataset.py"), {**os.environ, "PYTHONPATH": str(root)}
     arguments = [str(source), str(tmp_path / "out"), "--kind", "folder", "--samples-per-shard", "9", "--workers"]
-    killed = subprocess.run([sys.executable, "-c", KILLED_IN_THE_FOURTH_SHARD, tool, *arguments, "1"], env=environment, stdout=subprocess.DEVNULL)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_THE_FOURTH_SHARD, tool, *arguments, "1"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
     assert killed.returncode == -signal.SIGKILL
     finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shards").glob("*.tar")}
-    assert sorted(finished) == ["000000.tar", "000001.tar", "000002.tar"] and not (tmp_path / "out" / "dataset.json").exists()
+    assert (
+        sorted(finished) == ["000000.tar", "000001.tar", "000002.tar"]
+        and not (tmp_path / "out" / "dataset.json").exists()
+    )
     with pytest.raises(UserError, match="a pack that did not end"):
         ShardDataset(tmp_path / "out")
     with pytest.raises(UserError, match="other options"):
         pack(source, tmp_path / "out", PackOptions("folder", samples_per_shard=10))
     subprocess.run([sys.executable, tool, *arguments, "2"], env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert {name: (tmp_path / "out" / "shards" / name).stat().st_mtime_ns for name in finished} == finished  # not touched again
+    assert {
+        name: (tmp_path / "out" / "shards" / name).stat().st_mtime_ns for name in finished
+    } == finished  # not touched again
     pack(source, tmp_path / "whole" / "out", PackOptions("folder", samples_per_shard=9))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole" / "out")
 
@@ -354,7 +392,9 @@ def test_a_disk_that_fails_is_not_an_image_that_is_damaged(folder, tmp_path, mon
 
 
 def test_a_picture_that_says_it_is_huge_is_kept_like_any_damaged_one(folder, tmp_path):
-    header = struct.pack("<2sIHHI", b"BM", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 30000, 30000, 1, 24, 0, 0, 0, 0, 0, 0)
+    header = struct.pack("<2sIHHI", b"BM", 54, 0, 0, 54) + struct.pack(
+        "<IiiHHIIiiII", 40, 30000, 30000, 1, 24, 0, 0, 0, 0, 0, 0
+    )
     (folder / "id1" / "huge.bmp").write_bytes(header)
     report = pack(folder, tmp_path / "out", PackOptions("folder", policies=Policies(undecodable="keep")))
     assert report["images_written"] == 19 and report["troubles"]["undecodable"]["list"] == ["id1/huge.bmp"]

@@ -115,7 +115,10 @@ def test_exponentials_that_wait_for_backward_save_a_matmul() -> None:
     assert ClassRows(8000).kept_share(1024, 8) == ClassRows(8000, operand_bytes=4).kept_share(512, 8) == 1.0
     assert ClassRows(8000).kept_share(4096, 8) == 0.25 and ClassRows(8000, in_backward=True).kept_share(4096, 8) == 0.0
     assert ClassRows(8000, keep_mb=4096 * 500 * 2 / 2**20).kept_share(4096, 8) == 0.75
-    few, all_kept = (plan(TOY, ranks=8, micro_batch=512, rows=ClassRows(100_000, keep_mb=mb)).seconds["classifier"] for mb in (0.0, 1000.0))
+    few, all_kept = (
+        plan(TOY, ranks=8, micro_batch=512, rows=ClassRows(100_000, keep_mb=mb)).seconds["classifier"]
+        for mb in (0.0, 1000.0)
+    )
     assert 0.7 < all_kept / few < 0.8
 
 
@@ -131,7 +134,10 @@ def test_plan_hangs_together() -> None:
     sparse = plan(TOY, ranks=8, micro_batch=32, rows=ClassRows(100_000, sample_rate=0.1, mode="row_sparse"))
     assert sparse.seconds["row optimizer"] == pytest.approx(one.seconds["row optimizer"] / 10)
     json.dumps(one.as_dict())
-    assert "time a step on H200, ms (from formulas, not measured on this machine)" in one.table() and " images/s per H200, " in one.table()
+    assert (
+        "time a step on H200, ms (from formulas, not measured on this machine)" in one.table()
+        and " images/s per H200, " in one.table()
+    )
     assert "fits in 149" in one.table() and "embeddings, all-gather" in one.table()
     with pytest.raises(UserError, match="must be positive"):
         plan(TOY, ranks=0, micro_batch=32)
@@ -157,7 +163,12 @@ def test_self_distillation_is_planned() -> None:
     )
     head = 768 * 2048 + 2048 * 2048 + 2048 * 256 + 256 * 100_000
     assert dino.network.parameters == network("fvit_base", embedding_dim=768).parameters + head
-    assert dino.memory["teacher"] == dino.memory["weights"] == dino.memory["reduction buckets"] == 4 * dino.network.parameters
+    assert (
+        dino.memory["teacher"]
+        == dino.memory["weights"]
+        == dino.memory["reduction buckets"]
+        == 4 * dino.network.parameters
+    )
     assert dino.memory["prototype logits"] == lafs.memory["prototype logits"] == 3.4 * 4 * 64 * 10 * 100_000
     assert dino.memory["images"] == pytest.approx(2 * 64 * 4 * 3 * (2 * 112**2 + 8 * 48**2))
     assert lafs.memory["images"] == pytest.approx(2 * 64 * 4 * 3 * 20 * 112**2)
@@ -172,7 +183,9 @@ def test_a_teacher_is_planned() -> None:
     assert flat == 2 * pixels + 2 * 1000  # the picture in bfloat16, and the first layer's result
     deep = forward_peak(lambda: nn.Sequential(*(nn.Conv2d(width, 8, 3, padding=1) for width in (3, 8, 8, 8))))
     assert deep == 2 * 2 * 8 * 112**2
-    assert forward_peak(lambda: create_backbone("vit_nano", depth=2)) == forward_peak(lambda: create_backbone("vit_nano"))
+    assert forward_peak(lambda: create_backbone("vit_nano", depth=2)) == forward_peak(
+        lambda: create_backbone("vit_nano")
+    )
 
     alone = plan(TOY, ranks=8, micro_batch=32, accumulation=2)
     for precision, factor, copy in (("bfloat16", 1.0, 2 * 400_000), ("float32", 1.8, 0)):

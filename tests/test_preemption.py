@@ -127,7 +127,12 @@ def test_an_outcome_is_read_as_written(tmp_path: Path) -> None:
 
 def test_progress_is_the_newest_committed_step(tmp_path: Path) -> None:
     assert outcome.committed_step(tmp_path) == 0
-    for name, committed in [("step_000000200", True), ("step_000001000", False), (".step_000003000.new", True), ("step_x", True)]:
+    for name, committed in [
+        ("step_000000200", True),
+        ("step_000001000", False),
+        (".step_000003000.new", True),
+        ("step_x", True),
+    ]:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         if committed:
             (tmp_path / "checkpoints" / name / "manifest.json").touch()
@@ -149,9 +154,13 @@ def write_beats(folder: Path, *beats: Beat) -> None:
 def test_the_rank_the_others_wait_for_is_named(tmp_path: Path) -> None:
     assert behind(tmp_path) == "no heartbeats found"
     write_beats(tmp_path, beat(0, 9, "vote", 100, 498), beat(1, 9, "data", 90, 499), beat(2, 9, "vote", 101, 497))
-    assert behind(tmp_path, now=500).startswith("furthest behind is rank 1 on host") and "'data' of step 9" in behind(tmp_path, now=500)
+    assert behind(tmp_path, now=500).startswith("furthest behind is rank 1 on host") and "'data' of step 9" in behind(
+        tmp_path, now=500
+    )
     write_beats(tmp_path, beat(2, 9, "vote", 101, 120))  # its watchdog fell silent too: the process is frozen or gone
-    assert "rank 2 on host" in behind(tmp_path, now=500) and "its watchdog silent for 380 s" in behind(tmp_path, now=500)
+    assert "rank 2 on host" in behind(tmp_path, now=500) and "its watchdog silent for 380 s" in behind(
+        tmp_path, now=500
+    )
     (tmp_path / "rank_00003.json").write_text("{")
     assert len(read_all(tmp_path)) == 3
 

@@ -15,8 +15,24 @@ from tests.runs import free_port
 def test_two_ranks_that_can_train_together(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").write_text("{}")
-    command = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", "--master_port", str(free_port()), "tools/preflight.py"]
-    command += ["--shared", str(tmp_path / "runs"), "--data", str(tmp_path / "data"), "--megabytes", "0.1,1", "--json", str(tmp_path / "found.json")]
+    command = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "tools/preflight.py",
+    ]
+    command += [
+        "--shared",
+        str(tmp_path / "runs"),
+        "--data",
+        str(tmp_path / "data"),
+        "--megabytes",
+        "0.1,1",
+        "--json",
+        str(tmp_path / "found.json"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "2 ranks on 1 host" in done.stdout and "nothing found" in done.stdout
@@ -27,12 +43,20 @@ def test_two_ranks_that_can_train_together(tmp_path: Path) -> None:
     sent = {"all-reduce": 1.0, "all-gather": 0.5, "reduce-scatter": 0.5}  # of the size, that one of two ranks sends
     for row in found["collectives"]:
         size = int(row["mb"] * 2**20 / 8) * 8
-        assert abs(row["gb_per_s"] - sent[row["collective"]] * size / (row["ms"] * 1e6)) <= 0.06 * row["gb_per_s"] + 1e-3  # both are rounded
+        assert (
+            abs(row["gb_per_s"] - sent[row["collective"]] * size / (row["ms"] * 1e6)) <= 0.06 * row["gb_per_s"] + 1e-3
+        )  # both are rounded
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_ranks_that_do_not_meet_are_told_where_they_waited() -> None:
-    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = os.environ | {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     command = [sys.executable, "tools/preflight.py", "--timeout", "2"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     (line,) = done.stderr.strip().splitlines()

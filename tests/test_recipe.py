@@ -22,7 +22,11 @@ def test_shipped_recipes_load_and_survive_a_round_trip(path: Path) -> None:
 
 
 # of PCO's published runs: ranks, and millions of parameters that insightface's module of that size has
-PUBLISHED = {"pco_vitb_glint360k": (32, "113.8"), "pco_vitl_webface42m": (64, "255.7"), "pco_vith_webface42m": (64, "756.4")}
+PUBLISHED = {
+    "pco_vitb_glint360k": (32, "113.8"),
+    "pco_vitl_webface42m": (64, "255.7"),
+    "pco_vith_webface42m": (64, "756.4"),
+}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -32,7 +36,13 @@ def test_every_recipe_can_be_planned_without_its_data(
     """`--dry-run` where nothing of the data is: with the dataset's figures from the recipe, or from overrides that the refusal asks for."""
     monkeypatch.chdir(tmp_path)
     recipe = recipes.load(path)
-    arguments = ["--recipe", str(path), "--ds_config", str(FOLDER.parents[1] / "ds_configs" / "zero1.json"), "--dry-run"]
+    arguments = [
+        "--recipe",
+        str(path),
+        "--ds_config",
+        str(FOLDER.parents[1] / "ds_configs" / "zero1.json"),
+        "--dry-run",
+    ]
     if recipe.data.num_samples is None:
         assert main(arguments) == 2 and "add data.num_classes=N data.num_samples=N" in capsys.readouterr().err
         arguments += ["data.num_classes=500", "data.num_samples=12000"]
@@ -41,7 +51,10 @@ def test_every_recipe_can_be_planned_without_its_data(
     plan = capsys.readouterr().out
     assert f"{recipe.data.path} is not on this machine" in plan
     assert all(f"phase {phase.name}: up to " in plan for phase in recipe.phases)
-    assert plan.count("memory a rank") == plan.count(f"{parameters} M parameters") == len(recipe.phases) and "fits in" in plan
+    assert (
+        plan.count("memory a rank") == plan.count(f"{parameters} M parameters") == len(recipe.phases)
+        and "fits in" in plan
+    )
     assert ("planned for 1 rank, since no launcher said how many" in plan) == (not parameters)
 
 
@@ -72,15 +85,27 @@ def test_overrides(override: str, read) -> None:
         ("optimizer.rl=1", "unknown key 'optimizer.rl'; did you mean 'lr'?"),
         ("method.windw=3", "did you mean 'window'?"),
         # only what this method has: another method's key would be refused next
-        ("method.margin=0.4", "unknown key 'method.margin'; valid keys here: distill, expectation_init, expectation_negatives, m2, name, window"),
+        (
+            "method.margin=0.4",
+            "unknown key 'method.margin'; valid keys here: distill, expectation_init, expectation_negatives, m2, name, window",
+        ),
         ("logging.every=5min", "got '5min' (steps between lines; the loss is read back only then)"),
         ("evaluation.benchmarks={lfw:a.bin}", "YAML wants a space behind the colon"),
-        ("name=a/b", "a run's name is one folder's, without '/' or a leading dot; folders above it go into `runs`, got 'a/b'"),
+        (
+            "name=a/b",
+            "a run's name is one folder's, without '/' or a leading dot; folders above it go into `runs`, got 'a/b'",
+        ),
         ("name=..", "a run's name is one folder's"),
         ("phases.0.sample_rat=1", "did you mean 'sample_rate'?"),
         ("phases.nowhere.sample_rate=1", "has no element 'nowhere'"),
-        ("phases.0.virtual_batches=3", "is not a multiple of virtual_batches 3; take global_batch 126 or 129, or virtual_batches 2 or 4"),
-        ("phases.alignment.global_batch=3", "is not a multiple of virtual_batches 2; take global_batch 2 or 4, or virtual_batches 1 or 3"),
+        (
+            "phases.0.virtual_batches=3",
+            "is not a multiple of virtual_batches 3; take global_batch 126 or 129, or virtual_batches 2 or 4",
+        ),
+        (
+            "phases.alignment.global_batch=3",
+            "is not a multiple of virtual_batches 2; take global_batch 2 or 4, or virtual_batches 1 or 3",
+        ),
         ("schedule.total=10 parsecs", "steps, epochs or samples"),
         ("optimizer.lr=-1", "optimizer.lr"),
         ("optimizer.weight_decay_end=-0.1", "optimizer.weight_decay_end: Input should be greater than or equal to 0"),
@@ -104,7 +129,11 @@ def test_each_mistake_is_told_of_whoever_made_it(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError) as caught:
         recipes.load(path, ["phases.0.sample_rate=0.5", "optimizer.lr=-1", "sed=1"])
-    blamed = [mistake.partition(": ")[0] for mistake in str(caught.value).replace("; did you mean", ",").split("; ") if ": " in mistake]
+    blamed = [
+        mistake.partition(": ")[0]
+        for mistake in str(caught.value).replace("; did you mean", ",").split("; ")
+        if ": " in mistake
+    ]
     assert blamed == [f"recipe {path}", "override 'optimizer.lr=-1'", f"recipe {path}", "override 'sed=1'"]
 
 

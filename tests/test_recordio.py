@@ -19,7 +19,13 @@ PIECES = st.lists(st.one_of(st.just(MAGIC), st.binary(max_size=9), st.just(b"\0"
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.one_of(st.integers(0, 2**24 - 1), st.lists(st.integers(0, 1000), min_size=1, max_size=3)), PIECES), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.tuples(st.one_of(st.integers(0, 2**24 - 1), st.lists(st.integers(0, 1000), min_size=1, max_size=3)), PIECES),
+        min_size=1,
+        max_size=6,
+    )
+)
 def test_round_trip(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("rec") / "train.rec"
     payloads = [recordio.pack_record(label, image, id=number) for number, (label, image) in enumerate(records)]
@@ -45,7 +51,9 @@ def test_bytes_are_mxnets(tmp_path):
     head = struct.pack("<IfQQ", 0, 7.0, 0, 0) + b"abc"
     array = struct.pack("<IfQQ", 2, 0.0, 0, 0) + struct.pack("<ff", 2, 9) + b"abcd"
     expected = MAGIC + struct.pack("<I", len(head)) + head + b"\0"
-    expected += MAGIC + struct.pack("<I", 1 << 29 | len(array)) + array + MAGIC + struct.pack("<I", 3 << 29 | 1) + b"x\0\0\0"
+    expected += (
+        MAGIC + struct.pack("<I", 1 << 29 | len(array)) + array + MAGIC + struct.pack("<I", 3 << 29 | 1) + b"x\0\0\0"
+    )
     assert path.read_bytes() == expected
 
 
@@ -80,7 +88,11 @@ def test_flat_arrangement_keeps_key_zero(tmp_path):
     with recordio.RecordWriter(tmp_path / "train.rec") as writer:
         for key in range(3):
             writer.write(key, recordio.pack_record(key, b"image"))
-    assert recordio.catalogue(recordio.RecordFile(tmp_path / "train.rec"), tmp_path / "train.idx").labels.tolist() == [0, 1, 2]
+    assert recordio.catalogue(recordio.RecordFile(tmp_path / "train.rec"), tmp_path / "train.idx").labels.tolist() == [
+        0,
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize("images", [(1 << 24), (1 << 24) + 1, (1 << 24) + 2, (1 << 25) + 1, (1 << 25) + 3])
@@ -112,7 +124,10 @@ def test_a_disk_that_is_full_leaves_the_old_file_and_nothing_else(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limit[1]))
     try:
         for size in (11_990, 60_000):  # noticed at the end, and while it is written
-            with pytest.raises(OSError, match="File too large"), recordio.RecordWriter(tmp_path / "train.rec") as writer:
+            with (
+                pytest.raises(OSError, match="File too large"),
+                recordio.RecordWriter(tmp_path / "train.rec") as writer,
+            ):
                 writer.write(0, recordio.pack_record(0, bytes(size)))
             assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
     finally:
@@ -141,7 +156,9 @@ def test_dali_reads_our_records(tmp_path):
     """DALI's own MXNet reader, on a flat file, a multipart record, array labels, and a filtered .idx beside an untouched .rec."""
     dali = pytest.importorskip("nvidia.dali")
     images = [encode_face(5, identity, 0, DIFFICULTIES["normal"]) for identity in range(6)]
-    images[4] = images[4] + bytes(-len(images[4]) % 4) + MAGIC + b"tail"  # behind the JPEG's end: decoders ignore it, RecordIO must cut it
+    images[4] = (
+        images[4] + bytes(-len(images[4]) % 4) + MAGIC + b"tail"
+    )  # behind the JPEG's end: decoders ignore it, RecordIO must cut it
     with recordio.RecordWriter(tmp_path / "train.rec") as writer:
         offsets = [writer.write(key, recordio.pack_record(10 + key, image)) for key, image in enumerate(images)]
     recordio.write_index(tmp_path / "subset.idx", [1, 4, 5], [offsets[1], offsets[4], offsets[5]])
@@ -155,7 +172,9 @@ def test_dali_reads_our_records(tmp_path):
         pipe = pipeline()
         pipe.build()
         data, labels = pipe.run()
-        return [bytes(np.asarray(data[i])) for i in range(count)], [float(np.asarray(labels[i])[0]) for i in range(count)]
+        return [bytes(np.asarray(data[i])) for i in range(count)], [
+            float(np.asarray(labels[i])[0]) for i in range(count)
+        ]
 
     assert read(tmp_path / "train.idx", 6) == (images, [10.0, 11, 12, 13, 14, 15])
     assert read(tmp_path / "subset.idx", 3) == ([images[1], images[4], images[5]], [11.0, 14, 15])
@@ -169,7 +188,9 @@ def packed(tmp_path_factory):
     for person in range(4):
         (folder / "src" / f"p{person}").mkdir(parents=True)
         for image in range(2 + person):
-            (folder / "src" / f"p{person}" / f"{image}.jpg").write_bytes(encode_face(9, person, image, DIFFICULTIES["normal"]))
+            (folder / "src" / f"p{person}" / f"{image}.jpg").write_bytes(
+                encode_face(9, person, image, DIFFICULTIES["normal"])
+            )
     pack(folder / "src", folder / "set", PackOptions("folder"))
     return folder / "set"
 

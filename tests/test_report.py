@@ -182,7 +182,11 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     (young / "recipe.yaml").write_text(RECIPE.replace("name: sample", "name: young"))
     (lost := tmp_path / "d").mkdir()
     (lost / "recipe.yaml").write_text(RECIPE.replace("name: sample", "name: lost"))
-    ended = [{"event": "start", "step": 0}, {"event": "nonfinite", "step": 2}, {"event": "error", "reason": "the loss was not finite"}]
+    ended = [
+        {"event": "start", "step": 0},
+        {"event": "nonfinite", "step": 2},
+        {"event": "error", "reason": "the loss was not finite"},
+    ]
     (lost / "events.jsonl").write_text("".join(json.dumps({"time": 1.0, **event}) + "\n" for event in ended))
     text = write_report(run, others=[other, young, lost]).read_text()
     page = Links()

@@ -71,7 +71,9 @@ def test_report_of_a_part_fvit_run(tiny_faces: Path, tmp_path: Path) -> None:
     landmarks, attention = pictures(page)
     rows = 2 * (160 + 22)
     assert landmarks.shape == attention.shape == (rows, 6 * 166 - 6, 4)
-    assert "step" in page and not np.array_equal(landmarks[22:182], landmarks[204:364]), "two checkpoints, landmarks moved"
+    assert "step" in page and not np.array_equal(landmarks[22:182], landmarks[204:364]), (
+        "two checkpoints, landmarks moved"
+    )
     assert page == write_report(folder).read_text()
 
     described = json.loads((data / "dataset.json").read_text())  # as a packed dataset of real people has it

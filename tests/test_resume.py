@@ -88,9 +88,7 @@ def disturb(recipe: Path, zero: int, blows: list[str]) -> None:
         (3, ["loop.step:0:5:sigkill", "load.begin:1:*:sigterm", "loop.step:1:16:sigkill"]),
     ],
 )
-def test_resume_is_bitwise(
-    tiny_faces: Path, tmp_path: Path, peaceful: Peaceful, zero: int, blows: list[str]
-) -> None:
+def test_resume_is_bitwise(tiny_faces: Path, tmp_path: Path, peaceful: Peaceful, zero: int, blows: list[str]) -> None:
     """Asked to stop in the second phase (in a step, a save, a load), killed just past the epoch's end: weights, moments, rows, banks,
     EMA, BatchNorm, metrics."""
     disturbed = make(tmp_path, tiny_faces)
@@ -122,7 +120,9 @@ def test_resume_on_other_ranks_and_another_stage_trains_alike(
     assert go(wandering, 2, 2) == [0, 0], said(wandering)[-2000:]
     ours, theirs = metrics(folder_of(wandering)), metrics(folder_of(peaceful(2, 2)))
     assert [row["samples_seen"] for row in ours] == [row["samples_seen"] for row in theirs]
-    changed = events(folder_of(wandering), "resume")[0]["step"]  # the first step on another number of ranks starts from the same bits
+    changed = events(folder_of(wandering), "resume")[0][
+        "step"
+    ]  # the first step on another number of ranks starts from the same bits
     for row, reference in zip(ours, theirs):
         tolerance = 1e-6 if row["step"] == changed + 1 else 2e-5
         assert row["loss"] == pytest.approx(reference["loss"], rel=tolerance), row["step"]
@@ -132,7 +132,9 @@ def test_damage_falls_back_and_ends_with_the_same_bits(tiny_faces: Path, tmp_pat
     disturbed = make(tmp_path, tiny_faces)
     # asked to stop in a phase's last step: the next phase is not even built
     assert go(disturbed, 1, 2, "loop.step:0:3:sigterm") == [75], said(disturbed)[-2000:]
-    assert events(folder_of(disturbed), "stop")[-1]["step"] == 4 and len(events(folder_of(disturbed), "phase_start")) == 1
+    assert (
+        events(folder_of(disturbed), "stop")[-1]["step"] == 4 and len(events(folder_of(disturbed), "phase_start")) == 1
+    )
     assert go(disturbed, 1, 2, "loop.step:0:14:sigkill") == [-9]
     newest = max((folder_of(disturbed) / "checkpoints").glob("step_*"))
     data = bytearray((newest / "rank_00000.safetensors").read_bytes())
@@ -163,10 +165,16 @@ def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path, peaceful:
     assert named == {int(i): (int(data.labels(np.array([i]))[0]), *data.describe(int(i))) for i in ids}
     assert {sample["sample_id"] for sample in noted["samples"] if sample["cosine"] == "nan"} == set(ids[8:].tolist())
     assert noted["micro_batch_losses"] == ["nan"] * 4, "of both ranks' samples each"
-    assert "step 6 is skipped, it was not finite (loss nan, grad norm nan); 8 of its 16 samples have no finite cosine" in said(once)
+    assert (
+        "step 6 is skipped, it was not finite (loss nan, grad norm nan); 8 of its 16 samples have no finite cosine"
+        in said(once)
+    )
     assert [row["step"] for row in metrics(folder_of(once)) if row["loss"] is None] == [7]  # no loss rather than 0
     assert go(thrice, 2, 2, ";".join(f"loop.outputs:0:{step}:nan" for step in (10, 11, 12))) == [2, 2]
-    assert f"not finite in 3 steps in a row from step 10; a checkpoint from before them is kept, {folder_of(thrice)}/nonfinite.jsonl" in said(thrice)
+    assert (
+        f"not finite in 3 steps in a row from step 10; a checkpoint from before them is kept, {folder_of(thrice)}/nonfinite.jsonl"
+        in said(thrice)
+    )
     assert go(thrice, 2, 2) == [0, 0], said(thrice)[-2000:]
     assert [row["step"] for row in events(folder_of(thrice), "resume")] == [10]
     assert not [name for name in differing(peaceful(2, 2), thrice) if not name.startswith("metrics")]

@@ -49,7 +49,9 @@ def test_weight_decay_rises_as_dinos() -> None:
     """The table DINO's training reads at every iteration: final + (base - final) (1 + cos(pi i / n)) / 2."""
     optimizer = Optimizer(weight_decay=0.04, weight_decay_end=0.4)
     table = 0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * np.arange(80) / 80))
-    assert [optimizer.weight_decay_at(step * 16 / 1280) for step in range(80)] == pytest.approx(table.tolist(), rel=1e-12)
+    assert [optimizer.weight_decay_at(step * 16 / 1280) for step in range(80)] == pytest.approx(
+        table.tolist(), rel=1e-12
+    )
     assert optimizer.weight_decay_at(1.0) == 0.4
     assert {Optimizer(weight_decay=0.3).weight_decay_at(step / 7) for step in range(8)} == {0.3}, "constant to the bit"
 
@@ -66,10 +68,14 @@ def test_steps_are_refused_where_batches_differ() -> None:
 
 def test_a_warmup_longer_than_the_whole_is_told() -> None:
     def warning(total: str) -> str | None:
-        return learning_rate(Schedule(total=total, warmup="3 epochs"), 1.0, phases=[PHASE], samples_per_epoch=20).warning
+        return learning_rate(
+            Schedule(total=total, warmup="3 epochs"), 1.0, phases=[PHASE], samples_per_epoch=20
+        ).warning
 
     assert warning("3 epochs") is None
-    assert "(60 samples) is longer than the whole schedule (50): the learning rate ends at 83% of optimizer.lr" in str(warning("5 steps"))
+    assert "(60 samples) is longer than the whole schedule (50): the learning rate ends at 83% of optimizer.lr" in str(
+        warning("5 steps")
+    )
 
 
 def test_css_compares_the_mean_of_a_full_window() -> None:

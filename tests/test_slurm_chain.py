@@ -60,7 +60,9 @@ class FakeSlurm:
             return f"{self.next_id};cluster\n"
         if command[0] == "squeue":
             asked = next(word.removeprefix("--name=") for word in command if word.startswith("--name="))
-            return "".join(f"{job}|{state}|None|\n" for job, state in self.queued.items() if self.names.get(job, asked) == asked)
+            return "".join(
+                f"{job}|{state}|None|\n" for job, state in self.queued.items() if self.names.get(job, asked) == asked
+            )
         if command[0] == "scancel":
             for job in command[1:]:
                 del self.queued[int(job)]
@@ -569,11 +571,19 @@ def test_status_of_a_chain(world: World) -> None:
     events.write_text("")
     world.chain.mark_done("refinement", Outcome("done", "refinement", 60, "the schedule is complete", 1))
     world.ledger.add("start", attempt=3, job=103, phase="refinement", restart=0, step=60, nodes="n1")
-    world.ledger.add("end", attempt=3, job=103, phase="refinement", step=60, reason="phase refinement is done at step 60")
+    world.ledger.add(
+        "end", attempt=3, job=103, phase="refinement", step=60, reason="phase refinement is done at step 60"
+    )
     skipped = chain_status(world.folder, Slurm(world.slurm)).phases[2]
-    assert (skipped.state, skipped.steps, skipped.note) == ("skipped", "", "the schedule was complete before this phase")
+    assert (skipped.state, skipped.steps, skipped.note) == (
+        "skipped",
+        "",
+        "the schedule was complete before this phase",
+    )
     events.write_text('{"time": 1.0, "event": "phase_start", "step": 60, "phase": "refinement"}\n')
-    assert chain_status(world.folder, Slurm(world.slurm)).phases[2].state == "done", "trained by an attempt before these"
+    assert chain_status(world.folder, Slurm(world.slurm)).phases[2].state == "done", (
+        "trained by an attempt before these"
+    )
 
 
 def test_status_of_a_cancelled_chain_says_how_to_go_on(world: World) -> None:
@@ -639,13 +649,17 @@ def test_nothing_is_submitted_twice_or_with_wrong_shapes(tmp_path: Path) -> None
     (tmp_path / "toy.yaml").write_text(RECIPE)
     (tmp_path / "zero.json").write_text(ZERO)
     planned = plan_chain("toy.yaml", "zero.json", [], Site(nodes=2, gpus_per_node=2), home=tmp_path, slurm=Slurm(slurm))
-    assert planned.phases == ("alignment", "refinement") and not Path(planned.run_folder).exists(), "planning writes nothing"
+    assert planned.phases == ("alignment", "refinement") and not Path(planned.run_folder).exists(), (
+        "planning writes nothing"
+    )
     with pytest.raises(
         UserError, match=r"5 nodes x 1 tasks = 5 ranks do not divide virtual_batches=12 .* 1, 2, 3, 4, 6, 12"
     ):
         send(tmp_path, slurm, nodes=5, gpus_per_node=0)
     send(tmp_path, slurm)
-    with pytest.raises(UserError, match=r"already has jobs .101 PENDING.; to start over: scancel --name=lvtrain-toy-\w{6}$"):
+    with pytest.raises(
+        UserError, match=r"already has jobs .101 PENDING.; to start over: scancel --name=lvtrain-toy-\w{6}$"
+    ):
         send(tmp_path, slurm)
     # a run of the same name in another folder has a queue of its own
     other, (job,) = send(tmp_path, slurm, overrides="runs=elsewhere")
@@ -653,7 +667,10 @@ def test_nothing_is_submitted_twice_or_with_wrong_shapes(tmp_path: Path) -> None
     assert (job, slurm.queued) == (102, {101: "PENDING"})
     slurm.queued.clear()
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": true}}')
-    for name, told in {"mine.json": "fp16: float16 needs loss scaling", "absent.json": "does not exist"}.items():  # not after hours in the queue
+    for name, told in {
+        "mine.json": "fp16: float16 needs loss scaling",
+        "absent.json": "does not exist",
+    }.items():  # not after hours in the queue
         with pytest.raises(UserError, match=told):
             plan_chain("toy.yaml", name, [], Site(nodes=2, gpus_per_node=2), home=tmp_path, slurm=Slurm(slurm))
     slurm.refuse = lambda command: command[0] == "sbatch"

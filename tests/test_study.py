@@ -32,7 +32,12 @@ def small(tiny_faces: Path, tmp_path: Path) -> Path:
     recipe = recipe_file(
         tmp_path,
         tiny_faces / "train",
-        backbone={"name": "vit_nano", "embedding_dim": 32, "image_size": 56, "overrides": {"dim": 32, "depth": 1, "heads": 2}},
+        backbone={
+            "name": "vit_nano",
+            "embedding_dim": 32,
+            "image_size": 56,
+            "overrides": {"dim": 32, "depth": 1, "heads": 2},
+        },
         phases=[{"name": "all", "global_batch": 16, "virtual_batches": 1}],
         schedule={"total": "4 steps", "warmup": "0 steps"},
         evaluation={"benchmarks": {"pairs": str(tiny_faces / "heldout.bin")}},
@@ -55,7 +60,9 @@ def small(tiny_faces: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_settings_are_run_once_and_stand_in_one_table(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_settings_are_run_once_and_stand_in_one_table(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "study"
     words = [str(small), "--out", str(out)]
     assert study.main(words) == EXIT_ERROR, "one of them fails"
@@ -92,7 +99,12 @@ def test_settings_are_run_once_and_stand_in_one_table(small: Path, tmp_path: Pat
     ],
 )
 def test_what_is_wrong_is_told_before_the_first_run(
-    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], change: dict[str, object], words: list[str], said: str
+    small: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    change: dict[str, object],
+    words: list[str],
+    said: str,
 ) -> None:
     small.write_text(yaml.safe_dump(yaml.safe_load(small.read_text()) | change, sort_keys=False))
     assert study.main([str(small), "--out", str(tmp_path / "study"), *words]) == EXIT_ERROR

@@ -16,7 +16,9 @@ NORMAL = DIFFICULTIES["normal"]
 
 
 def files_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,9 @@ def test_pairs_are_ten_balanced_folds_without_repeats():
 def test_raw_pixels_do_not_solve_it():
     """Cosine of raw pixels stays below 65% even when the threshold is chosen on the pairs themselves."""
     pairs, same = heldout_pairs(identities=30, images=8, pairs=600, seed=0)
-    pixels = np.stack([[render_face(0, 500 + person, image, NORMAL).ravel() for image in range(8)] for person in range(30)]).astype(np.float32)
+    pixels = np.stack(
+        [[render_face(0, 500 + person, image, NORMAL).ravel() for image in range(8)] for person in range(30)]
+    ).astype(np.float32)
     pixels = pixels / 127.5 - 1
     pixels /= np.linalg.norm(pixels, axis=-1, keepdims=True)
     left, right = (pixels[pairs[:, side, 0], pairs[:, side, 1]] for side in (0, 1))

@@ -26,7 +26,9 @@ def sound(tmp_path_factory):
     for person in range(3):
         (folder / "src" / f"p{person}").mkdir(parents=True)
         for image in range(5):
-            (folder / "src" / f"p{person}" / f"{image}.jpg").write_bytes(encode_face(3, person, image, DIFFICULTIES["normal"]))
+            (folder / "src" / f"p{person}" / f"{image}.jpg").write_bytes(
+                encode_face(3, person, image, DIFFICULTIES["normal"])
+            )
     pack(folder / "src", folder / "sound", PackOptions("folder", samples_per_shard=6))
     return folder / "sound"
 
@@ -54,7 +56,13 @@ def flip(path, position):
 def test_sound(sound):
     for full in (False, True):
         verdict = verify(sound, full=full, workers=2 if full else 1)
-        assert (verdict.faults, verdict.notes, verdict.samples, verdict.identities, verdict.shards) == ([], [], 15, 3, 3)
+        assert (verdict.faults, verdict.notes, verdict.samples, verdict.identities, verdict.shards) == (
+            [],
+            [],
+            15,
+            3,
+            3,
+        )
 
 
 def test_flipped_byte_in_an_image(dataset):
@@ -144,7 +152,10 @@ def test_bad_label_label_map_and_manifest(dataset):
     (dataset / "dataset.json").write_text("{")
     assert kinds(dataset, full=False) == {"manifest"}
     (fault,) = verify(dataset / "nowhere").faults
-    assert str(fault).startswith(f"manifest: {dataset}/nowhere/dataset.json: is missing; pack") and str(fault).count("nowhere") == 1
+    assert (
+        str(fault).startswith(f"manifest: {dataset}/nowhere/dataset.json: is missing; pack")
+        and str(fault).count("nowhere") == 1
+    )
 
 
 def test_a_shard_that_cannot_be_read_hides_no_other_fault(dataset, monkeypatch):
@@ -158,7 +169,10 @@ def test_a_shard_that_cannot_be_read_hides_no_other_fault(dataset, monkeypatch):
     monkeypatch.setattr(module, "file_sha256", failing)
     flip(dataset / "shards" / "000002.tar", 600)
     faults = verify(dataset, full=True).faults
-    assert [(fault.kind, fault.where[-10:]) for fault in faults[:2]] == [("unreadable-shard", "000000.tar"), ("changed-shard", "000002.tar")]
+    assert [(fault.kind, fault.where[-10:]) for fault in faults[:2]] == [
+        ("unreadable-shard", "000000.tar"),
+        ("changed-shard", "000002.tar"),
+    ]
 
 
 def test_notes_name_what_is_unread_or_empty(dataset):
@@ -186,6 +200,8 @@ def test_command_line(dataset, tmp_path):
 def test_colour_order_is_guessed():
     faces = [render_face(0, person, 0, DIFFICULTIES["normal"]) for person in range(40)]
     assert contact_sheet.colour_order(contact_sheet.channel_means(faces)).startswith("RGB")
-    assert contact_sheet.colour_order(contact_sheet.channel_means([face[:, :, ::-1] for face in faces])).startswith("BGR?")
+    assert contact_sheet.colour_order(contact_sheet.channel_means([face[:, :, ::-1] for face in faces])).startswith(
+        "BGR?"
+    )
     grey = [np.repeat(face[:, :, :1], 3, axis=2) for face in faces]
     assert contact_sheet.colour_order(contact_sheet.channel_means([*grey, None])).startswith("undecided")

@@ -43,9 +43,19 @@ def test_a_batch_script_without_srun_is_one_rank() -> None:
 
 @pytest.mark.parametrize(
     ("local_rank", "visible", "shown", "index"),
-    [(3, 8, None, 3), (0, 1, None, 0), (1, 2, "4,5", 1), (3, 1, "0", 0), (3, 1, "GPU-1f2e", 0), (1, 1, None, None), (2, 2, "4,5", None)],
+    [
+        (3, 8, None, 3),
+        (0, 1, None, 0),
+        (1, 2, "4,5", 1),
+        (3, 1, "0", 0),
+        (3, 1, "GPU-1f2e", 0),
+        (1, 1, None, None),
+        (2, 2, "4,5", None),
+    ],
 )
-def test_a_ranks_gpu_is_its_number_or_the_only_one_it_is_shown(local_rank: int, visible: int, shown: str | None, index: int | None) -> None:
+def test_a_ranks_gpu_is_its_number_or_the_only_one_it_is_shown(
+    local_rank: int, visible: int, shown: str | None, index: int | None
+) -> None:
     started = world.launch({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": str(local_rank)})
     environment = {} if shown is None else {"CUDA_VISIBLE_DEVICES": shown}
     if index is not None:
@@ -72,7 +82,13 @@ def test_first_host(nodes: str, first: str) -> None:
 def test_a_port_that_is_taken_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        places = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        places = {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         for name, value in places.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=f"port {port} of this node is in use"):

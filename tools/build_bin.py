@@ -43,7 +43,9 @@ def main(
             names, issame = [names[i] for i in order], issame[order]
         check_folds(issame, out)
         # one image often stands in many pairs: read it once
-        encoded = {name: encode(images / name, image_size, quality) for name in dict.fromkeys(chain.from_iterable(names))}
+        encoded = {
+            name: encode(images / name, image_size, quality) for name in dict.fromkeys(chain.from_iterable(names))
+        }
         write_bin(out, [encoded[name] for pair in names for name in pair], issame, about={"alignment": alignment})
     except (UserError, OSError) as error:
         print(f"build_bin: error: {told(error, out)}", file=sys.stderr)

@@ -27,12 +27,27 @@ def main(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET")],
     out: Annotated[Path, typer.Argument(metavar="OUT.json", help="subset manifest to write")],
     embeddings: Annotated[Path, typer.Option(help=".npy of all samples, or a model: run, weights or .onnx")],
-    evaluation: Annotated[list[Path] | None, typer.Option(help="verification set (.bin) whose people must not be trained on")] = None,
-    evaluation_embeddings: Annotated[list[Path] | None, typer.Option(help=".npy of its images, one for each --evaluation")] = None,
-    outlier: Annotated[float | None, typer.Option(help="cosine below which a sample is a stranger; absent: read off the data (and nearer to another)")] = None,
-    same_person: Annotated[float | None, typer.Option(help="cosine of centres from which two identities are one")] = None,
-    overlap: Annotated[float | None, typer.Option(help="cosine from which a test picture shows a training identity")] = None,
-    merges: Annotated[str, typer.Option(help="what to do with one person under several labels: merge, drop or keep")] = "merge",
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="verification set (.bin) whose people must not be trained on")
+    ] = None,
+    evaluation_embeddings: Annotated[
+        list[Path] | None, typer.Option(help=".npy of its images, one for each --evaluation")
+    ] = None,
+    outlier: Annotated[
+        float | None,
+        typer.Option(
+            help="cosine below which a sample is a stranger; absent: read off the data (and nearer to another)"
+        ),
+    ] = None,
+    same_person: Annotated[
+        float | None, typer.Option(help="cosine of centres from which two identities are one")
+    ] = None,
+    overlap: Annotated[
+        float | None, typer.Option(help="cosine from which a test picture shows a training identity")
+    ] = None,
+    merges: Annotated[
+        str, typer.Option(help="what to do with one person under several labels: merge, drop or keep")
+    ] = "merge",
     min_images: Annotated[int, typer.Option(help="identities with fewer images left are dropped")] = 1,
     batch: int = 128,
 ) -> None:
@@ -48,16 +63,28 @@ def main(
     typer.echo(f"cosines used: {limits}")
     for name, count in report["counts"].items():
         typer.echo(f"  {name.replace('_', ' ')}: {count}")
-    typer.echo(f"{out}: {report['samples_kept']} of {report['samples']} samples, {report['identities_kept']} of {report['identities']} identities")
+    typer.echo(
+        f"{out}: {report['samples_kept']} of {report['samples']} samples, {report['identities_kept']} of {report['identities']} identities"
+    )
 
 
 def _clean(
-    folder: Path, out: Path, model: Path, bins: list[Path], bin_embeddings: list[Path], limits: clean.Limits, merges: str, min_images: int, batch: int
+    folder: Path,
+    out: Path,
+    model: Path,
+    bins: list[Path],
+    bin_embeddings: list[Path],
+    limits: clean.Limits,
+    merges: str,
+    min_images: int,
+    batch: int,
 ) -> dict[str, Any]:
     if merges not in ("merge", "drop", "keep"):
         raise UserError(f"--merges {merges} is unknown; choose merge, drop or keep")
     if model.suffix == ".npy" and len(bins) != len(bin_embeddings):
-        raise UserError(f"{len(bins)} --evaluation and {len(bin_embeddings)} --evaluation-embeddings; give one .npy for each .bin, or a model")
+        raise UserError(
+            f"{len(bins)} --evaluation and {len(bin_embeddings)} --evaluation-embeddings; give one .npy for each .bin, or a model"
+        )
     check_target(out)
     data = ShardDataset(folder)
     read = _reader(data)
@@ -76,10 +103,20 @@ def _clean(
     findings = clean.analyse(vectors, labels, read, limits=limits, evaluation=parts)
     ids, label_of = clean.choose(findings, labels, data.num_classes, same_person=merges, min_images=min_images)
     if not len(ids):
-        raise UserError("nothing would be left; the embeddings do not belong to this dataset, or the thresholds are too strict")
-    criteria = {"cleaned_with": model.name, "limits": findings.limits, "merges": merges, "min_images": min_images, **findings.counts()}
+        raise UserError(
+            "nothing would be left; the embeddings do not belong to this dataset, or the thresholds are too strict"
+        )
+    criteria = {
+        "cleaned_with": model.name,
+        "limits": findings.limits,
+        "merges": merges,
+        "min_images": min_images,
+        **findings.counts(),
+    }
     write_subset(out, data, ids, label_of=label_of, criteria=criteria)
-    _picture(findings, data.label_names(), labels, read, {part.name: part.read for part in parts}, out.with_suffix(".png"))
+    _picture(
+        findings, data.label_names(), labels, read, {part.name: part.read for part in parts}, out.with_suffix(".png")
+    )
     report = {
         "samples": len(data),
         "samples_kept": len(ids),
@@ -96,7 +133,9 @@ def _load(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as .npy ({error}); save a float array [samples, d] with numpy.save") from None
+        raise UserError(
+            f"{path} cannot be read as .npy ({error}); save a float array [samples, d] with numpy.save"
+        ) from None
 
 
 def _reader(data: ShardDataset) -> Callable[[int], bytes]:
@@ -126,11 +165,18 @@ def _model(path: Path, batch: int) -> Callable[[Any], np.ndarray]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(path, device=device)
-    return lambda images: embed(model.forward, images, world=alone(), batch=batch, device=device, image_size=model.image_size)
+    return lambda images: embed(
+        model.forward, images, world=alone(), batch=batch, device=device, image_size=model.image_size
+    )
 
 
 def _picture(
-    findings: clean.Findings, names: list[str], labels: np.ndarray, read: Callable[[int], bytes], sets: dict[str, Callable[[int], bytes]], path: Path
+    findings: clean.Findings,
+    names: list[str],
+    labels: np.ndarray,
+    read: Callable[[int], bytes],
+    sets: dict[str, Callable[[int], bytes]],
+    path: Path,
 ) -> None:
     """A row a finding: the picture in question first, then three of its own identity and three of the other."""
 
@@ -139,9 +185,16 @@ def _picture(
 
     rows: list[tuple[str, list[bytes]]] = []
     for sample, label, cosine, other, _ in findings.outliers[:_SHOWN]:
-        rows.append((f"stranger {cosine:.2f} in {names[label]}, like {names[other]}", [read(sample), *some(label, sample), *some(other)]))
+        rows.append(
+            (
+                f"stranger {cosine:.2f} in {names[label]}, like {names[other]}",
+                [read(sample), *some(label, sample), *some(other)],
+            )
+        )
     for group, cosine in findings.same_person[:_SHOWN]:
-        rows.append((f"one person {cosine:.2f} {names[group[0]]} and {names[group[1]]}", [*some(group[0]), *some(group[1])]))
+        rows.append(
+            (f"one person {cosine:.2f} {names[group[0]]} and {names[group[1]]}", [*some(group[0]), *some(group[1])])
+        )
     for first, second, correlation in findings.duplicates[:_SHOWN]:
         rows.append((f"repeated {correlation:.3f} {names[labels[second]]}", [read(first), read(second)]))
     for name, image, label, cosine in findings.overlaps[:_SHOWN]:

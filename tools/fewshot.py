@@ -122,7 +122,13 @@ def run(options: argparse.Namespace, cell: Cell) -> None:
         *_launcher(options),
         str(ROOT / "lvtrain" / "main.py"),
         *("--recipe", str(cell.start.recipe), "--ds_config", str(options.ds_config)),
-        *(f"name={cell.name}", f"runs={options.out}", f"seed={cell.seed}", f"data.path={subset(options, cell)}", *start),
+        *(
+            f"name={cell.name}",
+            f"runs={options.out}",
+            f"seed={cell.seed}",
+            f"data.path={subset(options, cell)}",
+            *start,
+        ),
         *("data.num_classes=null", "data.num_samples=null"),  # the recipe's are those of the whole dataset
         *options.overrides,
     ]
@@ -135,7 +141,9 @@ def run(options: argparse.Namespace, cell: Cell) -> None:
 
 
 def _launcher(options: argparse.Namespace) -> list[str]:
-    if options.array is not None and "SLURM_JOB_ID" in os.environ:  # tasks of a step: Slurm's warning before the time limit reaches them
+    if (
+        options.array is not None and "SLURM_JOB_ID" in os.environ
+    ):  # tasks of a step: Slurm's warning before the time limit reaches them
         return ["srun", f"--ntasks={options.ranks}", "--kill-on-bad-exit=1", sys.executable]
     return ["torchrun", "--standalone", f"--nproc_per_node={options.ranks}"] if options.ranks > 1 else [sys.executable]
 
@@ -242,7 +250,9 @@ def print_table(summary: Summary, shots: list[str]) -> None:
             texts = [_text(row[k]) if k in row else "" for k in shots]
             if before not in (None, fraction):
                 shown.add_section()
-            shown.add_row("" if before == fraction else f"{100 * float(str(fraction)):g}%", str(start), backbone, *texts)
+            shown.add_row(
+                "" if before == fraction else f"{100 * float(str(fraction)):g}%", str(start), backbone, *texts
+            )
             before = fraction
         Console(width=160).print(shown)
 

@@ -26,12 +26,17 @@ def main(
     source: Annotated[Path, typer.Argument(metavar="SRC")],
     out: Annotated[Path, typer.Argument(metavar="OUT")],
     kind: Annotated[str, typer.Option(help=" | ".join(KINDS))],
-    workers: Annotated[int, typer.Option(min=1, help="processes; the result does not depend on it")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="processes; the result does not depend on it")] = os.cpu_count()
+    or 1,
     seed: Annotated[int, typer.Option(help="of the shuffle")] = 0,
-    shuffle: Annotated[bool, typer.Option(help="write in random order, so that shards are not sorted by identity")] = True,
+    shuffle: Annotated[
+        bool, typer.Option(help="write in random order, so that shards are not sorted by identity")
+    ] = True,
     samples_per_shard: int = 8192,
     size: Annotated[int, typer.Option(help="pixels of a side; 0 takes images as they are")] = 112,
-    quality: Annotated[int, typer.Option(help="JPEG quality of what must be encoded: PNG, WebP, fixes, alignment")] = 95,
+    quality: Annotated[
+        int, typer.Option(help="JPEG quality of what must be encoded: PNG, WebP, fixes, alignment")
+    ] = 95,
     label_order: Annotated[str, typer.Option(help="natural (id2 before id10) or lexicographic")] = "natural",
     align: Annotated[bool, typer.Option("--align", help="raw photographs: find the largest face and align it")] = False,
     licence: Annotated[str, typer.Option(help="terms of the images; carried into runs and model cards")] = "unknown",

@@ -16,7 +16,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read by torch's import: its own words on ranks that do not meet are forty lines
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "FATAL"
+)  # read by torch's import: its own words on ranks that do not meet are forty lines
 
 from lvtrain.errors import EXIT_ERROR, UserError
 from lvtrain.training.preflight import preflight
@@ -27,12 +29,23 @@ def sizes(text: str) -> list[float]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("runs"), help="folder of the runs, which all nodes must share (default: runs)")
+    parser = argparse.ArgumentParser(
+        prog="preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shared",
+        type=Path,
+        default=Path("runs"),
+        help="folder of the runs, which all nodes must share (default: runs)",
+    )
     parser.add_argument("--data", type=Path, help="dataset folder or subset manifest")
-    parser.add_argument("--megabytes", type=sizes, default="1,16,256", help="sizes of the collectives (default: 1,16,256)")
+    parser.add_argument(
+        "--megabytes", type=sizes, default="1,16,256", help="sizes of the collectives (default: 1,16,256)"
+    )
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--timeout", type=float, default=120, help="seconds that started ranks wait for each other (default: 120)")
+    parser.add_argument(
+        "--timeout", type=float, default=120, help="seconds that started ranks wait for each other (default: 120)"
+    )
     parser.add_argument("--json", type=Path, help="write what was found to this file, too")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args()
@@ -42,7 +55,12 @@ def main() -> int:
     options = parse()
     try:
         problems = preflight(
-            shared=options.shared, data=options.data, megabytes=options.megabytes, repeats=options.repeats, timeout=options.timeout, report=options.json
+            shared=options.shared,
+            data=options.data,
+            megabytes=options.megabytes,
+            repeats=options.repeats,
+            timeout=options.timeout,
+            report=options.json,
         )
     except UserError as problem:
         print(f"preflight: error: {problem}", file=sys.stderr)

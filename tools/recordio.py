@@ -44,11 +44,19 @@ def filter_(
     """Write an .idx of some image records beside an untouched .rec."""
     try:
         images, people = filter_index(
-            rec, out, identities=_numbers(identities), min_images=min_images, shots=shots, without_keys=_numbers(without_keys) or (), seed=seed
+            rec,
+            out,
+            identities=_numbers(identities),
+            min_images=min_images,
+            shots=shots,
+            without_keys=_numbers(without_keys) or (),
+            seed=seed,
         )
     except (UserError, OSError) as error:
         _fail(error, out)
-    typer.echo(f"{out}: {images} images of {people} identities; read it with fn.readers.mxnet(path=[{str(rec)!r}], index_path=[{str(out)!r}])")
+    typer.echo(
+        f"{out}: {images} images of {people} identities; read it with fn.readers.mxnet(path=[{str(rec)!r}], index_path=[{str(out)!r}])"
+    )
 
 
 def _numbers(path: Path | None) -> list[int] | None:

@@ -13,8 +13,12 @@ from lvtrain.report import write_report
 def main(
     run: Annotated[Path, typer.Argument(help="run folder, as a training leaves it (runs/NAME)")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="where to write; RUN/report.html by default")] = None,
-    beside: Annotated[list[Path] | None, typer.Option(help="another run to draw beside it, with what differs; up to three times")] = None,
-    faces: Annotated[bool, typer.Option("--faces", help="draw landmarks and attention on real faces of the dataset, too")] = False,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="another run to draw beside it, with what differs; up to three times")
+    ] = None,
+    faces: Annotated[
+        bool, typer.Option("--faces", help="draw landmarks and attention on real faces of the dataset, too")
+    ] = False,
 ) -> None:
     """Writes loss, cosine, throughput, verification and events of a run as one HTML file that fetches nothing."""
     try:

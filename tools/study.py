@@ -54,7 +54,9 @@ class Generated(Section):
 class Study(Section):
     recipe: Path
     common: dict[str, Any] = Field(default_factory=dict, description="what every setting changes in the recipe")
-    settings: dict[str, dict[str, Any]] = Field(min_length=1, description="by name: dotted keys of the recipe and their values")
+    settings: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="by name: dotted keys of the recipe and their values"
+    )
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     generated: Generated | None = None
     unseen: Path | None = Field(None, description="a dataset of people never trained on")
@@ -81,7 +83,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="YAML file, see tools/studies/")
     parser.add_argument("--recipe", type=Path, help="instead of the study's")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], metavar="N,N,...", help="instead of the study's")
+    parser.add_argument(
+        "--seeds",
+        type=lambda text: [int(seed) for seed in text.split(",")],
+        metavar="N,N,...",
+        help="instead of the study's",
+    )
     parser.add_argument("--settings", type=lambda text: text.split(","), metavar="NAME,NAME,...", help="only these")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--ds-config", type=Path, default=ROOT / "ds_configs" / "zero1.json")

@@ -37,7 +37,9 @@ def main(
                 progress=lambda done, _: bar.update(task, completed=done),
             )  # fmt: skip
         flat = [written.heldout_images[person][image] for person, image in chosen.reshape(-1, 2).tolist()]
-        write_bin(out / "heldout.bin", flat, same, about={"kind": "generated faces", "seed": seed, "difficulty": difficulty})
+        write_bin(
+            out / "heldout.bin", flat, same, about={"kind": "generated faces", "seed": seed, "difficulty": difficulty}
+        )
     except (UserError, OSError) as error:
         typer.echo(f"synth_faces: error: {told(error, out)}", err=True)
         raise typer.Exit(EXIT_ERROR) from None

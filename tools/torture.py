@@ -151,7 +151,9 @@ def flip(bench: Bench, case: Case, seed: int) -> None:
     """(c) one byte of one file of the newest checkpoint, each kind of file in turn."""
     chance = random.Random(seed)
     runs = bench.folder / "flip"
-    for position, name in enumerate(("rank_00000.safetensors", "rank_00001.safetensors", "state.json", "manifest.json")):
+    for position, name in enumerate(
+        ("rank_00000.safetensors", "rank_00001.safetensors", "state.json", "manifest.json")
+    ):
         bench.run(runs, 2, f"loop.step:*:{(position + 1) * 3 * EVERY + 1}:sigkill")
         newest = newest_committed(runs)
         path = run_folder(runs) / "checkpoints" / f"step_{newest:09d}" / name
@@ -172,7 +174,9 @@ def disk(bench: Bench, case: Case) -> None:
     if os.geteuid() != 0:
         case.note = "not run: mounting a tmpfs needs root"
         return
-    one = sum(path.stat().st_size for path in next((run_folder(bench.peace()) / "checkpoints").glob("step_*")).iterdir())
+    one = sum(
+        path.stat().st_size for path in next((run_folder(bench.peace()) / "checkpoints").glob("step_*")).iterdir()
+    )
     runs = bench.folder / "disk"
     runs.mkdir()
     small = ["-t", "tmpfs", "-o", f"size={int(2.3 * one) + (1 << 20)}", "tmpfs", str(runs)]
@@ -279,7 +283,14 @@ def main(
         kept = [Case(**old) for old in json.loads(previous.read_text())["cases"]] if previous.exists() else []
         cases = [old for old in kept if old.name not in {case.name for case in cases}] + cases
         cases.sort(key=lambda case: CASES.index(case.name))
-        conditions = {"zero": zero, "ranks": 2, "steps": TOTAL, "checkpoint_every": EVERY, "global_batch": 16, "seed": seed}
+        conditions = {
+            "zero": zero,
+            "ranks": 2,
+            "steps": TOTAL,
+            "checkpoint_every": EVERY,
+            "global_batch": 16,
+            "seed": seed,
+        }
         found = {"conditions": conditions, "cases": [asdict(case) for case in cases]}
         previous.write_text(json.dumps(found, indent=1) + "\n")
         (results / "torture.md").write_text(HEADING.format(total=TOTAL, every=EVERY, zero=zero) + table(cases))

@@ -154,9 +154,15 @@ def contents(folder: Path) -> dict[str, Any]:
     for name in reader.names:
         shape = reader.shape(name)
         tensor = reader.rows(name, 0, shape[0]) if reader.is_rows(name) else reader.replicated(name)
-        found[name] = (str(tensor.dtype), tuple(shape), tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found[name] = (
+            str(tensor.dtype),
+            tuple(shape),
+            tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes(),
+        )
     for row in rows(folder):
-        found[f"metrics of step {row['step']}"] = [row[name] for name in ("loss", "cos2", "cos2_window", "grad_norm", "lr")]
+        found[f"metrics of step {row['step']}"] = [
+            row[name] for name in ("loss", "cos2", "cos2_window", "grad_norm", "lr")
+        ]
     return found
 
 

@@ -39,8 +39,14 @@ def main(
             typer.echo(str(fault), err=True)
         if sheet and not verdict.faults:
             opened = ShardDataset(dataset)
-            rows = contact_sheet.of_index(opened.index["label"], opened.label_names(), lambda sample: opened.read(sample)[0])
-            typer.echo(contact_sheet.draw(rows, f"{dataset.name}: {len(opened)} images of {opened.num_classes} identities", sheet))
+            rows = contact_sheet.of_index(
+                opened.index["label"], opened.label_names(), lambda sample: opened.read(sample)[0]
+            )
+            typer.echo(
+                contact_sheet.draw(
+                    rows, f"{dataset.name}: {len(opened)} images of {opened.num_classes} identities", sheet
+                )
+            )
     except (UserError, OSError) as error:
         typer.echo(f"verify_dataset: error: {told(error, sheet or dataset)}", err=True)
         raise typer.Exit(EXIT_ERROR) from None

@@ -242,7 +242,12 @@ class PartFViT(FViT):
     """
 
     def __init__(
-        self, *, landmark_margin: NonNegativeFloat = 3.5, released: bool = False, freeze_landmarks: bool = False, **fvit: Any
+        self,
+        *,
+        landmark_margin: NonNegativeFloat = 3.5,
+        released: bool = False,
+        freeze_landmarks: bool = False,
+        **fvit: Any,
     ) -> None:
         super().__init__(**fvit)
         self.landmark_margin, self.released, self.freeze_landmarks = landmark_margin, released, freeze_landmarks

@@ -124,7 +124,9 @@ def hold(folder: Path, world: World) -> Iterator[Lease | None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the run folder {folder}: {error.strerror}; choose another with runs=PATH") from error
+            raise UserError(
+                f"cannot make the run folder {folder}: {error.strerror}; choose another with runs=PATH"
+            ) from error
         mine = Lease(folder)
 
     worlds.on_first(take)

@@ -186,7 +186,9 @@ class Workspace:
         if self.classes.indices is None:
             return self.classes.weight[start:stop]
         assert self.gathered is not None
-        return torch.index_select(self.classes.weight, 0, self.classes.indices[start:stop], out=self.gathered[: stop - start])
+        return torch.index_select(
+            self.classes.weight, 0, self.classes.indices[start:stop], out=self.gathered[: stop - start]
+        )
 
     def inverse_norms(self, source: torch.Tensor) -> torch.Tensor | None:
         """As `Classes.inverse_norms`; None also where the kernels find them by themselves."""
@@ -221,7 +223,9 @@ class Workspace:
         classes = self.classes
         if classes.threshold is not None:
             if isinstance(classes.scale, torch.Tensor):
-                logits.masked_fill_(logits > (self.of_chunk(classes.scale, start, stop) * classes.threshold).unsqueeze(0), -math.inf)
+                logits.masked_fill_(
+                    logits > (self.of_chunk(classes.scale, start, stop) * classes.threshold).unsqueeze(0), -math.inf
+                )
             else:
                 logits.masked_fill_(logits > classes.scale * classes.threshold, -math.inf)
         if classes.mask is not None:

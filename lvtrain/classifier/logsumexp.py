@@ -13,7 +13,9 @@ from lvtrain.classifier.passes import Partial, forward_pass, weight_gradient_pas
 from lvtrain.distributed.collectives import Group, group_size
 
 
-def combine(parts: list[Partial], cosines: list[torch.Tensor], *, running: bool, group: Group) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def combine(
+    parts: list[Partial], cosines: list[torch.Tensor], *, running: bool, group: Group
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Sums the ranks' partial results: `(N [B] each, cosine [B] each)`, and rescales `parts[i].rows` in place to the weights' common divisor.
 
     One SUM all-reduce of `[B, 2 * anchors]`; with the running maximum one MAX all-reduce of `[B, anchors]` before it. Afterwards
@@ -61,9 +63,20 @@ class _NegativeLogSumExp(torch.autograd.Function):
         positions = classes.positions(labels, start)
         targets = classes.unit_rows_at(positions)
         running = classes.needs_running_max(total)
-        ctx.grad_weight = torch.empty_like(classes.weight) if ctx.needs_input_grad[1] and classes.indices is None else None
-        part = forward_pass(classes, embeddings.detach(), positions, running=running, need_rows=ctx.needs_input_grad[0], shelf=ctx.grad_weight)
-        (logsumexp,), (cosine,) = combine([part], [(embeddings.detach() * targets).sum(dim=1)], running=running, group=group)
+        ctx.grad_weight = (
+            torch.empty_like(classes.weight) if ctx.needs_input_grad[1] and classes.indices is None else None
+        )
+        part = forward_pass(
+            classes,
+            embeddings.detach(),
+            positions,
+            running=running,
+            need_rows=ctx.needs_input_grad[0],
+            shelf=ctx.grad_weight,
+        )
+        (logsumexp,), (cosine,) = combine(
+            [part], [(embeddings.detach() * targets).sum(dim=1)], running=running, group=group
+        )
         ctx.classes, ctx.part, ctx.targets, ctx.running = classes, part, targets, running
         ctx.save_for_backward(embeddings, positions, logsumexp)
         return logsumexp, cosine
@@ -137,7 +150,17 @@ def negative_logsumexp(
     start, stop = rows if rows is not None else (0, len(weight))
     if stop - start != len(weight):
         raise ValueError(f"rows {start}..{stop} are {stop - start} classes but weight has {len(weight)} rows")
-    options = dict(scale=scale, indices=indices, threshold=threshold, mask=mask, unit=unit, chunk=chunk, precision=precision, kernel=kernel, keep_mb=keep_mb)
+    options = dict(
+        scale=scale,
+        indices=indices,
+        threshold=threshold,
+        mask=mask,
+        unit=unit,
+        chunk=chunk,
+        precision=precision,
+        kernel=kernel,
+        keep_mb=keep_mb,
+    )
     total = max(num_classes or stop, 1)
     if isinstance(scale, float | int) and not math.isfinite(scale):
         raise ValueError("scale must be finite")

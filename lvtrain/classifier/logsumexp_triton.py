@@ -125,7 +125,13 @@ def exponentials(
 
 
 def coefficients(
-    logits: torch.Tensor, out: torch.Tensor, column: torch.Tensor, shift: torch.Tensor, value: torch.Tensor, *, ceiling: float | None
+    logits: torch.Tensor,
+    out: torch.Tensor,
+    column: torch.Tensor,
+    shift: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    ceiling: float | None,
 ) -> None:
     """`out` [B, k] = exp(logits - shift [B]), 0 above `ceiling`, `value` [B] at the target's column."""
     width = logits.shape[1]
@@ -143,8 +149,12 @@ def unit_rows(source: torch.Tensor, out: torch.Tensor, *, eps: float) -> torch.T
     return out
 
 
-def row_gradients(gradient: torch.Tensor, source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor, *, unit: bool, eps: float) -> None:
+def row_gradients(
+    gradient: torch.Tensor, source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor, *, unit: bool, eps: float
+) -> None:
     """`out` [k, d] = `gradient` [k, d] with respect to unit rows, taken to that with respect to `source` [k, d], times `factor` (one number on the
     device); all float32 and contiguous, `out` may be `gradient`. `unit`: the rows have norm 1 already."""
     count, dim = gradient.shape
-    _row_gradients_kernel[(count,)](gradient, source, factor, out, dim, eps, unit=unit, block=triton.next_power_of_2(dim))
+    _row_gradients_kernel[(count,)](
+        gradient, source, factor, out, dim, eps, unit=unit, block=triton.next_power_of_2(dim)
+    )

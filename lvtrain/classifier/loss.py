@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 class Step:
     """What is remembered between `begin_step` and `end_step`."""
 
-    def __init__(self, step: int, indices: torch.Tensor | None, *, lr: float | None, weight_decay: float | None) -> None:
+    def __init__(
+        self, step: int, indices: torch.Tensor | None, *, lr: float | None, weight_decay: float | None
+    ) -> None:
         self.step, self.indices, self.lr, self.weight_decay = step, indices, lr, weight_decay
         self.gradient: torch.Tensor | None = None  # [k, d], of the rows that take part
         self.backwards = 0
@@ -35,7 +37,10 @@ class Step:
 
 def _pack(unit: torch.Tensor, norms: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """[b, d + a few]: embeddings, with the norms and labels appended bit for bit, so that one collective carries all three."""
-    extra = torch.cat([norms.to(torch.float64).unsqueeze(1).view(torch.uint8), labels.to(torch.int64).unsqueeze(1).view(torch.uint8)], dim=1)
+    extra = torch.cat(
+        [norms.to(torch.float64).unsqueeze(1).view(torch.uint8), labels.to(torch.int64).unsqueeze(1).view(torch.uint8)],
+        dim=1,
+    )
     return torch.cat([unit, extra.view(unit.dtype)], dim=1)
 
 
@@ -64,7 +69,9 @@ class ShardedLoss(torch.autograd.Function):
         wire = torch.bfloat16 if head.gather == "bfloat16" else dtype
         if head.ranks > 1:
             sizes = gather_sizes(len(unit), unit.device, head.group) if head.ragged else [len(unit)] * head.ranks
-            x, norms, labels = _unpack(all_gather_rows(_pack(unit.to(wire), norms, labels), sizes, head.group), dim, dtype)
+            x, norms, labels = _unpack(
+                all_gather_rows(_pack(unit.to(wire), norms, labels), sizes, head.group), dim, dtype
+            )
         else:
             sizes, x = [len(unit)], unit.to(wire).to(dtype)
         need_embeddings = ctx.needs_input_grad[0]
@@ -78,13 +85,28 @@ class ShardedLoss(torch.autograd.Function):
         passes = anchors if head.expectation_negatives == "own" else anchors[:1]
         running = any(classes.needs_running_max(head.num_classes) for classes in passes)
         # the rows' gradient has its memory from here on: until backward writes it, exponentials wait there
-        shelf = None if head.in_backward or step.gradient is not None or not ctx.needs_input_grad[1] else weight.new_empty(anchors[0].count, dim)
+        shelf = (
+            None
+            if head.in_backward or step.gradient is not None or not ctx.needs_input_grad[1]
+            else weight.new_empty(anchors[0].count, dim)
+        )
         parts = [
-            forward_pass(classes, x, positions, running=running, need_rows=need_embeddings, shelf=shelf if classes is anchors[0] else None)
+            forward_pass(
+                classes,
+                x,
+                positions,
+                running=running,
+                need_rows=need_embeddings,
+                shelf=shelf if classes is anchors[0] else None,
+            )
             for classes in passes
         ]
         if anchors[-1].mask is not None:
-            summed.append((anchors[-1].mask[anchors[-1].rows_at(positions)] & (positions >= 0)).to(dtype) if anchors[-1].count else torch.zeros_like(summed[0]))
+            summed.append(
+                (anchors[-1].mask[anchors[-1].rows_at(positions)] & (positions >= 0)).to(dtype)
+                if anchors[-1].count
+                else torch.zeros_like(summed[0])
+            )
         logsumexps, summed = combine(parts, summed, running=running, group=head.group)
 
         with torch.enable_grad():
@@ -135,7 +157,9 @@ class ShardedLoss(torch.autograd.Function):
             pending = reduce_scatter_rows(grad_x.to(ctx.wire), ctx.sizes, head.group)
         if ctx.needs_input_grad[1]:
             arguments = (ctx.classes, x, positions, logsumexp, grad_n * grad_loss, grad_cosine * grad_loss)
-            _row_gradients(head, step, partial(weight_gradient_pass, *arguments, running=ctx.running, kept=ctx.kept), ctx.shelf)
+            _row_gradients(
+                head, step, partial(weight_gradient_pass, *arguments, running=ctx.running, kept=ctx.kept), ctx.shelf
+            )
             ctx.shelf = None
             head.aside.follow()
         gradient = None
@@ -148,7 +172,9 @@ class Centres(torch.autograd.Function):
     """Some rows of the weight, whose gradient is added to the step's."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, local_rows: torch.Tensor, head: ShardedClassifier, step: Step) -> torch.Tensor:
+    def forward(
+        ctx: Any, weight: torch.Tensor, local_rows: torch.Tensor, head: ShardedClassifier, step: Step
+    ) -> torch.Tensor:
         ctx.head, ctx.step, ctx.count = head, step, len(weight) if step.indices is None else len(step.indices)
         ctx.save_for_backward(local_rows if step.indices is None else torch.searchsorted(step.indices, local_rows))
         return weight[local_rows]
@@ -169,7 +195,9 @@ def _row_gradients(head: ShardedClassifier, step: Step, run: Callable[..., None]
     step.backwards += 1
     if head.in_backward:
         if step.backwards > 1:
-            raise UserError("classifier.optimizer.in_backward: a second micro-step in one step; set virtual_batches to the number of ranks")
+            raise UserError(
+                "classifier.optimizer.in_backward: a second micro-step in one step; set virtual_batches to the number of ranks"
+            )
         head.optimizer.begin_step()
 
         def apply(start: int, stop: int, gradient: torch.Tensor) -> None:

@@ -44,7 +44,9 @@ class Shelf:
         self._bytes = None if gradient is None else gradient.view(-1).view(torch.uint8)
         row = 0 if gradient is None else gradient.shape[1] * gradient.itemsize
         self._batch, self._factor = batch, factor
-        self._stride = -(-max(row, batch * factor.itemsize) // 16) * 16  # bytes a class; begins where any format may begin
+        self._stride = (
+            -(-max(row, batch * factor.itemsize) // 16) * 16
+        )  # bytes a class; begins where any format may begin
         self._room = keep_mb * 2**20
         self._full = False
 
@@ -105,7 +107,9 @@ def forward_pass(
                 from lvtrain.classifier.logsumexp_triton import exponentials
 
                 e = _operand(logits, formats.factor, place)
-                fade = exponentials(logits, e, positions - start, maximum, total, running=running, ceiling=classes.ceiling, gain=gain)
+                fade = exponentials(
+                    logits, e, positions - start, maximum, total, running=running, ceiling=classes.ceiling, gain=gain
+                )
             else:
                 work.drop(logits, positions, start, stop)
                 fade = _follow_maximum(logits, maximum) if running else None
@@ -161,7 +165,11 @@ def weight_gradient_pass(
     shift = logsumexp.masked_fill(nothing, 0.0) if running else torch.zeros_like(logsumexp)
     size = grad_logsumexp if isinstance(classes.scale, torch.Tensor) else grad_logsumexp * classes.scale
     # float16 holds the samples' factors best just below the end of its range
-    lift = torch.exp2(torch.floor(math.log2(_HALF_GAIN) - torch.log2(size.abs().amax().clamp(min=1e-30)))) if formats.factor == torch.float16 else None
+    lift = (
+        torch.exp2(torch.floor(math.log2(_HALF_GAIN) - torch.log2(size.abs().amax().clamp(min=1e-30))))
+        if formats.factor == torch.float16
+        else None
+    )
 
     def right_factor(shift: torch.Tensor) -> torch.Tensor:
         """dL/dz = exp(z - shift) * [exp(shift - N) dL/dN]: the bracket and s cost no pass over the logits, they go to the embeddings."""
@@ -188,7 +196,14 @@ def weight_gradient_pass(
                     from lvtrain.classifier.logsumexp_triton import coefficients
 
                     e = _operand(logits, formats.factor)
-                    coefficients(logits, e, positions - start, shift - math.log(gain), torch.zeros_like(shift), ceiling=classes.ceiling)
+                    coefficients(
+                        logits,
+                        e,
+                        positions - start,
+                        shift - math.log(gain),
+                        torch.zeros_like(shift),
+                        ceiling=classes.ceiling,
+                    )
                 else:
                     work.drop(logits, positions, start, stop)
                     if running:
@@ -217,7 +232,12 @@ def weight_gradient_pass(
                 if isinstance(classes.scale, torch.Tensor):
                     a = a * work.of_chunk(classes.scale, start, stop).unsqueeze(1)
                 a = a * undo
-                radial = torch.mul(product, source, out=work.rows[: stop - start]).sum(dim=1, keepdim=True).mul_(a).mul_(shrink)
+                radial = (
+                    torch.mul(product, source, out=work.rows[: stop - start])
+                    .sum(dim=1, keepdim=True)
+                    .mul_(a)
+                    .mul_(shrink)
+                )
                 torch.addcmul(product.mul_(a), source, radial, value=-1.0, out=gradient)
             if emit is not None:
                 _add_targets(gradient, positions, start, stop, targets)
@@ -255,7 +275,9 @@ def _operand(logits: torch.Tensor, factor: torch.dtype, place: torch.Tensor | No
     return torch.empty_like(logits, dtype=factor) if place is None else place
 
 
-def _target_gradients(classes: Classes, embeddings: torch.Tensor, positions: torch.Tensor, grad_cosine: torch.Tensor) -> torch.Tensor:
+def _target_gradients(
+    classes: Classes, embeddings: torch.Tensor, positions: torch.Tensor, grad_cosine: torch.Tensor
+) -> torch.Tensor:
     """What each sample adds to its own class's row through the target cosine: [B, d], zeros where the row is not here."""
     source = classes.weight[classes.rows_at(positions)]
     inverse = classes.inverse_norms(source)

@@ -14,7 +14,9 @@ from lvtrain.distributed.world import to_device
 from lvtrain.randomness import torch_uniform
 
 _PURPOSE = "class-sampling"
-_CHUNK = 1 << 16  # classes hashed at once: bounds the float64 temporaries to a few megabytes whatever the number of classes
+_CHUNK = (
+    1 << 16
+)  # classes hashed at once: bounds the float64 temporaries to a few megabytes whatever the number of classes
 
 
 def _membership(seed: int, step: int, rows: tuple[int, int], rate: float, positives: Tensor) -> Tensor:

@@ -122,7 +122,13 @@ class ShardedClassifier(nn.Module):
         self.expectation_margin = None if expectation_margin is None else expectation_margin.to(device)
         self.expectation_negatives, self.expectation_init = expectation_negatives, expectation_init
         self.sample_rate, self.seed, self.group = sample_rate, seed, group
-        self.in_backward, self.precision, self.gather, self.chunk, self.ragged = in_backward, precision, gather, chunk, ragged
+        self.in_backward, self.precision, self.gather, self.chunk, self.ragged = (
+            in_backward,
+            precision,
+            gather,
+            chunk,
+            ragged,
+        )
         self.kernel, self.keep_mb = kernel, keep_mb
         self.ranks = group_size(group)
         self.gradient_scale = float(self.ranks) if gradient_scale is None else gradient_scale
@@ -137,7 +143,9 @@ class ShardedClassifier(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------------------ phases
 
-    def enter_phase(self, *, sample_rate: float, expectation: Literal["off", "update", "frozen"] = "off", first_time: bool = True) -> None:
+    def enter_phase(
+        self, *, sample_rate: float, expectation: Literal["off", "update", "frozen"] = "off", first_time: bool = True
+    ) -> None:
         """What a phase changes. An expectation bank that begins here starts as `expectation_init` says, unless its state is about to be loaded
         (`first_time=False`)."""
         if not 0 < sample_rate <= 1:
@@ -150,7 +158,9 @@ class ShardedClassifier(nn.Module):
             if self.expectation_margin is None:
                 raise UserError(f"phase.expectation: {expectation} needs a margin for the expectations (method.m2)")
             device = self.weight.device
-            self.expectation = ExpectationBank(self.num_classes, self.embedding_dim, self.rows, init=self.expectation_init, device=device)
+            self.expectation = ExpectationBank(
+                self.num_classes, self.embedding_dim, self.rows, init=self.expectation_init, device=device
+            )
             if self.expectation_init == "weight" and first_time:
                 self.settle()
                 self.expectation.start_from(self.weight.detach())
@@ -158,23 +168,38 @@ class ShardedClassifier(nn.Module):
 
     def _check_in_backward(self) -> None:
         if self.in_backward and self.sample_rate < 1:
-            raise UserError("classifier.optimizer.in_backward: the update during backward needs all classes, set sample_rate: 1 in this phase")
+            raise UserError(
+                "classifier.optimizer.in_backward: the update during backward needs all classes, set sample_rate: 1 in this phase"
+            )
 
     # -------------------------------------------------------------------------------------------------------------------- step
 
-    def begin_step(self, step: int, global_labels: torch.Tensor, *, lr: float | None = None, weight_decay: float | None = None) -> None:
+    def begin_step(
+        self, step: int, global_labels: torch.Tensor, *, lr: float | None = None, weight_decay: float | None = None
+    ) -> None:
         """Chooses the rows that take part in step `step`. `global_labels`: int64 labels of the whole global batch, -1 = ignored, in any order.
 
         `lr` and `weight_decay` are read only where the update is applied in backward."""
-        if global_labels.device.type == "cpu" and len(global_labels) and (highest := global_labels.numpy().max()) >= self.num_classes:
-            raise UserError(f"label {highest} in step {step}, but there are {self.num_classes} classes; repack the dataset")
+        if (
+            global_labels.device.type == "cpu"
+            and len(global_labels)
+            and (highest := global_labels.numpy().max()) >= self.num_classes
+        ):
+            raise UserError(
+                f"label {highest} in step {step}, but there are {self.num_classes} classes; repack the dataset"
+            )
         indices = chosen_rows(self.seed, step, self.rows, self.sample_rate, global_labels, self.weight.device)
         if self.in_backward and lr is None:
             raise ValueError("in_backward needs begin_step(..., lr=...)")
         self._step = Step(step, indices, lr=lr, weight_decay=weight_decay)
 
     def forward(
-        self, embeddings: torch.Tensor, labels: torch.Tensor, *, step: int, context: dict[str, torch.Tensor] | None = None
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        step: int,
+        context: dict[str, torch.Tensor] | None = None,
     ) -> ClassifierOutput:
         """`embeddings` [b, d] not normalised, any float format; `labels` int64 [b], global class ids, -1 = ignored. Every rank calls it.
 
@@ -186,7 +211,9 @@ class ShardedClassifier(nn.Module):
         embeddings = torch.where((labels >= 0).unsqueeze(1), embeddings.to(self.weight.dtype), 0.0)
         norms = torch.linalg.vector_norm(embeddings.detach(), dim=1)
         unit = nn.functional.normalize(embeddings)
-        loss, cosine, expectation_cosine, gathered_labels, gathered = ShardedLoss.apply(unit, self.weight, norms, labels, self, self._step, context or {})
+        loss, cosine, expectation_cosine, gathered_labels, gathered = ShardedLoss.apply(
+            unit, self.weight, norms, labels, self, self._step, context or {}
+        )
         valid = (gathered_labels >= 0).to(cosine.dtype)
         cos2 = (cosine.square() * valid).sum() / valid.sum().clamp(min=1)
         return ClassifierOutput(
@@ -230,7 +257,9 @@ class ShardedClassifier(nn.Module):
         if self._step is None:
             raise RuntimeError("begin_step comes first")
         if self.in_backward:
-            raise UserError("classifier.optimizer.in_backward: this method has a further loss on the class rows; set it to false")
+            raise UserError(
+                "classifier.optimizer.in_backward: this method has a further loss on the class rows; set it to false"
+            )
         self.settle()
         centres: torch.Tensor = Centres.apply(self.weight, local_rows, self, self._step)
         return centres

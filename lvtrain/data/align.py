@@ -12,7 +12,9 @@ from lvtrain.errors import UserError
 
 TEMPLATE_SIZE = 112
 # eyes, nose, mouth corners in a 112 x 112 crop, x then y: the table published with insightface, in use everywhere
-_TEMPLATE = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)])
+_TEMPLATE = np.array(
+    [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
+)
 
 
 def template(size: int = TEMPLATE_SIZE) -> np.ndarray:
@@ -45,7 +47,9 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 def warp(image: np.ndarray, matrix: np.ndarray, size: int = TEMPLATE_SIZE) -> np.ndarray:
     """uint8 [size, size, 3] crop of uint8 [h, w, 3] by a [2, 3] matrix; outside the photograph is black."""
-    return cv2.warpAffine(image, np.asarray(matrix, dtype=np.float64), (size, size), flags=cv2.INTER_LINEAR, borderValue=0)
+    return cv2.warpAffine(
+        image, np.asarray(matrix, dtype=np.float64), (size, size), flags=cv2.INTER_LINEAR, borderValue=0
+    )
 
 
 class Detector:

@@ -161,9 +161,7 @@ def _example(view: View) -> Draws:
     return draw(view, 0, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
 
-def _inputs(
-    draws: Draws, size: int, stored_size: tuple[int, int] | None, on_gpu: bool
-) -> dict[str, np.ndarray]:
+def _inputs(draws: Draws, size: int, stored_size: tuple[int, int] | None, on_gpu: bool) -> dict[str, np.ndarray]:
     """What the graph is fed for a view of `size` pixels: per-sample arrays in DALI's terms."""
     fed: dict[str, np.ndarray] = {}
     if draws.crop is not None:

@@ -185,7 +185,9 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{path} is missing; pack the images first (tools/pack_dataset.py) or correct data.path"
         ) from None
     except NotADirectoryError:
-        raise UserError(f"{path.parent} is a file; give the dataset folder (of a subset: the one it is a choice of)") from None
+        raise UserError(
+            f"{path.parent} is a file; give the dataset folder (of a subset: the one it is a choice of)"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); pack again or restore it from a backup") from None
     if not isinstance(body, dict) or body.get("format") != "lvtrain-dataset":
@@ -227,16 +229,22 @@ def open_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
         raise UserError(f"{path} is missing; restore it or pack again") from None
     expected = _HEADER.size + RECORD.itemsize * manifest.samples
     if size != expected:
-        raise UserError(f"{path} does not belong to dataset.json ({size} bytes, {expected} expected); it is cut short or stale: pack again")
+        raise UserError(
+            f"{path} does not belong to dataset.json ({size} bytes, {expected} expected); it is cut short or stale: pack again"
+        )
     *form, digest = _HEADER.unpack(head)
     if form != [_MAGIC, SCHEMA, RECORD.itemsize, manifest.samples] or digest.hex() != manifest.index_sha256:
-        raise UserError(f"{path} does not belong to dataset.json (it is of another pack); restore the one that does, or pack again")
+        raise UserError(
+            f"{path} does not belong to dataset.json (it is of another pack); restore the one that does, or pack again"
+        )
     return np.memmap(path, dtype=RECORD, mode="r", offset=_HEADER.size)
 
 
 def read_labels(folder: str | Path) -> list[str]:
     """The identity names, by label."""
-    return (Path(folder) / "labels.txt").read_bytes().decode().split("\n")[:-1]  # as text, a carriage return would end a name
+    return (
+        (Path(folder) / "labels.txt").read_bytes().decode().split("\n")[:-1]
+    )  # as text, a carriage return would end a name
 
 
 def _write(path: Path, text: str) -> None:

@@ -91,7 +91,6 @@ class SampleOrder:
         block[is_short] = self.full_blocks
         return block * self.block + inside % self.block
 
-
     def _shuffled(self, block: np.ndarray, keys: Keys) -> np.ndarray:
         low, high = int(block.min()), int(block.max()) + 1
         if high - low >= len(block):

@@ -70,7 +70,9 @@ def choose(
     candidates = np.flatnonzero(allowed & (images >= max(1, min_images)))
     drawn = randomness.bits(seed, "subset/identity", candidates).argsort(kind="stable")
     chosen = np.zeros(dataset.num_classes, dtype=bool)
-    chosen[candidates[drawn[: math.ceil(round(fraction * len(candidates), 6))]]] = True  # 0.28 x 25 is 7.000000000000001
+    chosen[candidates[drawn[: math.ceil(round(fraction * len(candidates), 6))]]] = (
+        True  # 0.28 x 25 is 7.000000000000001
+    )
     ids = np.flatnonzero(keep & chosen[labels])
     if shots is not None:
         order = ids[np.lexsort((randomness.bits(seed, "subset/shot", ids), labels[ids]))]
@@ -93,7 +95,9 @@ def check_target(path: Path) -> Path:
     if binary.exists():
         with open(binary, "rb") as file:
             if file.read(len(_MAGIC)) != _MAGIC:
-                raise UserError(f"{path}: {binary.name} beside it is not a subset's and would be lost; choose another name")
+                raise UserError(
+                    f"{path}: {binary.name} beside it is not a subset's and would be lost; choose another name"
+                )
     return binary
 
 

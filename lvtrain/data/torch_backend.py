@@ -73,9 +73,7 @@ class TorchBackend:
                 draws = {name: values[few] for name, values in job.draws[view.name].arrays().items()}
                 self._view(images, self._wanted.size(view), draws, views[view.name][few])
 
-    def _view(
-        self, images: list[np.ndarray], size: int, draws: dict[str, np.ndarray], batch: torch.Tensor
-    ) -> None:
+    def _view(self, images: list[np.ndarray], size: int, draws: dict[str, np.ndarray], batch: torch.Tensor) -> None:
         planes = scratch("planes", len(images), 3, size, size) if self._floats_here else batch.numpy()
         if draws.keys() <= {"flip"} and all(image.shape[:2] == (size, size) for image in images):
             mirror(images, draws.get("flip"), planes)

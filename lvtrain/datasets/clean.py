@@ -95,7 +95,12 @@ class EvaluationSet:
 
 
 def analyse(
-    embeddings: np.ndarray, labels: np.ndarray, read: Read, *, limits: Limits | None = None, evaluation: list[EvaluationSet] | None = None
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    read: Read,
+    *,
+    limits: Limits | None = None,
+    evaluation: list[EvaluationSet] | None = None,
 ) -> Findings:
     """Looks for everything in the module's list.
 
@@ -108,10 +113,14 @@ def analyse(
     """
     given = limits or Limits()
     if embeddings.ndim != 2 or len(embeddings) != len(labels):
-        raise UserError(f"embeddings have the shape {tuple(embeddings.shape)}, the dataset has {len(labels)} samples; embed this dataset again")
+        raise UserError(
+            f"embeddings have the shape {tuple(embeddings.shape)}, the dataset has {len(labels)} samples; embed this dataset again"
+        )
     classes = int(labels.max()) + 1
     if classes < 3:
-        raise UserError(f"{classes} identities are too few to tell a stranger from a relative; cleaning needs at least 3")
+        raise UserError(
+            f"{classes} identities are too few to tell a stranger from a relative; cleaning needs at least 3"
+        )
     unit, usable = _unit(embeddings)
     sums, counts = _sums(unit, labels, classes, usable)
     own = _own_cosine(unit, labels, sums, counts, member=usable)
@@ -131,22 +140,37 @@ def analyse(
     core, core_counts = _sums(unit, labels, classes, member)
     centres = _normalised(core)
     alive = np.flatnonzero(core_counts > 0)
-    same_limit = given.same_person if given.same_person is not None else _same_person_limit(unit, labels, member, classes, centres[alive])
-    used = {"outlier": outlier_limit, "same_person": same_limit, "near_duplicate": given.near_duplicate, "same_pixels": given.same_pixels}
+    same_limit = (
+        given.same_person
+        if given.same_person is not None
+        else _same_person_limit(unit, labels, member, classes, centres[alive])
+    )
+    used = {
+        "outlier": outlier_limit,
+        "same_person": same_limit,
+        "near_duplicate": given.near_duplicate,
+        "same_pixels": given.same_pixels,
+    }
     findings = Findings(used, unusable=np.flatnonzero(~usable).tolist())
-    _find_outliers(findings, unit, labels, own, np.flatnonzero(strangers), centres, alive, at_any=given.outlier is not None)
+    _find_outliers(
+        findings, unit, labels, own, np.flatnonzero(strangers), centres, alive, at_any=given.outlier is not None
+    )
     _find_same_person(findings, centres, alive, same_limit)
     thumbnails = _Thumbnails(read)
     _find_duplicates(findings, unit, usable, thumbnails, given)
     if evaluation:
-        limit = given.overlap if given.overlap is not None else _overlap_limit(unit, labels, own, member, centres, alive)
+        limit = (
+            given.overlap if given.overlap is not None else _overlap_limit(unit, labels, own, member, centres, alive)
+        )
         findings.limits["overlap"] = limit
         for part in evaluation:
             _find_overlap(findings, part, unit, usable, centres, alive, thumbnails, limit, given)
     return findings
 
 
-def choose(findings: Findings, labels: np.ndarray, classes: int, *, same_person: str = "merge", min_images: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def choose(
+    findings: Findings, labels: np.ndarray, classes: int, *, same_person: str = "merge", min_images: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Sample ids int64 to keep, and the new label of each identity uint32 [classes] (`DROPPED` where none is left).
 
     Outliers, repeats, unusable samples and identities that overlap an evaluation set are left out. `same_person`: merge the groups under one
@@ -174,7 +198,11 @@ def choose(findings: Findings, labels: np.ndarray, classes: int, *, same_person:
     used = np.unique(merged[labels[keep]])
     label_of = np.full(classes, DROPPED, dtype=np.uint32)
     place = np.searchsorted(used, merged)
-    valid = (place < len(used)) & (used[np.minimum(place, len(used) - 1)] == merged) & ~lost if len(used) else np.zeros(classes, bool)
+    valid = (
+        (place < len(used)) & (used[np.minimum(place, len(used) - 1)] == merged) & ~lost
+        if len(used)
+        else np.zeros(classes, bool)
+    )
     label_of[valid] = place[valid]
     return np.flatnonzero(keep), label_of
 
@@ -212,7 +240,9 @@ def _sums(unit: np.ndarray, labels: np.ndarray, classes: int, member: np.ndarray
     return sums, np.bincount(labels[member], minlength=classes)
 
 
-def _own_cosine(unit: np.ndarray, labels: np.ndarray, sums: np.ndarray, counts: np.ndarray, *, member: np.ndarray) -> np.ndarray:
+def _own_cosine(
+    unit: np.ndarray, labels: np.ndarray, sums: np.ndarray, counts: np.ndarray, *, member: np.ndarray
+) -> np.ndarray:
     """Cosine of each sample to the centre of its identity without itself, float32 [n]; NaN where no other member is left."""
     cosine = np.full(len(unit), np.nan, dtype=np.float32)
     squares = (sums**2).sum(axis=1)
@@ -230,10 +260,17 @@ def _own_cosine(unit: np.ndarray, labels: np.ndarray, sums: np.ndarray, counts: 
 def _stranger_limit(unit: np.ndarray, labels: np.ndarray, sums: np.ndarray, usable: np.ndarray) -> float:
     rows = np.flatnonzero(usable)
     picked = rows[(randomness.uniform(0, "clean/rows", np.arange(_SAMPLED)) * len(rows)).astype(np.int64)]
-    other = (labels[picked] + 1 + (randomness.uniform(0, "clean/other", np.arange(_SAMPLED)) * (len(sums) - 1)).astype(np.int64)) % len(sums)
+    other = (
+        labels[picked]
+        + 1
+        + (randomness.uniform(0, "clean/other", np.arange(_SAMPLED)) * (len(sums) - 1)).astype(np.int64)
+    ) % len(sums)
     centres = _normalised(sums)
     cosines = np.concatenate(
-        [(unit[picked[i : i + _CHUNK]] * centres[other[i : i + _CHUNK]]).sum(axis=1) for i in range(0, _SAMPLED, _CHUNK)]
+        [
+            (unit[picked[i : i + _CHUNK]] * centres[other[i : i + _CHUNK]]).sum(axis=1)
+            for i in range(0, _SAMPLED, _CHUNK)
+        ]
     )
     return _usual(cosines, 3)
 
@@ -250,14 +287,18 @@ def _between(strangers: np.ndarray, relatives: np.ndarray) -> float:
     return max(guard, (guard + float(np.quantile(relatives, 0.1))) / 2)
 
 
-def _same_person_limit(unit: np.ndarray, labels: np.ndarray, member: np.ndarray, classes: int, centres: np.ndarray) -> float:
+def _same_person_limit(
+    unit: np.ndarray, labels: np.ndarray, member: np.ndarray, classes: int, centres: np.ndarray
+) -> float:
     half = randomness.bits(0, "clean/half", np.arange(len(unit))) & np.uint64(1) == 1
     one, one_count = _sums(unit, labels, classes, member & half)
     two, two_count = _sums(unit, labels, classes, member & ~half)
     both = (one_count >= 2) & (two_count >= 2)
     halves = (_normalised(one[both]) * _normalised(two[both])).sum(axis=1)
     if not len(halves):
-        raise UserError("no identity has four images, so what one person looks like cannot be read off; give --same-person")
+        raise UserError(
+            "no identity has four images, so what one person looks like cannot be read off; give --same-person"
+        )
     return _between(neighbours(centres, centres, 2)[0][:, 1], halves)
 
 
@@ -294,7 +335,15 @@ def neighbours(queries: np.ndarray, base: np.ndarray, count: int) -> tuple[np.nd
 
 
 def _find_outliers(
-    findings: Findings, unit: np.ndarray, labels: np.ndarray, own: np.ndarray, samples: np.ndarray, centres: np.ndarray, alive: np.ndarray, *, at_any: bool
+    findings: Findings,
+    unit: np.ndarray,
+    labels: np.ndarray,
+    own: np.ndarray,
+    samples: np.ndarray,
+    centres: np.ndarray,
+    alive: np.ndarray,
+    *,
+    at_any: bool,
 ) -> None:
     """`at_any`: whatever they are like; else only those that are more like another identity."""
     if not len(samples):
@@ -303,7 +352,9 @@ def _find_outliers(
     for sample, cosine, row in zip(samples.tolist(), cosines, alive[found]):
         other = 0 if row[0] != labels[sample] else 1
         if at_any or own[sample] < cosine[other]:
-            findings.outliers.append((sample, int(labels[sample]), float(own[sample]), int(row[other]), float(cosine[other])))
+            findings.outliers.append(
+                (sample, int(labels[sample]), float(own[sample]), int(row[other]), float(cosine[other]))
+            )
     findings.outliers.sort(key=lambda outlier: outlier[2])
 
 
@@ -324,13 +375,19 @@ def _find_same_person(findings: Findings, centres: np.ndarray, alive: np.ndarray
     findings.same_person.sort(key=lambda one: -one[1])
 
 
-def _find_duplicates(findings: Findings, unit: np.ndarray, usable: np.ndarray, thumbnails: _Thumbnails, limits: Limits) -> None:
+def _find_duplicates(
+    findings: Findings, unit: np.ndarray, usable: np.ndarray, thumbnails: _Thumbnails, limits: Limits
+) -> None:
     rows = np.flatnonzero(usable)
     cosines, found = neighbours(unit[rows], unit[rows], _NEIGHBOURS)
     left, right = np.repeat(rows, found.shape[1]), rows[found.ravel()]
     likely = (cosines.ravel() >= limits.near_duplicate) & (left < right) & (found.ravel() >= 0)
-    also = (cosines.ravel() >= limits.near_duplicate) & (left > right) & (found.ravel() >= 0)  # a neighbour may list us, but not we it
-    pairs = np.unique(np.concatenate([np.stack([left[likely], right[likely]], 1), np.stack([right[also], left[also]], 1)]), axis=0)
+    also = (
+        (cosines.ravel() >= limits.near_duplicate) & (left > right) & (found.ravel() >= 0)
+    )  # a neighbour may list us, but not we it
+    pairs = np.unique(
+        np.concatenate([np.stack([left[likely], right[likely]], 1), np.stack([right[also], left[also]], 1)]), axis=0
+    )
     repeated: set[int] = set()
     for first, second in pairs.tolist():
         if second not in repeated:
@@ -346,7 +403,9 @@ def _find_overlap(
 ) -> None:  # fmt: skip
     queries, good = _unit(part.embeddings)
     if queries.shape[1] != unit.shape[1]:
-        raise UserError(f"{part.name} was embedded in {queries.shape[1]} dimensions, the dataset in {unit.shape[1]}; use one model for both")
+        raise UserError(
+            f"{part.name} was embedded in {queries.shape[1]} dimensions, the dataset in {unit.shape[1]}; use one model for both"
+        )
     cosines, found = neighbours(queries, centres[alive], 1)
     for image in np.flatnonzero((cosines[:, 0] >= limit) & good).tolist():
         findings.overlaps.append((part.name, image, int(alive[found[image, 0]]), float(cosines[image, 0])))
@@ -380,7 +439,9 @@ class _Thumbnails:
 
 
 def _thumbnail(picture: np.ndarray) -> np.ndarray:
-    small = np.asarray(Image.fromarray(picture).convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.float32)
+    small = np.asarray(
+        Image.fromarray(picture).convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.float32
+    )
     small = small - small.mean()
     return small / max(float(np.linalg.norm(small)), 1e-6)
 

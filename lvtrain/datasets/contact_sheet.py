@@ -40,7 +40,11 @@ def channel_means(pictures: Sequence[np.ndarray | None]) -> np.ndarray:
     for picture in pictures:
         if picture is not None:
             height, width = picture.shape[:2]
-            middles.append(picture[height // 4 : 3 * height // 4 or 1, width // 4 : 3 * width // 4 or 1].reshape(-1, 3).mean(axis=0))
+            middles.append(
+                picture[height // 4 : 3 * height // 4 or 1, width // 4 : 3 * width // 4 or 1]
+                .reshape(-1, 3)
+                .mean(axis=0)
+            )
     return np.mean(middles, axis=0) if middles else np.zeros(3)
 
 
@@ -78,7 +82,9 @@ def draw(rows: Sequence[tuple[str, Sequence[bytes]]], title: str, path: str | Pa
     return line
 
 
-def of_index(labels: np.ndarray, names: Sequence[str], read: Callable[[int], bytes], *, identities: int = 8, images: int = 10) -> list[tuple[str, list[bytes]]]:
+def of_index(
+    labels: np.ndarray, names: Sequence[str], read: Callable[[int], bytes], *, identities: int = 8, images: int = 10
+) -> list[tuple[str, list[bytes]]]:
     """Rows for `draw` from a dataset: identities spread evenly over the labels of the samples looked at.
 
     Args:

@@ -48,7 +48,9 @@ def ordered_map(
                 waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
                 yield result
         except BrokenProcessPool:
-            raise UserError("a worker process was killed (out of memory?); give fewer --workers and start again") from None
+            raise UserError(
+                "a worker process was killed (out of memory?); give fewer --workers and start again"
+            ) from None
         finally:
             for future in waiting:
                 future.cancel()

@@ -60,7 +60,11 @@ def unpack_record(payload: bytes) -> Record:
     end = _HEADER.size + 4 * flag
     if len(payload) < end:
         raise ValueError(f"{flag} labels do not fit into {len(payload)} bytes")
-    labels = np.frombuffer(payload, dtype="<f4", count=flag, offset=_HEADER.size).copy() if flag else np.array([label], np.float32)
+    labels = (
+        np.frombuffer(payload, dtype="<f4", count=flag, offset=_HEADER.size).copy()
+        if flag
+        else np.array([label], np.float32)
+    )
     return Record(flag, labels, id_, id2, payload[end:])
 
 
@@ -132,7 +136,9 @@ def integer_label(record: Record, where: str) -> int:
     if not label.is_integer() or label < 0:
         raise UserError(f"{where} has label {label}, which is no identity number; write the file again")
     if label >= LARGEST_LABEL:
-        raise UserError(f"{where} has label {label:.0f}; RecordIO labels are float32 and lose identities from {LARGEST_LABEL} on: pack from images")
+        raise UserError(
+            f"{where} has label {label:.0f}; RecordIO labels are float32 and lose identities from {LARGEST_LABEL} on: pack from images"
+        )
     return int(label)
 
 
@@ -162,15 +168,21 @@ class RecordFile:
         parts: list[bytes] = []
         while True:
             if offset + _PART.size > len(self._map):
-                raise UserError(f"{self.path} ends inside a record at byte {offset}; it was cut short: download it again")
+                raise UserError(
+                    f"{self.path} ends inside a record at byte {offset}; it was cut short: download it again"
+                )
             magic, lrec = _PART.unpack_from(self._map, offset)
             flag, length = lrec >> _LENGTH_BITS, lrec & _LENGTH_MASK
             if magic != MAGIC or (flag in (0, 1)) != (not parts):
-                raise UserError(f"{self.path}: no record starts at byte {offset}; the .idx belongs to another file or the file is damaged")
+                raise UserError(
+                    f"{self.path}: no record starts at byte {offset}; the .idx belongs to another file or the file is damaged"
+                )
             start = offset + _PART.size
             offset = start + length + (-length % 4)
             if start + length > len(self._map):
-                raise UserError(f"{self.path} ends inside a record at byte {start}; it was cut short: download it again")
+                raise UserError(
+                    f"{self.path} ends inside a record at byte {start}; it was cut short: download it again"
+                )
             parts.append(self._map[start : start + length])
             if flag in (0, 3):
                 return (parts[0] if flag == 0 else _MAGIC_BYTES.join(parts)), offset
@@ -181,7 +193,9 @@ class RecordFile:
         try:
             return unpack_record(payload)
         except ValueError as error:
-            raise UserError(f"{self.path}: the record at byte {offset} is damaged ({error}); download it again") from None
+            raise UserError(
+                f"{self.path}: the record at byte {offset} is damaged ({error}); download it again"
+            ) from None
 
     def scan(self) -> Iterator[int]:
         """Offsets of all records from the first byte on, for a `.rec` without `.idx`."""
@@ -204,7 +218,9 @@ def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     except ValueError:  # not numbers, or not text
         table = np.empty(0, dtype=np.int64)
     if len(table) % 2 or not len(table):
-        raise UserError(f"{path} is not a RecordIO index (lines of key, tab, offset); remove it to have the .rec scanned")
+        raise UserError(
+            f"{path} is not a RecordIO index (lines of key, tab, offset); remove it to have the .rec scanned"
+        )
     return table[0::2], table[1::2]
 
 
@@ -236,7 +252,9 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
     if index is not None and Path(index).exists():
         keys, offsets = read_index(index)
         if int(offsets.max()) >= len(file):
-            raise UserError(f"{index} points behind the end of {file.path}; it belongs to another file, or the .rec was cut short")
+            raise UserError(
+                f"{index} points behind the end of {file.path}; it belongs to another file, or the .rec was cut short"
+            )
     else:
         offsets = np.fromiter(file.scan(), dtype=np.int64)
         keys = np.arange(len(offsets))

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from lvtrain.data.shards import ShardDataset
 
 
-def write_recordio(dataset: ShardDataset, path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> int:
+def write_recordio(
+    dataset: ShardDataset, path: str | Path, *, progress: Callable[[int, int], None] | None = None
+) -> int:
     """Writes insightface's arrangement (header, images sorted by identity, identity records) and its `property` file; returns the images.
 
     Image bytes are passed through. With more than 2^24 records, whose header float32 would round, the file is flat as im2rec's: images from key 0.
@@ -28,7 +30,9 @@ def write_recordio(dataset: ShardDataset, path: str | Path, *, progress: Callabl
     if path.suffix != ".rec":
         raise UserError(f"{path} must end in .rec; its .idx is written beside it")
     if dataset.num_classes > recordio.LARGEST_LABEL:
-        raise UserError(f"{dataset.path} has {dataset.num_classes} identities; RecordIO labels end at {recordio.LARGEST_LABEL}")
+        raise UserError(
+            f"{dataset.path} has {dataset.num_classes} identities; RecordIO labels end at {recordio.LARGEST_LABEL}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     labels = dataset.labels(np.arange(len(dataset)))
     order = np.argsort(labels, kind="stable")
@@ -98,5 +102,7 @@ def _named(what: str, numbers: Iterable[int], among: np.ndarray, rec: Path) -> n
     wanted = np.fromiter(numbers, dtype=np.int64)
     unknown = np.setdiff1d(wanted, among)
     if len(unknown):
-        raise UserError(f"{rec} has no {what} {unknown[0]} ({len(unknown)} of {len(wanted)} in the list are not in it); correct the list")
+        raise UserError(
+            f"{rec} has no {what} {unknown[0]} ({len(unknown)} of {len(wanted)} in the list are not in it); correct the list"
+        )
     return np.isin(among, wanted)

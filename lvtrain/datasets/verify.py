@@ -83,10 +83,18 @@ def verify(folder: str | Path, *, full: bool = False, workers: int = 1, progress
 def _check_manifest(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
     path = folder / "dataset.json"
     if json.loads(path.read_text()).get("fingerprint") != manifest.fingerprint:
-        verdict.faults.append(Fault("manifest", str(path), "the fingerprint does not belong to its shard list; it was edited, or packed by another version"))
+        verdict.faults.append(
+            Fault(
+                "manifest",
+                str(path),
+                "the fingerprint does not belong to its shard list; it was edited, or packed by another version",
+            )
+        )
     counted = sum(shard.samples for shard in manifest.shards)
     if counted != manifest.samples:
-        verdict.faults.append(Fault("manifest", str(path), f"counts {manifest.samples} samples, its shards hold {counted}"))
+        verdict.faults.append(
+            Fault("manifest", str(path), f"counts {manifest.samples} samples, its shards hold {counted}")
+        )
 
 
 def _check_label_map(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
@@ -98,7 +106,11 @@ def _check_label_map(folder: Path, manifest: Manifest, verdict: Verdict) -> None
         return
     if hashlib.sha256(data).hexdigest() != manifest.labels_sha256:
         lines = data.count(b"\n")
-        verdict.faults.append(Fault("label-map", str(path), f"is not the one packed ({lines} names for {manifest.num_classes} identities)"))
+        verdict.faults.append(
+            Fault(
+                "label-map", str(path), f"is not the one packed ({lines} names for {manifest.num_classes} identities)"
+            )
+        )
 
 
 def _check_sizes(folder: Path, manifest: Manifest, verdict: Verdict) -> list[int]:
@@ -107,14 +119,20 @@ def _check_sizes(folder: Path, manifest: Manifest, verdict: Verdict) -> list[int
     for number, shard in enumerate(manifest.shards):
         path = folder / shard.name
         if not path.is_file():
-            verdict.faults.append(Fault("missing-shard", str(path), f"its {shard.samples} samples are gone; restore it or pack again"))
+            verdict.faults.append(
+                Fault("missing-shard", str(path), f"its {shard.samples} samples are gone; restore it or pack again")
+            )
             continue
         present.append(number)
         size = path.stat().st_size
         if size < shard.size:
-            verdict.faults.append(Fault("cut-shard", str(path), f"ends after {size} of {shard.size} bytes; copy it again"))
+            verdict.faults.append(
+                Fault("cut-shard", str(path), f"ends after {size} of {shard.size} bytes; copy it again")
+            )
         elif size > shard.size:
-            verdict.faults.append(Fault("changed-shard", str(path), f"has {size} bytes, {shard.size} were packed; copy it again"))
+            verdict.faults.append(
+                Fault("changed-shard", str(path), f"has {size} bytes, {shard.size} were packed; copy it again")
+            )
     return present
 
 
@@ -136,16 +154,28 @@ def _check_index(folder: Path, manifest: Manifest, verdict: Verdict) -> bool:
         problems = (
             ("bad-label", part["label"] >= manifest.num_classes, "has a label which is no identity"),
             ("stale-index", part["shard"] != expected, "is said to lie in another shard than dataset.json counts"),
-            ("stale-index", part["offset"] + part["length"] > sizes[np.minimum(part["shard"], len(sizes) - 1)], "ends behind its shard"),
+            (
+                "stale-index",
+                part["offset"] + part["length"] > sizes[np.minimum(part["shard"], len(sizes) - 1)],
+                "ends behind its shard",
+            ),
         )
         for kind, wrong, what in problems:
             for sample in np.flatnonzero(wrong)[:_NAMED].tolist():
-                verdict.faults.append(Fault(kind, f"{path} sample {start + sample}", f"{what} (label {part['label'][sample]})"))
+                verdict.faults.append(
+                    Fault(kind, f"{path} sample {start + sample}", f"{what} (label {part['label'][sample]})")
+                )
         seen[part["label"][part["label"] < manifest.num_classes]] = True
     if digest.hexdigest() != manifest.index_sha256:
-        verdict.faults.append(Fault("stale-index", path, "its sha256 is not the one in dataset.json; it was changed, or is of another pack"))
+        verdict.faults.append(
+            Fault(
+                "stale-index", path, "its sha256 is not the one in dataset.json; it was changed, or is of another pack"
+            )
+        )
     if not seen.all():
-        verdict.notes.append(f"{int((~seen).sum())} of {manifest.num_classes} identities have no image (first: label {int(np.argmin(seen))})")
+        verdict.notes.append(
+            f"{int((~seen).sum())} of {manifest.num_classes} identities have no image (first: label {int(np.argmin(seen))})"
+        )
     return True
 
 
@@ -155,7 +185,9 @@ def _look_around(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
         if f"shards/{path.name}" not in known:
             verdict.notes.append(f"{path} is not in dataset.json; training does not read it")
     if (folder / ".pack").exists():
-        verdict.notes.append(f"{folder / '.pack'} is left from a pack that did not end; run tools/pack_dataset.py again")
+        verdict.notes.append(
+            f"{folder / '.pack'} is left from a pack that did not end; run tools/pack_dataset.py again"
+        )
 
 
 def check_shard(task: tuple[int, int], *, folder: Path, manifest: Manifest, use_index: bool) -> list[Fault]:
@@ -169,7 +201,11 @@ def check_shard(task: tuple[int, int], *, folder: Path, manifest: Manifest, use_
     except OSError as error:
         return [Fault("unreadable-shard", str(path), f"{error.strerror or error}; check the disk, or copy it again")]
     if digest != shard.sha256:
-        faults.append(Fault("changed-shard", str(path), "its sha256 is not the one in dataset.json; bytes were flipped or replaced"))
+        faults.append(
+            Fault(
+                "changed-shard", str(path), "its sha256 is not the one in dataset.json; bytes were flipped or replaced"
+            )
+        )
     records = np.asarray(open_index(folder, manifest)[first : first + shard.samples]) if use_index else None
     counts: dict[str, int] = {}
 
@@ -211,9 +247,15 @@ def check_shard(task: tuple[int, int], *, folder: Path, manifest: Manifest, use_
     return faults
 
 
-def _compare(record: np.void, image: tuple[str, int, int, bytes], label: str, where: str, note: Callable[[str, str, str], None]) -> None:
+def _compare(
+    record: np.void, image: tuple[str, int, int, bytes], label: str, where: str, note: Callable[[str, str, str], None]
+) -> None:
     if (int(record["offset"]), int(record["length"])) != image[1:3]:
-        note("stale-index", where, f"lies at {image[1]}+{image[2]} in the tar, at {record['offset']}+{record['length']} in the index")
+        note(
+            "stale-index",
+            where,
+            f"lies at {image[1]}+{image[2]} in the tar, at {record['offset']}+{record['length']} in the index",
+        )
     if label != str(record["label"]):
         note("swapped-label", where, f"has label {label} in the tar and {record['label']} in the index")
 

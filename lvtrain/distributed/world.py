@@ -122,7 +122,9 @@ def start(timeout_seconds: float = 1800.0) -> World:
         except dist.DistBackendError as error:
             if "Duplicate GPU" not in str(error):
                 raise
-            raise UserError(f"rank {started.rank} shares its GPU with another rank; start as many ranks a node as it has GPUs") from error
+            raise UserError(
+                f"rank {started.rank} shares its GPU with another rank; start as many ranks a node as it has GPUs"
+            ) from error
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise

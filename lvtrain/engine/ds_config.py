@@ -61,7 +61,9 @@ def resolve_ds_config(
         raise refuse(
             "gradient_clipping", f"{config['gradient_clipping']} but the recipe's optimizer.clip is {optimizer.clip}"
         )
-    config["gradient_clipping"] = 0.0  # the engine clips, inside AdamW's kernel: DeepSpeed would ask the device for the norm first
+    config["gradient_clipping"] = (
+        0.0  # the engine clips, inside AdamW's kernel: DeepSpeed would ask the device for the norm first
+    )
     # DeepSpeed's own count of samples a second empties the device's queue twice a step
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
 

@@ -134,7 +134,9 @@ def _check(impostors: int, genuine: np.ndarray, targets: tuple[float, ...]) -> N
         raise UserError("calibration needs both genuine and impostor pairs")
     if not _resolved(targets, impostors):
         needed = ", ".join(f"{target:.0e} needs {pairs_needed(target):,}" for target in targets)
-        raise UserError(f"{impostors:,} impostor pairs are too few for a threshold: FMR {needed}; calibrate on a larger set")
+        raise UserError(
+            f"{impostors:,} impostor pairs are too few for a threshold: FMR {needed}; calibrate on a larger set"
+        )
 
 
 def _whole_people(people: np.ndarray, generator: np.random.Generator) -> np.ndarray:

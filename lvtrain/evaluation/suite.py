@@ -96,7 +96,9 @@ def evaluate(
     """
     names = [task.name for task in tasks]
     if len(set(names)) != len(names):
-        raise UserError(f"names of benchmarks and calibrations must differ, got {', '.join(names)}; choose another NAME in NAME:PATH")
+        raise UserError(
+            f"names of benchmarks and calibrations must differ, got {', '.join(names)}; choose another NAME in NAME:PATH"
+        )
     results = {}
     for task in tasks:
         tell(f"{task.name}: {task.kind.replace('_', ' ')} on {' and '.join(str(path) for path in task.paths)}")
@@ -209,7 +211,8 @@ def headline(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     pairs = result["impostor_pairs"]
     return rows + [
-        (f"FMR={fmr}", f"{pairs:,} impostor pairs, needs {calibrate.pairs_needed(float(fmr)):,}") for fmr in result["unresolved"]
+        (f"FMR={fmr}", f"{pairs:,} impostor pairs, needs {calibrate.pairs_needed(float(fmr)):,}")
+        for fmr in result["unresolved"]
     ]
 
 

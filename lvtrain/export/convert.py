@@ -213,7 +213,9 @@ def _write_onnx(
 ) -> None:
     backbone, size = architecture.create(), architecture.image_size
     fit(backbone, state)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as room:  # a file that does not agree never gets the name
+    with tempfile.TemporaryDirectory(
+        dir=out.parent, prefix=".export-"
+    ) as room:  # a file that does not agree never gets the name
         plain, made = Path(room) / "float32.onnx", Path(room) / out.name
         tell(f"float32 against torch: {onnx_export.export_onnx(backbone, plain, image_size=size, opset=opset)}")
         if precision == "float32":
@@ -223,7 +225,9 @@ def _write_onnx(
             parity = onnx_export.compare(backbone, made, image_size=size)
             tell(f"{precision} against torch: {parity}, {made.stat().st_size / 1e6:.1f} MB")
             if parity.smallest_cosine < _LEAST_COSINE:
-                raise UserError(f"{precision} does not suit this backbone, its embeddings turn too far; take another precision")
+                raise UserError(
+                    f"{precision} does not suit this backbone, its embeddings turn too far; take another precision"
+                )
         made.replace(out)
     if benchmark is not None:
         torchs, files = onnx_export.accuracies(backbone, out, benchmark, image_size=size)

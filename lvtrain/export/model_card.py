@@ -33,7 +33,9 @@ class Card:
     source: str = ""
     dataset: str = "unknown"
     data_licence: str | None = None
-    made_from: list[str] = field(default_factory=list)  # other weights that had a part in these: where they began, a teacher
+    made_from: list[str] = field(
+        default_factory=list
+    )  # other weights that had a part in these: where they began, a teacher
     method: str = "unknown"
     samples_seen: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +98,9 @@ def _licence(run: Path, data: Path) -> str | None:
     if noted.is_file() and (licence := json.loads(noted.read_text()).get("data_licence")):
         return str(licence)
     try:
-        return read_manifest(read_subset(data)[0] if data.suffix == ".json" and data.name != "dataset.json" else data).licence
+        return read_manifest(
+            read_subset(data)[0] if data.suffix == ".json" and data.name != "dataset.json" else data
+        ).licence
     except (UserError, OSError):
         return None
 

@@ -64,7 +64,9 @@ def export_onnx(backbone: nn.Module, path: str | Path, *, image_size: int = 112,
         (_write if opset >= 18 else _write_old)(backbone, example, path, opset)
     parity = compare(backbone, path, image_size=image_size)
     if parity.largest_difference > 1e-4:
-        raise UserError(f"{path.name} differs from torch by {parity.largest_difference:.2e}, more than 1e-4; do not use it")
+        raise UserError(
+            f"{path.name} differs from torch by {parity.largest_difference:.2e}, more than 1e-4; do not use it"
+        )
     return parity
 
 
@@ -121,7 +123,9 @@ def compare(
             ours = backbone(images).numpy()
         theirs = run(images.numpy())
         if not np.isfinite(theirs).all():
-            raise UserError(f"{Path(path).name} gives NaN or infinity; the model has diverged, or the precision is too low for it")
+            raise UserError(
+                f"{Path(path).name} gives NaN or infinity; the model has diverged, or the precision is too low for it"
+            )
         difference = max(difference, float(np.abs(ours - theirs).max() / max(1.0, np.abs(ours).max())))
         dot = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
         cosine = min(cosine, float(dot.min()))
@@ -167,5 +171,3 @@ def to_int8(source: str | Path, target: str | Path) -> None:
         quantize_dynamic(str(stripped), str(target), weight_type=QuantType.QInt8)
     finally:
         stripped.unlink()
-
-

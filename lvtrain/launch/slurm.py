@@ -42,9 +42,7 @@ def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, 
     return {name: value for name, value in environment.items() if name == "SLURM_CONF" or not name.startswith("SLURM")}
 
 
-def run_command(
-    command: list[str], *, pause: Callable[[float], None] = time.sleep
-) -> subprocess.CompletedProcess[str]:
+def run_command(command: list[str], *, pause: Callable[[float], None] = time.sleep) -> subprocess.CompletedProcess[str]:
     """Runs it, again for a minute while the controller does not answer: a busy controller must not end a chain.
 
     A submission whose answer was lost may have been accepted, so it is repeated only if no controller was reached.

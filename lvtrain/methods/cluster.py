@@ -187,7 +187,9 @@ class ClusterMethod(SupervisedMethod):
         classes = torch.unique(global_labels[global_labels >= 0])
         here = (classes >= start) & (classes < stop)
         mine = to_device(classes[here] - start, device)
-        places = to_device(torch.where(here, classes - start, stop - start), device)  # behind the last row: not of this rank
+        places = to_device(
+            torch.where(here, classes - start, stop - start), device
+        )  # behind the last row: not of this rank
         phi, measured, chosen = self.bank.concentration(), self.bank.measured, self.classifier.chosen
         table = torch.stack(
             [F.pad(column.to(phi.dtype), (0, 1))[places] for column in (phi, measured, self.bank.valid)]

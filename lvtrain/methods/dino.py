@@ -182,7 +182,10 @@ class DinoMethod(Method):
     def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         student, embeddings = outputs
         half = self.recipe.optimizer.precision == "bfloat16"
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):  # as the engine runs the student
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=half),
+        ):  # as the engine runs the student
             teacher, _ = self.teacher(*self.teacher_inputs(batch, now))
         weights = (batch.labels >= 0).to(student.dtype)
         self._sums.append((teacher * weights[:, None]).mean(dim=(0, 1)))

@@ -52,7 +52,9 @@ class Distillation:
     def mixed(self, own: LossOutput, embeddings: torch.Tensor, batch: Batch) -> LossOutput:
         """The method's loss of a micro-batch with the teacher's part of it. `embeddings` float [B, d]: the student's, not normalised."""
         term = self.distance(embeddings, batch)
-        return LossOutput((1 - self.weight) * own.loss + self.weight * term, own.metrics | {"loss_distillation": term.detach()})
+        return LossOutput(
+            (1 - self.weight) * own.loss + self.weight * term, own.metrics | {"loss_distillation": term.detach()}
+        )
 
     def distance(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Scalar: mean of 1 - cos over this rank's micro-batch; the gradient goes to `embeddings`."""

@@ -69,7 +69,9 @@ class SupervisedMethod(Method):
     def own_loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         """The method's loss without a teacher."""
         output = self.classifier(outputs, batch.labels, step=now.step)
-        return LossOutput(output.loss, {"cos2": output.cos2, "batch_cosine": batch_cosine(output.embeddings)}, output.cosine)
+        return LossOutput(
+            output.loss, {"cos2": output.cos2, "batch_cosine": batch_cosine(output.embeddings)}, output.cosine
+        )
 
     def warnings(self, metrics: dict[str, Any], now: Now) -> list[str]:
         """Whether anything was learned, once every image has been seen; said once. Measured on the quick start: cos2 0.12 after an epoch and

@@ -30,7 +30,9 @@ def load_teacher(recipe: Recipe, *, needed: bool = True) -> Teacher | None:
         for what in ("embedding_dim", "image_size"):
             theirs, ours = getattr(architecture, what), getattr(student, what)
             if theirs != ours:
-                raise UserError(f"{name}, has {what} {theirs}, the student {ours}; set backbone.{what}={theirs}, or give another teacher")
+                raise UserError(
+                    f"{name}, has {what} {theirs}, the student {ours}; set backbone.{what}={theirs}, or give another teacher"
+                )
         finite(state, path)
         backbone = architecture.create()
         fit(backbone, state)

@@ -43,7 +43,6 @@ class ClassRows:
         """Rows of a rank in one step's softmax (the batch's own classes are among them or replace negatives)."""
         return max(1, round(self.local(ranks) * self.sample_rate))
 
-
     def kept_share(self, batch: int, ranks: int) -> float:
         """Share of the classes whose exponentials wait for backward, in a step of one micro-step."""
         in_gradient = 0.0 if self.in_backward else 4 * self.dim / (batch * self.operand_bytes)
@@ -101,7 +100,9 @@ def classifier_bytes(rows: ClassRows, *, ranks: int, micro_batch: int) -> dict[s
     slots = 2 if rows.optimizer == "adamw" else 1
     embeddings = batch * rows.dim * (4 + 4 + rows.operand_bytes)  # gathered, their gradient, the operand
     anchors = 2 if rows.expectations and not rows.shared_negatives else 1
-    of_rows = 4 + rows.operand_bytes + 4 + (4 if rows.sample_rate < 1 else 0)  # unit rows, as operands, gradient; gathered
+    of_rows = (
+        4 + rows.operand_bytes + 4 + (4 if rows.sample_rate < 1 else 0)
+    )  # unit rows, as operands, gradient; gathered
     parts = {
         "class rows": 4.0 * local * rows.dim,
         "class rows' gradient": 0.0 if rows.in_backward else 4.0 * rows.taking_part(ranks) * rows.dim,

@@ -139,7 +139,10 @@ def _self_distillation(recipe: Recipe, network: Network) -> tuple[Network, dict[
     student = replace(
         network, parameters=network.parameters + head, largest=max(network.largest, widths[3] * widths[4])
     )
-    extra = {"teacher": 4.0 * student.parameters, "prototype logits": _LOGIT_COPIES * 4.0 * len(shares) * method.prototypes}
+    extra = {
+        "teacher": 4.0 * student.parameters,
+        "prototype logits": _LOGIT_COPIES * 4.0 * len(shares) * method.prototypes,
+    }
     return student, extra, views
 
 

@@ -142,7 +142,9 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "path_type" and problem["input"] is None:
         return f"{dotted} has no value; YAML wants a space behind the colon, 'name: path'"
     got = f", got {problem['input']!r}" if isinstance(problem.get("input"), (str, int, float, bool)) else ""
-    meant = fields[location[-1]].description if location and location[-1] in fields and message == problem["msg"] else None
+    meant = (
+        fields[location[-1]].description if location and location[-1] in fields and message == problem["msg"] else None
+    )
     return f"{dotted or 'recipe'}: {message}{got}" + (f" ({meant})" if meant else "")
 
 
@@ -166,7 +168,9 @@ def _fields(location: tuple[Any, ...]) -> dict[str, FieldInfo]:
     for part in location:
         if isinstance(part, int):
             continue
-        if named := [model for model in models if "name" in model.model_fields and model.model_fields["name"].default == part]:
+        if named := [
+            model for model in models if "name" in model.model_fields and model.model_fields["name"].default == part
+        ]:
             models = named
             continue
         models = [

@@ -13,8 +13,12 @@ from lvtrain.recipe.base import Duration, Section, in_steps_or_epochs
 class Distill(Section):
     """A frozen teacher that the embeddings are drawn to: (1 - weight) * the method's loss + weight * mean (1 - cos(student, teacher))."""
 
-    teacher: Path = Field(description="a run, a checkpoint, an exported folder or others' weights: the student's embedding_dim and image_size")
-    weight: float = Field(0.99, gt=0, lt=1, description="a classification's gradient is about its scale, 64, times the cosine's")
+    teacher: Path = Field(
+        description="a run, a checkpoint, an exported folder or others' weights: the student's embedding_dim and image_size"
+    )
+    weight: float = Field(
+        0.99, gt=0, lt=1, description="a classification's gradient is about its scale, 64, times the cosine's"
+    )
 
 
 class Supervised(Section):
@@ -43,7 +47,9 @@ class SelfDistillation(Section):
     teacher_warmup_epochs: float = Field(0, ge=0)
     teacher_momentum: float = Field(0.996, gt=0, le=1, description="first value; goes to 1 by a cosine")
     centre_momentum: float = Field(0.9, ge=0, lt=1)
-    freeze_last_layer: float = Field(1, ge=0, description="epochs at the start in which the prototypes stay as they are")
+    freeze_last_layer: float = Field(
+        1, ge=0, description="epochs at the start in which the prototypes stay as they are"
+    )
 
 
 class Dino(SelfDistillation):

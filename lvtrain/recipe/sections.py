@@ -32,12 +32,16 @@ class Data(Section):
     cache: Path | None = Field(None, description="local folder (NVMe) for copies of shards; needs cache_bytes")
     cache_bytes: int = Field(0, ge=0, description="size bound of the cache")
     augmentation: str = Field("flip", description="name of a set in lvtrain.data.augment")
-    max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="undecodable samples tolerated before the run stops, from 1,000 samples on")
+    max_bad_fraction: float = Field(
+        1e-3, ge=0, le=1, description="undecodable samples tolerated before the run stops, from 1,000 samples on"
+    )
 
     @model_validator(mode="after")
     def _cache_has_a_size(self) -> Data:
         if (self.cache is None) != (self.cache_bytes == 0):
-            raise ValueError("cache and cache_bytes go together: where copies of shards are kept, and how many bytes of them")
+            raise ValueError(
+                "cache and cache_bytes go together: where copies of shards are kept, and how many bytes of them"
+            )
         return self
 
 
@@ -65,7 +69,8 @@ class Margin(Section):
         None, description="drop negatives with a higher cosine (inter-class filtering)"
     )
     warmup: Duration = Field(
-        default_factory=lambda: Duration("0 steps"), description="the margin grows from nothing over this long; in steps or epochs"
+        default_factory=lambda: Duration("0 steps"),
+        description="the margin grows from nothing over this long; in steps or epochs",
     )
 
     @model_validator(mode="after")
@@ -95,7 +100,11 @@ class Classifier(Section):
     kernel: Literal["torch", "triton"] = Field("torch", description="triton: one kernel between the matmuls (CUDA)")
     gather: Literal["float32", "bfloat16"] = "float32"
     chunk: int | None = Field(None, gt=0, description="classes a chunk; chosen from the shapes when absent")
-    keep_mb: float = Field(8.0, ge=0, description="memory, beyond the rows' gradient, for exponentials that forward leaves for backward: saves matmuls")
+    keep_mb: float = Field(
+        8.0,
+        ge=0,
+        description="memory, beyond the rows' gradient, for exponentials that forward leaves for backward: saves matmuls",
+    )
     optimizer: RowOptimizer = Field(default_factory=RowOptimizer)
 
 
@@ -245,7 +254,9 @@ class Recipe(Section):
     @classmethod
     def _one_folder(cls, name: str) -> str:
         if not name or "/" in name or name.startswith("."):
-            raise ValueError("a run's name is one folder's, without '/' or a leading dot; folders above it go into `runs`")
+            raise ValueError(
+                "a run's name is one folder's, without '/' or a leading dot; folders above it go into `runs`"
+            )
         return name
 
     @model_validator(mode="after")

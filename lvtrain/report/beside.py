@@ -31,7 +31,11 @@ def reached(runs: list[RunFiles]) -> list[Row]:
     rows = []
     for name, run in zip(names(runs), runs):
         last = list(run.evaluations.values())[-1]["benchmarks"] if run.evaluations else {}
-        error = next((str(event.get("reason", "")) for event in reversed(run.events) if event["event"] == "error"), "") if run.state == "error" else ""
+        error = (
+            next((str(event.get("reason", "")) for event in reversed(run.events) if event["event"] == "error"), "")
+            if run.state == "error"
+            else ""
+        )
         rows.append(
             {
                 "name": name,
@@ -41,7 +45,9 @@ def reached(runs: list[RunFiles]) -> list[Row]:
                 "loss": _late(run, "loss", ".3f"),
                 "cos2": _late(run, "cos2_window", ".3f") or _late(run, "cos2", ".3f"),
                 "speed": "" if run.images_per_second is None else f"{run.images_per_second:,.0f}",
-                "accuracy": ", ".join(f"{one} {100 * found['accuracy']:.2f} ± {100 * found['std']:.2f}%" for one, found in last.items()),
+                "accuracy": ", ".join(
+                    f"{one} {100 * found['accuracy']:.2f} ± {100 * found['std']:.2f}%" for one, found in last.items()
+                ),
             }
         )
     return rows

@@ -73,7 +73,10 @@ def _figures(images: list[np.ndarray], moments: list[Moment], size: int) -> list
         note = "centres of the patches the landmark CNN places; colour: which of them, so that one colour should stay on one part of the face"
         drawn.append({"title": "Landmarks", "note": note, "png": _sheet(rows, cells)})
     cells = [
-        [_with_attention(image, w, p, moments[0].backbone.patch, size) for image, w, p in zip(images, weights.mean(1), points)]
+        [
+            _with_attention(image, w, p, moments[0].backbone.patch, size)
+            for image, w, p in zip(images, weights.mean(1), points)
+        ]
         for weights, points in found
     ]
     note = "attention of the class token in the last block, mean over heads; bright: most of the image's own"
@@ -127,7 +130,9 @@ def _with_points(image: np.ndarray, points: torch.Tensor, size: int) -> Image.Im
     return picture
 
 
-def _with_attention(image: np.ndarray, weights: torch.Tensor, points: torch.Tensor, patch: int, size: int) -> Image.Image:
+def _with_attention(
+    image: np.ndarray, weights: torch.Tensor, points: torch.Tensor, patch: int, size: int
+) -> Image.Image:
     """The picture, darker where little attention goes: each patch adds its weight where it stands, blurred to half a patch."""
     scale = CELL / size
     y, x = np.mgrid[0:CELL, 0:CELL].astype(np.float32)

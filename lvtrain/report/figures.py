@@ -92,7 +92,14 @@ def curve(
         if log and len(mean) and np.nanmin(mean) > 0 and np.nanmax(mean) / np.nanmin(mean) > 20:
             axes.set_yscale("log")
         elif zero:
-            top = max([float(np.nanmax(values)) for values in [high, *(y for _, y in (beside or {}).values())] if len(values)], default=0.0)
+            top = max(
+                [
+                    float(np.nanmax(values))
+                    for values in [high, *(y for _, y in (beside or {}).values())]
+                    if len(values)
+                ],
+                default=0.0,
+            )
             axes.set_ylim(0, max(top * 1.08, 1e-12))
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))

@@ -97,7 +97,9 @@ def read_run(folder: str | Path) -> RunFiles:
     if not recipe.is_file():
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
     text = recipe.read_text()
-    evaluations = {path.stem: _json(path) for path in sorted((folder / "evaluation").glob("*.json")) if path.stem != "evaluation"}
+    evaluations = {
+        path.stem: _json(path) for path in sorted((folder / "evaluation").glob("*.json")) if path.stem != "evaluation"
+    }
     others = {path.parent.name: _json(path).get("benchmarks") for path in sorted(folder.glob("*/evaluation.json"))}
     return RunFiles(
         folder=folder,

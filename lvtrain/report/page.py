@@ -125,7 +125,13 @@ def _tiles(run: RunFiles) -> list[Row]:
         tiles.append({"label": "Steps", "value": f"{last_row['step']:,}", "note": note})
         if run.images_per_second is not None:
             wait = f", {100 * float(np.median(waits)):.0f}% waiting for data" if len(waits) else ""
-            tiles.append({"label": "Images per second", "value": f"{run.images_per_second:,.0f}", "note": f"median of the log lines{wait}"})
+            tiles.append(
+                {
+                    "label": "Images per second",
+                    "value": f"{run.images_per_second:,.0f}",
+                    "note": f"median of the log lines{wait}",
+                }
+            )
         if last_row.get("loss") is not None:
             cos2 = last_row.get("cos2_window") or last_row.get("cos2")
             note = f"cos² {cos2:.3f}" if cos2 is not None else ""

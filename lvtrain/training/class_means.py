@@ -38,7 +38,14 @@ def first_of_each(labels: np.ndarray, most: int) -> np.ndarray:
 
 @torch.no_grad()
 def start_from_means(
-    classifier: ShardedClassifier, backbone: nn.Module, dataset: ShardDataset, *, world: World, batch: int, image_size: int, bfloat16: bool
+    classifier: ShardedClassifier,
+    backbone: nn.Module,
+    dataset: ShardDataset,
+    *,
+    world: World,
+    batch: int,
+    image_size: int,
+    bfloat16: bool,
 ) -> int:
     """Turns this rank's class rows into the directions of their classes' mean unit embeddings, at the length they have; the number of images that
     were embedded. A class without an image keeps its row. Every rank calls it; the same rows on any number of ranks.
@@ -49,7 +56,9 @@ def start_from_means(
     labels = dataset.labels(np.arange(len(dataset)))
     chosen = first_of_each(labels, IMAGES)
     start, stop = classifier.rows
-    sums = torch.zeros(stop - start, classifier.embedding_dim)  # on the host, where the order of additions is always the same
+    sums = torch.zeros(
+        stop - start, classifier.embedding_dim
+    )  # on the host, where the order of additions is always the same
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bfloat16):
@@ -60,9 +69,19 @@ def start_from_means(
     backbone.eval()
     for first in range(0, len(chosen), _TOGETHER):
         ids = chosen[first : first + _TOGETHER]
-        rows = embed(forward, _Encoded(dataset, ids), world=world, batch=batch, device=world.device, image_size=image_size, mirror=False)
+        rows = embed(
+            forward,
+            _Encoded(dataset, ids),
+            world=world,
+            batch=batch,
+            device=world.device,
+            image_size=image_size,
+            mirror=False,
+        )
         here = (labels[ids] >= start) & (labels[ids] < stop)
-        sums.index_add_(0, torch.from_numpy(labels[ids][here] - start), nn.functional.normalize(torch.from_numpy(rows[here])))
+        sums.index_add_(
+            0, torch.from_numpy(labels[ids][here] - start), nn.functional.normalize(torch.from_numpy(rows[here]))
+        )
     backbone.train(was_training)
     means = sums.to(classifier.weight.device, classifier.weight.dtype)
     length = torch.linalg.vector_norm(classifier.weight, dim=1, keepdim=True)

@@ -19,7 +19,14 @@ from lvtrain.training.run_folder import changes
 from lvtrain.training.schedule import learning_rate
 
 
-def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_phase: str | None = None, teacher: Teacher | None = None) -> str:
+def dry_run(
+    recipe: Recipe,
+    ds_config: Path,
+    *,
+    world_size: int | None,
+    only_phase: str | None = None,
+    teacher: Teacher | None = None,
+) -> str:
     """The plan as text, for `world_size` ranks (the launcher's number when absent).
 
     Raises:
@@ -30,9 +37,7 @@ def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_pha
     here = recipe.data.path.exists()
     resolve_ds_config(ds_config, optimizer=recipe.optimizer)
     classes, samples, where = sizes(recipe)
-    config = check_before_start(
-        recipe, ds_config, num_classes=classes, size=size, only_phase=only_phase, files=here
-    )
+    config = check_before_start(recipe, ds_config, num_classes=classes, size=size, only_phase=only_phase, files=here)
     if here:
         check_benchmarks(recipe)
         changes(recipe.run_folder, recipe)
@@ -44,10 +49,18 @@ def dry_run(recipe: Recipe, ds_config: Path, *, world_size: int | None, only_pha
         f"recipe {recipe.name}: method {recipe.method.name}, {recipe.backbone.name}, {classes:,} classes, {samples:,} images ({where})",
         f"{size} rank{'s' if size > 1 else ''}, ZeRO-{config['zero_optimization']['stage']}, {recipe.optimizer.precision}; "
         f"{rate.total:,} samples in all ({rate.total / samples:.4g} epochs), warm-up {rate.warmup:,}",
-        *(["planned for 1 rank, since no launcher said how many: add --world-size N for N ranks"] if not world_size and launched.launcher == "python" else []),
+        *(
+            ["planned for 1 rank, since no launcher said how many: add --world-size N for N ranks"]
+            if not world_size and launched.launcher == "python"
+            else []
+        ),
         *([f"warning: {rate.warning}"] if rate.warning else []),
         *([f"distilled from {teacher.name}"] if teacher else []),
-        *([f"warning: {recipe.distill.teacher} is not here: the plan is without the teacher"] if recipe.distill and not teacher else []),
+        *(
+            [f"warning: {recipe.distill.teacher} is not here: the plan is without the teacher"]
+            if recipe.distill and not teacher
+            else []
+        ),
         "",
     ]
     start = 0

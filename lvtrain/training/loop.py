@@ -70,9 +70,7 @@ class PhaseRun:
         self.saved_step = -1 if built.entering else self.position.step
         self.nonfinite_in_row = self.nonfinite_total = self.bad_told = 0
         if built.entering:
-            self._event(
-                "phase_start", phase=self.phase.name, world_size=run.world.size, accumulation=self.accumulation
-            )
+            self._event("phase_start", phase=self.phase.name, world_size=run.world.size, accumulation=self.accumulation)
 
     # ------------------------------------------------------------------------------------------------------------- the loop
 
@@ -160,12 +158,19 @@ class PhaseRun:
         self.cos2 = torch.stack(cos2).mean() if cos2 else None
         return self.cos2 is not None and self.stage.observe(self.cos2)
 
-    def _skip(self, loss: torch.Tensor, norm: torch.Tensor, losses: list[torch.Tensor], cosines: list[torch.Tensor]) -> None:
+    def _skip(
+        self, loss: torch.Tensor, norm: torch.Tensor, losses: list[torch.Tensor], cosines: list[torch.Tensor]
+    ) -> None:
         self.method.discard_step()
         self.nonfinite_in_row += 1
         self.nonfinite_total += 1
         figures = {"loss": float(loss), "grad_norm": float(norm)}
-        where = {"step": self.position.step, "phase": self.phase.name, "samples_seen": self.position.samples_seen, **figures}
+        where = {
+            "step": self.position.step,
+            "phase": self.phase.name,
+            "samples_seen": self.position.samples_seen,
+            **figures,
+        }
         noted, said = note_batch(self.r, self.loader, self.position.stream, losses, cosines, where)
         self._event("nonfinite", in_row=self.nonfinite_in_row, **noted)
         if said:
@@ -197,7 +202,9 @@ class PhaseRun:
         counts = worlds.gather_objects((self.loader.bad_count, self.loader.seen_count))
         bad, seen = (sum(column) for column in zip(*counts))
         if bad > self.bad_told:
-            self.telemetry.say(f"warning: {bad} of {seen} samples could not be decoded so far and weigh nothing; events.jsonl names them")
+            self.telemetry.say(
+                f"warning: {bad} of {seen} samples could not be decoded so far and weigh nothing; events.jsonl names them"
+            )
             self.bad_told = bad
         if seen >= 1000 and bad > limit * seen:
             raise UserError(
@@ -286,7 +293,11 @@ class PhaseRun:
             "cos2_window": self.stage.last_mean,
             "lr": self.now.lr,
             "grad_norm": float(self.grad_norm) if self.grad_norm is not None else None,
-            **({"weight_decay": optimizer.weight_decay_at(self.now.progress)} if optimizer.weight_decay_end is not None else {}),
+            **(
+                {"weight_decay": optimizer.weight_decay_at(self.now.progress)}
+                if optimizer.weight_decay_end is not None
+                else {}
+            ),
             **figures,
             "nonfinite": self.nonfinite_total,
             "images_per_second": round(speed, 2),
@@ -318,5 +329,9 @@ class PhaseRun:
         return seen // length > (seen - self.phase.global_batch) // length
 
     def _event(self, event: str, **fields: Any) -> None:
-        common: dict[str, Any] = {"step": self.position.step, "samples_seen": self.position.samples_seen, "phase": self.phase.name}
+        common: dict[str, Any] = {
+            "step": self.position.step,
+            "samples_seen": self.position.samples_seen,
+            "phase": self.phase.name,
+        }
         self.telemetry.event(event, **(common | fields))

@@ -44,7 +44,9 @@ def note_batch(
     batch = len(each) * loader.micro_batch
     found = np.full(batch, np.nan)
     if cosines:
-        found = torch.stack(cosines).float().cpu().numpy().reshape(len(losses), len(by_rank), -1).transpose(1, 0, 2).ravel()
+        found = (
+            torch.stack(cosines).float().cpu().numpy().reshape(len(losses), len(by_rank), -1).transpose(1, 0, 2).ravel()
+        )
     virtual = np.arange(batch) // loader.micro_batch
     # first samples without a finite cosine, then those of micro-batches without a finite loss, then those far from their class
     suspects = np.lexsort((np.nan_to_num(found), np.isfinite(each[virtual]), np.isfinite(found)))[:_SAMPLES]
@@ -52,14 +54,34 @@ def note_batch(
     samples = []
     for i in suspects:
         shard, key = run.dataset.describe(int(ids[i]))
-        said = {"sample_id": int(ids[i]), "label": int(labels[i]), "shard": shard, "key": key, "micro_batch": int(virtual[i])}
+        said = {
+            "sample_id": int(ids[i]),
+            "label": int(labels[i]),
+            "shard": shard,
+            "key": key,
+            "micro_batch": int(virtual[i]),
+        }
         samples.append(said | ({"cosine": _number(found[i])} if cosines else {}))
-    counted = {"samples_in_batch": batch} | ({"samples_not_finite": int((~np.isfinite(found)).sum())} if cosines else {})
-    line = {**{name: _number(value) for name, value in where.items()}, **counted, "micro_batch_losses": [_number(loss) for loss in each], "samples": samples}
+    counted = {"samples_in_batch": batch} | (
+        {"samples_not_finite": int((~np.isfinite(found)).sum())} if cosines else {}
+    )
+    line = {
+        **{name: _number(value) for name, value in where.items()},
+        **counted,
+        "micro_batch_losses": [_number(loss) for loss in each],
+        "samples": samples,
+    }
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    which = f"{counted['samples_not_finite']} of its {batch} samples have no finite cosine" if cosines else f"it had {batch} samples"
-    return {**counted, "named_in": FILE}, f"{which}, {path} names {'them' if len(samples) == batch else 'those to look at'}"
+    which = (
+        f"{counted['samples_not_finite']} of its {batch} samples have no finite cosine"
+        if cosines
+        else f"it had {batch} samples"
+    )
+    return {
+        **counted,
+        "named_in": FILE,
+    }, f"{which}, {path} names {'them' if len(samples) == batch else 'those to look at'}"
 
 
 def _number(value: Any) -> Any:

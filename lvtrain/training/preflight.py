@@ -64,11 +64,17 @@ def unshared(folder: Path, ranks: list[dict[str, Any]], *, seconds: float = 15) 
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f".preflight-{token}").touch()
         except OSError as error:
-            raise UserError(f"--shared {folder}: rank 0 cannot write there ({error.strerror}); give a folder it may write to") from error
+            raise UserError(
+                f"--shared {folder}: rank 0 cannot write there ({error.strerror}); give a folder it may write to"
+            ) from error
         return folder
 
     worlds.on_first(write)
-    path, seen, until = folder / f".preflight-{token}", False, time.monotonic() + seconds  # network file systems show a new file late
+    path, seen, until = (
+        folder / f".preflight-{token}",
+        False,
+        time.monotonic() + seconds,
+    )  # network file systems show a new file late
     while not seen and time.monotonic() < until:
         os.scandir(folder).close() if folder.is_dir() else None  # asks the server again
         seen = path.exists()
@@ -76,7 +82,13 @@ def unshared(folder: Path, ranks: list[dict[str, Any]], *, seconds: float = 15) 
     answers = worlds.gather_objects(seen)
     worlds.on_first(lambda: path.unlink(missing_ok=True))
     blind = [rank for rank, answer in enumerate(answers) if not answer]
-    return [f"--shared {folder}: {_some(ranks, blind)} does not see what rank 0 writes there; it must be one file system for all nodes"] if blind else []
+    return (
+        [
+            f"--shared {folder}: {_some(ranks, blind)} does not see what rank 0 writes there; it must be one file system for all nodes"
+        ]
+        if blind
+        else []
+    )
 
 
 def other_data(path: Path, ranks: list[dict[str, Any]]) -> list[str]:
@@ -115,10 +127,21 @@ def collectives(world: worlds.World, megabytes: Sequence[float], repeats: int) -
         }
         for name, (sent, step) in steps.items():
             seconds = _seconds(step, world, repeats)
-            result, wanted = (part, world.size) if name == "reduce-scatter" else (whole, world.size if name == "all-reduce" else 1)
+            result, wanted = (
+                (part, world.size) if name == "reduce-scatter" else (whole, world.size if name == "all-reduce" else 1)
+            )
             if not bool((result == wanted).all()):
-                raise UserError(f"{name} of {size:g} MB gives wrong numbers on rank {world.rank}; test this node's links (nccl-tests, dcgmi diag)")
-            rows.append({"collective": name, "mb": size, "ms": round(1e3 * seconds, 3), "gb_per_s": round(sent * count * 4 / seconds / 1e9, 3)})
+                raise UserError(
+                    f"{name} of {size:g} MB gives wrong numbers on rank {world.rank}; test this node's links (nccl-tests, dcgmi diag)"
+                )
+            rows.append(
+                {
+                    "collective": name,
+                    "mb": size,
+                    "ms": round(1e3 * seconds, 3),
+                    "gb_per_s": round(sent * count * 4 / seconds / 1e9, 3),
+                }
+            )
     return rows
 
 
@@ -156,7 +179,15 @@ def _some(ranks: list[dict[str, Any]], which: list[int]) -> str:
     return f"rank{'s' if len(which) > 1 else ''} {', '.join(map(str, which[:8]))}{' …' if len(which) > 8 else ''} ({', '.join(hosts[:4])})"
 
 
-def preflight(*, shared: Path, data: Path | None, megabytes: Sequence[float], repeats: int, timeout: float, report: Path | None = None) -> list[str]:
+def preflight(
+    *,
+    shared: Path,
+    data: Path | None,
+    megabytes: Sequence[float],
+    repeats: int,
+    timeout: float,
+    report: Path | None = None,
+) -> list[str]:
     """Meets, looks, measures and prints; the problems found, a line each, the same on every rank. Every rank calls it.
 
     shared: folder of the runs; data: dataset folder or subset manifest; megabytes: sizes of the collectives; timeout: seconds to wait for all ranks;
@@ -187,12 +218,18 @@ def preflight(*, shared: Path, data: Path | None, megabytes: Sequence[float], re
     hosts = sorted({one["host"] for one in ranks})
     if world.is_first:
         where = f"{len(hosts)} host{'s' if len(hosts) > 1 else ''} ({', '.join(hosts[:8])})"
-        print(f"preflight: {world.size} rank{'s' if world.size > 1 else ''} on {where}, {ranks[0]['device']}, met in {met:.1f} s")
+        print(
+            f"preflight: {world.size} rank{'s' if world.size > 1 else ''} on {where}, {ranks[0]['device']}, met in {met:.1f} s"
+        )
         for row in rows:
-            print(f"  {row['collective']:<15}{row['mb']:>7g} MB  {row['ms']:>10.3f} ms  {row['gb_per_s']:>8.2f} GB/s a rank")
+            print(
+                f"  {row['collective']:<15}{row['mb']:>7g} MB  {row['ms']:>10.3f} ms  {row['gb_per_s']:>8.2f} GB/s a rank"
+            )
         fastest = max((row["gb_per_s"] for row in rows), default=0.0)
         if len(hosts) > 1 and fastest < _SLOW * H200.link / 1e9:
-            print(f"  note: tools/plan.py assumes {H200.link / 1e9:.0f} GB/s a GPU between nodes; plan with --link {fastest:.1f}")
+            print(
+                f"  note: tools/plan.py assumes {H200.link / 1e9:.0f} GB/s a GPU between nodes; plan with --link {fastest:.1f}"
+            )
         if report:
             report.write_text(json.dumps({"ranks": ranks, "collectives": rows, "problems": problems}, indent=1) + "\n")
         if not problems:

@@ -94,7 +94,11 @@ def _train(
             ending = train(run, checkpoints, telemetry, preemption, heart, only_phase=only_phase)
         verdict = "done" if ending.verdict == "done" else "stop"
         telemetry.event(verdict, step=ending.step, phase=ending.phase, reason=ending.reason)
-        then = f"python tools/report.py {folder} shows it" if ending.verdict == "done" else "start the same command again to go on"
+        then = (
+            f"python tools/report.py {folder} shows it"
+            if ending.verdict == "done"
+            else "start the same command again to go on"
+        )
         telemetry.say(f"lvtrain: {verdict} at step {ending.step}: {ending.reason}; run folder {folder}; {then}")
     except InUse:  # another job took the folder over: its events and its outcome are that job's
         raise

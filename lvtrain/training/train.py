@@ -61,7 +61,9 @@ def train(
         run.recipe.schedule, run.recipe.optimizer.lr, phases=phases, samples_per_epoch=len(run.dataset)
     )
     if complete := _complete(run, position, rate.total, only_phase):
-        return Ending("done", position.step, only_phase, f"{complete} since an earlier start, so nothing is left to train")
+        return Ending(
+            "done", position.step, only_phase, f"{complete} since an earlier start, so nothing is left to train"
+        )
     telemetry.event(
         "resume" if found else "start",
         step=position.step,

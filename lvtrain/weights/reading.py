@@ -82,7 +82,9 @@ def _load(path: Path) -> Any:
             merged.update(_load(file))
         return merged
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give a run, a checkpoint, an exported folder or a weights file that does")
+        raise UserError(
+            f"{path} does not exist; give a run, a checkpoint, an exported folder or a weights file that does"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -31,7 +31,12 @@ def shapes_of(path: Path) -> tuple[dict[str, torch.Size], torch.Size | None]:
             names: list[str] = stored.keys()
             return {name: torch.Size(stored.get_slice(name).get_shape()) for name in names}, None
     every = open_shapes(path)
-    backbone = {name.removeprefix(kind): shape for kind in ("backbone.param.", "backbone.buffer.") for name, shape in every.items() if name.startswith(kind)}
+    backbone = {
+        name.removeprefix(kind): shape
+        for kind in ("backbone.param.", "backbone.buffer.")
+        for name, shape in every.items()
+        if name.startswith(kind)
+    }
     return _evaluated(backbone, every), every.get("classifier.weight")
 
 
@@ -63,7 +68,9 @@ def evaluated_weights(source: Weights) -> dict[str, torch.Tensor]:
 
 def _evaluated(backbone: dict[str, _T], everything: dict[str, _T]) -> dict[str, _T]:
     """By the evaluated module's own names: a self-supervised run's teacher, else the trained module, which may hold it as `backbone`."""
-    if teacher := {name.removeprefix(_TEACHER): value for name, value in everything.items() if name.startswith(_TEACHER)}:
+    if teacher := {
+        name.removeprefix(_TEACHER): value for name, value in everything.items() if name.startswith(_TEACHER)
+    }:
         return teacher
     if backbone and all(name.startswith("backbone.") for name in backbone):
         return {name.removeprefix("backbone."): value for name, value in backbone.items()}

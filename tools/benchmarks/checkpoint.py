@@ -24,7 +24,12 @@ SMALL = {"scale": 0.002}
 
 
 def run(
-    classes: int = 2_059_906, dim: int = 512, backbone: int = VIT_L, scale: float = 0.05, folder: str = "", device: str = "cpu"
+    classes: int = 2_059_906,
+    dim: int = 512,
+    backbone: int = VIT_L,
+    scale: float = 0.05,
+    folder: str = "",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Seconds on one process, and the arithmetic for 1, 8 and 64 ranks. `folder`: where to write (a temporary folder otherwise)."""
     rows, floats = int(classes * scale), int(backbone * scale)
@@ -41,7 +46,9 @@ def run(
     per_byte = {name: result[name] / result["bytes"] for name in ("stall_seconds", "commit_seconds", "resume_seconds")}
     result["full_size_gb"] = round(full / 1e9, 1)
     result["by_arithmetic"] = {
-        f"{ranks} ranks, each its own disk bandwidth": {name: round(rate * full / ranks, 2) for name, rate in per_byte.items()}
+        f"{ranks} ranks, each its own disk bandwidth": {
+            name: round(rate * full / ranks, 2) for name, rate in per_byte.items()
+        }
         for ranks in (1, 8, 64)
     }
     return {"scale": scale, "classes": rows, "dim": dim, "backbone_parameters": floats, "device": device} | result

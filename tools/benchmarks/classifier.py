@@ -36,7 +36,11 @@ from lvtrain.classifier.partition import initial_rows
 from lvtrain.errors import UserError
 
 SMALL: dict[str, Any] = {"batch": 128, "classes": 2_000, "repeats": 2, "memory": False}
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
+_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
 _ALL = 1e6  # MB: keep every exponential
 
 Step = Callable[[], Any]
@@ -68,7 +72,9 @@ def problem(batch: int, classes: int, rate: float, weight: torch.nn.Parameter) -
     labels = torch.randint(0, classes, (batch,), generator=generator)
     mine = slice(batch * rank // ranks, batch * (rank + 1) // ranks)
     rows = class_range(classes, rank, ranks)
-    return Problem(x[mine].clone().requires_grad_(), x, labels[mine].to(weight.device), labels, weight, classes, rows, rate)
+    return Problem(
+        x[mine].clone().requires_grad_(), x, labels[mine].to(weight.device), labels, weight, classes, rows, rate
+    )
 
 
 def run(
@@ -97,7 +103,9 @@ def run(
     given = dict(locals())
     check_peer(peer)
     if device == "cpu" and not only and os.environ.get("MALLOC_MMAP_THRESHOLD_") != _MALLOC["MALLOC_MMAP_THRESHOLD_"]:
-        return in_children("classifier", given, threads=threads)  # malloc reads its settings at start-up: once more, with them
+        return in_children(
+            "classifier", given, threads=threads
+        )  # malloc reads its settings at start-up: once more, with them
     torch.set_num_threads(threads)
     weight = torch.nn.Parameter(initial_rows((0, classes), dim, 0).to(device))
     shape = problem(batch, classes, rate, weight)
@@ -134,7 +142,11 @@ def compared(milliseconds: dict[str, float]) -> dict[str, dict[str, Any]]:
         row: dict[str, Any] = {"ms": round(value, 2)}
         words = name.split()
         for count in (4, 3):
-            bound = milliseconds.get(f"{count} matmuls {words[1]}") if words[0] == "lvtrain" and "anchors" not in words else None
+            bound = (
+                milliseconds.get(f"{count} matmuls {words[1]}")
+                if words[0] == "lvtrain" and "anchors" not in words
+                else None
+            )
             if bound:
                 row[f"times_{count}_matmuls"] = round(value / bound, 3)
         if "peer" in milliseconds:
@@ -146,7 +158,14 @@ def compared(milliseconds: dict[str, float]) -> dict[str, dict[str, Any]]:
 
 
 def in_children(
-    module: str, arguments: dict[str, Any], *, function: str = "run", threads: int = 1, ranks: int = 1, malloc: bool = True, limit_s: float = 3600
+    module: str,
+    arguments: dict[str, Any],
+    *,
+    function: str = "run",
+    threads: int = 1,
+    ranks: int = 1,
+    malloc: bool = True,
+    limit_s: float = 3600,
 ) -> dict[str, Any]:
     """`tools.benchmarks.MODULE.FUNCTION(**arguments)` in a process of its own, or one for each gloo rank; what rank 0 returns.
 
@@ -257,7 +276,13 @@ def _matmuls(shape: Problem, precision: str, chunk: int, *, recompute: bool) -> 
                         torch.mm(left, rows.t(), out=logits, **({} if unit_rows is None else wide))
                     probability = logits if e is None else e[: logits.numel()].view_as(logits)
                     if not backward:
-                        total.add_(torch.mm(probability, weight[start:stop] if factor_rows is None else factor_rows[: stop - start], **wide))
+                        total.add_(
+                            torch.mm(
+                                probability,
+                                weight[start:stop] if factor_rows is None else factor_rows[: stop - start],
+                                **wide,
+                            )
+                        )
                     elif e is None or wide:
                         torch.mm(probability.t(), right, out=gradient[start:stop], **wide)
                     else:
@@ -273,7 +298,9 @@ def _materialised(shape: Problem) -> Step:
     def step() -> Any:
         x.grad = weight.grad = None
         cosine = F.linear(F.normalize(x), F.normalize(weight))
-        loss = F.cross_entropy(64.0 * (cosine - 0.4 * F.one_hot(shape.labels, len(weight)).to(cosine.dtype)), shape.labels)
+        loss = F.cross_entropy(
+            64.0 * (cosine - 0.4 * F.one_hot(shape.labels, len(weight)).to(cosine.dtype)), shape.labels
+        )
         loss.backward()
         weight.grad = None
         return loss
@@ -284,7 +311,9 @@ def _materialised(shape: Problem) -> Step:
 def check_peer(folder: str) -> None:
     """UserError unless PartialFC_V2 is there, or no peer is wanted."""
     if folder and not Path(folder, "partial_fc_v2.py").exists():
-        raise UserError(f"--peer {folder}: no partial_fc_v2.py there; give the recognition/arcface_torch folder of an insightface checkout")
+        raise UserError(
+            f"--peer {folder}: no partial_fc_v2.py there; give the recognition/arcface_torch folder of an insightface checkout"
+        )
 
 
 def _peer(folder: Path, shape: Problem) -> Step:
@@ -301,7 +330,9 @@ def _peer(folder: Path, shape: Problem) -> Step:
         torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     if not dist.is_initialized():
         dist.init_process_group("nccl" if x.is_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    module = modules["partial_fc_v2"].PartialFC_V2(modules["losses"].CosFace(64.0, 0.4), x.shape[1], dist.get_world_size(), shape.rate)
+    module = modules["partial_fc_v2"].PartialFC_V2(
+        modules["losses"].CosFace(64.0, 0.4), x.shape[1], dist.get_world_size(), shape.rate
+    )
     module.num_local, module.num_sample, module.weight = len(weight), int(shape.rate * len(weight)), weight
     module.class_start = shape.rows[0]
 
@@ -315,7 +346,9 @@ def _peer(folder: Path, shape: Problem) -> Step:
     return step
 
 
-def interleaved(steps: dict[str, Step], repeats: int, device: torch.device, *, warm_up: bool = True) -> dict[str, float]:
+def interleaved(
+    steps: dict[str, Step], repeats: int, device: torch.device, *, warm_up: bool = True
+) -> dict[str, float]:
     """Median milliseconds of each step, the steps taking turns."""
     spent: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + warm_up):

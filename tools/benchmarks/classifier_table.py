@@ -60,7 +60,12 @@ def run(
     started = time.time()
     counts = _numbers(classes)
     shapes = [{"batch": batch, "rate": float(rate)} for rate in rates.split(",") for batch in _numbers(batches)]
-    result: dict[str, Any] = {"subject": "classifier", "machine": _machine(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    result: dict[str, Any] = {
+        "subject": "classifier",
+        "machine": _machine(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     result |= {"times": [], "memory": [], "scale": [], "missing": []}
 
     def part(into: str, what: str, measure: Callable[[], dict[str, Any]]) -> None:
@@ -83,7 +88,9 @@ def run(
     times(first)
     part("memory", "memory", partial(_memory, counts, peer, result["missing"]))
     for count in _numbers(scale):
-        measure = partial(in_children, "classifier_table", {"classes": count}, function="whole_step", malloc=False, limit_s=600)
+        measure = partial(
+            in_children, "classifier_table", {"classes": count}, function="whole_step", malloc=False, limit_s=600
+        )
         part("scale", f"a step over {count:,} classes", measure)
     for world in others:
         times(world)
@@ -103,7 +110,9 @@ def _cells(classes: int, shapes: list[dict[str, Any]], peer: str, ranks: int) ->
         if whose == "peer" and _available_gb() < _PEER_GB * classes * max(s["batch"] for s in shapes) / (800_000 * 512):
             raise UserError("the peer's memory is not free")
         arguments = {"classes": classes, "shapes": shapes, "peer": peer, "whose": whose}
-        found: list[dict[str, Any]] = in_children("classifier_table", arguments, function="cells", ranks=ranks, limit_s=900)["rows"]
+        found: list[dict[str, Any]] = in_children(
+            "classifier_table", arguments, function="cells", ranks=ranks, limit_s=900
+        )["rows"]
         return found
 
     rows = measured("ours" if apart or not peer else "both")
@@ -126,11 +135,25 @@ def cells(classes: int, shapes: list[dict[str, Any]], peer: str, whose: str) -> 
         batch, rate = shape["batch"], shape["rate"]
         two = rate == 1.0 and classes == min(_REPEATS) and batch == max(s["batch"] for s in shapes) and ranks == 1
         options: dict[str, Any] = dict(peer="" if whose == "ours" else peer, two_anchors=two)
-        interleaved(variants(problem(batch, ranks * len(few), rate, few), precisions, **options), 1, weight.device, warm_up=False)
+        interleaved(
+            variants(problem(batch, ranks * len(few), rate, few), precisions, **options),
+            1,
+            weight.device,
+            warm_up=False,
+        )
         repeats = _REPEATS.get(classes, 1)
         steps = variants(problem(batch, classes, rate, weight), precisions, **options)
         milliseconds = interleaved(steps, repeats, weight.device)
-        found.append({"ranks": ranks, "batch": batch, "classes": classes, "rate": rate, "repeats": repeats, "variants": milliseconds})
+        found.append(
+            {
+                "ranks": ranks,
+                "batch": batch,
+                "classes": classes,
+                "rate": rate,
+                "repeats": repeats,
+                "variants": milliseconds,
+            }
+        )
     dist.destroy_process_group()
     return {"rows": found}
 
@@ -138,7 +161,12 @@ def cells(classes: int, shapes: list[dict[str, Any]], peer: str, whose: str) -> 
 def _memory(counts: list[int], peer: str, missing: list[str]) -> dict[str, Any]:
     """MB beyond weights and the rows' gradient, each in a process of its own with malloc as it comes; B = 512."""
     ends = sorted({min(counts), max(counts)})
-    wanted = [(count, f"lvtrain {precision}") for count in counts for precision in _PRECISIONS if precision == "float32" or count in ends]
+    wanted = [
+        (count, f"lvtrain {precision}")
+        for count in counts
+        for precision in _PRECISIONS
+        if precision == "float32" or count in ends
+    ]
     wanted += [(min(counts), "materialised")]
     if peer:
         wanted += [(count, "peer") for count in ends if _available_gb() > 1.5 * _PEER_GB * count / 800_000]
@@ -146,11 +174,22 @@ def _memory(counts: list[int], peer: str, missing: list[str]) -> dict[str, Any]:
     def alone(case: tuple[int, str]) -> list[dict[str, Any]]:
         count, variant = case
         try:
-            extra = in_children("classifier", {"classes": count, "only": variant, "peer": peer if variant == "peer" else ""}, malloc=False)["extra_mb"]
+            extra = in_children(
+                "classifier",
+                {"classes": count, "only": variant, "peer": peer if variant == "peer" else ""},
+                malloc=False,
+            )["extra_mb"]
         except UserError as error:
             missing.append(f"memory of {variant} at {count:,} classes: {error}")
             return []
-        return [{"classes": count, "variant": variant, "extra_mb": extra, "beyond_gradient_rows_mb": round(extra - count * _DIM * 4 / 2**20, 1)}]
+        return [
+            {
+                "classes": count,
+                "variant": variant,
+                "extra_mb": extra,
+                "beyond_gradient_rows_mb": round(extra - count * _DIM * 4 / 2**20, 1),
+            }
+        ]
 
     with ThreadPoolExecutor(2) as two:  # memory is the same whoever else runs
         return {"rows": [row for rows in two.map(alone, wanted) for row in rows]}
@@ -165,7 +204,10 @@ def whole_step(classes: int) -> dict[str, Any]:
     if _available_gb() < state_gb + 1:
         raise UserError(f"needs {state_gb + 1:.1f} GB, {_available_gb():.1f} are free")
     generator = torch.Generator().manual_seed(0)
-    x, labels = torch.randn(batch, dim, generator=generator).requires_grad_(), torch.randint(0, classes, (batch,), generator=generator)
+    x, labels = (
+        torch.randn(batch, dim, generator=generator).requires_grad_(),
+        torch.randint(0, classes, (batch,), generator=generator),
+    )
     head = ShardedClassifier(classes, dim, margin=CosFace(), in_backward=True)
     for tensor in (head.optimizer.state()["exp_avg"], head.optimizer.state()["exp_avg_sq"]):
         tensor.fill_(0.0)  # pages that were promised are there from now on
@@ -191,11 +233,19 @@ def whole_step(classes: int) -> dict[str, Any]:
 
 def _machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     flags = next((line for line in lines if line.startswith("flags")), "")
     known = [name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16") if name in flags.split()]
     load = round(os.getloadavg()[0], 1)
-    return {"cpu": model, "cores": os.cpu_count(), "instructions": known, "load_at_start": load, "multiplies_bfloat16": multiplies_bfloat16()}
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "instructions": known,
+        "load_at_start": load,
+        "multiplies_bfloat16": multiplies_bfloat16(),
+    }
 
 
 def _available_gb() -> float:
@@ -209,8 +259,13 @@ def _goals(result: dict[str, Any]) -> list[str]:
     limits = (("lvtrain float32", 1.15, 0.85), ("lvtrain bfloat16", 1.4, 0.45))
     wanted = [(f"{v}: times its own four matmuls", v, "times_4_matmuls", limit) for v, limit, _ in limits]
     wanted += [(f"{v}: times the peer", v, "times_peer", limit) for v, _, limit in limits]
-    wanted += [(f"{v}: times one anchor", v, "times_one_anchor", 2.1) for v in ("lvtrain float32 two anchors", "lvtrain bfloat16 two anchors")]
-    found = [(goal, [c[name][key] for c in cells if key in c.get(name, {})], limit) for goal, name, key, limit in wanted]
+    wanted += [
+        (f"{v}: times one anchor", v, "times_one_anchor", 2.1)
+        for v in ("lvtrain float32 two anchors", "lvtrain bfloat16 two anchors")
+    ]
+    found = [
+        (goal, [c[name][key] for c in cells if key in c.get(name, {})], limit) for goal, name, key, limit in wanted
+    ]
     for name in (f"lvtrain {precision}" for precision in _PRECISIONS):
         extra = [row["beyond_gradient_rows_mb"] for row in result["memory"] if row["variant"] == name]
         found.append((f"{name}: MB beyond weights and the rows' gradient", extra, 40.0))
@@ -234,20 +289,37 @@ def _markdown(result: dict[str, Any]) -> str:
     head += f", load average at the start {machine['load_at_start']}, {result['minutes']} minutes."
     if not machine["multiplies_bfloat16"]:
         head += " This CPU has no bfloat16 instructions: `bfloat16` is rounded and multiplied in float32, and so are its own matmuls."
-    times = ["| ranks | B | classes | r | variant | ms | × 4 matmuls | × 3 matmuls | × peer | × one anchor | turns |", "|---" * 11 + "|"]
+    times = [
+        "| ranks | B | classes | r | variant | ms | × 4 matmuls | × 3 matmuls | × peer | × one anchor | turns |",
+        "|---" * 11 + "|",
+    ]
     for cell in result["times"]:
         for name, row in cell["variants"].items():
             keys = ("times_4_matmuls", "times_3_matmuls", "times_peer", "times_one_anchor")
             ratios = " | ".join(f"{row[key]:.2f}" if key in row else "" for key in keys)
             shape = f"{cell['ranks']} | {cell['batch']} | {cell['classes']:,} | {cell['rate']}"
-            times.append(f"| {shape} | {name} | {row['ms']:,.0f} | {ratios} | {cell['repeats']}{' *' if cell['apart'] else ''} |")
+            times.append(
+                f"| {shape} | {name} | {row['ms']:,.0f} | {ratios} | {cell['repeats']}{' *' if cell['apart'] else ''} |"
+            )
     memory = ["| classes | variant | extra MB | beyond the rows' gradient |", "|---|---|---|---|"]
-    memory += [f"| {m['classes']:,} | {m['variant']} | {m['extra_mb']:,.0f} | {m['beyond_gradient_rows_mb']:,.0f} |" for m in result["memory"]]
+    memory += [
+        f"| {m['classes']:,} | {m['variant']} | {m['extra_mb']:,.0f} | {m['beyond_gradient_rows_mb']:,.0f} |"
+        for m in result["memory"]
+    ]
     scale = ["| classes | weights MB | ms | µs per class | extra MB |", "|---|---|---|---|---|"]
     for row in result["scale"]:
-        scale.append(f"| {row['classes']:,} | {row['weights_mb']:,} | {row['ms']:,.0f} | {row['us_per_class']:.2f} | {row['extra_mb']:,.0f} |")
+        scale.append(
+            f"| {row['classes']:,} | {row['weights_mb']:,} | {row['ms']:,.0f} | {row['us_per_class']:.2f} | {row['extra_mb']:,.0f} |"
+        )
     missing = [f"* not measured: {line}" for line in result["missing"]] or ["Everything asked for was measured."]
-    sections = {"MACHINE": [head], "GOALS": _goals(result), "TIMES": times, "MEMORY": memory, "SCALE": scale, "MISSING": missing}
+    sections = {
+        "MACHINE": [head],
+        "GOALS": _goals(result),
+        "TIMES": times,
+        "MEMORY": memory,
+        "SCALE": scale,
+        "MISSING": missing,
+    }
     for name, lines in sections.items():
         text = text.replace(f"<!-- {name} -->", "\n".join(lines))
     return text

@@ -40,7 +40,10 @@ def run(
     place = pick_device(device)
     base = [f"phases.0.sample_rate={rate}", "method.warmup=0 steps"]
     base += [f"phases.0.global_batch={batch}"] * bool(batch) + [f"backbone.embedding_dim={dim}"] * bool(dim)
-    steps = {name: _Step(recipes.load(RECIPE, [*base, *STUDY.overrides(name)]), classes, head, place) for name in settings.split(",")}
+    steps = {
+        name: _Step(recipes.load(RECIPE, [*base, *STUDY.overrides(name)]), classes, head, place)
+        for name in settings.split(",")
+    }
     plain = recipes.load(RECIPE, base).model_dump(mode="json") | {"method": {"name": "pco"}}
     steps = {"arcface": _Step(recipes.resolve(plain), classes, head, place), **steps}
     seconds: dict[str, list[float]] = {name: [] for name in steps}

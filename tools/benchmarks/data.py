@@ -32,7 +32,11 @@ from lvtrain.datasets.shard_writer import ShardWriter
 from tools.benchmarks.data_paths import paths as all_paths
 
 SMALL = {"images": 512, "batch": 64, "batches": 4, "repeats": 1, "large": "1000000", "epochs": 2}
-OURS = ("lvtrain_dali", "lvtrain_torch", "lvtrain_torch_host_of_gpu")  # the page gives all, and says which of them meets a goal
+OURS = (
+    "lvtrain_dali",
+    "lvtrain_torch",
+    "lvtrain_torch_host_of_gpu",
+)  # the page gives all, and says which of them meets a goal
 GOALS = {"dali_webdataset_reader": 1.0, "decode_only_simplejpeg": 1.5, "dataloader_pillow": 0.25}
 
 
@@ -166,7 +170,17 @@ def _memory_over_epochs(folder: Path, batch: int, threads: int, epochs: int) -> 
     """
     found = {}
     for augmentation, backend in itertools.product(("flip", "strong"), ("dali", "torch")):
-        argv = [sys.executable, "-c", _EPOCHS, str(folder), augmentation, backend, str(batch), str(threads), str(epochs)]
+        argv = [
+            sys.executable,
+            "-c",
+            _EPOCHS,
+            str(folder),
+            augmentation,
+            backend,
+            str(batch),
+            str(threads),
+            str(epochs),
+        ]
         done = subprocess.run(argv, capture_output=True, text=True, check=True)
         found[f"{augmentation}, {backend}"] = json.loads(done.stdout)
     return found

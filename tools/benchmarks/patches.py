@@ -22,7 +22,9 @@ def looped(images: torch.Tensor, landmarks: torch.Tensor, patch: int) -> torch.T
     found = []
     for number in range(landmarks.shape[1]):
         grid = (landmarks[:, number, None, None] + window) / size * 2 - 1
-        found.append(F.grid_sample(images, grid, padding_mode="zeros", align_corners=True).permute(0, 2, 3, 1).flatten(1))
+        found.append(
+            F.grid_sample(images, grid, padding_mode="zeros", align_corners=True).permute(0, 2, 3, 1).flatten(1)
+        )
     return torch.stack(found, dim=1)
 
 
@@ -34,9 +36,14 @@ def run(batch: int = 32, side: int = 14, patch: int = 8, device: str = "auto", r
     place = pick_device(device)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, side * patch, side * patch, generator=generator).to(place).requires_grad_()
-    landmarks = grid_landmarks(side, patch).expand(batch, -1, -1) + 2 * torch.randn(batch, side * side, 2, generator=generator)
+    landmarks = grid_landmarks(side, patch).expand(batch, -1, -1) + 2 * torch.randn(
+        batch, side * side, 2, generator=generator
+    )
     landmarks = landmarks.to(place).requires_grad_()
-    ways = {"one_call": lambda: sample_patches(images, landmarks, patch), "loop": lambda: looped(images, landmarks, patch)}
+    ways = {
+        "one_call": lambda: sample_patches(images, landmarks, patch),
+        "loop": lambda: looped(images, landmarks, patch),
+    }
     times: dict[str, Any] = {}
     gradients = {}
     for name, way in ways.items():
@@ -47,7 +54,10 @@ def run(batch: int = 32, side: int = 14, patch: int = 8, device: str = "auto", r
         def both(way: Any = way, weight: torch.Tensor = weight) -> Any:
             return torch.autograd.grad(way(), (images, landmarks), weight)
 
-        times[name] = {"forward_ms": round(1e3 * forward, 2), "forward_backward_ms": round(1e3 * timed(both, place, repeats), 2)}
+        times[name] = {
+            "forward_ms": round(1e3 * forward, 2),
+            "forward_backward_ms": round(1e3 * timed(both, place, repeats), 2),
+        }
         gradients[name] = both()
     rates = machine_rates(place, "float32")
     moved = 4 * (images.numel() + batch * side * side * patch * patch * 3)
@@ -59,7 +69,9 @@ def run(batch: int = 32, side: int = 14, patch: int = 8, device: str = "auto", r
         "patch": patch,
         **times,
         "forward_speedup": round(times["loop"]["forward_ms"] / times["one_call"]["forward_ms"], 2),
-        "forward_backward_speedup": round(times["loop"]["forward_backward_ms"] / times["one_call"]["forward_backward_ms"], 2),
+        "forward_backward_speedup": round(
+            times["loop"]["forward_backward_ms"] / times["one_call"]["forward_backward_ms"], 2
+        ),
         "bound_ms": round(1e3 * moved / (rates["copy_gb_per_second"] * 1e9), 3),
         "largest_difference": float((ways["one_call"]() - ways["loop"]()).detach().abs().max()),
         "largest_gradient_difference": max(float((a - b).abs().max()) for a, b in zip(*gradients.values())),

@@ -31,11 +31,17 @@ class _Archives:
             self._open[name] = os.open(self.path / name if self.path.is_dir() else self.path, os.O_RDONLY)
         data = os.pread(self._open[name], length, offset)
         if len(data) != length:
-            raise UserError(f"{self.path / name} ends at byte {offset + len(data)} inside an image; it was cut short: download it again")
+            raise UserError(
+                f"{self.path / name} ends at byte {offset + len(data)} inside an image; it was cut short: download it again"
+            )
         return data
 
     def files(self, suffix: str) -> list[Path]:
-        found = [self.path] if self.path.is_file() else sorted(self.path.rglob(f"*{suffix}"), key=lambda p: natural_key(str(p)))
+        found = (
+            [self.path]
+            if self.path.is_file()
+            else sorted(self.path.rglob(f"*{suffix}"), key=lambda p: natural_key(str(p)))
+        )
         if not found:
             raise UserError(f"{self.path} holds no {suffix} file; check SRC and --kind")
         return found
@@ -64,17 +70,27 @@ class WebFaceZip(_Archives):
                 elif not is_image(entry.filename) or len(parts) < 2 or not WEBFACE_IDENTITY.fullmatch(parts[-2]):
                     out.ignore("zip entry which is no WebFace image by its name")
                 elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
-                    raise UserError(f"{file}: {entry.filename} is encrypted or packed with method {entry.compress_type}; extract it first")
+                    raise UserError(
+                        f"{file}: {entry.filename} is encrypted or packed with method {entry.compress_type}; extract it first"
+                    )
                 else:
                     name = "/".join(parts[-2:])
-                    out.add(parts[-2], name, container=self.relative(file), offset=entry.header_offset, length=entry.compress_size)
+                    out.add(
+                        parts[-2],
+                        name,
+                        container=self.relative(file),
+                        offset=entry.header_offset,
+                        length=entry.compress_size,
+                    )
 
     def read(self, catalogue: Catalogue, row: int) -> bytes:
         record = catalogue.rows[row]
         file, offset, length = catalogue.containers[record["container"]], int(record["offset"]), int(record["length"])
         magic, _, _, method, name, extra = struct.unpack("<4sHHH16xHH", self.read_at(file, offset, 30))
         if magic != b"PK\3\4":
-            raise UserError(f"{self.path / file}: no entry at byte {offset}; the zip changed since it was listed: start again in an empty OUT")
+            raise UserError(
+                f"{self.path / file}: no entry at byte {offset}; the zip changed since it was listed: start again in an empty OUT"
+            )
         data = self.read_at(file, offset + 30 + name + extra, length)
         return data if method == zipfile.ZIP_STORED else zlib.decompress(data, wbits=-15)
 
@@ -142,9 +158,13 @@ class WebDataset(_Archives):
                         name, offset, size = images.pop(key)
                         out.add(labels.pop(key), name, container=self.relative(file), offset=offset, length=size)
         except tarfile.TarError as error:
-            raise UserError(f"{file} cannot be read as a tar ({error}); it was cut short, or is compressed: unpack .tar.gz first") from None
+            raise UserError(
+                f"{file} cannot be read as a tar ({error}); it was cut short, or is compressed: unpack .tar.gz first"
+            ) from None
         if images:
-            raise UserError(f"{file}: {next(iter(images.values()))[0]} has no .cls or .json with a label; add one or remove the image")
+            raise UserError(
+                f"{file}: {next(iter(images.values()))[0]} has no .cls or .json with a label; add one or remove the image"
+            )
         if labels:
             out.ignore("label without an image in a tar")
 

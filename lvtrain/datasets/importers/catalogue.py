@@ -95,7 +95,9 @@ class CatalogueWriter:
             "ignored": self.ignored,
         }
         (self.folder / "catalogue.json").write_text(json.dumps(body))
-        os.replace(self.folder / "rows.tmp", self.folder / "rows.bin")  # the commit: rows.bin exists only when all is there
+        os.replace(
+            self.folder / "rows.tmp", self.folder / "rows.bin"
+        )  # the commit: rows.bin exists only when all is there
 
 
 @dataclass(frozen=True)

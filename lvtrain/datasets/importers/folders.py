@@ -30,7 +30,9 @@ class Folder:
 
     def scan(self, out: CatalogueWriter) -> None:
         if not self.path.is_dir():
-            raise UserError(f"{self.path} is not a folder; --kind folder and webface want one folder an identity below SRC")
+            raise UserError(
+                f"{self.path} is not a folder; --kind folder and webface want one folder an identity below SRC"
+            )
         for entry in sorted(os.scandir(self.path), key=lambda entry: natural_key(entry.name)):
             if not entry.is_dir():
                 out.ignore("file beside the identity folders")

@@ -32,7 +32,9 @@ class Target:
     quality: int
 
 
-def inspect(data: bytes, target: Target, detector: align.Detector | None) -> tuple[int, int, int, int, np.ndarray | None]:
+def inspect(
+    data: bytes, target: Target, detector: align.Detector | None
+) -> tuple[int, int, int, int, np.ndarray | None]:
     """(hash of the bytes, width, height, flags, alignment matrix [2, 3]); never raises for bad bytes, that is a flag."""
     digest = int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
     try:
@@ -65,7 +67,9 @@ def jpeg(data: bytes, target: Target, *, resize: bool, widen: bool, matrix: np.n
     """The JPEG of an image that cannot be passed through: aligned by `matrix`, or resized, or three-channelled, or only converted."""
     picture = _decode(data, upright=True)  # the encoded picture carries no EXIF
     if matrix is not None:
-        picture = Image.fromarray(align.warp(np.asarray(picture.convert("RGB")), matrix, target.size or align.TEMPLATE_SIZE))
+        picture = Image.fromarray(
+            align.warp(np.asarray(picture.convert("RGB")), matrix, target.size or align.TEMPLATE_SIZE)
+        )
     elif picture.mode not in ("RGB", "L") or (widen and picture.mode == "L"):
         picture = picture.convert("RGB")
     if resize and target.size is not None and picture.size != (target.size, target.size):

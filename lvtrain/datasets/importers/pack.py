@@ -60,11 +60,17 @@ class PackOptions:
     def __post_init__(self) -> None:
         if self.label_order not in LABEL_ORDERS:
             raise UserError(f"--label-order {self.label_order!r} is unknown; choose one of {', '.join(LABEL_ORDERS)}")
-        if self.samples_per_shard < 1 or not 1 <= self.quality <= 100 or (self.size is not None and not 16 <= self.size <= 4096):
+        if (
+            self.samples_per_shard < 1
+            or not 1 <= self.quality <= 100
+            or (self.size is not None and not 16 <= self.size <= 4096)
+        ):
             raise UserError("--samples-per-shard must be at least 1, --quality 1 to 100, --size 16 to 4096")
 
 
-def pack(source: str | Path, out: str | Path, options: PackOptions, *, workers: int = 1, progress: Progress | None = None) -> dict[str, Any]:
+def pack(
+    source: str | Path, out: str | Path, options: PackOptions, *, workers: int = 1, progress: Progress | None = None
+) -> dict[str, Any]:
     """Packs `source` into the dataset folder `out` and returns what `pack_report.json` says.
 
     Raises:
@@ -79,14 +85,18 @@ def pack(source: str | Path, out: str | Path, options: PackOptions, *, workers: 
             try:
                 return _pack(source, out, scratch, options, workers, progress or (lambda stage, done, total: None))
             except UserError:
-                if new and not any(out.glob(work.shard_name(0))):  # refused before anything was written: the corrected command begins anew
+                if new and not any(
+                    out.glob(work.shard_name(0))
+                ):  # refused before anything was written: the corrected command begins anew
                     shutil.rmtree(scratch)
                     if not any(out.iterdir()):
                         out.rmdir()
                 raise
     except OSError as error:
         reason = f"{error.filename or out}: {error.strerror or error}"
-        raise UserError(f"{reason}; mend that and start again with the same options, which goes on where it was") from error
+        raise UserError(
+            f"{reason}; mend that and start again with the same options, which goes on where it was"
+        ) from error
 
 
 def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers: int, tell: Progress) -> dict[str, Any]:
@@ -122,7 +132,9 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
     if (out / "dataset.json").exists() and not (out / ".pack").exists():
         raise UserError(f"{out} is a finished dataset; choose another folder or remove it")
     if options.kind in ("folder", "webface") and source.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UserError(f"{out} lies inside {source}, where it would be taken for an identity; choose a folder elsewhere")
+        raise UserError(
+            f"{out} lies inside {source}, where it would be taken for an identity; choose a folder elsewhere"
+        )
     scratch = out / ".pack"
     wanted = json.loads(json.dumps({"source": str(source.absolute()), **asdict(options)}))
     path = scratch / "options.json"
@@ -130,7 +142,9 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
         begun = json.loads(path.read_text())
         differing = sorted(key for key in wanted.keys() | begun.keys() if wanted.get(key) != begun.get(key))
         if differing:
-            raise UserError(f"{out} holds a pack begun with other options ({', '.join(differing)}); give the same, or remove {scratch}")
+            raise UserError(
+                f"{out} holds a pack begun with other options ({', '.join(differing)}); give the same, or remove {scratch}"
+            )
     else:
         scratch.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(wanted))
@@ -144,7 +158,9 @@ def _alone(scratch: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another pack is writing {scratch.parent}; wait for it, or choose another folder") from None
+            raise UserError(
+                f"another pack is writing {scratch.parent}; wait for it, or choose another folder"
+            ) from None
         except OSError:  # a file system without locks
             pass
         yield
@@ -161,7 +177,9 @@ def _inspect(job: work.Job, count: int, workers: int, tell: Progress) -> None:
     missing = [task for task in tasks if not task[0].exists() or task[0].stat().st_size != size * (task[2] - task[1])]
     done = count - sum(stop - first for _, first, stop in missing)
     tell("looking", done, count)
-    for looked in ordered_map(work.inspect_chunk, missing, workers=workers, initializer=work.start, initargs=(job, True)):
+    for looked in ordered_map(
+        work.inspect_chunk, missing, workers=workers, initializer=work.start, initargs=(job, True)
+    ):
         done += looked
         tell("looking", done, count)
     temporary = job.work / (work.INSPECTION_FILE + ".tmp")
@@ -188,7 +206,12 @@ def _decide(catalogue: Catalogue, inspection: np.ndarray, grains: np.ndarray | N
     troubles = Troubles(options.policies)
     flags = np.asarray(inspection["flags"])
     keep = np.ones(len(flags), dtype=bool)
-    for kind, flag in (("undecodable", images.UNDECODABLE), ("no_face", images.NO_FACE), ("wrong_size", images.WRONG_SIZE), ("grey", images.GREY)):
+    for kind, flag in (
+        ("undecodable", images.UNDECODABLE),
+        ("no_face", images.NO_FACE),
+        ("wrong_size", images.WRONG_SIZE),
+        ("grey", images.GREY),
+    ):
         found = np.flatnonzero((flags & flag > 0) & keep)
         _note(troubles, kind, found, catalogue, inspection)
         if troubles.policy(kind) == "skip":
@@ -272,7 +295,9 @@ def _write(job: work.Job, bounds: np.ndarray, workers: int, tell: Progress) -> N
     total = int(bounds[-1])
     done = total - sum(stop - first for _, first, stop in missing)
     tell("writing", done, total)
-    for (_, first, stop), _ in zip(missing, ordered_map(work.write_shard, missing, workers=workers, initializer=work.start, initargs=(job, False))):
+    for (_, first, stop), _ in zip(
+        missing, ordered_map(work.write_shard, missing, workers=workers, initializer=work.start, initargs=(job, False))
+    ):
         done += stop - first
         tell("writing", done, total)
 
@@ -287,11 +312,23 @@ def _commit(job: work.Job, plan: _Plan, options: PackOptions) -> tuple[Manifest,
     encoded = 0
     for number in range(len(plan.bounds) - 1):
         part = np.load(work.part_path(job.work, number))
-        writer.add_shard(work.shard_name(number), int(part["size"]), str(part["sha256"]), part["offsets"], part["lengths"], part["labels"])
+        writer.add_shard(
+            work.shard_name(number),
+            int(part["size"]),
+            str(part["sha256"]),
+            part["offsets"],
+            part["lengths"],
+            part["labels"],
+        )
         encoded += int(part["encoded"])
     sizes = _sizes(job, plan, options)
-    provenance = {"source": job.source.name, **{key: value for key, value in asdict(options).items() if key not in ("licence", "seed")}}
-    manifest = writer.close(plan.label_map, provenance=provenance, seed=options.seed, licence=options.licence, image_size=sizes)
+    provenance = {
+        "source": job.source.name,
+        **{key: value for key, value in asdict(options).items() if key not in ("licence", "seed")},
+    }
+    manifest = writer.close(
+        plan.label_map, provenance=provenance, seed=options.seed, licence=options.licence, image_size=sizes
+    )
     return manifest, encoded
 
 
@@ -307,7 +344,13 @@ def _sizes(job: work.Job, plan: _Plan, options: PackOptions) -> tuple[int, int] 
 
 
 def _report(
-    job: work.Job, catalogue: Catalogue, inspection: np.ndarray, plan: _Plan, manifest: Manifest, encoded: int, options: PackOptions
+    job: work.Job,
+    catalogue: Catalogue,
+    inspection: np.ndarray,
+    plan: _Plan,
+    manifest: Manifest,
+    encoded: int,
+    options: PackOptions,
 ) -> dict[str, Any]:
     return {
         "source": str(job.source),

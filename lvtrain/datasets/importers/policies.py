@@ -8,12 +8,21 @@ from lvtrain.errors import UserError
 
 # kind: (what it is, policies that make sense)
 POLICIES = {
-    "wrong_size": ("an image that is not of the asked size; fix resizes it and encodes it anew", ("keep", "skip", "fix", "fail")),
+    "wrong_size": (
+        "an image that is not of the asked size; fix resizes it and encodes it anew",
+        ("keep", "skip", "fix", "fail"),
+    ),
     "undecodable": ("an image no decoder reads; kept, training ignores its slot and says so", ("keep", "skip", "fail")),
     "grey": ("an image without colour; fix writes it with three equal channels", ("keep", "skip", "fix", "fail")),
-    "empty_identity": ("an identity without an image left; kept, it is a class that is never positive", ("keep", "skip", "fail")),
+    "empty_identity": (
+        "an identity without an image left; kept, it is a class that is never positive",
+        ("keep", "skip", "fail"),
+    ),
     "duplicate": ("the same bytes as an earlier image; skip keeps the first", ("keep", "skip", "fail")),
-    "label_gap": ("label numbers nobody has; fix numbers the identities anew, keep leaves them (and empty identities) as classes", ("keep", "fix", "fail")),
+    "label_gap": (
+        "label numbers nobody has; fix numbers the identities anew, keep leaves them (and empty identities) as classes",
+        ("keep", "fix", "fail"),
+    ),
     "no_face": ("with --align: a photograph in which no face was found", ("skip", "fail")),
 }
 
@@ -32,7 +41,9 @@ class Policies:
         for kind, policy in asdict(self).items():
             allowed = POLICIES[kind][1]
             if policy not in allowed:
-                raise UserError(f"--{kind.replace('_', '-')} {policy} makes no sense; choose one of {', '.join(allowed)}")
+                raise UserError(
+                    f"--{kind.replace('_', '-')} {policy} makes no sense; choose one of {', '.join(allowed)}"
+                )
 
 
 class Troubles:
@@ -60,7 +71,9 @@ class Troubles:
         if self.policy(kind) == "fail":
             others = ", ".join(policy for policy in POLICIES[kind][1] if policy != "fail")
             flag = "--" + kind.replace("_", "-")
-            raise UserError(f"{kind}: {count} found, the first is {names[0]}; mend the source or choose {flag} {others}")
+            raise UserError(
+                f"{kind}: {count} found, the first is {names[0]}; mend the source or choose {flag} {others}"
+            )
         self._counts[kind] = self._counts.get(kind, 0) + count
         self._found.setdefault(kind, []).extend(names[: self.LISTED - len(self._found.get(kind, []))])
 

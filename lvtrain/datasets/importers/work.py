@@ -144,7 +144,9 @@ def _image(state: _Open, row: int, record: np.void) -> tuple[bytes, bool]:
             return data, False
         return images.jpeg(data, job.target, resize=resize, widen=widen, matrix=matrix), True
     except images.UNREADABLE as error:
-        raise UserError(f"{state.catalogue.name(row)} was readable a moment ago and is not now ({error}); check the disk, then start again") from None
+        raise UserError(
+            f"{state.catalogue.name(row)} was readable a moment ago and is not now ({error}); check the disk, then start again"
+        ) from None
 
 
 def _safe(name: str) -> str:

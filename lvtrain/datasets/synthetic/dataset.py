@@ -38,7 +38,9 @@ class FacesWritten:
 
 def encode_face(seed: int, identity: int, image: int, difficulty: Difficulty) -> bytes:
     """The picture as JPEG, quality 95, 4:4:4 as cv2 writes it by default at this quality."""
-    ok, data = cv2.imencode(".jpg", render_face(seed, identity, image, difficulty)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    ok, data = cv2.imencode(
+        ".jpg", render_face(seed, identity, image, difficulty)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+    )
     if not ok:
         raise RuntimeError(f"cv2 could not encode identity {identity} image {image}")
     return data.tobytes()
@@ -78,7 +80,9 @@ def write_faces(
         UserError: a count below one (two pictures are needed for a pair) or an unknown difficulty.
     """
     if identities < 1 or heldout < 2 or images < 2:
-        raise UserError(f"generated faces need at least 1 identity, 2 held out and 2 images each, got {identities}, {heldout}, {images}")
+        raise UserError(
+            f"generated faces need at least 1 identity, 2 held out and 2 images each, got {identities}, {heldout}, {images}"
+        )
     if difficulty not in DIFFICULTIES:
         raise UserError(f"unknown difficulty {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}")
     folder = Path(folder)
@@ -103,7 +107,9 @@ def write_faces(
                     if progress and done % _CHUNK == 0:
                         progress(done, total)
             written = shard.written
-            writer.add_shard(written.name, written.size, written.sha256, written.offsets, written.lengths, written.labels)
+            writer.add_shard(
+                written.name, written.size, written.sha256, written.offsets, written.lengths, written.labels
+            )
         provenance = {
             "kind": "generated faces",
             "identities": [first, first + count],
@@ -113,7 +119,9 @@ def write_faces(
             "opencv": cv2.__version__,
         }
         names = [f"generated_{first + label:07d}" for label in range(count)]
-        manifests.append(writer.close(names, provenance=provenance, seed=seed, licence="CC0-1.0 (generated, no person depicted)"))
+        manifests.append(
+            writer.close(names, provenance=provenance, seed=seed, licence="CC0-1.0 (generated, no person depicted)")
+        )
     if progress:
         progress(done, total)
     return FacesWritten(manifests[0], manifests[1], kept)
@@ -135,14 +143,18 @@ def heldout_pairs(identities: int, images: int, pairs: int, seed: int) -> tuple[
     genuine_all = identities * len(first)
     impostor_all = identities * (identities - 1) // 2 * images * images
     if half > genuine_all or half > impostor_all:
-        raise UserError(f"--pairs {pairs} asks for {half} genuine pairs, {identities} held-out identities x {images} images have {genuine_all}")
+        raise UserError(
+            f"--pairs {pairs} asks for {half} genuine pairs, {identities} held-out identities x {images} images have {genuine_all}"
+        )
     pick = _distinct(genuine_all, half, seed, "synthetic/genuine")
     person, couple = pick // len(first), pick % len(first)
     genuine = np.stack([np.stack([person, first[couple]], -1), np.stack([person, second[couple]], -1)], axis=1)
     left, right = np.triu_indices(identities, k=1)
     pick = _distinct(impostor_all, half, seed, "synthetic/impostor")
     people, shots = pick // (images * images), pick % (images * images)
-    impostor = np.stack([np.stack([left[people], shots // images], -1), np.stack([right[people], shots % images], -1)], axis=1)
+    impostor = np.stack(
+        [np.stack([left[people], shots // images], -1), np.stack([right[people], shots % images], -1)], axis=1
+    )
     a_fold = half // FOLDS
     both = np.concatenate([genuine.reshape(FOLDS, a_fold, 2, 2), impostor.reshape(FOLDS, a_fold, 2, 2)], axis=1)
     same = np.concatenate([np.ones((FOLDS, a_fold), bool), np.zeros((FOLDS, a_fold), bool)], axis=1)

@@ -20,9 +20,16 @@ _SHIFT = 4  # sub-pixel bits of cv2's polygons
 _ANGLES = np.linspace(0, 2 * np.pi, 28, endpoint=False)
 _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
 _GRID_Y, _GRID_X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
-_SKIN = np.array([(250, 222, 200), (238, 198, 168), (222, 172, 136), (190, 136, 98), (140, 92, 62), (88, 56, 40)], dtype=float)
-_HAIR = np.array([(28, 24, 24), (62, 40, 26), (112, 70, 38), (150, 66, 30), (196, 150, 84), (226, 204, 160), (150, 150, 152)], dtype=float)
-_IRIS = np.array([(58, 36, 20), (110, 72, 34), (96, 112, 50), (60, 130, 96), (70, 120, 170), (130, 150, 165)], dtype=float)
+_SKIN = np.array(
+    [(250, 222, 200), (238, 198, 168), (222, 172, 136), (190, 136, 98), (140, 92, 62), (88, 56, 40)], dtype=float
+)
+_HAIR = np.array(
+    [(28, 24, 24), (62, 40, 26), (112, 70, 38), (150, 66, 30), (196, 150, 84), (226, 204, 160), (150, 150, 152)],
+    dtype=float,
+)
+_IRIS = np.array(
+    [(58, 36, 20), (110, 72, 34), (96, 112, 50), (60, 130, 96), (70, 120, 170), (130, 150, 165)], dtype=float
+)
 # a uniform byte's standard normal deviate: a table look-up, because noise is half of all numbers drawn
 _NORMAL = np.array([NormalDist().inv_cdf((byte + 0.5) / 256) for byte in range(256)], dtype=np.float32)
 
@@ -52,7 +59,9 @@ def _hue(number: float, shade: float, strength: float = 0.6) -> np.ndarray:
 class _Head:
     """The turned head: lifts points of the face plane onto the ellipsoid and projects them to pixels."""
 
-    def __init__(self, width: float, yaw: float, pitch: float, roll: float, scale: float, centre: tuple[float, float]) -> None:
+    def __init__(
+        self, width: float, yaw: float, pitch: float, roll: float, scale: float, centre: tuple[float, float]
+    ) -> None:
         self.width = width
         cy, sy, cx, sx = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch)
         turn = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]]) @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
@@ -67,7 +76,9 @@ class _Head:
         x, y = points[:, 0], points[:, 1]
         raised = np.empty((len(points), 3))
         raised[:, :2] = points
-        raised[:, 2] = 0.95 * np.sqrt(np.maximum(1 - (x / (1.12 * self.width)) ** 2 - (y / 1.75) ** 2, 0.0)) - 0.45 + lift
+        raised[:, 2] = (
+            0.95 * np.sqrt(np.maximum(1 - (x / (1.12 * self.width)) ** 2 - (y / 1.75) ** 2, 0.0)) - 0.45 + lift
+        )
         return raised @ self.matrix.T + self.centre
 
     def outline(self, points: np.ndarray) -> np.ndarray:
@@ -141,7 +152,11 @@ def _contour(who: dict[str, float], width: float) -> np.ndarray:
     lower = np.clip(sin, 0, 1)
     squareness = _span(who["jaw"], 0.62, 1.0)
     x = width * np.sign(cos) * np.abs(cos) ** (1 - 0.45 * lower * squareness)
-    x *= 1 - lower**2 * _span(who["jaw"], 0.34, 0.04) + 0.07 * (who["cheeks"] - 0.5) * np.exp(-((sin - 0.35) ** 2) / 0.05)
+    x *= (
+        1
+        - lower**2 * _span(who["jaw"], 0.34, 0.04)
+        + 0.07 * (who["cheeks"] - 0.5) * np.exp(-((sin - 0.35) ** 2) / 0.05)
+    )
     y = np.where(sin > 0, sin * _span(who["chin"], 1.18, 1.46), sin * _span(who["forehead"], 1.22, 1.42))
     return np.stack([x, y], axis=1)
 
@@ -156,13 +171,17 @@ def _hair_behind(canvas: np.ndarray, head: _Head, who: dict[str, float], hair: n
         away[bottom] = contour[bottom] * np.array([0.9, 0.15 + 0.5 * long])
     else:
         away[bottom, 1] *= 1 + long * 0.6
-        away[bottom, 0] = np.sign(away[bottom, 0]) * np.maximum(np.abs(away[bottom, 0]), head.width * (0.6 + 0.55 * long))
+        away[bottom, 0] = np.sign(away[bottom, 0]) * np.maximum(
+            np.abs(away[bottom, 0]), head.width * (0.6 + 0.55 * long)
+        )
     _fill(canvas, head.outline(away), hair * 0.82)
 
 
 def _neck(canvas: np.ndarray, head: _Head, skin: np.ndarray, how: dict[str, float]) -> None:
     half = 0.52 * head.width
-    _fill(canvas, head.outline(np.array([(-half, 0.8), (half, 0.8), (half * 1.1, 2.2), (-half * 1.1, 2.2)])), skin * 0.78)
+    _fill(
+        canvas, head.outline(np.array([(-half, 0.8), (half, 0.8), (half * 1.1, 2.2), (-half * 1.1, 2.2)])), skin * 0.78
+    )
     shirt = np.array([(-2.2, 2.6), (-1.5, 1.72), (-0.55, 1.5), (0, 1.75), (0.55, 1.5), (1.5, 1.72), (2.2, 2.6)])
     _fill(canvas, head.outline(shirt), _hue(how["shirt hue"], how["shirt shade"], 0.8))
 
@@ -198,13 +217,27 @@ def _nose(canvas: np.ndarray, head: _Head, who: dict[str, float], skin: np.ndarr
     tip_y = _span(who["nose length"], 0.34, 0.64)
     w = _span(who["nose width"], 0.12, 0.29)
     rise = _span(who["nose tip"], 0.16, 0.42)
-    side = np.array([(-0.05, -0.12), (0.05, -0.12), (w * 0.6, tip_y - 0.14), (w, tip_y), (0, tip_y + 0.07), (-w, tip_y), (-w * 0.6, tip_y - 0.14)])
+    side = np.array(
+        [
+            (-0.05, -0.12),
+            (0.05, -0.12),
+            (w * 0.6, tip_y - 0.14),
+            (w, tip_y),
+            (0, tip_y + 0.07),
+            (-w, tip_y),
+            (-w * 0.6, tip_y - 0.14),
+        ]
+    )
     lift = np.array([0.04, 0.04, rise * 0.7, rise * 0.35, rise * 0.7, rise * 0.35, rise * 0.7])
     _fill(canvas, head.on_face(side, lift), skin * 0.88)
     ridge = np.array([(-0.03, -0.1), (0.03, -0.1), (w * 0.4, tip_y - 0.05), (-w * 0.4, tip_y - 0.05)])
     _fill(canvas, head.on_face(ridge, np.array([0.05, 0.05, rise, rise])), skin * 1.05)
     for x in (-0.55 * w, 0.55 * w):
-        _fill(canvas, head.on_face(_CIRCLE[::3] * np.array([0.055, 0.035]) + np.array([x, tip_y]), rise * 0.5), skin * 0.45)
+        _fill(
+            canvas,
+            head.on_face(_CIRCLE[::3] * np.array([0.055, 0.035]) + np.array([x, tip_y]), rise * 0.5),
+            skin * 0.45,
+        )
 
 
 def _mouth(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[str, float], skin: np.ndarray) -> None:
@@ -221,10 +254,17 @@ def _mouth(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[str
     top = np.stack([x, curve - upper * bow], axis=1)
     bottom = np.stack([x, curve + (lower + gap) * (1 - t**2)], axis=1)
     _fill(canvas, head.on_face(np.concatenate([top, bottom[::-1]]), 0.06), lips)
-    inside = np.concatenate([np.stack([x * 0.9, curve], axis=1), np.stack([x * 0.9, curve + gap * (1 - t**2)], axis=1)[::-1]])
+    inside = np.concatenate(
+        [np.stack([x * 0.9, curve], axis=1), np.stack([x * 0.9, curve + gap * (1 - t**2)], axis=1)[::-1]]
+    )
     if gap > 0.02:
         _fill(canvas, head.on_face(inside, 0.06), np.array([70, 22, 26]))
-        teeth = np.concatenate([np.stack([x * 0.75, curve], axis=1), np.stack([x * 0.75, curve + min(gap, 0.07) * (1 - t**2)], axis=1)[::-1]])
+        teeth = np.concatenate(
+            [
+                np.stack([x * 0.75, curve], axis=1),
+                np.stack([x * 0.75, curve + min(gap, 0.07) * (1 - t**2)], axis=1)[::-1],
+            ]
+        )
         _fill(canvas, head.on_face(teeth, 0.06), np.array([236, 232, 222]))
     else:
         _line(canvas, head.on_face(np.stack([x, curve], axis=1), 0.06), lips * 0.55, 1)
@@ -256,7 +296,11 @@ def _eyes(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[str,
         centre = np.array([side * half, y]) + gaze
         _fill(eye, head.on_face(_CIRCLE * radius + centre, 0.03) - low, iris)
         _fill(eye, head.on_face(_CIRCLE[::2] * radius * 0.5 + centre, 0.03) - low, np.array([12, 10, 10]))
-        _fill(eye, head.on_face(_CIRCLE[::3] * radius * 0.22 + centre + np.array([0.03, -0.03]), 0.03) - low, np.array([250, 250, 250]))
+        _fill(
+            eye,
+            head.on_face(_CIRCLE[::3] * radius * 0.22 + centre + np.array([0.03, -0.03]), 0.03) - low,
+            np.array([250, 250, 250]),
+        )
         mask = np.zeros(patch.shape[:2], dtype=np.uint8)
         cv2.fillPoly(mask, [np.rint((almond - low) * (1 << _SHIFT)).astype(np.int32)], 255, cv2.LINE_AA, _SHIFT)
         weight = mask[:, :, None].astype(np.uint16)
@@ -274,7 +318,9 @@ def _brows(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[str
         x = side * half + 0.28 * t
         line = y - arch * (1 - t**2) + side * slant * t
         taper = thick * (0.45 + 0.55 * (1 - np.clip(side * t, 0, 1)))
-        points = np.concatenate([np.stack([x, line - taper / 2], axis=1), np.stack([x, line + taper / 2], axis=1)[::-1]])
+        points = np.concatenate(
+            [np.stack([x, line - taper / 2], axis=1), np.stack([x, line + taper / 2], axis=1)[::-1]]
+        )
         _fill(canvas, head.on_face(points, 0.04), hair * 0.72)
 
 
@@ -309,7 +355,15 @@ def _hair_front(canvas: np.ndarray, head: _Head, who: dict[str, float], hair: np
     if who["hair length"] > 0.45:  # strands in front of the ears
         length = _span((who["hair length"] - 0.45) / 0.55, 0.3, 1.7)
         for side in (-1, 1):
-            strand = np.array([(side * 0.80, -0.75), (side * 1.12, -0.7), (side * 1.2, length), (side * 0.96, length), (side * 0.9, 0.1)])
+            strand = np.array(
+                [
+                    (side * 0.80, -0.75),
+                    (side * 1.12, -0.7),
+                    (side * 1.2, length),
+                    (side * 0.96, length),
+                    (side * 0.9, 0.1),
+                ]
+            )
             _fill(canvas, head.outline(strand * np.array([head.width, 1])), hair * 0.93)
 
 
@@ -342,18 +396,32 @@ def _occlusion(canvas: np.ndarray, head: _Head, how: dict[str, float], nuisance:
         _fill(canvas, head.outline(box), colour)
     elif kind < 0.7:
         for side in (-1, 1):
-            _fill(canvas, head.on_face(_CIRCLE * np.array([0.38, 0.26]) + np.array([side * 0.47, -0.1]), 0.12), colour * 0.35)
+            _fill(
+                canvas,
+                head.on_face(_CIRCLE * np.array([0.38, 0.26]) + np.array([side * 0.47, -0.1]), 0.12),
+                colour * 0.35,
+            )
         _line(canvas, head.on_face(np.array([(-1.0, -0.16), (1.0, -0.16)]), 0.14), colour * 0.3, 2)
     elif kind < 0.85:
-        mask = np.array([(-0.85, 0.35), (0, 0.22), (0.85, 0.35), (0.75, 1.0), (0.35, 1.35), (-0.35, 1.35), (-0.75, 1.0)])
+        mask = np.array(
+            [(-0.85, 0.35), (0, 0.22), (0.85, 0.35), (0.75, 1.0), (0.35, 1.35), (-0.35, 1.35), (-0.75, 1.0)]
+        )
         _fill(canvas, head.on_face(mask, 0.12), np.clip(colour * 1.3, 0, 240))
     else:
-        cap = np.array([(-1.15, -0.62), (-1.1, -1.2), (-0.6, -1.7), (0.6, -1.7), (1.1, -1.2), (1.15, -0.62), (0, -0.78)])
+        cap = np.array(
+            [(-1.15, -0.62), (-1.1, -1.2), (-0.6, -1.7), (0.6, -1.7), (1.1, -1.2), (1.15, -0.62), (0, -0.78)]
+        )
         _fill(canvas, head.outline(cap), colour)
-        _fill(canvas, head.on_face(np.array([(-0.8, -0.78), (0.8, -0.78), (0.7, -0.55), (0, -0.48), (-0.7, -0.55)]), 0.45), colour * 0.75)
+        _fill(
+            canvas,
+            head.on_face(np.array([(-0.8, -0.78), (0.8, -0.78), (0.7, -0.55), (0, -0.48), (-0.7, -0.55)]), 0.45),
+            colour * 0.75,
+        )
 
 
-def _camera(canvas: np.ndarray, head: _Head, how: dict[str, float], difficulty: Difficulty, noise: np.ndarray) -> np.ndarray:
+def _camera(
+    canvas: np.ndarray, head: _Head, how: dict[str, float], difficulty: Difficulty, noise: np.ndarray
+) -> np.ndarray:
     """Light, exposure, colour cast, lens and sensor."""
     nuisance, light = difficulty.nuisance, difficulty.light
     x = (_GRID_X - np.float32(head.centre[0])) * np.float32(1 / 46)
@@ -383,7 +451,11 @@ def _camera(canvas: np.ndarray, head: _Head, how: dict[str, float], difficulty: 
     picture = cv2.merge(list(picture))
     if how["resolution"] < 0.25 * nuisance:
         small = round(SIZE * _span(how["resolution"] / (0.25 * nuisance), 0.25, 0.7))
-        picture = cv2.resize(cv2.resize(picture, (small, small), interpolation=cv2.INTER_AREA), (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+        picture = cv2.resize(
+            cv2.resize(picture, (small, small), interpolation=cv2.INTER_AREA),
+            (SIZE, SIZE),
+            interpolation=cv2.INTER_LINEAR,
+        )
     sigma = 1.7 * nuisance * how["blur"] ** 2
     if sigma > 0.3:
         picture = cv2.GaussianBlur(picture, (0, 0), sigma)

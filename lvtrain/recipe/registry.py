@@ -1,0 +1,109 @@
+"""Things a recipe or a command names: methods, margins, backbones, importers, protocols, trackers.
+
+Each kind has one `Registry`. A class or function registers itself by a decorator in its own file, and the registry
+imports the files of its room when a name is first asked for. So one new file is enough to add one more, and nothing on
+a lower floor has to know it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import SerializeAsAny, WrapValidator
+
+from lvtrain.errors import UserError
+from lvtrain.recipe.base import Section
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Named things of one kind.
+
+    Args:
+        kind: what they are called in messages, such as "margin".
+        room: the package whose modules register them, such as "lvtrain.classifier.margins".
+    """
+
+    def __init__(self, kind: str, room: str) -> None:
+        self.kind, self.room = kind, room
+        self._entries: dict[str, T] = {}
+        self._loaded = False
+
+    def register(self, *names: str) -> Callable[[T], T]:
+        """Decorator that enters a class or function under one name or more.
+
+        Raises:
+            ValueError: a name is taken by something else.
+        """
+
+        def enter(entry: T) -> T:
+            for name in names:
+                if self._entries.setdefault(name, entry) is not entry:
+                    raise ValueError(f"there are two {self.kind}s named {name!r}")
+            return entry
+
+        return enter
+
+    def unregister(self, name: str) -> None:
+        """Removes an entry (for tests that define one)."""
+        self._entries.pop(name, None)
+
+    def names(self) -> list[str]:
+        self._load()
+        return sorted(self._entries)
+
+    def entries(self) -> dict[str, T]:
+        """Every entry by name, in order of names."""
+        return {name: self._entries[name] for name in self.names()}
+
+    def get(self, name: str) -> T:
+        """The entry of that name.
+
+        Raises:
+            UserError: there is none; says the nearest name, and all of them.
+        """
+        if name not in self._entries:
+            self._load()
+        if name not in self._entries:
+            near = difflib.get_close_matches(str(name), self._entries, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"unknown {self.kind} {name!r}; {hint}known: {', '.join(self.names())}")
+        return self._entries[name]
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        room = importlib.import_module(self.room)
+        for module in pkgutil.iter_modules(getattr(room, "__path__", ())):
+            importlib.import_module(f"{self.room}.{module.name}")
+
+
+def named_section(section_of: Callable[[str], type[Section]], default: str | None = None) -> Any:
+    """The type of a recipe field whose section depends on its own `name` (a method, a margin).
+
+    `section_of(name)` gives the section's class and raises UserError for an unknown name. A bare string is short for
+    `{name: string}`; `default` is the name where none is given.
+    """
+
+    def validate(value: Any, handler: Any) -> Section:
+        if isinstance(value, Section):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, dict) or not isinstance(value.get("name", default), str):
+            raise ValueError("needs a name")
+        value = {"name": value.get("name", default), **value}
+        try:
+            section = section_of(value["name"])
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        # a ValidationError raised in a validator keeps the places of its mistakes below this field
+        return section.model_validate(value)
+
+    return Annotated[SerializeAsAny[Section], WrapValidator(validate)]
