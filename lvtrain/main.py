@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.print_config:
         print(recipes.dump(recipe), end="")
         return EXIT_DONE
-    from lvtrain.export.teacher import load_teacher
+    from lvtrain.methods.teacher import load_teacher
 
     if options.dry_run:
         from lvtrain.training.dry_run import dry_run

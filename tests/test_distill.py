@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lvtrain.export.teacher import load_teacher
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,6 +18,7 @@ from lvtrain.main import main
 from lvtrain.methods import Now, create_method
 from lvtrain.methods.distill import Teacher
 from lvtrain.methods.supervised import SupervisedMethod
+from lvtrain.methods.teacher import load_teacher
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
 from tests.conftest import ROOT

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from lvtrain.export.teacher import load_teacher
 
 from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.methods.teacher import load_teacher
 from lvtrain.planning import H200, plan_phases
 from lvtrain.recipe import files as recipes
 from lvtrain.training.dry_run import sizes
