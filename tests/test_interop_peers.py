@@ -217,7 +217,19 @@ def test_dino(name: str, patch: int, tmp_path: Path) -> None:
     assert_equal(f"DINO {name}/{patch}", tmp_path / "checkpoint.pth", expected, images=images)
 
 
-ARCFACE = ["vit_t", "vit_s", "vit_b_dp005_mask_005", "vit_l_dp005_mask_005", "r18", "r34", "r50", "r100", "r200"]
+ARCFACE = [
+    "vit_t",
+    "vit_s",
+    "vit_b_dp005_mask_005",
+    "vit_l_dp005_mask_005",
+    "r18",
+    "r34",
+    "r50",
+    "r100",
+    "r200",
+    "mbf",
+    "mbf_large",
+]
 
 
 @pytest.mark.parametrize("name", ARCFACE)
@@ -269,3 +281,16 @@ def test_arcface_torch_vit_h(tmp_path: Path) -> None:
     difference, scale = float((got - expected).abs().max()), float(expected.abs().max())
     print(f"\narcface_torch vit_h: largest difference {difference:.1e}, embeddings up to {scale:.2f}")
     assert difference <= 1e-5 * max(1.0, scale)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("mobilefacenet", "mbf"), ("mobilefacenet_large", "mbf_large")])
+def test_mobilefacenet_is_arcface_torchs(ours: str, theirs: str) -> None:
+    """The same sums, in float64 so that only another formula shows; in training mode as well."""
+    seeded()
+    with code_of("insightface", "recognition/arcface_torch") as load:
+        model = settled(load("backbones").get_model(theirs, fp16=False, num_features=512)).double()
+        backbone = create_backbone(ours).double().eval()
+        backbone.load_state_dict(model.state_dict(), strict=True)
+        for training in (False, True):
+            got, expected = (network.train(training)(IMAGES.double()) for network in (backbone, model))
+            assert float((got - expected).abs().max()) <= 1e-6 * float(expected.abs().max())

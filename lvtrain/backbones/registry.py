@@ -12,12 +12,13 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from lvtrain.backbones import dino_vit, iresnet, part_fvit, vit
+from lvtrain.backbones import dino_vit, iresnet, mobilefacenet, part_fvit, vit
 from lvtrain.errors import UserError
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(vit.VisionTransformer, **asdict(shape)) for name, shape in vit.SHAPES.items()},
     **{name: partial(iresnet.IResNet, layers=layers) for name, layers in iresnet.LAYERS.items()},
+    **{name: partial(mobilefacenet.MobileFaceNet, **asdict(shape)) for name, shape in mobilefacenet.SHAPES.items()},
     **{f"dino_vit_{size}": partial(dino_vit.DinoViT, **asdict(shape)) for size, shape in dino_vit.SHAPES.items()},
     **{f"fvit_{size}": partial(part_fvit.FViT, **asdict(shape)) for size, shape in part_fvit.SHAPES.items()},
     **{f"part_fvit_{size}": partial(part_fvit.PartFViT, **asdict(shape)) for size, shape in part_fvit.SHAPES.items()},

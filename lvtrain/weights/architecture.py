@@ -15,6 +15,7 @@ from torch.nn import functional
 from lvtrain.backbones import create_backbone
 from lvtrain.backbones.dino_vit import SHAPES as DINO_SHAPES
 from lvtrain.backbones.iresnet import LAYERS
+from lvtrain.backbones.mobilefacenet import SHAPES as MOBILE_SHAPES
 from lvtrain.backbones.part_fvit import SHAPES as FVIT_SHAPES
 from lvtrain.backbones.vit import SHAPES as VIT_SHAPES
 from lvtrain.errors import UserError
@@ -46,6 +47,8 @@ def recognise(state: Mapping[str, torch.Tensor], *, heads: int | None = None) ->
             return _vit(state, heads)
         if "layer1.0.bn1.weight" in state and "fc.weight" in state:
             return _iresnet(state)
+        if "conv_sep.layers.0.weight" in state and "features.layers.2.weight" in state:
+            return _mobilefacenet(state)
         if "pos_embedding" in state and "patch_to_embedding.weight" in state:
             return _fvit(state)
         if "cls_token" in state and "blocks.0.attn.qkv.bias" in state and "blocks.0.ls1.gamma" not in state:
@@ -55,7 +58,7 @@ def recognise(state: Mapping[str, torch.Tensor], *, heads: int | None = None) ->
             f"these weights are named like a backbone's, but tensors are missing or of other shapes ({type(error).__name__}: {error})"
         ) from error
     raise UserError(
-        "these weights are none of vit (arcface_torch, LVFace, CVLface), iresnet, fvit, part_fvit or DINO's ViT; "
+        "these weights are none of vit (arcface_torch, LVFace, CVLface), iresnet, mobilefacenet, fvit, part_fvit or DINO's ViT; "
         f"their names start {', '.join(list(state)[:4])}"
     )
 
@@ -96,6 +99,21 @@ def _iresnet(state: Mapping[str, torch.Tensor]) -> Architecture:
             overrides = {} if "layer1.0.downsample.0.weight" in state else {"first_shortcut": "subsample"}
             return Architecture(name, state["fc.weight"].shape[0], side * 16, overrides)
     raise UserError(f"an IResNet with {layers} blocks; known are {', '.join(f'{n} {b}' for n, b in LAYERS.items())}")
+
+
+def _mobilefacenet(state: Mapping[str, torch.Tensor]) -> Architecture:
+    scale = state["layers.0.layers.0.weight"].shape[0] // 64
+    residual = "layers.1.layers.0.layers.0.layers.0.weight" in state  # else its first stage is one grouped convolution
+    first = _depth(state, r"layers\.1\.layers\.(\d+)\.") if residual else 1
+    blocks = (first, *(_depth(state, rf"layers\.{i}\.layers\.(\d+)\.layers\.") for i in (3, 5, 7)))
+    embedding_dim, image_size = (
+        state["features.layers.2.weight"].shape[0],
+        16 * state["features.layers.0.layers.0.weight"].shape[-1],
+    )
+    for name, shape in MOBILE_SHAPES.items():
+        if (shape.blocks, shape.scale) == (blocks, scale):
+            return Architecture(name, embedding_dim, image_size)
+    return Architecture("mobilefacenet", embedding_dim, image_size, {"blocks": blocks, "scale": scale})
 
 
 def _fvit(state: Mapping[str, torch.Tensor]) -> Architecture:
