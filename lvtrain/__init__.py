@@ -1,3 +1,3 @@
 """lvtrain: the open trainer for face-recognition vision transformers."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
