@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from tests.conftest import ROOT
 from tools.trial import start
 
-# 240 images, global batch 16 = 4 virtual micro-batches of 4: an epoch is 15 steps, the phases are entered by length
+# 240 images, global batch 16 = 4 micro-batches of 4: an epoch is 15 steps, the phases are entered by length
 TINY: dict[str, Any] = {
     "name": "tiny",
     "seed": 5,
@@ -36,19 +36,19 @@ TINY: dict[str, Any] = {
         {
             "name": "alignment",
             "global_batch": 16,
-            "virtual_batches": 4,
+            "micro_batches": 4,
             "sample_rate": 0.4,
             "end": {"at_most": "4 steps"},
         },
         {
             "name": "stabilisation",
             "global_batch": 16,
-            "virtual_batches": 4,
+            "micro_batches": 4,
             "sample_rate": 0.4,
             "expectation": "update",
             "end": {"at_most": "4 steps"},
         },
-        {"name": "refinement", "global_batch": 16, "virtual_batches": 4, "expectation": "frozen"},
+        {"name": "refinement", "global_batch": 16, "micro_batches": 4, "expectation": "frozen"},
     ],
     "optimizer": {"lr": 1e-3, "precision": "float32"},
     "schedule": {"total": "12 steps", "warmup": "2 steps"},

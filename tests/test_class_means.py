@@ -69,7 +69,7 @@ def test_a_run_begins_at_the_means(tmp_path: Path) -> None:
     """All pictures of a class are one picture here: whatever the network says of it, that is where the class row begins."""
     folder = make_dataset(tmp_path / "data", 240, 12, replaced={sample: jpeg(sample // 20) for sample in range(240)})
     same = {
-        "phases": [{"name": "only", "global_batch": 16, "virtual_batches": 2}],
+        "phases": [{"name": "only", "global_batch": 16, "micro_batches": 2}],
         "data": {"augmentation": "none"},
         "backbone": {"overrides": {"dim": 32, "depth": 2, "heads": 2, "mask_ratio": 0.0}},
     }
@@ -77,11 +77,11 @@ def test_a_run_begins_at_the_means(tmp_path: Path) -> None:
     assert run(first) == 0
     cos2 = {}
     for head, ranks in (("fresh", 1), ("means", 2)):
-        start = {"path": str(tmp_path / "first/runs/first"), "head": head}
+        start = {"path": str(tmp_path / "first/runs/first"), "classifier": head}
         schedule = {"total": "1 steps", "warmup": "0 steps"}
         recipe = recipe_file(tmp_path / head, folder, name=head, init_from=start, schedule=schedule, **same)
         assert run(recipe, ranks=ranks) == 0, output(recipe)
         cos2[head] = metrics(tmp_path / head / "runs" / head)[0]["cos2"]
     # not 1: a step in training normalises with its batch's statistics, which twelve steps have not made the running ones
     assert cos2["fresh"] < 0.5 < 0.75 < cos2["means"]
-    assert events(tmp_path / "means/runs/means", "init_from")[0]["head"] == "rows from the means of 192 images"
+    assert events(tmp_path / "means/runs/means", "init_from")[0]["classifier"] == "rows from the means of 192 images"

@@ -528,7 +528,7 @@ def test_what_the_recipe_says_reaches_the_classifier():
                 {
                     "name": "only",
                     "global_batch": GLOBAL,
-                    "virtual_batches": 1,
+                    "micro_batches": 1,
                     "sample_rate": 0.5,
                     "expectation": "update",
                 }
@@ -596,7 +596,7 @@ def test_a_run_that_learns_nothing_is_told():
     cosines = (x @ x.t())[torch.arange(9) != 4][:, torch.arange(9) != 4]
     torch.testing.assert_close(batch_cosine(x), (cosines.sum() - 8) / 56)
     recipe = recipes.resolve({"name": "x", "data": {"path": "none"}, "backbone": {"name": "vit_nano"}, "method": {"name": "pco"},
-        "phases": [{"name": "only", "global_batch": 8, "virtual_batches": 1}], "optimizer": {"lr": 0.1}, "schedule": {"total": "10 steps"}})  # fmt: skip
+        "phases": [{"name": "only", "global_batch": 8, "micro_batches": 1}], "optimizer": {"lr": 0.1}, "schedule": {"total": "10 steps"}})  # fmt: skip
     method = create_method(recipe, num_classes=5, device=torch.device("cpu"))
 
     def told(epoch, cos2, across, step=100):

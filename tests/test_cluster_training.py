@@ -9,7 +9,7 @@ import pytest
 
 from tests.runs import metrics, output, recipe_file, run
 
-BATCH = {"global_batch": 16, "virtual_batches": 4}
+BATCH = {"global_batch": 16, "micro_batches": 4}
 
 
 def cluster_recipe(folder: Path, data: Path, **method: Any) -> Path:

@@ -82,7 +82,7 @@ def test_both_backends_give_the_same_picture(tmp_path_factory, name):
     views = {}
     for backend in ("dali", "torch"):
         with Loader(
-            ShardDataset(folder), seed=3, micro_batch=24, virtual_batches=1, augmentation=name, backend=backend
+            ShardDataset(folder), seed=3, micro_batch=24, micro_batches=1, augmentation=name, backend=backend
         ) as loader:
             views[backend] = next(loader).views
     assert views["dali"].keys() == views["torch"].keys()

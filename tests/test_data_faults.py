@@ -91,7 +91,7 @@ def test_label_that_is_not_a_class(folder):
     with pytest.raises(UserError, match=r"holds label 5, but dataset\.json has 5 classes"):
         dataset.check_labels()
     with (
-        Loader(dataset, seed=0, micro_batch=41, virtual_batches=1) as loader,
+        Loader(dataset, seed=0, micro_batch=41, micro_batches=1) as loader,
         pytest.raises(UserError, match="holds label 5"),
     ):
         next(loader)
@@ -147,7 +147,7 @@ def test_undecodable_samples_keep_their_slot(folder, backend):
     damage(folder, 2, lambda data: bytes(len(data)))
     damage(folder, 7, lambda data: data[:2] + noise[: len(data) - 4] + data[-2:])
     damage(folder, 30, lambda data: data[:300] + noise[: len(data) - 302] + data[-2:])
-    with Loader(ShardDataset(folder), seed=1, micro_batch=16, virtual_batches=4, backend=backend) as loader:
+    with Loader(ShardDataset(folder), seed=1, micro_batch=16, micro_batches=4, backend=backend) as loader:
         batches = [next(loader) for _ in range(6)]
         ids = torch.cat([batch.sample_ids for batch in batches])
         labels = torch.cat([batch.labels for batch in batches])
@@ -172,7 +172,7 @@ def test_a_sample_that_fails_inside_dali_costs_a_new_pipeline_only(tmp_path):
     second_frame = whole[:1500] + b"\xff\xc3" + whole[20:40] + whole[1522:]  # Pillow reads the upper half
     assert HeaderCheck(None).problem(bogus_huffman) is None and HeaderCheck(None).problem(second_frame) is None
     folder = make_dataset(tmp_path, replaced={3: bogus_huffman, 9: bogus_huffman, 17: second_frame})
-    with Loader(ShardDataset(folder), seed=1, micro_batch=16, virtual_batches=1, backend="dali") as loader:
+    with Loader(ShardDataset(folder), seed=1, micro_batch=16, micro_batches=1, backend="dali") as loader:
         batches = [next(loader) for _ in range(6)]
     labels = torch.cat([batch.labels for batch in batches])
     ids = torch.cat([batch.sample_ids for batch in batches])
@@ -206,7 +206,7 @@ def test_other_formats_grey_and_odd_sizes_are_read(tmp_path):
     batches = {}
     for backend in ("dali", "torch"):
         with Loader(
-            ShardDataset(folder), seed=1, micro_batch=10, virtual_batches=1, backend=backend, augmentation="none"
+            ShardDataset(folder), seed=1, micro_batch=10, micro_batches=1, backend=backend, augmentation="none"
         ) as loader:
             batches[backend] = batch = next(loader)
         assert not loader.bad_samples
@@ -241,7 +241,7 @@ def test_a_read_that_never_works_is_a_bad_sample(folder):
     (folder / "shards" / "000000.tar").rename(folder / "gone.tar")
     with pytest.raises(ReadError, match=r"000000\.tar: No such file or directory after 2 attempts"):
         dataset.read(0)
-    with Loader(dataset, seed=1, micro_batch=41, virtual_batches=1) as loader:
+    with Loader(dataset, seed=1, micro_batch=41, micro_batches=1) as loader:
         batch = next(loader)
     assert int((batch.labels == -1).sum()) == 14
     assert "after 2 attempts" in loader.bad_samples[0].reason
@@ -250,7 +250,7 @@ def test_a_read_that_never_works_is_a_bad_sample(folder):
 def test_a_shard_cut_while_training(folder):
     dataset = ShardDataset(folder)
     os.truncate(folder / "shards" / "000002.tar", 3000)
-    with Loader(dataset, seed=1, micro_batch=41, virtual_batches=1) as loader:
+    with Loader(dataset, seed=1, micro_batch=41, micro_batches=1) as loader:
         batch = next(loader)
     assert int((batch.labels == -1).sum()) == 13
     assert "ends after 3000 bytes" in " ".join(sample.reason for sample in loader.bad_samples)
@@ -268,7 +268,7 @@ def test_a_stalling_read_is_told(clean, monkeypatch):
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda *arguments: (waiting.wait(60), real(*arguments))[1])
     dataset = ShardDataset(clean, warn=warn, slow_seconds=0)
-    with Loader(dataset, seed=1, micro_batch=1, virtual_batches=1, prefetch=1, stall_seconds=0.05) as loader:
+    with Loader(dataset, seed=1, micro_batch=1, micro_batches=1, prefetch=1, stall_seconds=0.05) as loader:
         next(loader)
     assert any("took" in line and "stalling" in line for line in told)
     assert "rank 0 has waited" in " ".join(told)
@@ -276,7 +276,7 @@ def test_a_stalling_read_is_told(clean, monkeypatch):
 
 def test_reads_ahead_go_on_side_by_side_and_change_nothing(clean, monkeypatch):
     def batches(read_ahead):
-        with Loader(ShardDataset(clean), seed=1, micro_batch=4, virtual_batches=1, read_ahead=read_ahead) as loader:
+        with Loader(ShardDataset(clean), seed=1, micro_batch=4, micro_batches=1, read_ahead=read_ahead) as loader:
             return [next(loader) for _ in range(12)]
 
     expected = batches(1)

@@ -24,14 +24,14 @@ def folder(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"))
 
 
-def stream(folder, *, ranks=1, steps=3, start=0, micro_batch=M, virtual_batches=V, **options):
+def stream(folder, *, ranks=1, steps=3, start=0, micro_batch=M, micro_batches=V, **options):
     """What all ranks together see, in stream order: views, labels, ids."""
     options = {"seed": 1, "block": 8, "augmentation": "strong", **options}
     loaders = [
         Loader(
             ShardDataset(folder),
             micro_batch=micro_batch,
-            virtual_batches=virtual_batches,
+            micro_batches=micro_batches,
             rank=rank,
             size=ranks,
             start=start,
@@ -42,7 +42,7 @@ def stream(folder, *, ranks=1, steps=3, start=0, micro_batch=M, virtual_batches=
     batches = []
     for _ in range(steps):
         for loader in loaders:
-            batches += [next(loader) for _ in range(virtual_batches // ranks)]
+            batches += [next(loader) for _ in range(micro_batches // ranks)]
     for loader in loaders:
         loader.close()
     return (
@@ -61,10 +61,8 @@ def test_pixels_do_not_depend_on_how_they_are_made(folder, backend):
     whole = stream(folder, backend=backend)
     assert whole[0].shape == (192, 3, 112, 112) and whole[0].dtype == torch.float32
     assert same(whole, stream(folder, backend=backend, ranks=4))  # 1 rank x 64 and 4 ranks x 16
-    assert same(whole, stream(folder, backend=backend, micro_batch=64, virtual_batches=1, threads=1, prefetch=1))
-    assert same(
-        whole, stream(folder, backend=backend, micro_batch=4, virtual_batches=16, ranks=2, threads=3, prefetch=5)
-    )
+    assert same(whole, stream(folder, backend=backend, micro_batch=64, micro_batches=1, threads=1, prefetch=1))
+    assert same(whole, stream(folder, backend=backend, micro_batch=4, micro_batches=16, ranks=2, threads=3, prefetch=5))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -81,7 +79,7 @@ def test_ids_and_labels_are_the_orders(folder):
     expected = SampleOrder(len(dataset), 1, 8).at(range(17, 17 + 192))
     assert np.array_equal(ids.numpy(), expected)
     assert np.array_equal(labels.numpy(), expected * 5 // 41)  # as make_dataset gave them
-    with Loader(dataset, seed=1, block=8, micro_batch=M, virtual_batches=V) as loader:
+    with Loader(dataset, seed=1, block=8, micro_batch=M, micro_batches=V) as loader:
         assert np.array_equal(loader.global_labels(17 + 64, 64), labels[64:128].numpy())
 
 
@@ -110,7 +108,7 @@ def test_a_sample_is_augmented_anew_each_epoch(folder):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_of_self_supervision(folder, backend):
     with Loader(
-        ShardDataset(folder), seed=1, micro_batch=3, virtual_batches=1, augmentation="dino", backend=backend
+        ShardDataset(folder), seed=1, micro_batch=3, micro_batches=1, augmentation="dino", backend=backend
     ) as loader:
         views = next(loader).views
     assert {name: tuple(images.shape) for name, images in views.items()} == {
@@ -123,25 +121,25 @@ def test_views_of_self_supervision(folder, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_images_of_another_size_are_resized(tmp_path, backend):
     folder = make_dataset(tmp_path, samples=6, shards=1, size=(96, 80))
-    images, labels, _ = stream(folder, backend=backend, micro_batch=3, virtual_batches=2, augmentation="flip")
+    images, labels, _ = stream(folder, backend=backend, micro_batch=3, micro_batches=2, augmentation="flip")
     assert images.shape == (18, 3, 112, 112) and (labels >= 0).all()
     assert images.std() > 0.2
 
 
-def test_ranks_must_divide_the_virtual_batches(folder):
-    with pytest.raises(UserError, match=r"3 ranks do not divide virtual_batches=4; use one of \[1, 2, 4\]"):
-        Loader(ShardDataset(folder), seed=1, micro_batch=M, virtual_batches=V, rank=0, size=3)
+def test_ranks_must_divide_the_micro_batches(folder):
+    with pytest.raises(UserError, match=r"3 ranks do not divide micro_batches=4; use one of \[1, 2, 4\]"):
+        Loader(ShardDataset(folder), seed=1, micro_batch=M, micro_batches=V, rank=0, size=3)
 
 
 def test_unknown_names_are_refused(folder):
     with pytest.raises(UserError, match="choose one of none, flip"):
-        Loader(ShardDataset(folder), seed=1, micro_batch=1, virtual_batches=1, augmentation="flop")
+        Loader(ShardDataset(folder), seed=1, micro_batch=1, micro_batches=1, augmentation="flop")
     with pytest.raises(UserError, match="choose auto, dali or torch"):
-        next(Loader(ShardDataset(folder), seed=1, micro_batch=1, virtual_batches=1, backend="pil"))
+        next(Loader(ShardDataset(folder), seed=1, micro_batch=1, micro_batches=1, backend="pil"))
 
 
 def test_reading_ahead_is_not_counted(folder):
-    with Loader(ShardDataset(folder), seed=1, micro_batch=4, virtual_batches=1, prefetch=8) as loader:
+    with Loader(ShardDataset(folder), seed=1, micro_batch=4, micro_batches=1, prefetch=8) as loader:
         for number in range(1, 4):
             next(loader)
             assert loader.seen_count == 4 * number
@@ -151,8 +149,8 @@ def test_reading_ahead_is_not_counted(folder):
 
 
 def test_closing_an_unused_or_busy_loader_returns(folder):
-    Loader(ShardDataset(folder), seed=1, micro_batch=4, virtual_batches=1).close()
-    loader = Loader(ShardDataset(folder), seed=1, micro_batch=4, virtual_batches=1)
+    Loader(ShardDataset(folder), seed=1, micro_batch=4, micro_batches=1).close()
+    loader = Loader(ShardDataset(folder), seed=1, micro_batch=4, micro_batches=1)
     next(loader)
     loader.close()
     assert loader._thread is None
@@ -182,7 +180,7 @@ def test_what_leaves_the_host_as_bytes_is_the_same(folder, augmentation, monkeyp
         return pixels.normalise_on(planes.clone(), torch.device("cpu"))
 
     def batches(device):
-        options = {"micro_batch": 41, "virtual_batches": 1, "augmentation": augmentation, "backend": "torch"}
+        options = {"micro_batch": 41, "micro_batches": 1, "augmentation": augmentation, "backend": "torch"}
         with Loader(ShardDataset(folder), seed=1, device=device, **options) as loader:
             return [next(loader).views for _ in range(3)]
 
@@ -222,7 +220,7 @@ def test_memory_does_not_grow_over_epochs(folder, backend):
 
     process = psutil.Process()
     with Loader(
-        ShardDataset(folder), seed=1, micro_batch=41, virtual_batches=1, augmentation="strong", backend=backend
+        ShardDataset(folder), seed=1, micro_batch=41, micro_batches=1, augmentation="strong", backend=backend
     ) as loader:
         for _ in range(5):
             next(loader)
@@ -251,7 +249,7 @@ def test_on_a_gpu(folder, augmentation):
             ShardDataset(folder),
             seed=1,
             micro_batch=micro_batch,
-            virtual_batches=1,
+            micro_batches=1,
             augmentation=augmentation,
             backend="dali",
             device=device,

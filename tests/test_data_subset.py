@@ -74,7 +74,7 @@ def test_a_subset_is_a_dataset(whole, tmp_path):
     assert np.array_equal(subset.labels(np.arange(24)), np.unique(old, return_inverse=True)[1])
     assert subset.label_names() == [f"person_{label}" for label in np.unique(old)]
     assert subset.read(7) == (whole.read(int(ids[7]))[0], int(subset.labels(np.array([7]))[0]))
-    with Loader(subset, seed=0, micro_batch=24, virtual_batches=1, augmentation="none", image_size=16) as loader:
+    with Loader(subset, seed=0, micro_batch=24, micro_batches=1, augmentation="none", image_size=16) as loader:
         batch = next(loader)
     assert sorted(batch.sample_ids.tolist()) == list(range(24))
     assert np.array_equal(batch.labels.numpy(), subset.labels(batch.sample_ids.numpy()))

@@ -40,7 +40,7 @@ def small_recipe(method: dict[str, Any], margin: str = "cosface") -> Recipe:
             "backbone": {"name": "vit_nano", "embedding_dim": DIM},
             "classifier": {"margin": {"name": margin, "scale": SCALE, "m": MARGIN}},
             "method": {"distill": {"teacher": "handed in", "weight": WEIGHT}} | method,
-            "phases": [{"name": "all", "global_batch": GLOBAL, "virtual_batches": VIRTUAL}],
+            "phases": [{"name": "all", "global_batch": GLOBAL, "micro_batches": VIRTUAL}],
             "schedule": {"total": "10 steps"},
             "optimizer": {"precision": "float32"},
         }

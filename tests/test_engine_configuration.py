@@ -17,7 +17,7 @@ from lvtrain.errors import UserError
 from lvtrain.recipe.sections import Optimizer, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASE = Phase(name="one", global_batch=48, virtual_batches=6)
+PHASE = Phase(name="one", global_batch=48, micro_batches=6)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)

@@ -12,7 +12,7 @@ from lvtrain.engine.engine import Engine, resolve_ds_config
 from lvtrain.recipe.sections import Optimizer
 from tests.ranks import run_ranks
 
-MICRO = 6  # samples a virtual micro-batch; V = 6 of them a step, so 1, 2, 3 and 6 ranks are possible
+MICRO = 6  # samples a micro-batch; V = 6 of them a step, so 1, 2, 3 and 6 ranks are possible
 V = 6
 
 
@@ -63,7 +63,7 @@ def build(
 
 
 def step_data(step: int, v: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and the loss's weights of a virtual micro-batch."""
+    """Inputs and the loss's weights of a micro-batch."""
     generator = torch.Generator().manual_seed(1000 * step + v)
     return torch.randn(MICRO, 7, generator=generator) * (1 + v), torch.randn(MICRO, 3, generator=generator)
 
@@ -74,7 +74,7 @@ def train(engine: Engine, rank: int, steps: range) -> list[float]:
         for micro in range(engine.accumulation):
             v = rank * engine.accumulation + micro
             x, weights = step_data(step, v)
-            torch.manual_seed(step * V + v)  # dropout of the virtual micro-batch
+            torch.manual_seed(step * V + v)  # dropout of the micro-batch
             loss = (engine(x) * weights).pow(2).mean()
             engine.backward(loss)
             losses.append(loss.item())

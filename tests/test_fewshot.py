@@ -28,7 +28,7 @@ def recipe(tiny_faces: Path, tmp_path: Path) -> Path:
         data={"block": 8, "augmentation": "randaugment"},
         backbone={"name": "fvit_tiny", "embedding_dim": 16, "image_size": 56, "overrides": SMALL},
         method={"name": "finetune"},
-        phases=[{"name": "finetuning", "global_batch": 8, "virtual_batches": 2}],
+        phases=[{"name": "finetuning", "global_batch": 8, "micro_batches": 2}],
         optimizer={"layer_decay": 0.58},
         schedule={"total": "2 steps", "warmup": "0 steps"},
         evaluation={"benchmarks": {"heldout": str(tiny_faces / "heldout.bin")}},

@@ -49,7 +49,7 @@ def test_a_run_consolidates_and_evaluates_to_the_live_figures(trained: Path, tin
     command = [sys.executable, "tools/convert_checkpoint.py", "consolidate", trained, tmp_path / "model", "--rows"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)  # a process without a process group
     card = (tmp_path / "model" / "README.md").read_text()
-    assert f"| heldout | {100 * live['accuracy']:.2f} ±" in card and "virtual_batches: 4" in card
+    assert f"| heldout | {100 * live['accuracy']:.2f} ±" in card and "micro_batches: 4" in card
     assert "which these weights inherit: CC0-1.0 (generated" in card and "Intended use" in card
     convert("export", trained, tmp_path / "model.pt", "--to", "arcface")
     assert "largest difference" in convert("export", tmp_path / "model", tmp_path / "model.onnx")

@@ -139,7 +139,7 @@ def test_truncated_tar_is_named(door: FrontDoor, copy: Path, tmp_path: Path) -> 
 def test_more_ranks_than_classes(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path, tiny_faces / "train")
     overrides = [
-        f"phases.{i}.{key}={value}" for i in range(3) for key, value in (("global_batch", 32), ("virtual_batches", 32))
+        f"phases.{i}.{key}={value}" for i in range(3) for key, value in (("global_batch", 32), ("micro_batches", 32))
     ]
     assert "32 ranks but only 24 classes" in door.refuses(recipe, *overrides, ranks=32)
 

@@ -19,9 +19,9 @@ data: {path: data/quickstart/train}
 backbone: {name: vit_nano, embedding_dim: 128}
 method: {name: pco}
 phases:
-- {name: alignment, global_batch: 128, virtual_batches: 4, sample_rate: 0.5, expectation: 'off', end: {cos2: 0.2}}
-- {name: stabilisation, global_batch: 128, virtual_batches: 4, sample_rate: 0.5, expectation: update, end: {cos2: 0.35}}
-- {name: refinement, global_batch: 128, virtual_batches: 4, sample_rate: 1.0, expectation: frozen, end: {}}
+- {name: alignment, global_batch: 128, micro_batches: 4, sample_rate: 0.5, expectation: 'off', end: {cos2: 0.2}}
+- {name: stabilisation, global_batch: 128, micro_batches: 4, sample_rate: 0.5, expectation: update, end: {cos2: 0.35}}
+- {name: refinement, global_batch: 128, micro_batches: 4, sample_rate: 1.0, expectation: frozen, end: {}}
 """
 
 

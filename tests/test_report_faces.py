@@ -60,7 +60,7 @@ def test_report_of_a_part_fvit_run(tiny_faces: Path, tmp_path: Path) -> None:
         data,
         backbone={"name": "part_fvit_tiny", "embedding_dim": 16, "overrides": SMALL},
         method={"name": "finetune"},
-        phases=[{"name": "only", "global_batch": 8, "virtual_batches": 2}],
+        phases=[{"name": "only", "global_batch": 8, "micro_batches": 2}],
         optimizer={"lr": 0.05},
         schedule={"total": "4 steps", "warmup": "0 steps"},
         checkpoint={"every": "2 steps"},

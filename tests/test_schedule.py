@@ -10,7 +10,7 @@ from lvtrain.recipe.sections import Optimizer, Phase, PhaseEnd, Schedule
 from lvtrain.training.phases import CosineStage, phase_end_reason, plan_phase
 from lvtrain.training.schedule import learning_rate
 
-PHASE = Phase(name="a", global_batch=10, virtual_batches=2)
+PHASE = Phase(name="a", global_batch=10, micro_batches=2)
 
 
 def rates(**fields) -> list[float]:
@@ -61,7 +61,7 @@ def test_steps_are_refused_where_batches_differ() -> None:
         learning_rate(
             Schedule(total="10 steps"),
             1.0,
-            phases=[PHASE, Phase(name="b", global_batch=20, virtual_batches=2)],
+            phases=[PHASE, Phase(name="b", global_batch=20, micro_batches=2)],
             samples_per_epoch=20,
         )
 
@@ -104,7 +104,7 @@ def test_why_a_phase_ends() -> None:
     phase = Phase(
         name="a",
         global_batch=10,
-        virtual_batches=2,
+        micro_batches=2,
         end=PhaseEnd(at_most=Duration("3 steps"), until=Duration("70 samples")),
     )
     plan = plan_phase(phase, 0, start_step=2, start_samples=20, total=200, samples_per_epoch=20)
@@ -123,7 +123,7 @@ def test_a_schedule_that_ends_before_a_phase_began_says_so():
     from lvtrain.training.position import Position
     from lvtrain.training.train import _complete
 
-    phases = [Phase(name=name, global_batch=4, virtual_batches=1) for name in ("one", "two", "three")]
+    phases = [Phase(name=name, global_batch=4, micro_batches=1) for name in ("one", "two", "three")]
     run = SimpleNamespace(recipe=SimpleNamespace(phases=phases), folder="runs/x")
     ended = Position(step=10, samples_seen=40, phase_index=0, phase_over=True)
     assert _complete(run, ended, 40, None) == "the schedule is complete, before two and three began"

@@ -604,8 +604,8 @@ name: toy
 data: {path: none}
 method: {name: pco}
 phases:
-  - {name: alignment, global_batch: 24, virtual_batches: 12}
-  - {name: refinement, global_batch: 24, virtual_batches: 12}
+  - {name: alignment, global_batch: 24, micro_batches: 12}
+  - {name: refinement, global_batch: 24, micro_batches: 12}
 schedule: {total: 10 steps}
 """
 ZERO = '{"zero_optimization": {"stage": 2}}'
@@ -653,7 +653,7 @@ def test_nothing_is_submitted_twice_or_with_wrong_shapes(tmp_path: Path) -> None
         "planning writes nothing"
     )
     with pytest.raises(
-        UserError, match=r"5 nodes x 1 tasks = 5 ranks do not divide virtual_batches=12 .* 1, 2, 3, 4, 6, 12"
+        UserError, match=r"5 nodes x 1 tasks = 5 ranks do not divide micro_batches=12 .* 1, 2, 3, 4, 6, 12"
     ):
         send(tmp_path, slurm, nodes=5, gpus_per_node=0)
     send(tmp_path, slurm)

@@ -29,9 +29,9 @@ runs: {runs}
 data: {{path: none}}
 method: {{name: pco}}
 phases:
-  - {{name: alignment, global_batch: 4, virtual_batches: 2}}
-  - {{name: stabilisation, global_batch: 4, virtual_batches: 2}}
-  - {{name: refinement, global_batch: 4, virtual_batches: 2}}
+  - {{name: alignment, global_batch: 4, micro_batches: 2}}
+  - {{name: stabilisation, global_batch: 4, micro_batches: 2}}
+  - {{name: refinement, global_batch: 4, micro_batches: 2}}
 schedule: {{total: {steps} steps}}
 """
 

@@ -38,7 +38,7 @@ def small(tiny_faces: Path, tmp_path: Path) -> Path:
             "image_size": 56,
             "overrides": {"dim": 32, "depth": 1, "heads": 2},
         },
-        phases=[{"name": "all", "global_batch": 16, "virtual_batches": 1}],
+        phases=[{"name": "all", "global_batch": 16, "micro_batches": 1}],
         schedule={"total": "4 steps", "warmup": "0 steps"},
         evaluation={"benchmarks": {"pairs": str(tiny_faces / "heldout.bin")}},
     )

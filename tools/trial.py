@@ -23,7 +23,7 @@ SMALL = [
     "backbone.overrides={dim: 32, depth: 2, heads: 2, drop_path: 0.1}",
     "backbone.embedding_dim=32",
     "method.window=3",
-    *(f"phases.{i}.{key}" for i in range(3) for key in ("global_batch=16", "virtual_batches=4")),
+    *(f"phases.{i}.{key}" for i in range(3) for key in ("global_batch=16", "micro_batches=4")),
     "phases.alignment.end={at_most: 30 steps}",
     "phases.stabilisation.end={at_most: 30 steps}",
     f"schedule.total={TOTAL} steps",

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import safe_open
 
 from lvtrain.checkpoint import files as files
 from lvtrain.checkpoint import plan as layout
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
+from lvtrain.recipe import files as recipes
 
 
 class Reader:
@@ -201,7 +201,7 @@ def _weights(path: Path, content: dict[str, Any]) -> Weights:
         }
 
     recipe_file = path.parent.parent / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else None
+    recipe = recipes.of_run(recipe_file.read_text()) if recipe_file.is_file() else None
     return Weights(
         path=path,
         step=state["step"],

@@ -196,7 +196,7 @@ def _row_gradients(head: ShardedClassifier, step: Step, run: Callable[..., None]
     if head.in_backward:
         if step.backwards > 1:
             raise UserError(
-                "classifier.optimizer.in_backward: a second micro-step in one step; set virtual_batches to the number of ranks"
+                "classifier.optimizer.in_backward: a second micro-step in one step; set micro_batches to the number of ranks"
             )
         head.optimizer.begin_step()
 

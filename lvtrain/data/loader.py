@@ -1,6 +1,6 @@
 """Batches for one rank, forever: order -> index -> bytes -> decoded and augmented views on the device.
 
-Position p of the endless stream is `samples_seen`. A step at s0 trains positions [s0, s0 + G); virtual micro-batch v holds
+Position p of the endless stream is `samples_seen`. A step at s0 trains positions [s0, s0 + G); micro-batch v holds
 [s0 + v*m, s0 + (v+1)*m); rank r of R runs v in [r*V/R, (r+1)*V/R). Everything a batch holds is a function of its positions and the seed, so
 reading ahead, restarting and changing R cannot change it.
 """
@@ -60,12 +60,12 @@ class BadSample:
 
 
 class Loader:
-    """Iterates `Batch`es of this rank's virtual micro-batches without end; never ahead of what is yielded as far as counts go.
+    """Iterates `Batch`es of this rank's micro-batches without end; never ahead of what is yielded as far as counts go.
 
     Args:
         dataset: opened in this process.
         seed, block: of the order and the augmentation.
-        micro_batch, virtual_batches: m and V; the global batch is m * V.
+        micro_batch, micro_batches: m and V; the global batch is m * V.
         rank, size: r and R; R must divide V.
         start: samples_seen at the first batch.
         augmentation: a set's name (`lvtrain.data.augment.SETS`).
@@ -87,7 +87,7 @@ class Loader:
         *,
         seed: int,
         micro_batch: int,
-        virtual_batches: int,
+        micro_batches: int,
         block: int = 4096,
         rank: int = 0,
         size: int = 1,
@@ -102,12 +102,12 @@ class Loader:
         warn: Callable[[str], None] | None = None,
         stall_seconds: float = 60.0,
     ) -> None:
-        if virtual_batches % size:
-            allowed = [ranks for ranks in range(1, virtual_batches + 1) if virtual_batches % ranks == 0]
-            raise UserError(f"{size} ranks do not divide virtual_batches={virtual_batches}; use one of {allowed} ranks")
+        if micro_batches % size:
+            allowed = [ranks for ranks in range(1, micro_batches + 1) if micro_batches % ranks == 0]
+            raise UserError(f"{size} ranks do not divide micro_batches={micro_batches}; use one of {allowed} ranks")
         self.dataset, self.seed, self.start = dataset, seed, start
         self.order = SampleOrder(len(dataset), seed, block)
-        self.micro_batch, self.virtual_batches, self.rank, self.size = micro_batch, virtual_batches, rank, size
+        self.micro_batch, self.micro_batches, self.rank, self.size = micro_batch, micro_batches, rank, size
         self.views = augmentation_views(augmentation)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
@@ -140,9 +140,9 @@ class Loader:
 
     def positions(self, number: int) -> np.ndarray:
         """Stream positions int64 [m] of this rank's `number`-th micro-batch after `start`."""
-        per_step = self.virtual_batches // self.size
+        per_step = self.micro_batches // self.size
         step, within = divmod(number, per_step)
-        first = self.start + (step * self.virtual_batches + self.rank * per_step + within) * self.micro_batch
+        first = self.start + (step * self.micro_batches + self.rank * per_step + within) * self.micro_batch
         return np.arange(first, first + self.micro_batch, dtype=np.int64)
 
     def global_labels(self, samples_seen: int, global_batch: int) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""BatchNorm's running statistics for virtual micro-batches: one update a step, the same on every rank and for every number of ranks.
+"""BatchNorm's running statistics for micro-batches: one update a step, the same on every rank and for every number of ranks.
 
 Left alone, a rank updates its running statistics once for each of its own micro-batches: ranks differ, and a run on other ranks does too.
-Here the statistics of all V micro-batches of a step are averaged in the order of the virtual micro-batches and enter the running statistics
+Here the statistics of all V micro-batches of a step are averaged in the order of the micro-batches and enter the running statistics
 once, at the step's end, with the layer's own momentum; as under one process with one micro-batch, or DistributedDataParallel with one a
 rank. What normalises a batch in training is that micro-batch's own statistics, as always.
 

@@ -47,7 +47,7 @@ def resolve_ds_config(
         says = {
             "train_batch_size": phase.global_batch,
             "train_micro_batch_size_per_gpu": phase.micro_batch,
-            "gradient_accumulation_steps": phase.virtual_batches // world_size,
+            "gradient_accumulation_steps": phase.micro_batches // world_size,
         }
         for key in _BATCH:
             if config.get(key, "auto") not in ("auto", says[key]):

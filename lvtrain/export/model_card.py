@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from lvtrain.data.index import read_manifest
 from lvtrain.data.subset import read_subset
 from lvtrain.errors import UserError
+from lvtrain.recipe import files as recipes
 from lvtrain.weights.architecture import Architecture
 from lvtrain.weights.models import CONFIG
 
@@ -72,7 +72,7 @@ def bare(name: str, architecture: Architecture, state: Mapping[str, torch.Tensor
 def _add_run(card: Card, run: Path, weights: str) -> None:
     """What a run folder knows: recipe, dataset licence, and the figures and thresholds that were found with these very `weights`."""
     card.recipe = (run / "recipe.yaml").read_text()
-    values = yaml.safe_load(card.recipe)
+    values = recipes.of_run(card.recipe)
     data = Path(values["data"]["path"])
     card.method, card.dataset = values["method"]["name"], data.name
     card.data_licence = _licence(run, data)

@@ -72,7 +72,7 @@ def plan_chain(
     """The chain as it would be submitted; nothing is written.
 
     Raises:
-        UserError: a recipe that is refused, a number of ranks that does not divide a phase's virtual batches, a DeepSpeed
+        UserError: a recipe that is refused, a number of ranks that does not divide a phase's micro-batches, a DeepSpeed
             JSON that is refused, no Slurm here, or a chain that already has jobs in the queue.
     """
     words = [*site.words("overrides"), *overrides]
@@ -106,10 +106,10 @@ def _absolute(home: Path, path: str) -> str:
 
 def _check_ranks(recipe: Recipe, site: Site) -> None:
     for phase in recipe.phases:
-        v = phase.virtual_batches
+        v = phase.micro_batches
         if v % site.ranks:
             allowed = ", ".join(str(r) for r in range(1, v + 1) if v % r == 0)
             raise UserError(
-                f"{site.nodes} nodes x {site.tasks} tasks = {site.ranks} ranks do not divide virtual_batches={v} of phase "
+                f"{site.nodes} nodes x {site.tasks} tasks = {site.ranks} ranks do not divide micro_batches={v} of phase "
                 f"{phase.name}; ranks may be {allowed}: set LVTRAIN_NODES, LVTRAIN_GPUS_PER_NODE"
             )

@@ -7,12 +7,12 @@ every pair of different views:
 
 The teacher is the exponential moving average of the student and gets no gradient. It is no part of what DeepSpeed shards: every rank keeps it
 whole in float32 and updates it alike at the step's end, from the student's gathered weights (under ZeRO-3 they are gathered for that moment),
-so a teacher forward needs no communication. The centre c is the moving average of the teacher's mean output over all V virtual micro-batches of
+so a teacher forward needs no communication. The centre c is the moving average of the teacher's mean output over all V micro-batches of
 the step, added up in their order, so it does not depend on the number of ranks.
 
 The loss keeps the student's logits, their log-softmax and the teacher's targets, about 3.4 x views x batch x K x 4 bytes at its peak: 0.9 GB for
 64 images, 10 views and K = 100,000, which `--dry-run` lists as "prototype logits". So it is not cut into chunks; a smaller micro-batch (more
-virtual batches) is the way where it does not fit.
+micro-batches) is the way where it does not fit.
 
 In the first `freeze_last_layer` epochs the prototypes get no gradient, as in DINO's code. Our readings: their optimizer moments stay zero
 meanwhile (DINO's begin afterwards) and weight decay, which a unit-length prototype does not feel, goes on; the gradient is clipped by its norm
@@ -230,7 +230,7 @@ class DinoMethod(Method):
             dist.all_gather(parts, sums)
             sums = torch.cat(parts)
         total = torch.zeros_like(self.centre)
-        for row in sums:  # one by one, in the order of the virtual micro-batches
+        for row in sums:  # one by one, in the order of the micro-batches
             total += row
         self.centre.lerp_(total / len(sums), 1.0 - self.settings.centre_momentum)
         self._sums = []

@@ -35,7 +35,7 @@ def plan_phases(
 
     zero: DeepSpeed's `zero_optimization` section; absent: stage 1. num_classes: absent, the recipe's
     `data.num_classes`. teacher: builds the network that `method.distill` names. Raises UserError where a phase's
-    virtual batches cannot be split over so many ranks, naming the counts that can.
+    micro-batches cannot be split over so many ranks, naming the counts that can.
     """
     zero = dict(zero or {"stage": 1})
     network = measure_network(recipe.backbone.name, lambda: _build(recipe), image_size=recipe.backbone.image_size)
@@ -47,17 +47,17 @@ def plan_phases(
     classes = num_classes or recipe.data.num_classes
     plans = {}
     for phase in recipe.phases:
-        if phase.virtual_batches % ranks:
-            allowed = [r for r in range(1, phase.virtual_batches + 1) if phase.virtual_batches % r == 0]
+        if phase.micro_batches % ranks:
+            allowed = [r for r in range(1, phase.micro_batches + 1) if phase.micro_batches % r == 0]
             raise UserError(
-                f"phase {phase.name!r}: {phase.virtual_batches} virtual batches cannot be split over {ranks} ranks; "
+                f"phase {phase.name!r}: {phase.micro_batches} micro-batches cannot be split over {ranks} ranks; "
                 f"use one of {', '.join(map(str, allowed))}"
             )
         plans[phase.name] = plan(
             network,
             ranks=ranks,
             micro_batch=phase.micro_batch,
-            accumulation=phase.virtual_batches // ranks,
+            accumulation=phase.micro_batches // ranks,
             stage=int(zero.get("stage", 1)),
             rows=_class_rows(recipe, phase, classes),
             device=device,

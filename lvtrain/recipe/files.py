@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lvtrain.errors import UserError
+from lvtrain.recipe import old_keys
 from lvtrain.recipe.base import Section
 from lvtrain.recipe.methods import MethodSection
 from lvtrain.recipe.sections import Recipe
@@ -68,6 +69,11 @@ def _problems(values: dict[str, Any]) -> set[tuple[tuple[Any, ...], str]]:
     except ValidationError as error:
         return {(_location(problem), problem["type"]) for problem in error.errors()}
     return set()
+
+
+def of_run(text: str) -> dict[str, Any]:
+    """The plain values of a run folder's `recipe.yaml`, in today's keys whatever version wrote it."""
+    return old_keys.translate(yaml.safe_load(text) or {})
 
 
 def dump(recipe: Recipe) -> str:
@@ -132,6 +138,8 @@ def _explain(problem: Any) -> str:
     dotted = ".".join(str(part) for part in location)
     fields = _fields(problem["loc"][:-1])
     if problem["type"] == "extra_forbidden":
+        if renamed := old_keys.answer(location):
+            return f"unknown key {dotted!r}; {renamed}"
         valid = sorted(fields)
         near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"

@@ -120,11 +120,20 @@ def _either(below: int, above: int) -> str:
     return f"{below} or {above}" if 0 < below < above else str(above)
 
 
+def default_micro_batches(global_batch: int) -> int:
+    """The fewest equal micro-batches of at most 128 images."""
+    return next(
+        count for count in range(1, global_batch + 1) if global_batch % count == 0 and global_batch // count <= 128
+    )
+
+
 class Phase(Section):
     name: str
     global_batch: int = Field(gt=0)
-    virtual_batches: int = Field(
-        gt=0, description="V: the global batch is V micro-batches, whatever the number of ranks"
+    micro_batches: int = Field(
+        default_factory=lambda found: default_micro_batches(found.get("global_batch", 1)),
+        gt=0,
+        description="the global batch is cut into this many micro-batches, whatever the number of GPUs",
     )
     sample_rate: float = Field(1.0, gt=0, le=1, description="r: share of negative classes that take part in a step")
     expectation: Literal["off", "update", "frozen"] = "off"
@@ -137,18 +146,18 @@ class Phase(Section):
 
     @property
     def micro_batch(self) -> int:
-        return self.global_batch // self.virtual_batches
+        return self.global_batch // self.micro_batches
 
     @model_validator(mode="after")
     def _divides(self) -> Phase:
-        batch, v = self.global_batch, self.virtual_batches
+        batch, v = self.global_batch, self.micro_batches
         if batch % v:
             below, above = batch - batch % v, batch - batch % v + v
             divisors = [d for d in range(1, batch + 1) if batch % d == 0]
             fewer, more = max(d for d in divisors if d < v), min((d for d in divisors if d > v), default=batch)
             raise ValueError(
-                f"global_batch {batch} is not a multiple of virtual_batches {v}; take global_batch {_either(below, above)}, "
-                f"or virtual_batches {_either(fewer, more)} (which the number of ranks must divide)"
+                f"global_batch {batch} is not a multiple of micro_batches {v}; take global_batch {_either(below, above)}, "
+                f"or micro_batches {_either(fewer, more)} (which the number of ranks must divide)"
             )
         return self
 
@@ -197,9 +206,9 @@ class InitFrom(Section):
     """`init_from: PATH` is short for `init_from: {path: PATH}`."""
 
     path: Path = Field(description="a run, a checkpoint or a weights file")
-    head: Literal["load", "means", "fresh"] = Field(
+    classifier: Literal["load", "means", "fresh"] = Field(
         "fresh",
-        description="class rows: load them (class counts must agree), begin at the mean of the pretrained embeddings of their images, or make them anew",
+        description="class centres: load them (same classes), means of the pretrained embeddings, or fresh random ones",
     )
 
     @model_validator(mode="before")

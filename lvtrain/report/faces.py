@@ -52,7 +52,7 @@ def face_pictures(run: RunFiles, *, any_dataset: bool = False) -> tuple[list[dic
     if not kept or "fvit" not in str((run.recipe.get("backbone") or {}).get("name")):
         return [], ""
     try:
-        recipe = recipes.load(run.folder / "recipe.yaml")
+        recipe = recipes.resolve(run.recipe)
         dataset = ShardDataset(recipe.data.path)
         if not any_dataset and dataset.manifest.provenance.get("kind") != GENERATED:
             return [], "Pictures with faces of the dataset are drawn on request: tools/report.py RUN --faces."

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from lvtrain.errors import UserError
+from lvtrain.recipe import files as recipes
 
 Row = dict[str, Any]
 
@@ -103,7 +103,7 @@ def read_run(folder: str | Path) -> RunFiles:
     others = {path.parent.name: _json(path).get("benchmarks") for path in sorted(folder.glob("*/evaluation.json"))}
     return RunFiles(
         folder=folder,
-        recipe=yaml.safe_load(text) or {},
+        recipe=recipes.of_run(text),
         recipe_text=text,
         environment=_json(folder / "environment.json"),
         metrics=[row for row in _lines(folder / "metrics.jsonl") if "step" in row],

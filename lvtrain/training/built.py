@@ -52,7 +52,7 @@ class Built:
             total=rate.total,
             samples_per_epoch=len(run.dataset),
         )
-        self.accumulation = phase.virtual_batches // world.size
+        self.accumulation = phase.micro_batches // world.size
 
         self.method = create_method(recipe, num_classes=run.num_classes, device=world.device)
         if run.teacher is not None:
@@ -95,7 +95,7 @@ class Built:
             seed=recipe.seed,
             block=recipe.data.block,
             micro_batch=phase.micro_batch,
-            virtual_batches=phase.virtual_batches,
+            micro_batches=phase.micro_batches,
             rank=world.rank,
             size=world.size,
             start=self.position.stream,

@@ -68,10 +68,10 @@ def check_before_start(
         check_start_weights(recipe, method)
     in_backward = recipe.classifier is not None and recipe.classifier.optimizer.in_backward
     for phase in recipe.phases:
-        if in_backward and (phase.virtual_batches != size or phase.sample_rate < 1):
+        if in_backward and (phase.micro_batches != size or phase.sample_rate < 1):
             raise UserError(
                 f"classifier.optimizer.in_backward updates rows inside backward, so phase {phase.name} needs one micro-batch a rank "
-                f"(virtual_batches={size}) and sample_rate=1; set in_backward=false"
+                f"(micro_batches={size}) and sample_rate=1; set in_backward=false"
             )
     config = resolve_ds_config(ds_config, optimizer=recipe.optimizer, phases=recipe.phases, world_size=size)
     if recipe.backbone.compile and config["zero_optimization"]["stage"] == 3:
@@ -115,11 +115,11 @@ def check_benchmarks(recipe: Recipe) -> None:
 
 def check_ranks(recipe: Recipe, *, num_classes: int, size: int) -> None:
     for phase in recipe.phases:
-        v = phase.virtual_batches
+        v = phase.micro_batches
         if v % size:
             allowed = ", ".join(str(r) for r in range(1, v + 1) if v % r == 0)
             raise UserError(
-                f"{size} ranks do not divide phases.{phase.name}.virtual_batches={v}; start {allowed} ranks, or change virtual_batches (a new run)"
+                f"{size} ranks do not divide phases.{phase.name}.micro_batches={v}; start {allowed} ranks, or change micro_batches (a new run)"
             )
     if size > num_classes:
         raise UserError(

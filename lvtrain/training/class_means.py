@@ -1,4 +1,4 @@
-"""`init_from.head: means`: a class row starts as the mean of the pretrained backbone's embeddings of the class's own images."""
+"""`init_from.classifier: means`: a class row starts as the mean of the pretrained backbone's embeddings of the class's own images."""
 
 from __future__ import annotations
 

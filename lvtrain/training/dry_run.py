@@ -70,8 +70,8 @@ def dry_run(
         early = f", or earlier when mean cos^2 reaches {phase.end.cos2}" if phase.end.cos2 is not None else ""
         lines += [
             f"phase {phase.name}: up to {steps:,} steps ({(plan.last_samples - start) / samples:.4g} epochs){early}",
-            f"  global batch {phase.global_batch:,} = {phase.virtual_batches} micro-batches of {phase.micro_batch}, "
-            f"{phase.virtual_batches // size} a rank a step; r = {phase.sample_rate:g}, expectation {phase.expectation}",
+            f"  global batch {phase.global_batch:,} = {phase.micro_batches} micro-batches of {phase.micro_batch}, "
+            f"{phase.micro_batches // size} a rank a step; r = {phase.sample_rate:g}, expectation {phase.expectation}",
             "  " + plans[phase.name].table().replace("\n", "\n  "),
             "",
         ]

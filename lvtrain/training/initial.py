@@ -24,8 +24,8 @@ def start_weights(run: Run, method: Method) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if recipe.init_from is not None:
         told = load_initial(recipe.init_from, method)
-        if recipe.init_from.head == "means":
-            told["head"] = _head_from_means(run, method)
+        if recipe.init_from.classifier == "means":
+            told["classifier"] = _centres_from_means(run, method)
     if isinstance(recipe.method, Lafs) and recipe.method.landmark_weights is not None:
         told["landmark_cnn"] = load_landmark_cnn(recipe.method.landmark_weights, method)
     if told:
@@ -42,9 +42,9 @@ def check_start_weights(recipe: Recipe, method: Method) -> None:
     if (section := recipe.init_from) is not None:
         shapes, rows = shapes_of(section.path)
         _fitting(section.path, shapes, method)
-        if section.head == "load":
-            _check_head(section.path, rows, method)
-        if section.head == "means":
+        if section.classifier == "load":
+            _check_centres(section.path, rows, method)
+        if section.classifier == "means":
             _classifier(method, "means")
     if isinstance(recipe.method, Lafs) and (path := recipe.method.landmark_weights) is not None:
         _landmark_names(path, shapes_of(path)[0], method)
@@ -84,8 +84,8 @@ def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
     taken, missing = _fitting(section.path, {name: tensor.shape for name, tensor in weights.items()}, method)
     method.evaluated().load_state_dict({name: weights[name] for name in taken}, strict=False)
     told: dict[str, Any] = {"path": str(section.path), "tensors": len(taken), "left_fresh": missing[:8]}
-    if section.head == "load":
-        told["head"] = _load_head(section.path, source, method)
+    if section.classifier == "load":
+        told["classifier"] = _load_centres(section.path, source, method)
     return told
 
 
@@ -110,7 +110,7 @@ def _fitting(path: Path, shapes: dict[str, torch.Size], method: Method) -> tuple
     return taken, missing
 
 
-def _head_from_means(run: Run, method: Method) -> str:
+def _centres_from_means(run: Run, method: Method) -> str:
     recipe = run.recipe
     images = start_from_means(
         _classifier(method, "means"),
@@ -124,28 +124,28 @@ def _head_from_means(run: Run, method: Method) -> str:
     return f"rows from the means of {images} images"
 
 
-def _classifier(method: Method, head: str) -> ShardedClassifier:
+def _classifier(method: Method, choice: str) -> ShardedClassifier:
     classifier: ShardedClassifier | None = getattr(method, "classifier", None)
     if classifier is None:
-        raise UserError(f"init_from.head={head}: this method has no class rows; use head=fresh")
+        raise UserError(f"init_from.classifier={choice}: this method has no class rows; use classifier=fresh")
     return classifier
 
 
-def _check_head(path: Path, rows: torch.Size | None, method: Method) -> ShardedClassifier:
+def _check_centres(path: Path, rows: torch.Size | None, method: Method) -> ShardedClassifier:
     classifier = _classifier(method, "load")
     if rows is None:
-        raise UserError(f"init_from.head=load: {path} holds a backbone only; use head=fresh")
+        raise UserError(f"init_from.classifier=load: {path} holds a backbone only; use classifier=fresh")
     if tuple(rows) != (classifier.num_classes, classifier.embedding_dim):
         raise UserError(
-            f"init_from.head=load: {path} has class rows {tuple(rows)}, this run needs {(classifier.num_classes, classifier.embedding_dim)}; "
-            "head=means starts them from its embeddings, head=fresh anew"
+            f"init_from.classifier=load: {path} has class rows {tuple(rows)}, this run needs {(classifier.num_classes, classifier.embedding_dim)}; "
+            "classifier=means starts them from its embeddings, classifier=fresh anew"
         )
     return classifier
 
 
-def _load_head(path: Path, source: Weights | None, method: Method) -> str:
+def _load_centres(path: Path, source: Weights | None, method: Method) -> str:
     has = source is not None and "classifier.weight" in source.reader.names
-    classifier = _check_head(path, source.reader.shape("classifier.weight") if source and has else None, method)
+    classifier = _check_centres(path, source.reader.shape("classifier.weight") if source and has else None, method)
     assert source is not None
     with torch.no_grad():
         classifier.weight.copy_(source.reader.rows("classifier.weight", *classifier.rows))

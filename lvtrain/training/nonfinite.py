@@ -40,7 +40,7 @@ def note_batch(
     path = run.folder / FILE
     if not run.world.is_first or _lines(path) >= _STEPS:
         return {}, ""
-    each = np.array(by_rank).ravel()  # of virtual micro-batch r * A + k
+    each = np.array(by_rank).ravel()  # of micro-batch r * A + k
     batch = len(each) * loader.micro_batch
     found = np.full(batch, np.nan)
     if cosines:

@@ -124,8 +124,11 @@ def changes(folder: Path, recipe: Recipe) -> list[str]:
 
 
 def _as_now(text: str) -> dict[str, Any]:
-    """An earlier start's resolved recipe, with today's default for what did not exist then: an update of lvtrain is no other recipe."""
-    values: dict[str, Any] = yaml.safe_load(text)
+    """An earlier start's resolved recipe in today's keys, with today's default for what did not exist then.
+
+    So an update of lvtrain is not another recipe.
+    """
+    values = recipes.of_run(text)
     try:
         resolved: dict[str, Any] = yaml.safe_load(recipes.dump(recipes.resolve(values)))
     except UserError:  # a key that is gone: let the comparison name it

@@ -156,7 +156,7 @@ def resident(): return next(int(l.split()[1]) / 1024 for l in open("/proc/self/s
 def allocated(): heap = libc.mallinfo2(); return (heap.uordblks + heap.hblkhd) / 2**20
 folder, augmentation, backend, batch, threads, epochs = *sys.argv[1:4], *map(int, sys.argv[4:7])
 dataset, found = ShardDataset(folder), {}
-with Loader(dataset, seed=0, micro_batch=batch, virtual_batches=1, block=256, threads=threads, augmentation=augmentation, backend=backend) as loader:
+with Loader(dataset, seed=0, micro_batch=batch, micro_batches=1, block=256, threads=threads, augmentation=augmentation, backend=backend) as loader:
   for epoch in range(1, epochs + 1):
     for _ in range(len(dataset) // batch): next(loader)
     if epoch in (2, 5, 10, 20, 40) or epoch == epochs: found[epoch] = {"resident": round(resident(), 1), "allocated": round(allocated(), 1)}

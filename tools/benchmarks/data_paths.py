@@ -25,7 +25,7 @@ def paths(folder: Path, batch: int, threads: int) -> dict[str, Callable[[], Any]
             dataset,
             seed=0,
             micro_batch=batch,
-            virtual_batches=1,
+            micro_batches=1,
             block=256,
             backend=backend,
             threads=threads,

@@ -207,7 +207,7 @@ class _Step:
             ShardDataset(data),
             seed=0,
             micro_batch=self.batch,
-            virtual_batches=self.accumulation * world.size,
+            micro_batches=self.accumulation * world.size,
             rank=world.rank,
             size=world.size,
             device=self.device,

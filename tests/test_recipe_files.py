@@ -70,7 +70,10 @@ def test_every_recipe_can_be_planned_without_its_data(
         ("backbone.overrides.depth=2", lambda r: r.backbone.overrides == {"depth": 2}),
         ("ema.decay=0.99", lambda r: r.ema.decay == 0.99),
         ("evaluation.benchmarks={}", lambda r: r.evaluation.benchmarks == {}),
-        ("init_from=runs/before", lambda r: (r.init_from.path, r.init_from.head) == (Path("runs/before"), "fresh")),
+        (
+            "init_from=runs/before",
+            lambda r: (r.init_from.path, r.init_from.classifier) == (Path("runs/before"), "fresh"),
+        ),
     ],
 )
 def test_overrides(override: str, read) -> None:
@@ -99,12 +102,12 @@ def test_overrides(override: str, read) -> None:
         ("phases.0.sample_rat=1", "did you mean 'sample_rate'?"),
         ("phases.nowhere.sample_rate=1", "has no element 'nowhere'"),
         (
-            "phases.0.virtual_batches=3",
-            "is not a multiple of virtual_batches 3; take global_batch 126 or 129, or virtual_batches 2 or 4",
+            "phases.0.micro_batches=3",
+            "is not a multiple of micro_batches 3; take global_batch 126 or 129, or micro_batches 2 or 4",
         ),
         (
             "phases.alignment.global_batch=3",
-            "is not a multiple of virtual_batches 2; take global_batch 2 or 4, or virtual_batches 1 or 3",
+            "is not a multiple of micro_batches 2; take global_batch 2 or 4, or micro_batches 1 or 3",
         ),
         ("schedule.total=10 parsecs", "steps, epochs or samples"),
         ("optimizer.lr=-1", "optimizer.lr"),
@@ -125,7 +128,7 @@ def test_mistakes_are_one_line(override: str, message: str) -> None:
 def test_each_mistake_is_told_of_whoever_made_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     values = yaml.safe_load(QUICKSTART.read_text())
-    values["phases"][0]["virtual_batches"], values["optimizer"]["rl"] = 3, 1
+    values["phases"][0]["micro_batches"], values["optimizer"]["rl"] = 3, 1
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError) as caught:
         recipes.load(path, ["phases.0.sample_rate=0.5", "optimizer.lr=-1", "sed=1"])

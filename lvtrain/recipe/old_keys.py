@@ -1,0 +1,83 @@
+"""Recipe keys that were renamed or removed, for the answer to whoever still writes them and for run folders of earlier versions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# old dotted key -> new dotted key, or a function of the old value that returns the new keys with their values. `*` is an element of a list.
+OLD_KEYS: dict[str, str | Callable[[Any], dict[str, Any]]] = {
+    "phases.*.virtual_batches": "phases.*.micro_batches",
+    "init_from.head": "init_from.classifier",
+}
+# removed dotted key -> (the value that means the same as its absence, why it went)
+REMOVED_KEYS: dict[str, tuple[Any, str]] = {}
+
+
+def answer(place: tuple[Any, ...]) -> str | None:
+    """What to say to somebody who writes the old key at `place`; None where it never was one."""
+    for old, new in OLD_KEYS.items():
+        if _fits(old, place):
+            name = new if isinstance(new, str) else ", ".join(new(None))
+            return f"it is called {_filled(name, old, place)} now"
+    for old, (_, why) in REMOVED_KEYS.items():
+        if _fits(old, place):
+            return f"it was removed: {why}"
+    return None
+
+
+def translate(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of an earlier version in today's keys.
+
+    A removed key stays where its value meant something, so that a comparison names it.
+    """
+    values = copy.deepcopy(values)
+    for old, new in OLD_KEYS.items():
+        for place in list(_places(values, old.split("."))):
+            value = _parent(values, place).pop(place[-1])
+            moved = {new: value} if isinstance(new, str) else new(value)
+            for name, today in moved.items():
+                target = [_number(part) for part in _filled(name, old, place).split(".")]
+                _parent(values, target, make=True).setdefault(target[-1], today)
+    for old, (neutral, _) in REMOVED_KEYS.items():
+        for place in list(_places(values, old.split("."))):
+            if _parent(values, place)[place[-1]] in (neutral, None):
+                del _parent(values, place)[place[-1]]
+    return values
+
+
+def _fits(pattern: str, place: tuple[Any, ...]) -> bool:
+    parts = pattern.split(".")
+    return len(parts) == len(place) and all(part in ("*", str(key)) for part, key in zip(parts, place))
+
+
+def _filled(name: str, pattern: str, place: Any) -> str:
+    """`name` with the list elements of `place` in the places of its stars."""
+    stars = iter([str(key) for part, key in zip(pattern.split("."), place) if part == "*"])
+    return ".".join(next(stars) if part == "*" else part for part in name.split("."))
+
+
+def _places(node: Any, parts: list[str], before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    first, rest = parts[0], parts[1:]
+    if first == "*":
+        keys = list(range(len(node))) if isinstance(node, list) else []
+    else:
+        keys = [first] if isinstance(node, dict) and first in node else []
+    for key in keys:
+        if rest:
+            yield from _places(node[key], rest, (*before, key))
+        else:
+            yield (*before, key)
+
+
+def _parent(values: Any, place: Any, *, make: bool = False) -> Any:
+    for key in place[:-1]:
+        if make and isinstance(values, dict) and values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+    return values
+
+
+def _number(part: str) -> int | str:
+    return int(part) if part.isdigit() else part
