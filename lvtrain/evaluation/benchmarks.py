@@ -18,7 +18,7 @@ def run_benchmarks(
     benchmarks: Mapping[str, str | Path],
     *,
     world: extract.Ranks,
-    batch: int,
+    batch: int = 128,
     device: torch.device | str,
     image_size: int = 112,
 ) -> dict[str, dict[str, Any]]:
@@ -43,7 +43,7 @@ def verify_set(
     path: str | Path,
     *,
     world: extract.Ranks,
-    batch: int,
+    batch: int = 128,
     device: torch.device | str,
     image_size: int = 112,
 ) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def initial_backbone(recipe: Recipe, device: torch.device) -> nn.Module:
         torch.manual_seed(randomness.torch_seed(recipe.seed, "backbone-weights"))
         arguments: dict[str, Any] = dict(section.overrides)
         if section.checkpoint_blocks != "none":
-            arguments.update(checkpoint_blocks=section.checkpoint_blocks, checkpoint_every=section.checkpoint_every)
+            arguments["checkpoint_blocks"] = section.checkpoint_blocks
         backbone = create_backbone(
             section.name, embedding_dim=section.embedding_dim, image_size=section.image_size, **arguments
         )

@@ -86,7 +86,6 @@ def _build(recipe: Recipe) -> Any:
         embedding_dim=backbone.embedding_dim,
         image_size=backbone.image_size,
         checkpoint_blocks=backbone.checkpoint_blocks,
-        checkpoint_every=backbone.checkpoint_every,
         **backbone.overrides,
     )
 

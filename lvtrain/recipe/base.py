@@ -6,9 +6,9 @@ Durations are written "500 steps", "20 epochs" or "1e6 samples" and are turned i
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
 
@@ -44,6 +44,34 @@ class Duration:
         return core_schema.no_info_plain_validator_function(
             cls, serialization=core_schema.plain_serializer_function_ser_schema(repr)
         )
+
+
+Rule = Literal["free", "reported", "fixed"]
+REQUIRED: Any = ...
+
+
+def setting(
+    default: Any, description: str, *, resume: Rule | None = None, unit: str = "", because: str = "", **bounds: Any
+) -> Any:
+    """A field of a recipe section.
+
+    Args:
+        default: its value where the recipe says nothing; REQUIRED where it must say something. A function of the fields
+            before it (a dict) computes it.
+        description: one short phrase, for the reference page and for errors.
+        resume: whether a later start of the same run may change it. `free`: yes. `reported`: yes, and the change is
+            recorded with step and start. `fixed`: no, because it decides what is trained on or what a checkpoint holds.
+            None: as the section that holds the field says; `fixed` at the top.
+        unit: of the value, for the reference page.
+        because: why it is fixed, for the refusal, as the end of "... is fixed for a run, because".
+        bounds: what pydantic checks, such as gt=0.
+    """
+    extra: dict[str, Any] = {
+        key: text for key, text in (("resume", resume), ("unit", unit), ("because", because)) if text
+    }
+    if callable(default):
+        return Field(default_factory=default, description=description, json_schema_extra=extra, **bounds)
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
 class Section(BaseModel):

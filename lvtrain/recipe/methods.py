@@ -7,14 +7,16 @@ from typing import Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
-from lvtrain.recipe.base import Duration, Section, in_steps_or_epochs
+from lvtrain.recipe.base import REQUIRED, Duration, Section, in_steps_or_epochs, setting
 
 
 class Distill(Section):
     """A frozen teacher that the embeddings are drawn to: (1 - weight) * the method's loss + weight * mean (1 - cos(student, teacher))."""
 
-    teacher: Path = Field(
-        description="a run, a checkpoint, an exported folder or others' weights: the student's embedding_dim and image_size"
+    teacher: Path = setting(
+        REQUIRED,
+        "a run, a checkpoint, an exported folder or others' weights: the student's embedding_dim and image_size",
+        resume="free",  # a checkpoint knows the teacher's weights, as it knows the data's fingerprint
     )
     weight: float = Field(
         0.99, gt=0, lt=1, description="a classification's gradient is about its scale, 64, times the cosine's"

@@ -10,9 +10,15 @@ from typing import Any
 OLD_KEYS: dict[str, str | Callable[[Any], dict[str, Any]]] = {
     "phases.*.virtual_batches": "phases.*.micro_batches",
     "init_from.head": "init_from.classifier",
+    "backbone.checkpoint_every": lambda every: {"backbone.overrides.checkpoint_every": every} if every != 1 else {},
 }
-# removed dotted key -> (the value that means the same as its absence, why it went)
-REMOVED_KEYS: dict[str, tuple[Any, str]] = {}
+ANY = object()
+# removed dotted key -> (the value that means the same as its absence, or ANY; why it went)
+REMOVED_KEYS: dict[str, tuple[Any, str]] = {
+    "data.read_ahead": (ANY, "data.prefetch says how many micro-batches are read and decoded ahead"),
+    "checkpoint.background": (ANY, "checkpoints are always written in the background"),
+    "evaluation.batch": (ANY, "verification embeds 128 images at a time"),
+}
 
 
 def answer(place: tuple[Any, ...]) -> str | None:
@@ -42,7 +48,7 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
                 _parent(values, target, make=True).setdefault(target[-1], today)
     for old, (neutral, _) in REMOVED_KEYS.items():
         for place in list(_places(values, old.split("."))):
-            if _parent(values, place)[place[-1]] in (neutral, None):
+            if neutral is ANY or _parent(values, place)[place[-1]] in (neutral, None):
                 del _parent(values, place)[place[-1]]
     return values
 
@@ -61,7 +67,7 @@ def _filled(name: str, pattern: str, place: Any) -> str:
 def _places(node: Any, parts: list[str], before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     first, rest = parts[0], parts[1:]
     if first == "*":
-        keys = list(range(len(node))) if isinstance(node, list) else []
+        keys: list[Any] = list(range(len(node))) if isinstance(node, list) else []
     else:
         keys = [first] if isinstance(node, dict) and first in node else []
     for key in keys:

@@ -1,7 +1,7 @@
-"""The whole configuration: what a recipe may say, typed and validated. The papers' own section, `method`, is in `lvtrain.recipe.methods`;
-`lvtrain.recipe.files` reads and writes recipes.
+"""The sections of a recipe: every key with its default, unit, meaning, bounds, and whether a resume may change it.
 
-These files know nothing of torch; rooms receive plain values.
+The sections of methods, margins and optimizers are declared beside their code; `lvtrain.recipe.files` reads and writes
+recipes, and `REFERENCE.md` is generated from these fields (`python tools/recipe_reference.py`).
 """
 
 from __future__ import annotations
@@ -12,28 +12,41 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lvtrain.recipe.base import Duration, Section, in_steps_or_epochs
+from lvtrain.recipe.base import REQUIRED, Duration, Section, in_steps_or_epochs, setting
 from lvtrain.recipe.methods import Distill, MethodSection, Supervised
+
+IMAGES = "it decides which images a step trains on, and how they are augmented"
+NETWORK = "the checkpoints hold the state of this network"
+LOSS = "the run has learned with it so far"
 
 
 class Data(Section):
-    """What is trained on and how it reaches the device."""
-
-    path: Path = Field(description="folder with dataset.json, or a subset manifest (.json)")
-    num_classes: int | None = Field(None, gt=0, description="checked against the dataset; taken from it when absent")
-    num_samples: int | None = Field(
-        None, gt=0, description="images, checked against the dataset; lets --dry-run plan without the data"
+    path: Path = setting(REQUIRED, "folder with dataset.json, or a subset manifest (.json)", resume="free")
+    num_classes: int | None = setting(
+        None, "identities; checked against the dataset. Lets --dry-run plan without the data", resume="free", gt=0
     )
-    block: int = Field(4096, gt=0, description="samples read as one run of a shard; 1 is a full shuffle")
-    backend: Literal["auto", "dali", "torch"] = "auto"
-    threads: int = Field(2, gt=0)
-    prefetch: int = Field(2, gt=0, description="micro-batches decoded ahead")
-    read_ahead: int = Field(2, gt=0, description="micro-batches read from the shards at once, ahead of those")
-    cache: Path | None = Field(None, description="local folder (NVMe) for copies of shards; needs cache_bytes")
-    cache_bytes: int = Field(0, ge=0, description="size bound of the cache")
-    augmentation: str = Field("flip", description="name of a set in lvtrain.data.augment")
-    max_bad_fraction: float = Field(
-        1e-3, ge=0, le=1, description="undecodable samples tolerated before the run stops, from 1,000 samples on"
+    num_samples: int | None = setting(
+        None, "images; checked against the dataset. Lets --dry-run plan without the data", resume="free", gt=0
+    )
+    block: int = setting(
+        4096, "images that are read as one run of a shard; 1 is a full shuffle", unit="images", because=IMAGES, gt=0
+    )
+    backend: Literal["auto", "dali", "torch"] = setting(
+        "auto", "decoder; auto: DALI where it is installed", because="decoders differ in the last bits of a pixel"
+    )
+    threads: int = setting(2, "threads that read and decode", unit="threads a rank", resume="free", gt=0)
+    prefetch: int = setting(
+        2, "micro-batches that are read and decoded ahead", unit="micro-batches", resume="free", gt=0
+    )
+    cache: Path | None = setting(None, "local folder (NVMe) for copies of shards; needs cache_bytes", resume="free")
+    cache_bytes: int = setting(0, "largest size of the cache", unit="bytes", resume="free", ge=0)
+    augmentation: str = setting("flip", "name of a set in lvtrain/data/augment.py", because=IMAGES)
+    max_bad_fraction: float = setting(
+        1e-3,
+        "share of images that may be undecodable before training stops, from 1,000 images on",
+        resume="free",
+        ge=0,
+        le=1,
     )
 
     @model_validator(mode="after")
@@ -46,15 +59,18 @@ class Data(Section):
 
 
 class Backbone(Section):
-    name: str = "vit_b"
-    embedding_dim: int = Field(512, gt=0)
-    image_size: int = Field(112, gt=0)
-    checkpoint_blocks: Literal["none", "activation", "block"] = Field(
-        "none", description="what is recomputed in backward"
+    name: str = setting("vit_b", "name of the network, see lvtrain/backbones", because=NETWORK)
+    embedding_dim: int = setting(512, "length of the embedding", unit="numbers", because=NETWORK, gt=0)
+    image_size: int = setting(112, "side of the square input", unit="pixels", because=NETWORK, gt=0)
+    checkpoint_blocks: Literal["none", "activation", "block"] = setting(
+        "none",
+        "what backward recomputes to save memory: nothing, the MLP's activation, or whole blocks",
+        resume="reported",
     )
-    checkpoint_every: int = Field(1, gt=0, description="with checkpoint_blocks=block: every n-th block")
-    compile: bool = Field(False, description="torch.compile the backbone, under ZeRO 0 to 2; same to rounding")
-    overrides: dict[str, Any] = Field(default_factory=dict, description="extra arguments of create_backbone")
+    compile: bool = setting(
+        False, "torch.compile the backbone, under ZeRO 0 to 2; same result to rounding", resume="reported"
+    )
+    overrides: dict[str, Any] = setting(dict, "further arguments of create_backbone, such as depth", because=NETWORK)
 
 
 class Margin(Section):
@@ -100,19 +116,23 @@ class Classifier(Section):
     kernel: Literal["torch", "triton"] = Field("torch", description="triton: one kernel between the matmuls (CUDA)")
     gather: Literal["float32", "bfloat16"] = "float32"
     chunk: int | None = Field(None, gt=0, description="classes a chunk; chosen from the shapes when absent")
-    keep_mb: float = Field(
+    keep_mb: float = setting(
         8.0,
+        "extra memory to cache exp(logits) between forward and backward; a cache that fits saves one of four matmuls",
+        resume="reported",
+        unit="MB a GPU",
         ge=0,
-        description="memory, beyond the rows' gradient, for exponentials that forward leaves for backward: saves matmuls",
     )
     optimizer: RowOptimizer = Field(default_factory=RowOptimizer)
 
 
 class PhaseEnd(Section):
-    cos2: float | None = Field(None, gt=0, lt=1, description="the windowed mean of cos^2 that ends the phase (CSS)")
-    at_most: Duration | None = Field(None, description="longest length, counted from the phase's start")
-    until: Duration | None = Field(
-        None, description="latest end, counted from the run's start; with neither: the end of the schedule"
+    cos2: float | None = setting(
+        None, "the phase ends when the mean of cos^2 to the target centre reaches this (CSS)", gt=0, lt=1
+    )
+    at_most: Duration | None = setting(None, "longest length of the phase, from its start")
+    until: Duration | None = setting(
+        None, "latest end, from the start of the run; without at_most and until: the end of the schedule"
     )
 
 
@@ -128,16 +148,20 @@ def default_micro_batches(global_batch: int) -> int:
 
 
 class Phase(Section):
-    name: str
-    global_batch: int = Field(gt=0)
-    micro_batches: int = Field(
-        default_factory=lambda found: default_micro_batches(found.get("global_batch", 1)),
+    name: str = setting(REQUIRED, "name of the phase", because="checkpoints and --phase name it")
+    global_batch: int = setting(REQUIRED, "images a step, over all GPUs", unit="images", because=IMAGES, gt=0)
+    micro_batches: int = setting(
+        lambda before: default_micro_batches(before.get("global_batch", 1)),
+        "the global batch is cut into this many micro-batches, whatever the number of GPUs; absent: at most 128 images each",
+        unit="micro-batches",
+        because="batch norm and sampling work on micro-batches",
         gt=0,
-        description="the global batch is cut into this many micro-batches, whatever the number of GPUs",
     )
-    sample_rate: float = Field(1.0, gt=0, le=1, description="r: share of negative classes that take part in a step")
-    expectation: Literal["off", "update", "frozen"] = "off"
-    end: PhaseEnd = Field(default_factory=PhaseEnd)
+    sample_rate: float = setting(1.0, "r: share of the classes that take part in a step", because=LOSS, gt=0, le=1)
+    expectation: Literal["off", "update", "frozen"] = setting(
+        "off", "PCO: feature expectations are not used, updated every step, or used as they are", because=LOSS
+    )
+    end: PhaseEnd = setting(PhaseEnd, "when the phase ends", resume="reported")
 
     @field_validator("expectation", mode="before")
     @classmethod
@@ -150,13 +174,13 @@ class Phase(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Phase:
-        batch, v = self.global_batch, self.micro_batches
-        if batch % v:
-            below, above = batch - batch % v, batch - batch % v + v
+        batch, count = self.global_batch, self.micro_batches
+        if batch % count:
+            below, above = batch - batch % count, batch - batch % count + count
             divisors = [d for d in range(1, batch + 1) if batch % d == 0]
-            fewer, more = max(d for d in divisors if d < v), min((d for d in divisors if d > v), default=batch)
+            fewer, more = max(d for d in divisors if d < count), min((d for d in divisors if d > count), default=batch)
             raise ValueError(
-                f"global_batch {batch} is not a multiple of micro_batches {v}; take global_batch {_either(below, above)}, "
+                f"global_batch {batch} is not a multiple of micro_batches {count}; take global_batch {_either(below, above)}, "
                 f"or micro_batches {_either(fewer, more)} (which the number of ranks must divide)"
             )
         return self
@@ -165,50 +189,68 @@ class Phase(Section):
 class Optimizer(Section):
     """AdamW of the backbone."""
 
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = Field(0.1, ge=0)
-    weight_decay_end: float | None = Field(
-        None, ge=0, description="weight decay goes there by a cosine over schedule.total, as DINO's; absent: constant"
+    lr: float = setting(1e-3, "peak learning rate of the backbone", resume="reported", gt=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's decay of its two moments", because=LOSS)
+    eps: float = setting(1e-8, "AdamW's epsilon", because=LOSS)
+    weight_decay: float = setting(0.1, "decoupled weight decay", resume="reported", ge=0)
+    weight_decay_end: float | None = setting(
+        None,
+        "weight decay at the end of schedule.total, reached by a cosine, as in DINO; absent: constant",
+        resume="reported",
+        ge=0,
     )
-    decay_norms: bool = Field(
-        False, description="weight decay on norms, biases and position embeddings too, as arcface_torch does"
+    decay_norms: bool = setting(
+        False,
+        "weight decay on norms, biases and position embeddings too, as arcface_torch does",
+        because="it decides the optimizer's parameter groups",
     )
-    layer_decay: float | None = Field(None, gt=0, le=1, description="layer-wise learning-rate decay")
-    clip: float = Field(5.0, gt=0, description="gradient norm of the backbone")
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    gradient_communication: Literal["float32", "bfloat16"] = "float32"
+    layer_decay: float | None = setting(
+        None,
+        "layer-wise learning-rate decay: the factor from a block to the one before it",
+        because="it decides the optimizer's parameter groups",
+        gt=0,
+        le=1,
+    )
+    clip: float = setting(5.0, "largest gradient norm of the backbone", resume="reported", gt=0)
+    precision: Literal["float32", "bfloat16"] = setting(
+        "bfloat16", "arithmetic of the backbone; its weights are float32 in both", because=LOSS
+    )
+    gradient_communication: Literal["float32", "bfloat16"] = setting(
+        "float32", "type in which gradients are summed over GPUs", because=LOSS
+    )
 
     def weight_decay_at(self, progress: float) -> float:
-        """Weight decay where a share `progress` in [0, 1] of the schedule is behind: a half cosine (Caron et al., ICCV 2021, implementation details)."""
+        """Weight decay where a share `progress` in [0, 1] of the schedule is behind: a half cosine (Caron et al., ICCV 2021)."""
         first, last = self.weight_decay, self.weight_decay_end
         return first if last is None else last + (first - last) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 class Schedule(Section):
-    total: Duration
-    warmup: Duration = Field(default_factory=lambda: Duration("0 steps"))
-    shape: Literal["polynomial", "cosine", "constant"] = "polynomial"
-    power: float = Field(1.0, gt=0)
-    final: float = Field(0.0, ge=0, le=1, description="last learning rate as a share of the peak")
+    total: Duration = setting(REQUIRED, "length of the run")
+    warmup: Duration = setting(lambda: Duration("0 steps"), "the learning rate rises from 0 over this long")
+    shape: Literal["polynomial", "cosine", "constant"] = setting(
+        "polynomial", "how the learning rate falls after the warm-up"
+    )
+    power: float = setting(1.0, "exponent of the polynomial; 1 is a straight line", gt=0)
+    final: float = setting(0.0, "last learning rate, as a share of the peak", ge=0, le=1)
 
 
 class Checkpoint(Section):
-    every: Duration = Field(default_factory=lambda: Duration("2000 steps"))
-    keep_last: int = Field(2, ge=2)
-    keep_every: Duration | None = None
-    resume: Literal["auto", "must", "never"] = "auto"
-    background: bool = Field(True, description="write while training goes on, from a snapshot in host memory")
+    every: Duration = setting(lambda: Duration("2000 steps"), "time between checkpoints")
+    keep_last: int = setting(2, "newest checkpoints that are kept", unit="checkpoints", ge=2)
+    keep_every: Duration | None = setting(None, "a checkpoint is kept for good every so often")
+    resume: Literal["auto", "must", "never"] = setting(
+        "auto", "auto: resume where there is a checkpoint; must: only resume; never: only start anew"
+    )
 
 
 class InitFrom(Section):
     """`init_from: PATH` is short for `init_from: {path: PATH}`."""
 
-    path: Path = Field(description="a run, a checkpoint or a weights file")
-    classifier: Literal["load", "means", "fresh"] = Field(
+    path: Path = setting(REQUIRED, "a run, a checkpoint or a weights file")
+    classifier: Literal["load", "means", "fresh"] = setting(
         "fresh",
-        description="class centres: load them (same classes), means of the pretrained embeddings, or fresh random ones",
+        "class centres: load them (same classes), means of the pretrained embeddings, or fresh random ones",
     )
 
     @model_validator(mode="before")
@@ -218,46 +260,53 @@ class InitFrom(Section):
 
 
 class Evaluation(Section):
-    benchmarks: dict[str, Path] = Field(default_factory=dict, description="name: path of a .bin verification set")
-    every: Duration | None = None
-    batch: int = Field(128, gt=0)
+    benchmarks: dict[str, Path] = setting(dict, "name: path of a .bin verification set")
+    every: Duration | None = setting(None, "time between evaluations; absent: before and after training")
 
 
 class Logging(Section):
-    every: int = Field(10, gt=0, description="steps between lines; the loss is read back only then")
-    tensorboard: bool = True
+    every: int = setting(10, "steps between lines; the loss is read from the GPU only then", unit="steps", gt=0)
+    tensorboard: bool = setting(True, "write tensorboard/ in the run folder")
 
 
 class Ema(Section):
-    decay: float = Field(0.9999, gt=0, lt=1)
+    decay: float = setting(0.9999, "decay a step of the averaged weights", because=LOSS, gt=0, lt=1)
 
 
 class Safety(Section):
-    max_nonfinite: int = Field(3, gt=0, description="non-finite steps in a row that stop the run")
-    rollback: bool = Field(
-        False, description="go back to the last checkpoint and skip the stretch of data instead of stopping"
+    max_nonfinite: int = setting(3, "non-finite steps in a row that stop the run", unit="steps", gt=0)
+    rollback: bool = setting(
+        False, "instead of stopping, go back to the last checkpoint and skip the data that led to non-finite steps"
     )
-    collective_timeout: float = Field(1800.0, gt=0, description="seconds before a hung rank is an error")
+    collective_timeout: float = setting(
+        1800.0, "a rank that does not answer for this long is an error", unit="seconds", gt=0
+    )
 
 
 class Recipe(Section):
-    name: str = Field(description="of the run and of its folder below `runs`")
-    runs: Path = Path("runs")
-    seed: int = 0
-    deterministic: bool = True
-    data: Data
-    backbone: Backbone = Field(default_factory=Backbone)
-    classifier: Classifier | None = Field(default_factory=Classifier)
-    method: MethodSection
-    phases: list[Phase] = Field(min_length=1)
-    optimizer: Optimizer = Field(default_factory=Optimizer)
-    schedule: Schedule
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    init_from: InitFrom | None = None
-    ema: Ema | None = None
-    evaluation: Evaluation = Field(default_factory=Evaluation)
-    logging: Logging = Field(default_factory=Logging)
-    safety: Safety = Field(default_factory=Safety)
+    name: str = setting(REQUIRED, "of the run and of its folder below runs", because="the run folder is called so")
+    runs: Path = setting(Path("runs"), "folder that holds the run folders", resume="free")
+    seed: int = setting(0, "of every random draw", because=IMAGES)
+    deterministic: bool = setting(
+        True, "deterministic kernels: a resume gives the same bits; false is faster on GPUs", resume="reported"
+    )
+    data: Data = setting(REQUIRED, "what is trained on and how it reaches the GPU")
+    backbone: Backbone = setting(Backbone, "image to embedding")
+    classifier: Classifier | None = setting(Classifier, "embedding and label to loss; null for self-supervision")
+    method: MethodSection = setting(REQUIRED, "what is trained, after which paper; a name, or a section with a name")
+    phases: list[Phase] = setting(REQUIRED, "phases of training, in order", min_length=1)
+    optimizer: Optimizer = setting(Optimizer, "optimizer of the backbone")
+    schedule: Schedule = setting(REQUIRED, "length of the run and learning rate over it", resume="reported")
+    checkpoint: Checkpoint = setting(Checkpoint, "when checkpoints are written and kept", resume="free")
+    init_from: InitFrom | None = setting(
+        None, "weights to start from", because="the run has already started from other weights"
+    )
+    ema: Ema | None = setting(
+        None, "exponential moving average of the weights, which is then evaluated", because=NETWORK
+    )
+    evaluation: Evaluation = setting(Evaluation, "verification during training", resume="free")
+    logging: Logging = setting(Logging, "what is written down while training", resume="free")
+    safety: Safety = setting(Safety, "what stops a run", resume="free")
 
     @field_validator("name")
     @classmethod

@@ -104,7 +104,7 @@ class Built:
             backend=recipe.data.backend,
             threads=recipe.data.threads,
             prefetch=recipe.data.prefetch,
-            read_ahead=recipe.data.read_ahead,
+            read_ahead=recipe.data.prefetch,
             image_size=recipe.backbone.image_size,
             warn=telemetry.warn,
         )

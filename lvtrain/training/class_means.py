@@ -43,7 +43,7 @@ def start_from_means(
     dataset: ShardDataset,
     *,
     world: World,
-    batch: int,
+    batch: int = 128,
     image_size: int,
     bfloat16: bool,
 ) -> int:

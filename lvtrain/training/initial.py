@@ -117,7 +117,6 @@ def _centres_from_means(run: Run, method: Method) -> str:
         method.evaluated(),
         run.dataset,
         world=run.world,
-        batch=recipe.evaluation.batch,
         image_size=recipe.backbone.image_size,
         bfloat16=recipe.optimizer.precision == "bfloat16",
     )

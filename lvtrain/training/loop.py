@@ -247,7 +247,6 @@ class PhaseRun:
         }
         arguments: dict[str, Any] = {
             "world": self.r.world,
-            "batch": section.batch,
             "device": self.r.world.device,
             "image_size": self.r.recipe.backbone.image_size,
         }

@@ -19,30 +19,13 @@ from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.recipe import files as recipes
+from lvtrain.recipe.resume import resume_reason, resume_rule
 from lvtrain.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from lvtrain.data import ShardDataset
     from lvtrain.methods.distill import Teacher
 
-# what another start of the same run may say differently: how it is watched and kept, never what is learned
-_MAY_CHANGE = (
-    "runs",
-    "logging",
-    "evaluation",
-    "checkpoint",
-    "safety",
-    "data.threads",
-    "data.prefetch",
-    "data.read_ahead",
-    "data.cache",
-    "data.cache_bytes",
-    "data.path",
-    "data.num_classes",
-    "data.num_samples",
-    "method.distill.teacher",  # a checkpoint knows the teacher's weights, as it knows the data's fingerprint
-)
-_MAY_CHANGE_TOLD = ("schedule", "phases.*.end", "classifier.keep_mb")
 _PACKAGES = (
     "torch",
     "deepspeed",
@@ -137,20 +120,28 @@ def _as_now(text: str) -> dict[str, Any]:
 
 
 def compare(before: dict[str, Any], now: dict[str, Any], folder: str) -> list[str]:
-    """The told-but-allowed differences of two resolved recipes; any other difference is refused."""
+    """The differences of two resolved recipes that are allowed and reported.
+
+    Raises:
+        UserError: a key differs that is fixed for a run.
+    """
     old, new = _flat(before), _flat(now)
-    told: list[str] = []
+    reported: list[str] = []
     refused: list[str] = []
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) == new.get(name) or _matches(name, _MAY_CHANGE):
+        if old.get(name) == new.get(name) or resume_rule(name) == "free":
             continue
         text = f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
-        (told if _matches(name, _MAY_CHANGE_TOLD) else refused).append(text)
+        if resume_rule(name) == "reported":
+            reported.append(text)
+        else:
+            reason = resume_reason(name)
+            refused.append(f"{text}, but {reason}" if reason else text)
     if refused:
         raise UserError(
             f"{folder} holds a run with another recipe ({'; '.join(refused[:4])}); use another name=..., and init_from.path={folder} to start from its weights"
         )
-    return told
+    return reported
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -161,14 +152,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix.rstrip("."): value}
     return {name: leaf for key, below in items for name, leaf in _flat(below, f"{prefix}{key}.").items()}
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    parts = name.split(".")
-    return any(
-        all(p in ("*", part) for p, part in zip(pattern.split("."), parts)) and len(parts) >= len(pattern.split("."))
-        for pattern in patterns
-    )
 
 
 def environment(world: World) -> dict[str, Any]:

@@ -87,7 +87,6 @@ def _train(
                 keep_every_samples=_keep_every(recipe, dataset),
                 run_id=run_id,
                 fingerprint=dataset.fingerprint,
-                background=recipe.checkpoint.background,
                 lease=lease,
             ) as checkpoints,
         ):
