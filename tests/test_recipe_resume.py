@@ -16,11 +16,11 @@ QUICKSTART = Path(recipes.__file__).parents[1] / "recipes" / "quickstart.yaml"
 RULES = {
     "free": "runs data.path data.threads data.prefetch data.cache data.max_bad_fraction logging.every checkpoint.every "
     "evaluation.benchmarks.lfw safety.rollback method.distill.teacher",
-    "reported": "optimizer.lr optimizer.weight_decay optimizer.clip schedule.total schedule.warmup phases.1.end.cos2 "
+    "reported": "optimizer.lr schedule.total schedule.warmup phases.1.end.cos2 "
     "backbone.compile backbone.checkpoint_blocks deterministic",
     "fixed": "seed name data.block data.augmentation data.backend backbone.name backbone.overrides.depth "
     "phases.0.global_batch phases.0.micro_batches phases.0.sample_rate phases.0.expectation phases.0.name "
-    "method.window method.distill.weight optimizer.layer_decay ema.decay init_from.path an.unknown.key",
+    "method.window method.distill.weight optimizer.weight_decay optimizer.clip optimizer.layer_decay ema.decay init_from.path an.unknown.key",
 }
 
 

@@ -192,11 +192,11 @@ class Optimizer(Section):
     lr: float = setting(1e-3, "peak learning rate of the backbone", resume="reported", gt=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's decay of its two moments", because=LOSS)
     eps: float = setting(1e-8, "AdamW's epsilon", because=LOSS)
-    weight_decay: float = setting(0.1, "decoupled weight decay", resume="reported", ge=0)
+    weight_decay: float = setting(0.1, "decoupled weight decay", because=LOSS, ge=0)
     weight_decay_end: float | None = setting(
         None,
         "weight decay at the end of schedule.total, reached by a cosine, as in DINO; absent: constant",
-        resume="reported",
+        because=LOSS,
         ge=0,
     )
     decay_norms: bool = setting(
@@ -211,7 +211,7 @@ class Optimizer(Section):
         gt=0,
         le=1,
     )
-    clip: float = setting(5.0, "largest gradient norm of the backbone", resume="reported", gt=0)
+    clip: float = setting(5.0, "largest gradient norm of the backbone", because=LOSS, gt=0)
     precision: Literal["float32", "bfloat16"] = setting(
         "bfloat16", "arithmetic of the backbone; its weights are float32 in both", because=LOSS
     )

@@ -127,7 +127,7 @@ def compare(before: dict[str, Any], now: dict[str, Any], folder: str) -> list[st
     """
     old, new = _flat(before), _flat(now)
     reported: list[str] = []
-    refused: list[str] = []
+    refused: dict[str, str] = {}
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) == new.get(name) or resume_rule(name) == "free":
             continue
@@ -135,11 +135,13 @@ def compare(before: dict[str, Any], now: dict[str, Any], folder: str) -> list[st
         if resume_rule(name) == "reported":
             reported.append(text)
         else:
-            reason = resume_reason(name)
-            refused.append(f"{text}, but {reason}" if reason else text)
+            refused[text] = f"{name} is fixed, because {why}" if (why := resume_reason(name)) else ""
     if refused:
+        first = list(refused)[:4]
         raise UserError(
-            f"{folder} holds a run with another recipe ({'; '.join(refused[:4])}); use another name=..., and init_from.path={folder} to start from its weights"
+            f"{folder} holds a run with another recipe ({'; '.join(first)}); "
+            + "".join(f"{refused[text]}; " for text in first if refused[text])
+            + f"use another name=..., and init_from.path={folder} to start from its weights"
         )
     return reported
 
