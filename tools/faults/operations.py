@@ -1,0 +1,232 @@
+"""The swept operations at the tiniest size: one save, one resume, one pack, one evaluation, each through its front door.
+
+They run in processes forked from one that has everything imported, which makes a start cost half a second instead of fifteen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.faults import shim
+from tools.trial import ROOT, contents
+
+RECIPE = """
+name: tiny
+seed: 0
+data: {{path: {faces}/train, block: 8, augmentation: flip, backend: torch, threads: 1}}
+backbone: {{name: vit_nano, embedding_dim: 16, overrides: {{dim: 16, depth: 1, heads: 1}}}}
+method: {{name: pco, window: 2}}
+phases: [{{name: alignment, global_batch: 8, virtual_batches: 2, sample_rate: 0.5}}]
+optimizer: {{lr: 1.0e-3, precision: float32}}
+schedule: {{total: {steps} steps, warmup: 1 steps}}
+checkpoint: {{every: 1 steps}}
+logging: {{every: 1, tensorboard: false}}
+evaluation: {{benchmarks: {{}}}}
+"""
+GRACE = 1.0  # seconds the other ranks have after one has failed, as under a launcher
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`arguments(bench, work, workers)` of `tool`; `prepare(bench, work)` fills the empty folder; `result(work)` is what must come out the same."""
+
+    name: str
+    tool: str
+    prepare: Callable[[Bench, Path], None]
+    arguments: Callable[[Bench, Path, int], list[str]]
+    result: Callable[[Path], dict[str, Any]]
+    is_repeatable: bool = True  # whether the command may be given again when it has ended well
+
+
+class Bench:
+    """What the operations start from, made once in `folder`: generated faces as shards and as image files, a run that is stopped and one that is done."""
+
+    def __init__(self, folder: Path, limit: float = 60.0) -> None:
+        self.folder, self.limit = folder, limit
+        self.sources = folder / "sources"
+        self.faces, self.photos = self.sources / "faces", self.sources / "photos"
+        _serve(shim.build(folder))
+        if not self.faces.exists():
+            size = "--identities 6 --images 4 --heldout 4 --pairs 20 --seed 3 --workers 1".split()
+            make = [sys.executable, str(ROOT / "tools" / "synth_faces.py"), str(self.faces), *size]
+            subprocess.run(make, check=True, cwd=ROOT, capture_output=True)
+            self._photos()
+        for name, steps in (("save", 2), ("resume", 3)):
+            (self.sources / f"{name}.yaml").write_text(RECIPE.format(faces=self.faces, steps=steps))
+        self._runs()
+
+    def run(
+        self, operation: Operation, work: Path, size: int = 1, plan: Path | None = None, victim: int = 0, fault: str = ""
+    ) -> tuple[list[int | None], str]:
+        """The operation on `size` ranks (a pack: workers), `victim` under `plan`. Exit codes (None: still running at the limit) and what was said."""
+        log = work.with_suffix(".log")
+        log.unlink(missing_ok=True)
+        is_pack = operation.tool == "pack_dataset"
+        ranks = 1 if is_pack else size
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LVTRAIN_FAULT": fault, "COLUMNS": 300}
+        context = multiprocessing.get_context("forkserver")
+        processes = []
+        for rank in range(ranks):
+            own = {**common, "RANK": rank, "LOCAL_RANK": rank}
+            attached = None if rank != victim and not is_pack else plan
+            if is_pack and victim and plan:  # the workers are swept, which attach when they are spawned
+                attached, own["INTERPOSE_PLAN"] = None, str(plan)
+            arguments = (operation.tool, operation.arguments(self, work, size), own, str(log), str(attached or ""))
+            processes.append(context.Process(target=_enter, args=arguments))
+        for process in processes:
+            process.start()
+        limit, failed = time.monotonic() + self.limit, False
+        while any(process.is_alive() for process in processes) and time.monotonic() < limit:
+            if not failed and any(process.exitcode not in (None, 0, 75) for process in processes):
+                failed, limit = True, min(limit, time.monotonic() + GRACE)
+            time.sleep(0.01)
+        codes = [None if process.is_alive() and not failed else process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        return codes, log.read_text(errors="replace") if log.exists() else ""
+
+    def fresh(self, operation: Operation, work: Path) -> None:
+        """`work` as it is before the operation."""
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        operation.prepare(self, work)
+
+    def _photos(self) -> None:
+        """The held-out faces as image files: JPEGs, one PNG and one file that is no image."""
+        from lvtrain.data.shards import ShardDataset
+
+        dataset = ShardDataset(self.faces / "heldout")
+        for sample in range(len(dataset)):
+            data, label = dataset.read(sample)
+            path = self.photos / f"person{label}" / f"{sample}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        from PIL import Image
+
+        first = next(iter(sorted(self.photos.rglob("*.jpg"))))
+        Image.open(first).save(first.with_suffix(".png"))
+        first.write_bytes(b"not an image")
+
+    def _runs(self) -> None:
+        for size in (1, 2):
+            for name, operation, fault, code in (("done", SAVE, "", 0), ("stopped", RESUME, "loop.step:*:1:sigterm", 75)):
+                runs = self.sources / f"{name}{size}"
+                if runs.exists():
+                    continue
+                work = self.folder / "making"
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+                codes, said = self.run(operation, work, size, fault=fault)
+                if codes != [code] * size:
+                    raise SystemExit(f"the {name} run failed with {codes}:\n{said}")
+                shutil.move(work / "runs", runs)
+
+
+def _copy(name: str) -> Callable[[Bench, Path], None]:
+    return lambda bench, work: shutil.copytree(bench.sources / f"{name}1", work / "runs") and None
+
+
+def _train(name: str) -> Callable[[Bench, Path, int], list[str]]:
+    return lambda bench, work, size: [
+        *("--recipe", str(bench.sources / f"{name}.yaml"), "--ds_config", "ds_configs/zero2.json", f"runs={work / 'runs'}")
+    ]
+
+
+def _trained(work: Path) -> dict[str, Any]:
+    return contents(work / "runs" / "tiny")
+
+
+def _packed(work: Path) -> dict[str, Any]:
+    out = work / "out"
+    found = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in out.rglob("*") if path.is_file()}
+    manifest = json.loads((out / "dataset.json").read_text())
+    manifest.pop("created", None)
+    return {**found, "dataset.json": manifest}
+
+
+def _evaluated(work: Path) -> dict[str, Any]:
+    run = work / "runs" / "tiny"
+    found = {name: json.loads((run / name).read_text()) for name in ("evaluated/evaluation.json", "calibration.json")}
+    found["evaluated/evaluation.json"].pop("model")
+    return found
+
+
+def _evaluate(bench: Bench, work: Path, size: int) -> list[str]:
+    pairs = bench.faces / "heldout.bin"
+    return [str(work / "runs" / "tiny"), "--benchmark", f"heldout:{pairs}", "--calibrate", f"heldout:{pairs}", "--batch", "16", "--cpu"]
+
+
+SAVE = Operation("save", "lvtrain", lambda bench, work: None, _train("save"), _trained)
+RESUME = Operation("resume", "lvtrain", _copy("stopped"), _train("resume"), _trained)
+PACK = Operation(
+    "pack",
+    "pack_dataset",
+    lambda bench, work: None,
+    lambda bench, work, workers: [str(bench.photos), str(work / "out"), "--kind", "folder", "--workers", str(workers), "--samples-per-shard", "8"],
+    _packed,
+    is_repeatable=False,
+)
+EVALUATE = Operation("evaluate", "evaluate", _copy("done"), _evaluate, _evaluated)
+OPERATIONS = {operation.name: operation for operation in (SAVE, RESUME, PACK, EVALUATE)}
+
+
+def _serve(library: Path) -> None:
+    """The process the others are forked from, with the library preloaded: the first fork starts it, with the environment it then finds."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "LD_PRELOAD": str(library)}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.faults.preload"])
+    process = context.Process(target=_nothing)
+    process.start()
+    process.join()
+    del os.environ["LD_PRELOAD"]
+    if process.exitcode:
+        raise SystemExit("the processes to be swept cannot be started")
+
+
+def _nothing() -> None:
+    pass
+
+
+def _enter(tool: str, arguments: list[str], environment: dict[str, Any], log: str, plan: str) -> None:
+    """In the forked process."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.chdir(ROOT)
+    if plan:
+        shim.attach(Path(plan))
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(_call(tool, arguments))
+
+
+def _call(tool: str, arguments: list[str]) -> int:
+    import importlib
+
+    import torch
+    import typer
+
+    torch.set_num_threads(1)
+    module = importlib.import_module("lvtrain.main" if tool == "lvtrain" else f"tools.{tool}")
+    if tool == "lvtrain":
+        return int(module.main(arguments))
+    sys.argv = [tool, *arguments]
+    typer.run(module.main)
+    return 0

@@ -1,0 +1,28 @@
+"""Everything the swept operations import, and what DeepSpeed finds out about this machine, once for all forks."""
+
+import importlib
+
+import deepspeed
+
+MODULES = [
+    "lvtrain.training.session",
+    "lvtrain.training.dry_run",
+    "lvtrain.datasets.importers",
+    "lvtrain.evaluation.suite",
+    "lvtrain.evaluation.plots",
+    "tools.evaluate",
+    "tools.pack_dataset",
+    "tools.trial",
+    "accelerate",
+    "cv2",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "matplotlib.pyplot",
+    "rich.console",
+    "simplejpeg",
+    "sklearn.metrics",
+    "torch._dynamo",
+    "torchvision.transforms.v2",
+]
+for name in MODULES:
+    importlib.import_module(name)
+deepspeed.ops.__compatible_ops__  # noqa: B018 (compiles trial programs on first access)
