@@ -41,11 +41,11 @@ GRACE = 1.0  # seconds the other ranks have after one has failed, as under a lau
 
 @dataclass(frozen=True)
 class Operation:
-    """`arguments(bench, work, workers)` of `tool`; `prepare(bench, work)` fills the empty folder; `result(work)` is what must come out the same."""
+    """`arguments(bench, work, workers)` of `tool`; `prepare(bench, work, size)` fills the empty folder; `result(work)` is what must come out the same."""
 
     name: str
     tool: str
-    prepare: Callable[[Bench, Path], None]
+    prepare: Callable[[Bench, Path, int], None]
     arguments: Callable[[Bench, Path, int], list[str]]
     result: Callable[[Path], dict[str, Any]]
     is_repeatable: bool = True  # whether the command may be given again when it has ended well
@@ -64,7 +64,7 @@ class Bench:
             make = [sys.executable, str(ROOT / "tools" / "synth_faces.py"), str(self.faces), *size]
             subprocess.run(make, check=True, cwd=ROOT, capture_output=True)
             self._photos()
-        for name, steps in (("save", 2), ("resume", 3)):
+        for name, steps in (("save", 2), ("resume", 5)):
             (self.sources / f"{name}.yaml").write_text(RECIPE.format(faces=self.faces, steps=steps))
         self._runs()
 
@@ -102,11 +102,11 @@ class Bench:
             process.join()
         return codes, log.read_text(errors="replace") if log.exists() else ""
 
-    def fresh(self, operation: Operation, work: Path) -> None:
-        """`work` as it is before the operation."""
+    def fresh(self, operation: Operation, work: Path, size: int) -> None:
+        """`work` as it is before the operation on `size` ranks."""
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        operation.prepare(self, work)
+        operation.prepare(self, work, size)
 
     def _photos(self) -> None:
         """The held-out faces as image files: JPEGs, one PNG and one file that is no image."""
@@ -139,8 +139,8 @@ class Bench:
                 shutil.move(work / "runs", runs)
 
 
-def _copy(name: str) -> Callable[[Bench, Path], None]:
-    return lambda bench, work: shutil.copytree(bench.sources / f"{name}1", work / "runs") and None
+def _copy(name: str) -> Callable[[Bench, Path, int], None]:
+    return lambda bench, work, size: shutil.copytree(bench.sources / f"{name}{size}", work / "runs") and None
 
 
 def _train(name: str) -> Callable[[Bench, Path, int], list[str]]:
@@ -173,12 +173,12 @@ def _evaluate(bench: Bench, work: Path, size: int) -> list[str]:
     return [str(work / "runs" / "tiny"), "--benchmark", f"heldout:{pairs}", "--calibrate", f"heldout:{pairs}", "--batch", "16", "--cpu"]
 
 
-SAVE = Operation("save", "lvtrain", lambda bench, work: None, _train("save"), _trained)
+SAVE = Operation("save", "lvtrain", lambda bench, work, size: None, _train("save"), _trained)
 RESUME = Operation("resume", "lvtrain", _copy("stopped"), _train("resume"), _trained)
 PACK = Operation(
     "pack",
     "pack_dataset",
-    lambda bench, work: None,
+    lambda bench, work, size: None,
     lambda bench, work, workers: [str(bench.photos), str(work / "out"), "--kind", "folder", "--workers", str(workers), "--samples-per-shard", "8"],
     _packed,
     is_repeatable=False,

@@ -1,0 +1,239 @@
+"""Every call of an operation that touches its files, with every way of failing: what came of it, and whether the same command then goes on.
+
+A trial is right when the operation ends well with the same bits as without the fault, or ends with one line and no traceback; when no checkpoint was put
+aside; and when the same command, given again, ends with the same bits and leaves nothing behind. A kill needs no line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.faults.operations import OPERATIONS, Bench, Operation
+from tools.faults.shim import MODES, Mode, Plan
+
+GROUPS = [(operation, size, victim) for operation in OPERATIONS for size, victim in ((1, 0), (2, 0), (2, 1)) if (operation, size, victim) != ("pack", 2, 0)]
+LEFT_BEHIND = (".writing_*", ".trash_*", "*.tmp", ".*.new", ".*.tmp", ".pack")
+CODES = {"lvtrain": {0, 1, 2, 75}, "pack_dataset": {0, 1, 2}, "evaluate": {0, 1, 2}}
+
+
+@dataclass(frozen=True)
+class Site:
+    """The `nth` call of its kind that the victim makes (from 1), on the file `path`, which is the `visit`th such call on that file."""
+
+    operation: str
+    size: int
+    victim: int
+    call: str
+    nth: int
+    path: str
+    visit: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    site: Site
+    mode: str
+    verdict: str  # survived, refused, wrong, not reached
+    why: str = ""
+
+
+class Sweep:
+    """The operation's result without a fault, the calls it makes, and trials of them. `work` is this sweep's own folder."""
+
+    def __init__(self, bench: Bench, work: Path) -> None:
+        self.bench, self.work = bench, work
+        self._expected: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def expected(self, operation: Operation, size: int) -> dict[str, Any]:
+        if (operation.name, size) not in self._expected:
+            self.bench.fresh(operation, self.work, size)
+            codes, said = self.bench.run(operation, self.work, size)
+            if any(codes):
+                raise SystemExit(f"{operation.name} fails without any fault, {codes}:\n{said}")
+            self._expected[operation.name, size] = operation.result(self.work)
+        return self._expected[operation.name, size]
+
+    def sites(self, operation: Operation, size: int, victim: int) -> list[Site]:
+        """Every call, in order."""
+        self.bench.fresh(operation, self.work, size)
+        plan = self._plan()
+        self.bench.run(operation, self.work, size, plan.path, victim)
+        found, numbers, visits = [], Counter[str](), Counter[tuple[str, str]]()
+        for call, path in plan.calls():
+            place = plain(path.replace(str(self.work), "WORK").replace(str(self.bench.sources), "SOURCES"))
+            numbers[call] += 1
+            visits[call, place] += 1
+            found.append(Site(operation.name, size, victim, call, numbers[call], place, visits[call, place]))
+        return found
+
+    def trial(self, site: Site, mode: Mode) -> Trial:
+        operation = OPERATIONS[site.operation]
+        expected = self.expected(operation, site.size)
+        self.bench.fresh(operation, self.work, site.size)
+        plan = self._plan(mode, site.call, site.nth)
+        codes, said = self.bench.run(operation, self.work, site.size, plan.path, site.victim)
+        if not plan.fired():
+            return Trial(site, mode.name, "not reached" if codes == [0] * len(codes) else "wrong", "" if not any(codes) else _tail(said))
+        ended_well = codes == [0] * len(codes)
+        problem = self._problem(operation, mode, codes, said, expected if ended_well else None)
+        if problem is None and (operation.is_repeatable or not ended_well):
+            again, said_again = self.bench.run(operation, self.work, site.size)
+            problem = self._problem(operation, None, again, said_again, expected)
+            problem = problem and f"given again: {problem}"
+        verdict = "wrong" if problem else "survived" if ended_well else "refused"
+        return Trial(site, mode.name, verdict, f"{problem} | {_tail(said)}" if problem else _lines(said)[-1][:300] if not ended_well and _lines(said) else "")
+
+    def _plan(self, *arguments: Any) -> Plan:
+        return Plan(self.work.with_suffix(".plan"), [self.work, self.bench.sources], *arguments)
+
+    def _problem(
+        self, operation: Operation, mode: Mode | None, codes: list[int | None], said: str, expected: dict[str, Any] | None
+    ) -> str | None:
+        """What is wrong with how it ended; `expected` is the result where it must have one, `mode` the fault it was given."""
+        if None in codes:
+            return "did not end"
+        if "Traceback (most recent call last)" in said or "terminate called" in said:
+            return f"a traceback, {codes}"
+        if aside := list(self.work.rglob("damaged_*")):
+            return f"put aside {aside[0].name}"
+        if expected is not None:
+            if any(codes):
+                return f"ended with {codes}: {_lines(said)[-1:]}"
+            differing = _differing(operation, self.work, expected)
+            left = [path.name for pattern in LEFT_BEHIND for path in self.work.rglob(pattern)]
+            return f"other bits: {differing[:4]}" if differing else f"left behind {left[:3]}" if left else None
+        killed = mode is not None and mode.is_kill
+        if not killed:
+            errors = [line for line in _lines(said) if "error:" in line]
+            if not 1 <= len(errors) <= len(codes):
+                return f"{len(errors)} lines of error, {codes}"
+            if not any(code in CODES[operation.tool] and code for code in codes):
+                return f"exit codes {codes}"
+            if operation.tool == "lvtrain" and mode is not None and mode.name != "ENOSPC" and 2 in codes:
+                return f"fatal for a chain, {codes}"
+        return None
+
+
+def plain(path: str) -> str:
+    """A path without what is drawn anew at every start."""
+    return re.sub(r"\.(\d+)\.", ".N.", re.sub(r"[0-9a-f]{8,32}(?![0-9])", "HEX", path)) if not re.search(r"step_\d{9}$", path) else path
+
+
+def _differing(operation: Operation, work: Path, expected: dict[str, Any]) -> list[str]:
+    try:
+        found = operation.result(work)
+    except Exception as error:  # a result that cannot be read is another one
+        return [f"{type(error).__name__}: {error}"]
+    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+
+
+def _lines(said: str) -> list[str]:
+    return [line.strip() for line in said.splitlines() if line.strip()]
+
+
+def _tail(said: str) -> str:
+    return " / ".join(_lines(said)[-4:])[-900:]
+
+
+# ------------------------------------------------------------------------------------------------------------------- which trials
+
+
+def whole(sites: list[Site], visits: int) -> list[tuple[Site, Mode]]:
+    """All modes at all calls, of the calls of one kind on one file the first `visits` and the last."""
+    last = {(site.call, site.path): site.visit for site in sites}
+    chosen = [site for site in sites if site.visit <= visits or site.visit == last[site.call, site.path]]
+    return [(site, mode) for site in chosen for mode in MODES if mode.applies(site.call)]
+
+
+def sample(pairs: list[tuple[Site, Mode]], count: int, seed: int) -> list[tuple[Site, Mode]]:
+    """Some of them, in turn from every mode, so that none is left out."""
+    chance = random.Random(seed)
+    by_mode = {mode.name: [pair for pair in pairs if pair[1] is mode] for mode in MODES}
+    for some in by_mode.values():
+        chance.shuffle(some)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_mode.values()))
+    return list(itertools.islice((pair for pair in turns if pair), count))
+
+
+def carry_out(bench: Bench, pairs: Iterable[tuple[Site, Mode]], jobs: int) -> Iterator[Trial]:
+    """The trials, `jobs` at a time."""
+    free = [Sweep(bench, bench.folder / f"work{job}") for job in range(jobs)]
+
+    def one(pair: tuple[Site, Mode]) -> Trial:
+        sweep = free.pop()
+        try:
+            return sweep.trial(*pair)
+        finally:
+            free.append(sweep)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(one, pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the table
+
+
+def table(trials: list[Trial]) -> str:
+    """Calls x modes, each cell `survived / refused / wrong`."""
+    names = [mode.name for mode in MODES]
+    cells: dict[tuple[str, str], Counter[str]] = {}
+    for trial in trials:
+        cells.setdefault((trial.site.call, trial.mode), Counter())[trial.verdict] += 1
+    calls = sorted({trial.site.call for trial in trials})
+    lines = ["| call | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for call in calls:
+        row = [_cell(cells.get((call, name), Counter())) for name in names]
+        lines.append(f"| {call} | " + " | ".join(row) + " |")
+    totals = [_cell(sum((cells.get((call, name), Counter()) for call in calls), Counter())) for name in names]
+    return "\n".join([*lines, "| **all** | " + " | ".join(totals) + " |"]) + "\n"
+
+
+def _cell(counts: Counter[str]) -> str:
+    if not sum(counts[verdict] for verdict in ("survived", "refused", "wrong")):
+        return "-"
+    wrong = f"**{counts['wrong']}**" if counts["wrong"] else "0"
+    return f"{counts['survived']}/{counts['refused']}/{wrong}"
+
+
+def keep(results: Path, trials: list[Trial], conditions: dict[str, Any]) -> None:
+    """Writes syscalls.json and syscalls.md; groups (operation, ranks, victim) that were not swept now stay as they were."""
+    path = results / "syscalls.json"
+    old: list[Trial] = []
+    with contextlib.suppress(OSError, ValueError):
+        old = [Trial(Site(**one.pop("site")), **one) for one in json.loads(path.read_text())["trials"]]
+    swept = {(trial.site.operation, trial.site.size, trial.site.victim) for trial in trials}
+    together = [trial for trial in old if (trial.site.operation, trial.site.size, trial.site.victim) not in swept] + trials
+    text = [HEADING]
+    for operation, size, victim in GROUPS:
+        own = [trial for trial in together if (trial.site.operation, trial.site.size, trial.site.victim) == (operation, size, victim)]
+        if own:
+            counts = Counter(trial.verdict for trial in own)
+            said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("survived", "refused", "wrong", "not reached"))
+            text += [f"## {operation}, {_who(operation, size, victim)}: {said}", "", table(own)]
+    results.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"conditions": conditions, "trials": [asdict(trial) for trial in together]}, indent=0) + "\n")
+    (results / "syscalls.md").write_text("\n".join(text))
+
+
+def _who(operation: str, size: int, victim: int) -> str:
+    if operation == "pack":
+        return "one process" if size == 1 else f"{size} workers, the fault in a worker"
+    return "1 rank" if size == 1 else f"{size} ranks, the fault on rank {victim}"
+
+
+HEADING = """# System calls that fail
+
+`python tools/torture.py --only syscalls`: one save, one resume, one pack and one evaluation, each made again for every call on its files and
+every way of failing. A cell counts trials that **survived** (ended well, same bits) / **refused** (ended with one line, or were killed; the same
+command then ended with the same bits) / were **wrong** (anything else).
+"""
