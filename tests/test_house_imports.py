@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lvtrain"
 FLOORS = [
-    {"errors", "randomness", "signals", "faults", "recipe", "distributed"},
+    {"errors", "randomness", "signals", "faults", "files", "recipe", "distributed"},
     {"backbones", "checkpoint", "data"},
     {"engine", "classifier", "weights"},
     {"methods", "planning", "evaluation"},

@@ -10,8 +10,8 @@ README. Writing goes on in the background from a snapshot in host memory, over a
 
 from __future__ import annotations
 
-import errno
 import json
+import os
 import shutil
 import sys
 import threading
@@ -24,7 +24,7 @@ from lvtrain import faults
 from lvtrain.checkpoint import files as files
 from lvtrain.checkpoint import plan as layout
 from lvtrain.checkpoint.commit import Commit, Committer, Job
-from lvtrain.checkpoint.folder import Choice, Found, on_first
+from lvtrain.checkpoint.folder import INTACT, Choice, Found, on_first
 from lvtrain.checkpoint.lease import Lease
 from lvtrain.checkpoint.reader import Reader, Weights, open_weights
 from lvtrain.checkpoint.snapshot import Snapshot
@@ -32,10 +32,10 @@ from lvtrain.checkpoint.state import State
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
+from lvtrain.files.patience import FULL, in_words, patiently
 
 __all__ = ["Checkpoints", "Commit", "Found", "Reader", "Weights", "open_weights"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _TRIES = 3  # saves in a row that may fail for a reason that may pass
 
 
@@ -141,10 +141,10 @@ class Checkpoints:
     def _begin(self, step: int, total_bytes: int) -> Path:
         """On rank 0: room enough? Then a folder that did not exist before."""
         target = self.folder / files.folder_name(step)
-        if target.exists():
+        if patiently(target.exists):
             raise FileExistsError(f"{target} exists already")
         self._committer.check_lease()
-        free = shutil.disk_usage(self.folder).free
+        free = patiently(shutil.disk_usage, self.folder).free
         needed = total_bytes * 1.05 + (1 << 20)
         if free < needed:
             raise UserError(
@@ -152,7 +152,7 @@ class Checkpoints:
                 "(nothing was written, earlier checkpoints are intact)"
             )
         temporary = self.folder / f"{files.WRITING}{files.folder_name(step)}_{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
+        patiently(temporary.mkdir, exist_ok=True)
         return temporary
 
     def _settle(self, *, final: bool) -> None:
@@ -172,10 +172,14 @@ class Checkpoints:
         if not isinstance(error, OSError):
             raise RuntimeError(f"the checkpoint of step {job.step} failed: {error}") from error
         self._failures += 1
-        reason = f"the checkpoint of step {job.step} could not be written to {self.folder}: {error.strerror or error}"
-        if error.errno in _FULL or final or self._failures >= _TRIES:
-            raise UserError(f"{reason}; earlier checkpoints are intact, mend it and start again") from error
+        if error.errno in FULL or final or self._failures >= _TRIES:
+            raise in_words(
+                error, self.folder, f"the checkpoint of step {job.step} could not be written; {INTACT}"
+            ) from error
         if self.world.is_first:
+            reason = (
+                f"the checkpoint of step {job.step} could not be written to {self.folder}: {error.strerror or error}"
+            )
             print(f"warning: {reason}; training goes on, try {self._failures} of {_TRIES}", file=sys.stderr, flush=True)
 
     # ----------------------------------------------------------------------------------------------------------------- loading
@@ -199,7 +203,7 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------------------------ helpers
 
     def _open(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for pattern in (files.WRITING, files.TRASH):  # what attempts that are dead now left behind
-            for path in self.folder.glob(f"{pattern}*"):
-                shutil.rmtree(path, ignore_errors=True)
+        patiently(self.folder.mkdir, parents=True, exist_ok=True)
+        for name in patiently(os.listdir, self.folder):  # what attempts that are dead now left behind
+            if name.startswith((files.WRITING, files.TRASH)):
+                shutil.rmtree(self.folder / name, ignore_errors=True)

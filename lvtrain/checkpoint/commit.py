@@ -11,7 +11,9 @@ import shutil
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from lvtrain.checkpoint import files as files
 from lvtrain.checkpoint import plan as layout
 from lvtrain.checkpoint.lease import Lease, Lost
 from lvtrain.distributed.world import World
+from lvtrain.files.atomic import sync_folder
+from lvtrain.files.patience import patiently
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,16 @@ class Committer:
 
     def _write_files(self, job: Job) -> list[files.Written]:
         rank = self.world.rank
+        written = []
+        if rank == 0:
+            path = job.temporary / files.STATE
+            written.append(patiently(_afresh, files.write_text, path, job.state_text))
+        if job.tensors:
+            written.append(patiently(self._write_tensors, job))
+        self._point("save.after_files", job)
+        return written
+
+    def _write_tensors(self, job: Job) -> files.Written:
         chunks = 0
 
         def progress() -> None:
@@ -110,35 +124,39 @@ class Committer:
             if chunks == 2:
                 self._point("save.mid_file", job)
 
-        written = []
-        if rank == 0:
-            written.append(files.write_text(job.temporary / files.STATE, job.state_text))
-        if job.tensors:
-            metadata = {"run_id": job.content["run_id"], "step": str(job.step), "rank": str(rank)}
-            path = job.temporary / layout.file_name(rank)
-            written.append(files.write_tensors(path, job.tensors, metadata, progress=progress))
-        self._point("save.after_files", job)
-        return written
+        rank = self.world.rank
+        metadata = {"run_id": job.content["run_id"], "step": str(job.step), "rank": str(rank)}
+        return _afresh(
+            files.write_tensors, job.temporary / layout.file_name(rank), job.tensors, metadata, progress=progress
+        )
 
     def _make_visible(self, job: Job, written: list[files.Written]) -> None:
         """On rank 0, when all ranks' files are on disk."""
         job.content["files"] = {entry.name: {"size": entry.size, "sha256": entry.sha256} for entry in written}
         job.content["created"] = round(time.time(), 3)
         for entry in written:
-            size = (job.temporary / entry.name).stat().st_size
+            size = patiently((job.temporary / entry.name).stat).st_size
             if size != entry.size:
                 raise OSError(errno.EIO, f"{entry.name} has {size} bytes instead of {entry.size}")
         self._point("save.before_manifest", job)
         text = files.manifest_text(job.content)
-        files.write_text(job.temporary / files.MANIFEST, text, middle=lambda: self._point("save.mid_manifest", job))
-        files.sync_folder(job.temporary)
+        middle = partial(self._point, "save.mid_manifest", job)
+        patiently(_afresh, files.write_text, job.temporary / files.MANIFEST, text, middle=middle)
+        patiently(sync_folder, job.temporary)
         self._point("save.before_rename", job)
         self.check_lease()
         target = self.folder / files.folder_name(job.step)
-        if target.exists():
+        if patiently(target.exists):
             raise FileExistsError(f"{target} exists already")
-        os.rename(job.temporary, target)
-        files.sync_folder(self.folder)
+
+        def rename() -> None:
+            if not (
+                target.exists() and not job.temporary.exists()
+            ):  # else an earlier try got through, whatever it was answered
+                os.rename(job.temporary, target)
+
+        patiently(rename)
+        patiently(sync_folder, self.folder)
         self._point("save.after_rename", job)
         self._retire(job)
 
@@ -165,3 +183,9 @@ class Committer:
 
     def _point(self, name: str, job: Job) -> None:
         faults.point(name, rank=self.world.rank, step=job.step)
+
+
+def _afresh(write: Callable[..., files.Written], path: Path, *arguments: Any, **more: Any) -> files.Written:
+    """`write` in a folder that is this save's alone: what is there is of a try that failed."""
+    path.unlink(missing_ok=True)
+    return write(path, *arguments, **more)

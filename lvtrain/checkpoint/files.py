@@ -22,12 +22,15 @@ from typing import Any
 
 import torch
 
+from lvtrain.files.patience import patiently
+
 FORMAT = "lvtrain-checkpoint"
 VERSION = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 WRITING, TRASH, DAMAGED = ".writing_", ".trash_", "damaged_"
 _NAME = re.compile(r"step_(\d{9,})")
 _CHUNK = 16 << 20
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # what cannot be a disk that fails for a moment
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -45,7 +48,7 @@ DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class Damaged(Exception):
-    """A checkpoint folder is not what its manifest says."""
+    """A checkpoint folder is not what its manifest says: a file is missing, or has another size or hash. Nothing else is damage."""
 
 
 @dataclass(frozen=True)
@@ -128,15 +131,6 @@ def write_text(path: Path, text: str, *, middle: Callable[[], object] = lambda: 
     return Written(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes names created or renamed in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def manifest_text(content: dict[str, Any]) -> str:
     return json.dumps({"sha256": _digest(content), "content": content}, indent=1)
 
@@ -145,21 +139,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest's content, after every check that needs no file to be read through.
 
     Raises:
-        Damaged: missing, unreadable or altered manifest; another step's; a file that is missing or has another size.
+        Damaged: a missing or altered manifest; another step's; a file that it names is missing or has another size.
+        OSError: the file system kept failing, which says nothing of the checkpoint.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(patiently((folder / MANIFEST).read_bytes))
         content = manifest["content"]
         if manifest["sha256"] != _digest(content):
             raise Damaged("the manifest was altered")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _GONE as error:
+        raise Damaged("the manifest is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"the manifest cannot be read ({type(error).__name__})") from error
     if content["format"] != FORMAT or content["step"] != step_of(folder):
         raise Damaged("the manifest belongs to another folder")
     for name, entry in content["files"].items():
         try:
-            size = (folder / name).stat().st_size
-        except OSError as error:
+            size = patiently((folder / name).stat).st_size
+        except _GONE as error:
             raise Damaged(f"{name} is missing") from error
         if size != entry["size"]:
             raise Damaged(f"{name} has {size} bytes instead of {entry['size']}")
@@ -167,15 +164,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_file(folder: Path, name: str, sha256: str) -> str | None:
-    """Reads a file through; what is wrong with it, or None."""
-    digest = hashlib.sha256()
-    try:
+    """Reads a file through; what is wrong with it, or None.
+
+    Raises:
+        OSError: the file system kept failing, which says nothing of the file.
+    """
+
+    def read() -> str:
+        digest = hashlib.sha256()
         with open(folder / name, "rb", buffering=0) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
-    except OSError as error:
-        return f"{name}: {error.strerror}"
-    return None if digest.hexdigest() == sha256 else f"{name} was altered (sha256 differs)"
+        return digest.hexdigest()
+
+    try:
+        return None if patiently(read) == sha256 else f"{name} was altered (sha256 differs)"
+    except _GONE:
+        return f"{name} is missing"
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -17,6 +17,9 @@ from lvtrain.checkpoint import plan as layout
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
+from lvtrain.files.patience import in_words, patiently
+
+INTACT = "earlier checkpoints are intact, start again when the disk works"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,12 @@ class Found:
 
 
 def on_first(folder: Path, action: Callable[[], Any]) -> Any:
-    """Rank 0's result on every rank; what it raises is raised on every rank, an OSError in a user's words. A collective."""
+    """Rank 0's result on every rank; what it raises is raised on every rank. A collective.
+
+    Raises:
+        UserError: the disk is full or read-only.
+        OSError: the file system kept failing; in a user's words.
+    """
 
     def explained() -> Any:
         try:
@@ -39,9 +47,7 @@ def on_first(folder: Path, action: Callable[[], Any]) -> Any:
         except FileExistsError:
             raise
         except OSError as error:
-            raise UserError(
-                f"cannot write in {folder}: {error.strerror or error}; earlier checkpoints are intact, mend it and start again"
-            ) from error
+            raise in_words(error, folder, INTACT) from error
 
     return worlds.on_first(explained)
 
@@ -59,12 +65,15 @@ class Choice:
             if candidate is None:
                 return None
             path, content = candidate
-            verdict = [] if path in trusted else self._verify(path, content)
-            problems = [problem for part in worlds.gather_objects(verdict) for problem in part]
+            verdicts = worlds.gather_objects([] if path in trusted else self._verify(path, content))
+            for verdict in verdicts:  # a rank that cannot read says nothing of the checkpoint: all stop
+                if isinstance(verdict, OSError):
+                    raise in_words(verdict, path, INTACT)
+            problems = [problem for verdict in verdicts for problem in verdict]
             if not problems:
                 break
             on_first(self.folder, partial(self._quarantine, path, problems[0]))
-        state = json.loads(on_first(self.folder, (path / files.STATE).read_text))
+        state = json.loads(on_first(self.folder, partial(patiently, (path / files.STATE).read_text)))
         return Found(path, state["step"], state["samples_seen"], state["phase"], state["meta"])
 
     def _candidate(self) -> tuple[Path, dict[str, Any]] | None:
@@ -78,7 +87,8 @@ class Choice:
                 continue
             self._own(path, content)
             return path, content
-        put_aside = sorted(path.name for path in self.folder.glob(f"{files.DAMAGED}*"))
+        names = patiently(os.listdir, self.folder)  # not glob, to which a folder that cannot be read is empty
+        put_aside = sorted(name for name in names if name.startswith(files.DAMAGED))
         if put_aside:
             raise UserError(
                 f"{self.folder} holds checkpoints but none is valid ({', '.join(put_aside)}); restore one, or remove them to start afresh"
@@ -95,15 +105,18 @@ class Choice:
                 f"{path} was trained on another dataset (its fingerprint differs); point data.path at the same data, or use init_from"
             )
 
-    def _verify(self, path: Path, content: dict[str, Any]) -> list[str]:
-        """Hashes this rank's share of the files."""
+    def _verify(self, path: Path, content: dict[str, Any]) -> list[str] | OSError:
+        """Hashes this rank's share of the files: what is wrong with them, or why they cannot be read."""
         names = sorted(content["files"])[self.world.rank :: self.world.size]
-        checked = [files.check_file(path, name, content["files"][name]["sha256"]) for name in names]
+        try:
+            checked = [files.check_file(path, name, content["files"][name]["sha256"]) for name in names]
+        except OSError as error:
+            return error
         return [problem for problem in checked if problem]
 
     def _quarantine(self, path: Path, problem: str) -> None:
         aside = path.with_name(f"{files.DAMAGED}{path.name}")
-        if aside.exists():
+        if patiently(aside.exists):
             aside = aside.with_name(f"{aside.name}_{uuid.uuid4().hex[:8]}")
-        os.rename(path, aside)
+        patiently(os.rename, path, aside)
         print(f"damaged checkpoint {path}: {problem}; put aside as {aside.name}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ meanwhile commits nothing. Ages are measured with the file system's clock alone,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -22,8 +23,11 @@ from typing import Any
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
+from lvtrain.files.atomic import write_json
+from lvtrain.files.patience import FORBIDDEN, in_words, patiently
 
 NAME = "lease.json"
+ELSEWHERE = "make room or get the permission, or choose another folder with runs=PATH"
 
 
 class InUse(UserError):
@@ -66,9 +70,10 @@ class Lease:
     def release(self) -> None:
         self._stop.set()
         self._beat.join()
-        holder = _read(self.path)
-        if holder is not None and holder["token"] == self.token:
-            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a lease that stays is a dead process's
+            holder = _read(self.path)
+            if holder is not None and holder["token"] == self.token:
+                self.path.unlink(missing_ok=True)
 
     def _acquire(self, stale_after: float, sleep: Callable[[float], None]) -> None:
         waited = 0.0
@@ -88,22 +93,18 @@ class Lease:
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         }
-        fresh = self.path.with_name(f".{NAME}.{self.token}")
         try:
-            fresh.write_text(json.dumps(mine))
-            os.replace(fresh, self.path)
+            write_json(self.path, mine, writer=self.token)
         except OSError as error:
-            raise UserError(
-                f"cannot write in {self.path.parent}: {error.strerror}; choose another folder with runs=PATH"
-            ) from error
+            raise in_words(error, self.path, ELSEWHERE, users=FORBIDDEN) from error
         self.check()
 
     def _keep_alive(self, heartbeat: float) -> None:
         while not self._stop.wait(heartbeat):
-            holder = _read(self.path)
-            if holder is None or holder["token"] != self.token:
-                return  # the next commit will notice and say so
             try:
+                holder = _read(self.path)
+                if holder is None or holder["token"] != self.token:
+                    return  # the next commit will notice and say so
                 os.utime(self.path)
             except OSError:
                 continue  # a full or absent file system is the save's business to report
@@ -138,18 +139,23 @@ def hold(folder: Path, world: World) -> Iterator[Lease | None]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """Who holds the lease: nobody (None), a holder, or somebody unknown where a crash left half a file.
+
+    Raises:
+        OSError: the file system kept failing, which says nothing of the holder.
+    """
     try:
-        return json.loads(path.read_text())
+        return json.loads(patiently(path.read_text))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except ValueError:
         return {"token": "", "host": "?", "pid": -1, "started": None, "slurm_job": None, "slurm_restarts": 0}
 
 
 def _stamp(path: Path) -> int | None:
     try:
-        return path.stat().st_mtime_ns
-    except OSError:
+        return patiently(path.stat).st_mtime_ns
+    except FileNotFoundError:
         return None
 
 

@@ -10,6 +10,7 @@ import torch
 
 from lvtrain.checkpoint import files as files
 from lvtrain.checkpoint.state import Replicated, State
+from lvtrain.files.patience import patiently
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,18 @@ def _plan_rows(name: str, entries: list[Entry], table: dict[str, Any], load: lis
 
 
 def committed(folder: Path) -> list[Path]:
-    """The folders named as checkpoints are, newest first, whatever is in them."""
-    there = (
-        [path for path in folder.iterdir() if path.is_dir() and files.step_of(path) is not None]
-        if folder.is_dir()
-        else []
-    )
+    """The folders named as checkpoints are, newest first, whatever is in them.
+
+    Raises:
+        OSError: the file system kept failing. That is not a folder without checkpoints.
+    """
+
+    def look() -> list[Path]:
+        if not folder.is_dir():
+            return []
+        return [path for path in folder.iterdir() if files.step_of(path) is not None and path.is_dir()]
+
+    there = patiently(look)
     return sorted(there, key=lambda path: files.step_of(path) or 0, reverse=True)
 
 

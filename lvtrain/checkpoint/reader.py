@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lvtrain.checkpoint import files as files
 from lvtrain.checkpoint import plan as layout
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
+from lvtrain.files.patience import patiently
 from lvtrain.recipe import files as recipes
 
 
@@ -119,8 +122,18 @@ class Reader:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            self._open[name] = safe_open(str(self.path / name), framework="pt", device="cpu")
+            self._open[name] = patiently(_open, self.path / name)
         return self._open[name]
+
+
+def _open(path: Path) -> Any:
+    """safetensors says a disk's failure in words of its own."""
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -164,7 +177,7 @@ def open_shapes(path: str | Path) -> dict[str, torch.Size]:
 
 def _newest(path: Path, *, verify: bool) -> tuple[Path, dict[str, Any]]:
     """The checkpoint folder and its manifest."""
-    folder = path if (path / files.MANIFEST).exists() or files.step_of(path) is not None else None
+    folder = path if patiently((path / files.MANIFEST).exists) or files.step_of(path) is not None else None
     if folder is not None:
         candidates = [folder]
     else:
@@ -189,7 +202,7 @@ def _newest(path: Path, *, verify: bool) -> tuple[Path, dict[str, Any]]:
 
 
 def _weights(path: Path, content: dict[str, Any]) -> Weights:
-    state = json.loads((path / files.STATE).read_text())
+    state = json.loads(patiently((path / files.STATE).read_text))
     reader = Reader(path, content, state["meta"])
 
     def named(*prefixes: str) -> dict[str, torch.Tensor]:
@@ -201,7 +214,7 @@ def _weights(path: Path, content: dict[str, Any]) -> Weights:
         }
 
     recipe_file = path.parent.parent / "recipe.yaml"
-    recipe = recipes.of_run(recipe_file.read_text()) if recipe_file.is_file() else None
+    recipe = recipes.of_run(patiently(recipe_file.read_text)) if patiently(recipe_file.is_file) else None
     return Weights(
         path=path,
         step=state["step"],

@@ -29,7 +29,7 @@ seed: 0
 data: {{path: {faces}/train, block: 8, augmentation: flip, backend: torch, threads: 1}}
 backbone: {{name: vit_nano, embedding_dim: 16, overrides: {{dim: 16, depth: 1, heads: 1}}}}
 method: {{name: pco, window: 2}}
-phases: [{{name: alignment, global_batch: 8, virtual_batches: 2, sample_rate: 0.5}}]
+phases: [{{name: alignment, global_batch: 8, micro_batches: 2, sample_rate: 0.5}}]
 optimizer: {{lr: 1.0e-3, precision: float32}}
 schedule: {{total: {steps} steps, warmup: 1 steps}}
 checkpoint: {{every: 1 steps}}
@@ -60,7 +60,20 @@ class Bench:
         self.faces, self.photos = self.sources / "faces", self.sources / "photos"
         _serve(shim.build(folder))
         if not self.faces.exists():
-            size = "--identities 6 --images 4 --heldout 4 --pairs 20 --seed 3 --workers 1".split()
+            size = [
+                "--identities",
+                "6",
+                "--images",
+                "4",
+                "--heldout",
+                "4",
+                "--pairs",
+                "20",
+                "--seed",
+                "3",
+                "--workers",
+                "1",
+            ]
             make = [sys.executable, str(ROOT / "tools" / "synth_faces.py"), str(self.faces), *size]
             subprocess.run(make, check=True, cwd=ROOT, capture_output=True)
             self._photos()
@@ -69,7 +82,13 @@ class Bench:
         self._runs()
 
     def run(
-        self, operation: Operation, work: Path, size: int = 1, plan: Path | None = None, victim: int = 0, fault: str = ""
+        self,
+        operation: Operation,
+        work: Path,
+        size: int = 1,
+        plan: Path | None = None,
+        victim: int = 0,
+        fault: str = "",
     ) -> tuple[list[int | None], str]:
         """The operation on `size` ranks (a pack: workers), `victim` under `plan`. Exit codes (None: still running at the limit) and what was said."""
         log = work.with_suffix(".log")
@@ -79,7 +98,13 @@ class Bench:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LVTRAIN_FAULT": fault, "COLUMNS": 300}
+        common = {
+            "WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "LVTRAIN_FAULT": fault,
+            "COLUMNS": 300,
+        }
         context = multiprocessing.get_context("forkserver")
         processes = []
         for rank in range(ranks):
@@ -126,7 +151,10 @@ class Bench:
 
     def _runs(self) -> None:
         for size in (1, 2):
-            for name, operation, fault, code in (("done", SAVE, "", 0), ("stopped", RESUME, "loop.step:*:1:sigterm", 75)):
+            for name, operation, fault, code in (
+                ("done", SAVE, "", 0),
+                ("stopped", RESUME, "loop.step:*:1:sigterm", 75),
+            ):
                 runs = self.sources / f"{name}{size}"
                 if runs.exists():
                     continue
@@ -145,7 +173,13 @@ def _copy(name: str) -> Callable[[Bench, Path, int], None]:
 
 def _train(name: str) -> Callable[[Bench, Path, int], list[str]]:
     return lambda bench, work, size: [
-        *("--recipe", str(bench.sources / f"{name}.yaml"), "--ds_config", "ds_configs/zero2.json", f"runs={work / 'runs'}")
+        *(
+            "--recipe",
+            str(bench.sources / f"{name}.yaml"),
+            "--ds_config",
+            "ds_configs/zero2.json",
+            f"runs={work / 'runs'}",
+        )
     ]
 
 
@@ -155,7 +189,11 @@ def _trained(work: Path) -> dict[str, Any]:
 
 def _packed(work: Path) -> dict[str, Any]:
     out = work / "out"
-    found = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in out.rglob("*") if path.is_file()}
+    found = {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in out.rglob("*")
+        if path.is_file()
+    }
     manifest = json.loads((out / "dataset.json").read_text())
     manifest.pop("created", None)
     return {**found, "dataset.json": manifest}
@@ -170,7 +208,16 @@ def _evaluated(work: Path) -> dict[str, Any]:
 
 def _evaluate(bench: Bench, work: Path, size: int) -> list[str]:
     pairs = bench.faces / "heldout.bin"
-    return [str(work / "runs" / "tiny"), "--benchmark", f"heldout:{pairs}", "--calibrate", f"heldout:{pairs}", "--batch", "16", "--cpu"]
+    return [
+        str(work / "runs" / "tiny"),
+        "--benchmark",
+        f"heldout:{pairs}",
+        "--calibrate",
+        f"heldout:{pairs}",
+        "--batch",
+        "16",
+        "--cpu",
+    ]
 
 
 SAVE = Operation("save", "lvtrain", lambda bench, work, size: None, _train("save"), _trained)
@@ -179,7 +226,16 @@ PACK = Operation(
     "pack",
     "pack_dataset",
     lambda bench, work, size: None,
-    lambda bench, work, workers: [str(bench.photos), str(work / "out"), "--kind", "folder", "--workers", str(workers), "--samples-per-shard", "8"],
+    lambda bench, work, workers: [
+        str(bench.photos),
+        str(work / "out"),
+        "--kind",
+        "folder",
+        "--workers",
+        str(workers),
+        "--samples-per-shard",
+        "8",
+    ],
     _packed,
     is_repeatable=False,
 )
@@ -189,7 +245,12 @@ OPERATIONS = {operation.name: operation for operation in (SAVE, RESUME, PACK, EV
 
 def _serve(library: Path) -> None:
     """The process the others are forked from, with the library preloaded: the first fork starts it, with the environment it then finds."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "LD_PRELOAD": str(library)}
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "LD_PRELOAD": str(library),
+    }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tools.faults.preload"])
     process = context.Process(target=_nothing)

@@ -14,9 +14,9 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("interpose.c")
 # as `enum call` and `enum mode` of interpose.c
 CALLS = (
-    "open read pread write pwrite fsync rename link unlink rmdir mkdir stat statvfs opendir readdir close ftruncate mmap utime flock "
-    "sendfile readlink"
-).split()
+    *("open", "read", "pread", "write", "pwrite", "fsync", "rename", "link", "unlink", "rmdir", "mkdir"),
+    *("stat", "statvfs", "opendir", "readdir", "close", "ftruncate", "mmap", "utime", "flock", "sendfile", "readlink"),
+)
 _COUNT, _ONCE, _FOR_GOOD, _FULL, _SHORT, _TORN, _KILL_BEFORE, _KILL_AFTER, _DELAY = range(9)
 PATH, TRACED = 256, 8192
 
@@ -42,7 +42,9 @@ _ALLOCATES = frozenset({"open", "write", "pwrite", "fsync", "rename", "link", "m
 _MOVES = frozenset({"read", "pread", "write", "pwrite", "sendfile"})
 _WRITES = frozenset({"write", "pwrite", "sendfile"})
 # what Linux and NFS may interrupt: a stat or a rename is not
-_SLOW = frozenset({"open", "read", "pread", "write", "pwrite", "fsync", "close", "ftruncate", "flock", "sendfile", "statvfs"})
+_SLOW = frozenset(
+    {"open", "read", "pread", "write", "pwrite", "fsync", "close", "ftruncate", "flock", "sendfile", "statvfs"}
+)
 MODES = (
     Mode("EIO once", _ONCE, errno.EIO),
     Mode("EIO for good", _FOR_GOOD, errno.EIO),
@@ -81,7 +83,14 @@ class Plan:
     """A plan file at `path`: without a `mode` calls on files under `folders` are counted and noted, else the `nth` of `call` gets it."""
 
     def __init__(
-        self, path: Path, folders: list[Path], mode: Mode | None = None, call: str = "open", nth: int = 1, *, delay: float = 0.3
+        self,
+        path: Path,
+        folders: list[Path],
+        mode: Mode | None = None,
+        call: str = "open",
+        nth: int = 1,
+        *,
+        delay: float = 0.3,
     ) -> None:
         self.path = path
         values = _Plan()

@@ -21,7 +21,12 @@ from typing import Any
 from tools.faults.operations import OPERATIONS, Bench, Operation
 from tools.faults.shim import MODES, Mode, Plan
 
-GROUPS = [(operation, size, victim) for operation in OPERATIONS for size, victim in ((1, 0), (2, 0), (2, 1)) if (operation, size, victim) != ("pack", 2, 0)]
+GROUPS = [
+    (operation, size, victim)
+    for operation in OPERATIONS
+    for size, victim in ((1, 0), (2, 0), (2, 1))
+    if (operation, size, victim) != ("pack", 2, 0)
+]
 LEFT_BEHIND = (".writing_*", ".trash_*", "*.tmp", ".*.new", ".*.tmp", ".pack")
 CODES = {"lvtrain": {0, 1, 2, 75}, "pack_dataset": {0, 1, 2}, "evaluate": {0, 1, 2}}
 
@@ -83,7 +88,12 @@ class Sweep:
         plan = self._plan(mode, site.call, site.nth)
         codes, said = self.bench.run(operation, self.work, site.size, plan.path, site.victim)
         if not plan.fired():
-            return Trial(site, mode.name, "not reached" if codes == [0] * len(codes) else "wrong", "" if not any(codes) else _tail(said))
+            return Trial(
+                site,
+                mode.name,
+                "not reached" if codes == [0] * len(codes) else "wrong",
+                "" if not any(codes) else _tail(said),
+            )
         ended_well = codes == [0] * len(codes)
         problem = self._problem(operation, mode, codes, said, expected if ended_well else None)
         if problem is None and (operation.is_repeatable or not ended_well):
@@ -91,13 +101,27 @@ class Sweep:
             problem = self._problem(operation, None, again, said_again, expected)
             problem = problem and f"given again: {problem}"
         verdict = "wrong" if problem else "survived" if ended_well else "refused"
-        return Trial(site, mode.name, verdict, f"{problem} | {_tail(said)}" if problem else _lines(said)[-1][:300] if not ended_well and _lines(said) else "")
+        return Trial(
+            site,
+            mode.name,
+            verdict,
+            f"{problem} | {_tail(said)}"
+            if problem
+            else _lines(said)[-1][:300]
+            if not ended_well and _lines(said)
+            else "",
+        )
 
     def _plan(self, *arguments: Any) -> Plan:
         return Plan(self.work.with_suffix(".plan"), [self.work, self.bench.sources], *arguments)
 
     def _problem(
-        self, operation: Operation, mode: Mode | None, codes: list[int | None], said: str, expected: dict[str, Any] | None
+        self,
+        operation: Operation,
+        mode: Mode | None,
+        codes: list[int | None],
+        said: str,
+        expected: dict[str, Any] | None,
     ) -> str | None:
         """What is wrong with how it ended; `expected` is the result where it must have one, `mode` the fault it was given."""
         if None in codes:
@@ -126,7 +150,11 @@ class Sweep:
 
 def plain(path: str) -> str:
     """A path without what is drawn anew at every start."""
-    return re.sub(r"\.(\d+)\.", ".N.", re.sub(r"[0-9a-f]{8,32}(?![0-9])", "HEX", path)) if not re.search(r"step_\d{9}$", path) else path
+    return (
+        re.sub(r"\.(\d+)\.", ".N.", re.sub(r"[0-9a-f]{8,32}(?![0-9])", "HEX", path))
+        if not re.search(r"step_\d{9}$", path)
+        else path
+    )
 
 
 def _differing(operation: Operation, work: Path, expected: dict[str, Any]) -> list[str]:
@@ -212,16 +240,26 @@ def keep(results: Path, trials: list[Trial], conditions: dict[str, Any]) -> None
     with contextlib.suppress(OSError, ValueError):
         old = [Trial(Site(**one.pop("site")), **one) for one in json.loads(path.read_text())["trials"]]
     swept = {(trial.site.operation, trial.site.size, trial.site.victim) for trial in trials}
-    together = [trial for trial in old if (trial.site.operation, trial.site.size, trial.site.victim) not in swept] + trials
+    together = [
+        trial for trial in old if (trial.site.operation, trial.site.size, trial.site.victim) not in swept
+    ] + trials
     text = [HEADING]
     for operation, size, victim in GROUPS:
-        own = [trial for trial in together if (trial.site.operation, trial.site.size, trial.site.victim) == (operation, size, victim)]
+        own = [
+            trial
+            for trial in together
+            if (trial.site.operation, trial.site.size, trial.site.victim) == (operation, size, victim)
+        ]
         if own:
             counts = Counter(trial.verdict for trial in own)
-            said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("survived", "refused", "wrong", "not reached"))
+            said = ", ".join(
+                f"{counts[verdict]} {verdict}" for verdict in ("survived", "refused", "wrong", "not reached")
+            )
             text += [f"## {operation}, {_who(operation, size, victim)}: {said}", "", table(own)]
     results.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"conditions": conditions, "trials": [asdict(trial) for trial in together]}, indent=0) + "\n")
+    path.write_text(
+        json.dumps({"conditions": conditions, "trials": [asdict(trial) for trial in together]}, indent=0) + "\n"
+    )
     (results / "syscalls.md").write_text("\n".join(text))
 
 
