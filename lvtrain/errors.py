@@ -1,20 +1,42 @@
-"""The one exception that is meant for the user's eyes.
+"""The one exception that is meant for the user, and how command lines show it.
 
-Everything a user can mend (a typo in a recipe, a missing shard, a label out of range) is raised as `UserError` with one line that says
-what, where and how to mend it. The front doors print that line and exit with `EXIT_ERROR`; a traceback is shown only with `--debug`.
+Everything that a user can fix (a typo in a recipe, a missing shard, a label out of range) is raised as `UserError`, with one
+line that says what happened, where, and what to do. Command lines print that line and exit with `EXIT_ERROR`; they show a
+traceback only with `--debug`.
 """
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 EXIT_DONE = 0
 EXIT_ERROR = 2
-EXIT_STOPPED = 75  # stopped early on request, a checkpoint is written, start me again (sysexits' EX_TEMPFAIL)
+EXIT_STOPPED = 75  # stopped on request, with a checkpoint; start again to go on (EX_TEMPFAIL of sysexits)
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its text is one line: what, where, and how to mend it."""
+    """A mistake that the user can fix. Its text is one line: what, where, and how to fix it."""
 
 
 def told(error: Exception, where: object) -> str:
-    """The line of a UserError, or of an OSError: a full disk, a forbidden folder. `where` stands for a file that the system does not name."""
+    """One line for a UserError or an OSError. `where` is named when an OSError names no file."""
     return (
         f"{error.filename or where}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
     )
+
+
+@contextmanager
+def one_line_errors(program: str, where: object = "a file", *, debug: bool = False) -> Iterator[None]:
+    """Prints a UserError or OSError as `PROGRAM: error: LINE` on standard error and exits with `EXIT_ERROR`.
+
+    `where` is named when an OSError names no file. With `debug` the error is raised, so its traceback is seen.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if debug:
+            raise
+        print(f"{program}: error: {told(error, where)}", file=sys.stderr)
+        raise SystemExit(EXIT_ERROR) from None

@@ -202,9 +202,9 @@ def test_the_tool_prints_and_refuses(tiny_faces: Path) -> None:
     app = typer.Typer()
     app.command()(tool.main)
     run = typer.testing.CliRunner().invoke
-    good = run(app, [str(RECIPES / "quickstart.yaml"), "--gpus", "2", "data.num_classes=500"])
+    good = run(app, [str(RECIPES / "quickstart.yaml"), "--ranks", "2", "data.num_classes=500"])
     assert good.exit_code == 0 and "memory a rank" in good.output, good.output
-    counted = run(app, [str(RECIPES / "quickstart.yaml"), "--gpus", "2", f"data.path={tiny_faces / 'train'}"])
+    counted = run(app, [str(RECIPES / "quickstart.yaml"), "--ranks", "2", f"data.path={tiny_faces / 'train'}"])
     assert counted.exit_code == 0 and "an epoch of 240 images" in " ".join(counted.output.split()), counted.output
-    bad = run(app, [str(RECIPES / "quickstart.yaml"), "--ds-config", "nowhere.json", "data.num_classes=500"])
+    bad = run(app, [str(RECIPES / "quickstart.yaml"), "--ds_config", "nowhere.json", "data.num_classes=500"])
     assert bad.exit_code == 2 and "nowhere.json does not exist" in bad.output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from lvtrain.errors import EXIT_ERROR, UserError, told
+from lvtrain.errors import UserError, one_line_errors
 
 
 def main(
@@ -36,7 +35,7 @@ def main(
     """Ten consecutive folds are part of such a set: keep the list's order, or ask for --balance-folds."""
     from lvtrain.evaluation.bins import balanced_order, check_folds, write_bin
 
-    try:
+    with one_line_errors("build_bin", out):
         names, issame = read_pairs(pairs)
         if balance_folds:
             order = balanced_order(issame)
@@ -47,9 +46,6 @@ def main(
             name: encode(images / name, image_size, quality) for name in dict.fromkeys(chain.from_iterable(names))
         }
         write_bin(out, [encoded[name] for pair in names for name in pair], issame, about={"alignment": alignment})
-    except (UserError, OSError) as error:
-        print(f"build_bin: error: {told(error, out)}", file=sys.stderr)
-        raise SystemExit(EXIT_ERROR) from None
     print(f"{out}: {len(issame)} pairs, {int(issame.sum())} of one person, {len(encoded)} images")
 
 

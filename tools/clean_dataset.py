@@ -18,7 +18,7 @@ import typer
 from lvtrain.data.shards import ShardDataset
 from lvtrain.data.subset import check_target, write_subset
 from lvtrain.datasets import clean, contact_sheet
-from lvtrain.errors import EXIT_ERROR, UserError, told
+from lvtrain.errors import UserError, one_line_errors
 
 _SHOWN = 6
 
@@ -51,14 +51,11 @@ def main(
     min_images: Annotated[int, typer.Option(help="identities with fewer images left are dropped")] = 1,
     batch: int = 128,
 ) -> None:
-    try:
+    with one_line_errors("clean_dataset", out):
         report = _clean(
             dataset, out, embeddings, evaluation or [], evaluation_embeddings or [],
             clean.Limits(outlier=outlier, same_person=same_person, overlap=overlap), merges, min_images, batch,
         )  # fmt: skip
-    except (UserError, OSError) as error:
-        typer.echo(f"clean_dataset: error: {told(error, out)}", err=True)
-        raise typer.Exit(EXIT_ERROR) from None
     limits = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["limits"].items())
     typer.echo(f"cosines used: {limits}")
     for name, count in report["counts"].items():

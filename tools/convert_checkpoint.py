@@ -17,15 +17,12 @@ python tools/convert_checkpoint.py export runs/mine mine.onnx --to onnx
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from lvtrain.errors import EXIT_ERROR, UserError, told
+from lvtrain.errors import UserError, one_line_errors
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False
@@ -35,15 +32,6 @@ Source = Annotated[
     typer.Argument(help="run, checkpoint, exported folder, .pt, .pth, .ckpt or .safetensors"),
 ]
 Out = Annotated[Path, typer.Argument(help="folder or file to write")]
-
-
-@contextmanager
-def one_line_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except (UserError, OSError) as error:
-        print(f"convert_checkpoint: error: {told(error, out)}", file=sys.stderr)
-        raise SystemExit(EXIT_ERROR) from None
 
 
 @app.command("import")
@@ -71,7 +59,7 @@ def import_(
     """Others' weights: arcface_torch, LVFace, CVLface, AdaFace, LAFS, DINO, safetensors."""
     from lvtrain.export import convert
 
-    with one_line_errors(out):
+    with one_line_errors("convert_checkpoint", out):
         convert.import_weights(
             source,
             out,
@@ -101,7 +89,7 @@ def consolidate(
     """
     from lvtrain.export import convert
 
-    with one_line_errors(out):
+    with one_line_errors("convert_checkpoint", out):
         convert.consolidate(source, out, rows=rows, average=average, tag=tag, heads=heads)
 
 
@@ -117,7 +105,7 @@ def reshard(
     """Class rows for another number of ranks: rank_{r}_softmax_weight.pt, arcface_torch's split."""
     from lvtrain.export import convert
 
-    with one_line_errors(out):
+    with one_line_errors("convert_checkpoint", out):
         convert.reshard(source, out, ranks=ranks, num_classes=num_classes)
 
 
@@ -136,7 +124,7 @@ def export(
     """The backbone for others' programs, checked after writing."""
     from lvtrain.export import convert
 
-    with one_line_errors(out):
+    with one_line_errors("convert_checkpoint", out):
         convert.export(source, out, to=to, opset=opset, precision=precision, benchmark=benchmark, average=average)
 
 
@@ -159,7 +147,7 @@ def check(
     from lvtrain.export.clients import CLIENTS, LIVING
     from lvtrain.export.clients import check as verdicts_of
 
-    with one_line_errors(file):
+    with one_line_errors("convert_checkpoint", file):
         for name in client or ():
             if name not in CLIENTS:
                 raise UserError(f"client {name} is unknown; known: {', '.join(CLIENTS)}")

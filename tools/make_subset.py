@@ -5,7 +5,6 @@ python tools/make_subset.py DATASET OUT.json --fraction 0.1 --shots 4 --seed 1
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ import typer
 
 from lvtrain.data.shards import ShardDataset
 from lvtrain.data.subset import choose, write_subset
-from lvtrain.errors import EXIT_ERROR, UserError, told
+from lvtrain.errors import UserError, one_line_errors
 
 
 def main(
@@ -28,7 +27,7 @@ def main(
     seed: Annotated[int, typer.Option(help="with one seed smaller subsets lie inside larger ones")] = 0,
 ) -> None:
     """Writes a subset of a dataset as a manifest (no image is copied); use it as data.path."""
-    try:
+    with one_line_errors("make_subset", out):
         whole = ShardDataset(dataset)
         ids = choose(
             whole,
@@ -57,9 +56,6 @@ def main(
         write_subset(out, whole, ids, criteria=criteria, seed=seed)
         subset = ShardDataset(out)
         typer.echo(f"{out}: {len(subset)} images of {subset.num_classes} identities, fingerprint {subset.fingerprint}")
-    except (UserError, OSError) as error:
-        typer.echo(f"make_subset: error: {told(error, out)}", err=True)
-        sys.exit(EXIT_ERROR)
 
 
 def _lines(path: Path | None) -> list[str] | None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lvtrain.datasets.importers import KINDS, POLICIES, PackOptions, Policies, pack
 from lvtrain.datasets.importers.pack import REPORT, SHEET
-from lvtrain.errors import EXIT_ERROR, UserError, told
+from lvtrain.errors import one_line_errors
 
 
 def _policy(kind: str) -> Any:
@@ -51,7 +51,7 @@ def main(
     no_face: Annotated[str, _policy("no_face")] = "skip",
 ) -> None:
     """Brings a face dataset in: SRC to WebDataset shards, index and manifest in OUT. Killed, it goes on where it was when started again."""
-    try:
+    with one_line_errors("pack_dataset", out):
         options = PackOptions(
             kind=kind, seed=seed, shuffle=shuffle, samples_per_shard=samples_per_shard, size=size or None, quality=quality,
             label_order=label_order, align=align, licence=licence, image_column=image_column, label_column=label_column,
@@ -67,9 +67,6 @@ def main(
                 bar.update(tasks[stage], completed=done)
 
             report = pack(source, out, options, workers=workers, progress=show)
-    except (UserError, OSError) as error:
-        typer.echo(f"pack_dataset: error: {told(error, out)}", err=True)
-        raise typer.Exit(EXIT_ERROR) from None
     _summary(report, out)
 
 

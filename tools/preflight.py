@@ -20,8 +20,7 @@ os.environ.setdefault(
     "TORCH_CPP_LOG_LEVEL", "FATAL"
 )  # read by torch's import: its own words on ranks that do not meet are forty lines
 
-from lvtrain.errors import EXIT_ERROR, UserError
-from lvtrain.training.preflight import preflight
+from lvtrain.errors import EXIT_ERROR, one_line_errors
 
 
 def sizes(text: str) -> list[float]:
@@ -53,7 +52,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    try:
+    from lvtrain.training.preflight import preflight  # imports torch: not before --help has answered
+
+    with one_line_errors("preflight", options.shared):
         problems = preflight(
             shared=options.shared,
             data=options.data,
@@ -62,9 +63,6 @@ def main() -> int:
             timeout=options.timeout,
             report=options.json,
         )
-    except UserError as problem:
-        print(f"preflight: error: {problem}", file=sys.stderr)
-        return EXIT_ERROR
     return EXIT_ERROR if problems else 0
 
 

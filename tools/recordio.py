@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from lvtrain.data.shards import ShardDataset
 from lvtrain.datasets.recordio_export import filter_index, write_recordio
-from lvtrain.errors import EXIT_ERROR, UserError, told
+from lvtrain.errors import UserError, one_line_errors
 
 app = typer.Typer(help=__doc__, add_completion=False)
 
@@ -21,13 +21,11 @@ def write(
     out: Annotated[Path, typer.Argument(help="OUT.rec; OUT.idx and property are written beside it")],
 ) -> None:
     """Write a dataset or subset as train.rec, train.idx and property."""
-    try:
+    with one_line_errors("recordio", out):
         opened = ShardDataset(dataset)
         with Progress() as bar:
             task = bar.add_task("images", total=len(opened))
             count = write_recordio(opened, out, progress=lambda done, _: bar.update(task, completed=done))
-    except (UserError, OSError) as error:
-        _fail(error, out)
     typer.echo(f"{out}: {count} images of {opened.num_classes} identities")
 
 
@@ -42,7 +40,7 @@ def filter_(
     seed: int = 0,
 ) -> None:
     """Write an .idx of some image records beside an untouched .rec."""
-    try:
+    with one_line_errors("recordio", out):
         images, people = filter_index(
             rec,
             out,
@@ -52,8 +50,6 @@ def filter_(
             without_keys=_numbers(without_keys) or (),
             seed=seed,
         )
-    except (UserError, OSError) as error:
-        _fail(error, out)
     typer.echo(
         f"{out}: {images} images of {people} identities; read it with fn.readers.mxnet(path=[{str(rec)!r}], index_path=[{str(out)!r}])"
     )
@@ -66,11 +62,6 @@ def _numbers(path: Path | None) -> list[int] | None:
         return [int(line) for line in path.read_text().split()]
     except ValueError as error:
         raise UserError(f"{path} must hold one whole number a line ({error})") from None
-
-
-def _fail(error: Exception, out: Path) -> None:
-    typer.echo(f"recordio: error: {told(error, out)}", err=True)
-    raise typer.Exit(EXIT_ERROR) from None
 
 
 if __name__ == "__main__":

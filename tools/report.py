@@ -1,13 +1,11 @@
 """Writes the report of a run as one self-contained HTML file: `python tools/report.py runs/NAME [-o report.html] [--beside runs/OTHER]`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lvtrain.errors import EXIT_ERROR, UserError, told
-from lvtrain.report import write_report
+from lvtrain.errors import one_line_errors
 
 
 def main(
@@ -21,11 +19,10 @@ def main(
     ] = False,
 ) -> None:
     """Writes loss, cosine, throughput, verification and events of a run as one HTML file that fetches nothing."""
-    try:
+    with one_line_errors("report", out or run):
+        from lvtrain.report import write_report  # imports torch: not before --help has answered
+
         print(write_report(run, out, any_faces=faces, others=beside or []))
-    except (UserError, OSError) as error:
-        print(f"report: error: {told(error, out or run)}", file=sys.stderr)
-        raise SystemExit(EXIT_ERROR) from None
 
 
 if __name__ == "__main__":

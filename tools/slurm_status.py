@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import one_line_errors
 from lvtrain.launch.slurm import Slurm
 from lvtrain.launch.status import chain_status
 
@@ -20,11 +19,8 @@ COLOURS = {"done": "green", "skipped": "green", "running": "cyan", "queued": "ye
 
 def main(run: Path, as_json: bool = typer.Option(False, "--json", help="for programs")) -> None:
     """One line a phase, then why the chain stopped, if it did, and what to do about it."""
-    try:
+    with one_line_errors("slurm_status", run):
         status = chain_status(run, Slurm())
-    except UserError as error:
-        print(f"slurm_status: error: {error}", file=sys.stderr)
-        raise typer.Exit(EXIT_ERROR) from error
     if as_json:
         print(json.dumps(asdict(status), indent=2))
         return

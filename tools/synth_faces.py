@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lvtrain.datasets.synthetic import heldout_pairs, write_faces
-from lvtrain.errors import EXIT_ERROR, UserError, told
+from lvtrain.errors import one_line_errors
 
 
 def main(
@@ -27,7 +27,7 @@ def main(
     from lvtrain.evaluation.bins import write_bin
 
     start = time.perf_counter()
-    try:
+    with one_line_errors("synth_faces", out):
         chosen, same = heldout_pairs(heldout, images, pairs, seed)
         columns = (TextColumn("faces"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as bar:
@@ -40,9 +40,6 @@ def main(
         write_bin(
             out / "heldout.bin", flat, same, about={"kind": "generated faces", "seed": seed, "difficulty": difficulty}
         )
-    except (UserError, OSError) as error:
-        typer.echo(f"synth_faces: error: {told(error, out)}", err=True)
-        raise typer.Exit(EXIT_ERROR) from None
     seconds = time.perf_counter() - start
     total = written.train.samples + written.heldout.samples
     typer.echo(

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lvtrain.data.shards import ShardDataset
 from lvtrain.datasets import contact_sheet
 from lvtrain.datasets.verify import verify
-from lvtrain.errors import EXIT_ERROR, UserError, told
+from lvtrain.errors import EXIT_ERROR, one_line_errors
 
 
 def main(
@@ -23,7 +23,7 @@ def main(
 ) -> None:
     """Checks a dataset folder; every fault is named, and the exit status is then 2."""
     columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    try:
+    with one_line_errors("verify_dataset", sheet or dataset):
         with Progress(*columns, disable=not full) as bar:
             tasks: dict[str, Any] = {}
 
@@ -47,9 +47,6 @@ def main(
                     rows, f"{dataset.name}: {len(opened)} images of {opened.num_classes} identities", sheet
                 )
             )
-    except (UserError, OSError) as error:
-        typer.echo(f"verify_dataset: error: {told(error, sheet or dataset)}", err=True)
-        raise typer.Exit(EXIT_ERROR) from None
     checked = "every byte" if full else "structure; --full reads every byte"
     summary = f"{dataset}: {verdict.identities} identities, {verdict.samples} samples, {verdict.shards} shard(s)"
     if verdict.faults:

@@ -38,7 +38,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}")
     alone = copy.deepcopy(values)
-    places = {override: _apply(values, override) for override in overrides}
+    places = {override: apply(values, override) for override in overrides}
     own = None  # the file's own mistakes, looked for only when there are any
 
     def source(problem: Any) -> str:
@@ -81,7 +81,7 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _apply(values: dict[str, Any], override: str) -> tuple[Any, ...]:
+def apply(values: dict[str, Any], override: str) -> tuple[Any, ...]:
     """Sets the value; returns where, as a validation error would say it (list elements by number)."""
     dotted, equals, text = override.partition("=")
     if not equals:
