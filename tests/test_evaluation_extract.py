@@ -48,7 +48,7 @@ def test_images_are_decoded_upright_and_by_name() -> None:
     assert np.array_equal(extract.decode(buffer.getvalue(), 8), np.rot90(np.asarray(picture), -1))
     for mode in ("L", "RGBA", "P", "1"):
         assert extract.decode(picture.convert(mode), 5).shape == (5, 5, 3)
-    with pytest.raises(UserError, match="face 7 cannot be decoded: no image format"):
+    with pytest.raises(UserError, match="face 7"):
         extract.decode(b"no picture", 8, "face 7")
 
 

@@ -11,6 +11,8 @@ import io
 
 import numpy as np
 
+from lvtrain.data import images
+
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
 _LARGEST = 8192
 _REMEMBERED = 4096
@@ -96,18 +98,10 @@ def _turned(exif: bytes) -> bool:
 
 
 def with_pillow(data: bytes, size: tuple[int, int] | None) -> np.ndarray | None:
-    """The picture as uint8 [height, width, 3], RGB, upright, resized to `size` (height, width) if given; None if Pillow cannot read it either."""
-    from PIL import Image, ImageOps
-
+    """uint8 RGB [height, width, 3], upright, resized to `size` (height, width) if given; None if it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if max(image.size) > _LARGEST:
-                return None
-            colour = ImageOps.exif_transpose(image).convert("RGB")
-            if size and colour.size != size[::-1]:
-                colour = colour.resize(size[::-1], Image.Resampling.BILINEAR)
-            return np.asarray(colour)
-    except Exception:  # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, struct.error
+        return images.decode(data, size)
+    except images.ImageError:
         return None
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# what Pillow raises for a damaged picture, or one that says it has more pixels than memory
-UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+from lvtrain.data import images
+
 _CELL = 112
 _MARGIN = 92
 
@@ -18,9 +17,8 @@ _MARGIN = 92
 def decode(data: bytes) -> np.ndarray | None:
     """uint8 RGB [h, w, 3], or None when it cannot be decoded."""
     try:
-        picture = Image.open(io.BytesIO(data))
-        return np.asarray(picture.convert("RGB"))
-    except UNDECODABLE:
+        return images.decode(data, upright=False)
+    except images.ImageError:
         return None
 
 
@@ -53,8 +51,8 @@ def draw(rows: Sequence[tuple[str, Sequence[bytes]]], title: str, path: str | Pa
 
     Images that cannot be decoded are drawn as a crossed box.
     """
-    columns = max(len(images) for _, images in rows)
-    decoded = [[decode(image) for image in images] for _, images in rows]
+    columns = max(len(encoded) for _, encoded in rows)
+    decoded = [[decode(image) for image in encoded] for _, encoded in rows]
     means = channel_means([picture for row in decoded for picture in row])
     line = f"channel means of the middle: R {means[0]:.1f}  G {means[1]:.1f}  B {means[2]:.1f}; colour order: {colour_order(means)}"
     head = 40

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -16,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from lvtrain.data.images import ImageError, open_image
 from lvtrain.data.index import Manifest, file_sha256, open_index, read_manifest
-from lvtrain.datasets.contact_sheet import UNDECODABLE
 from lvtrain.datasets.parallel import ordered_map
 from lvtrain.errors import UserError
 
@@ -262,12 +260,9 @@ def _compare(
 
 def _undecodable(data: bytes, size: tuple[int, int] | None) -> str | None:
     try:
-        picture = Image.open(io.BytesIO(data))
-        picture.load()
-    except UnidentifiedImageError:
-        return "cannot be decoded (no image format that is known)"
-    except UNDECODABLE as error:
-        return f"cannot be decoded ({error})"
+        picture = open_image(data, upright=False)
+    except ImageError as error:
+        return f"cannot be decoded: {error}"
     if size is not None and picture.size != (size[1], size[0]):
         return f"is {picture.width}x{picture.height}, dataset.json says {size[1]}x{size[0]}"
     return None

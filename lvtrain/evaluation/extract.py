@@ -7,7 +7,6 @@ as many threads (another number of threads may add in another order).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from lvtrain.data.images import ImageError, open_image
 from lvtrain.errors import UserError
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -48,11 +48,12 @@ def raw_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def decode(image: Any, image_size: int | None, name: str = "an image") -> np.ndarray:
-    """uint8 RGB [image_size, image_size, 3] of an encoded image (bytes), a path, an RGB array or a PIL image; resized if it has another size, and
-    left as it is where `image_size` is None.
+    """uint8 RGB [image_size, image_size, 3] of an encoded image (bytes), a path, an RGB array or a PIL image.
+
+    It is resized if it has another size, and left as it is where `image_size` is None.
 
     Raises:
-        UserError: not an image, one that is cut short, or one of 16 bits a pixel; `name` says which, unless it is a path.
+        UserError: not an image, or one that is cut short; `name` says which, unless it is a path.
     """
     if isinstance(image, (str, Path)):
         name = str(image)
@@ -62,15 +63,10 @@ def decode(image: Any, image_size: int | None, name: str = "an image") -> np.nda
         elif isinstance(image, Image.Image):
             picture = image
         else:
-            picture = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        wide = picture.mode.startswith(("I", "F"))  # Pillow would clip what is above 255
-        picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright, as OpenCV and the training data have it
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name} cannot be decoded: no image format is recognised in it") from error
-    except Exception as error:  # a damaged picture fails in any way the decoders can
+            picture = open_image(image)
+    except (ImageError, OSError) as error:
         raise UserError(f"{name} cannot be decoded: {error}") from error
-    if wide:
-        raise UserError(f"{name} has more than 8 bits a colour; save it again with 8")
+    picture = picture.convert("RGB")
     if image_size is not None and picture.size != (image_size, image_size):
         picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(picture)

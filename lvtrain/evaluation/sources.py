@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lvtrain.data.images import is_image_name
 from lvtrain.errors import UserError
 from lvtrain.evaluation.extract import Images
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 class ShardImages:
@@ -47,7 +46,7 @@ def labelled_images(path: str | Path) -> tuple[Images, np.ndarray]:
         raise UserError(
             f"{path} is no folder; a labelled set is a dataset folder, a subset manifest or a folder of people"
         )
-    files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in path.glob("*/*") if is_image_name(file.name))
     if not files:
         raise UserError(f"{path} holds no images of people; PERSON/IMAGE.jpg is expected, or a dataset.json")
     people = {folder: label for label, folder in enumerate(sorted({file.parent for file in files}))}

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lvtrain.data.images import is_image_name
 from lvtrain.data.index import read_labels
 from lvtrain.datasets import recordio
 from lvtrain.datasets.importers.catalogue import Catalogue, CatalogueWriter, natural_key
-from lvtrain.datasets.importers.folders import WEBFACE_IDENTITY, is_image
+from lvtrain.datasets.importers.folders import WEBFACE_IDENTITY
 from lvtrain.errors import UserError
 
 
@@ -67,7 +68,7 @@ class WebFaceZip(_Archives):
                 if entry.is_dir():
                     if WEBFACE_IDENTITY.fullmatch(parts[-1]):
                         out.identity(parts[-1])
-                elif not is_image(entry.filename) or len(parts) < 2 or not WEBFACE_IDENTITY.fullmatch(parts[-2]):
+                elif not is_image_name(entry.filename) or len(parts) < 2 or not WEBFACE_IDENTITY.fullmatch(parts[-2]):
                     out.ignore("zip entry which is no WebFace image by its name")
                 elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
                     raise UserError(
@@ -148,7 +149,7 @@ class WebDataset(_Archives):
                     folder, base = os.path.split(member.name)
                     key, _, suffix = base.partition(".")
                     key = os.path.join(folder, key)
-                    if is_image("x." + suffix):
+                    if is_image_name("x." + suffix):
                         images[key] = (member.name, member.offset_data, member.size)
                     elif suffix in ("cls", "json"):
                         labels[key] = _label(tar.extractfile(member).read(), suffix, f"{file}: {member.name}")  # type: ignore[union-attr]

@@ -8,15 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lvtrain.data.images import is_image_name, read_file
 from lvtrain.datasets.importers.catalogue import Catalogue, CatalogueWriter, natural_key
 from lvtrain.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"})
 WEBFACE_IDENTITY = re.compile(r"\d+_\d+_\d{7}")  # part_k_id, e.g. 0_0_0000000
-
-
-def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 class Folder:
@@ -43,13 +39,13 @@ class Folder:
                 for folder, below, files in os.walk(entry.path):
                     below.sort(key=natural_key)
                     for name in sorted(files, key=natural_key):
-                        if is_image(name):
+                        if is_image_name(name):
                             out.add(entry.name, os.path.relpath(os.path.join(folder, name), self.path))
                         else:
                             out.ignore("file which is no image by its suffix")
 
     def read(self, catalogue: Catalogue, row: int) -> bytes:
-        return (self.path / catalogue.name(row)).read_bytes()
+        return read_file(self.path / catalogue.name(row))
 
     def grains(self, catalogue: Catalogue) -> np.ndarray | None:
         return None

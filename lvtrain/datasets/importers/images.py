@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lvtrain.data import align
-from lvtrain.datasets import contact_sheet
+from lvtrain.data.images import ImageError, open_image
 from lvtrain.errors import UserError
 
 UNDECODABLE, WRONG_SIZE, GREY, NO_FACE, CONVERTED, NARROW = 1, 2, 4, 8, 16, 32
 INSPECTION = np.dtype([("hash", "<u8"), ("width", "<u2"), ("height", "<u2"), ("flags", "u1")])
 ALIGNED_INSPECTION = np.dtype([*INSPECTION.descr, ("matrix", "<f4", (2, 3))])
-UNREADABLE = (*contact_sheet.UNDECODABLE, zlib.error, UserError)
+UNREADABLE = (ImageError, OSError, zlib.error, UserError)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def inspect(
     """(hash of the bytes, width, height, flags, alignment matrix [2, 3]); never raises for bad bytes, that is a flag."""
     digest = int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
     try:
-        picture = _decode(data, upright=detector is not None)
+        picture = open_image(data, upright=detector is not None)
     except UNREADABLE:
         return digest, 0, 0, UNDECODABLE, None
     flags = 0
@@ -65,7 +65,7 @@ def inspect(
 
 def jpeg(data: bytes, target: Target, *, resize: bool, widen: bool, matrix: np.ndarray | None) -> bytes:
     """The JPEG of an image that cannot be passed through: aligned by `matrix`, or resized, or three-channelled, or only converted."""
-    picture = _decode(data, upright=True)  # the encoded picture carries no EXIF
+    picture = open_image(data)  # the encoded picture carries no EXIF
     if matrix is not None:
         picture = Image.fromarray(
             align.warp(np.asarray(picture.convert("RGB")), matrix, target.size or align.TEMPLATE_SIZE)
@@ -78,18 +78,3 @@ def jpeg(data: bytes, target: Target, *, resize: bool, widen: bool, matrix: np.n
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=target.quality, subsampling=0)
     return out.getvalue()
-
-
-def _decode(data: bytes, upright: bool) -> Image.Image:
-    opened: Image.Image = Image.open(io.BytesIO(data))
-    opened.load()
-    if opened.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion cuts off at 255
-        narrow = Image.fromarray((np.asarray(opened) >> 8).clip(0, 255).astype(np.uint8))
-        narrow.format, opened = opened.format, narrow
-    elif opened.mode == "F":
-        raise ValueError("floating-point pixels")
-    if not upright:
-        return opened
-    turned = ImageOps.exif_transpose(opened)
-    turned.format = opened.format
-    return turned

@@ -1,0 +1,98 @@
+"""The one decoder of encoded images, for packing, training, evaluation and reports.
+
+The rule: an image is decoded only if its content is one of `FORMATS`, its header announces at most `MAX_PIXELS`, and, given as
+a path, it is a regular file. So no content can start another program (Pillow hands PostScript to Ghostscript), fill the memory,
+or block on a pipe. The suffix of a file decides only whether it is looked at (`is_image_name`).
+
+DALI and simplejpeg decode plain JPEGs faster; `lvtrain.data.jpeg` decides which bytes they may see.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
+MAX_PIXELS = 1 << 26  # 8192 x 8192: 200 MB as RGB
+MAX_BYTES = 1 << 28  # of a file
+
+
+class ImageError(ValueError):
+    """An image that cannot be decoded; the text says why, without naming the image."""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image: by its suffix, and not a companion file of macOS (`._name`)."""
+    base = os.path.basename(name)
+    return not base.startswith("._") and os.path.splitext(base)[1].lower() in SUFFIXES
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        ImageError: a folder, pipe, socket or device, or a file of more than `MAX_BYTES`.
+        OSError: the file cannot be read.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ImageError("it is not a regular file")
+    if found.st_size > MAX_BYTES:
+        raise ImageError(f"it has {found.st_size:,} bytes, more than {MAX_BYTES:,}")
+    return Path(path).read_bytes()
+
+
+def open_image(source: bytes | str | Path, *, upright: bool = True, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """The decoded image with its `format`; 16 bits a pixel are narrowed to the upper 8.
+
+    Args:
+        source: encoded bytes, or the path of a file.
+        upright: turn it as its EXIF orientation says.
+        formats: Pillow's names of the formats that are accepted.
+
+    Raises:
+        ImageError: not one of the formats, damaged, too large, or floating-point pixels.
+        OSError: a path that cannot be read.
+    """
+    data = source if isinstance(source, bytes) else read_file(source)
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"it has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+        image.load()
+        if image.mode.startswith("I"):
+            narrow = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            narrow.format, image = image.format, narrow
+        elif image.mode == "F":
+            raise ImageError("its pixels are floating-point numbers; save it again with 8 bits a colour")
+        if not upright:
+            return image
+        turned = ImageOps.exif_transpose(image)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"it is not one of {', '.join(formats)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, struct.error
+        raise ImageError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+    turned.format = image.format
+    return turned
+
+
+def decode(source: bytes | str | Path, size: tuple[int, int] | None = None, *, upright: bool = True) -> np.ndarray:
+    """uint8 RGB [height, width, 3] of an encoded image, resized (bilinear) to `size` (height, width) where it differs.
+
+    Raises:
+        ImageError, OSError: as `open_image`.
+    """
+    image = open_image(source, upright=upright).convert("RGB")
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(image)
