@@ -1,6 +1,6 @@
 """The one decoder of encoded images, for packing, training, evaluation and reports.
 
-The rule: an image is decoded only if its content is one of `FORMATS`, its header announces at most `MAX_PIXELS`, and, given as
+The rule: an image is decoded only if its content is one of `FORMATS`, its header announces at most `MAX_SIDE` pixels a side, and, given as
 a path, it is a regular file. So no content can start another program (Pillow hands PostScript to Ghostscript), fill the memory,
 or block on a pipe. The suffix of a file decides only whether it is looked at (`is_image_name`).
 
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
-MAX_PIXELS = 1 << 26  # 8192 x 8192: 200 MB as RGB
+MAX_SIDE = 8192  # pixels: 200 MB as RGB
 MAX_BYTES = 1 << 28  # of a file
 
 
@@ -63,8 +63,8 @@ def open_image(source: bytes | str | Path, *, upright: bool = True, formats: tup
     data = source if isinstance(source, bytes) else read_file(source)
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError(f"it has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+        if max(image.size) > MAX_SIDE:
+            raise ImageError(f"it has {image.width}x{image.height} pixels; at most {MAX_SIDE} a side are read")
         image.load()
         if image.mode.startswith("I"):
             narrow = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
