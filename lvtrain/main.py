@@ -19,7 +19,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lvtrain import signals
-from lvtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, UserError, told
+from lvtrain.errors import EXIT_DONE, EXIT_ERROR, UserError, told
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     from lvtrain.methods.teacher import load_teacher
 
     if options.dry_run:
-        from lvtrain.training.dry_run import dry_run
+        from lvtrain.training.checks import dry_run
 
         teacher = load_teacher(recipe, needed=recipe.data.path.exists())
         print(
@@ -88,11 +88,10 @@ def _run(options: argparse.Namespace) -> int:
         recipe, options.ds_config, num_classes=dataset.num_classes, size=size, only_phase=options.phase
     )
 
-    from lvtrain.training.session import train_session
+    from lvtrain.training.trainer import train
 
-    arguments = {"only_phase": options.phase, "max_time_minutes": options.max_time, "teacher": load_teacher(recipe)}
-    done = train_session(recipe, ds_config, dataset, **arguments)
-    return EXIT_DONE if done else EXIT_STOPPED
+    limits = {"only_phase": options.phase, "max_minutes": options.max_time}
+    return train(recipe, ds_config, dataset, teacher=load_teacher(recipe), **limits).exit_code
 
 
 def _tell(line: str) -> None:

@@ -1,6 +1,6 @@
 """The signals that ask a run to stop, heard from the first moment: one that comes while torch is still being imported must not kill the rank.
 
-Standard library only, so that `main.py` can listen before it imports anything that takes time. A handler only sets a flag; `Preemption` reads it.
+Standard library only, so that `main.py` can listen before it imports anything that takes time. A handler only sets a flag; `training.stopping` reads it.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ TINY: dict[str, Any] = {
     "optimizer": {"lr": 1e-3, "precision": "float32"},
     "schedule": {"total": "12 steps", "warmup": "2 steps"},
     "checkpoint": {"every": "3 steps"},
-    "logging": {"every": 1, "tensorboard": False},
+    "logging": {"every": 1, "trackers": []},
 }
 
 

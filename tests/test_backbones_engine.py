@@ -33,18 +33,19 @@ def test_forward_and_backward_never_wait_for_the_device(name: str, overrides: di
 
 def _waits_in_training(rank: int, world_size: int, recipe: str) -> dict[str, list[dict[str, int]]]:
     from lvtrain import main
-    from lvtrain.training.loop import PhaseRun
+    from lvtrain.training.phase_state import PhaseState
+    from lvtrain.training.trainer import Trainer
 
     found: dict[str, list[dict[str, int]]] = {}
-    step = PhaseRun.step
+    step = Trainer.step
 
-    def counted(self: PhaseRun, batches: Any) -> bool:
+    def counted(self: Trainer, phase: PhaseState, batches: Any) -> bool:
         with host_waits(torch.device("cpu")) as waits:
-            reached = step(self, batches)
-        found.setdefault(self.phase.name, []).append(dict(waits))
+            reached = step(self, phase, batches)
+        found.setdefault(phase.section.name, []).append(dict(waits))
         return reached
 
-    PhaseRun.step = counted  # type: ignore[method-assign]
+    Trainer.step = counted  # type: ignore[method-assign]
     assert (
         main.main(["--recipe", recipe, "--ds_config", str(ROOT / "ds_configs" / "zero2.json"), "method.window=100"])
         == 0

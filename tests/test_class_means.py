@@ -12,19 +12,21 @@ from lvtrain.classifier.margins import CosFace
 from lvtrain.data import ShardDataset
 from lvtrain.distributed.world import World
 from lvtrain.evaluation.extract import decode
-from lvtrain.training import class_means
+from lvtrain.recipe.files import resolve
+from lvtrain.training import initial
 from tests.ranks import run_ranks
-from tests.runs import events, metrics, output, recipe_file, run
+from tests.runs import TINY, events, metrics, output, recipe_file, run
 from tests.shard_data import jpeg, make_dataset
 
 SAMPLES, CLASSES = 43, 6
+RECIPE = resolve(TINY | {"data": {"path": "unused"}})
 
 
 def test_the_first_few_of_every_label() -> None:
     labels = np.array([2, 0, 2, 2, 1, 0, 2, 0, 0])
-    assert class_means.first_of_each(labels, 2).tolist() == [0, 1, 2, 4, 5]
-    assert class_means.first_of_each(labels, 9).tolist() == list(range(9))
-    assert class_means.first_of_each(labels[:0], 3).tolist() == []
+    assert initial.first_of_each(labels, 2).tolist() == [0, 1, 2, 4, 5]
+    assert initial.first_of_each(labels, 9).tolist() == list(range(9))
+    assert initial.first_of_each(labels[:0], 3).tolist() == []
 
 
 def backbone() -> torch.nn.Module:
@@ -37,9 +39,7 @@ def rows(rank: int, ranks: int, folder: str) -> tuple[int, torch.Tensor, torch.T
     fresh = head.weight.detach().clone()
     model = backbone().train()
     world = World(rank, ranks, rank, torch.device("cpu"))
-    images = class_means.start_from_means(
-        head, model, ShardDataset(Path(folder)), world=world, batch=4, image_size=112, bfloat16=False
-    )
+    images = initial.start_from_means(head, model, ShardDataset(Path(folder)), RECIPE, world, batch=4)
     assert model.training
     return images, fresh, head.weight.detach()
 

@@ -21,6 +21,7 @@ from lvtrain.data.shards import ReadError
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.training.telemetry import Telemetry
+from lvtrain.training.trackers import TrackedRun
 from tests.shard_data import jpeg, make_dataset
 
 
@@ -339,7 +340,7 @@ def test_sizes_of_large_datasets(tmp_path):
 
 
 def test_what_one_rank_saw_is_told_by_that_rank(tmp_path, capsys):
-    telemetry = Telemetry(tmp_path, World(3, 4, 1, torch.device("cpu")), tensorboard=False)
+    telemetry = Telemetry(TrackedRun(tmp_path, "run", {}), World(3, 4, 1, torch.device("cpu")))
     telemetry.say("of all ranks")
     telemetry.warn("reading shards/000000.tar failed")
     assert capsys.readouterr().out == "warning: rank 3: reading shards/000000.tar failed\n"

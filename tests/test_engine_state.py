@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lvtrain.engine.engine import Engine, resolve_ds_config
+from lvtrain.engine.precision import at_precision
 from lvtrain.recipe.sections import Optimizer
 from tests.ranks import run_ranks
 
@@ -139,7 +140,9 @@ def _check_forward(engine: Engine, half: dict[str, torch.Tensor]) -> None:
     torch.testing.assert_close(engine.forward_only(x), expected, rtol=1e-6, atol=1e-6)
     with engine.full_parameters(), torch.no_grad():
         engine.eval()
-        torch.testing.assert_close(engine.autocast(engine.module)(x), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            at_precision(engine.module, "float32", engine.device)(x), expected, rtol=1e-6, atol=1e-6
+        )
         engine.train()
     for name, weight in engine.named_weights():
         assert torch.equal(weight, half[f"backbone.param.{name}"])

@@ -18,7 +18,7 @@ from lvtrain.distributed.world import World
 from lvtrain.training import outcome
 from lvtrain.training.heartbeat import EXIT_HUNG, Beat, Heartbeat, behind, read_all
 from lvtrain.training.outcome import Outcome
-from lvtrain.training.preemption import Deadline, Preemption
+from lvtrain.training.stopping import Deadline, Stopping
 from tests.ranks import run_ranks
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -27,13 +27,13 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_only_sets_a_flag(number: int) -> None:
     before = signal.getsignal(number)
-    with Preemption(ALONE) as preemption:
-        assert not preemption.requested_locally and not preemption.should_stop(1)
+    with Stopping(ALONE) as stopping:
+        assert not stopping.requested_locally and not stopping.should_stop(1)
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)  # a launcher's own, after the one that was asked for
-        assert preemption.requested_locally
-        assert preemption.should_stop(2) and preemption.should_stop(3)
-        assert preemption.reason == f"{signal.Signals(number).name}, seen after step 2"
+        assert stopping.requested_locally
+        assert stopping.should_stop(2) and stopping.should_stop(3)
+        assert stopping.reason == f"{signal.Signals(number).name}, seen after step 2"
     assert signal.getsignal(number) == before
 
 
@@ -42,8 +42,8 @@ def test_a_signal_before_the_ranks_meet_and_one_while_closing_are_heard() -> Non
     before = signal.getsignal(signal.SIGTERM)
     signals.listen()
     os.kill(os.getpid(), signal.SIGTERM)
-    with Preemption(ALONE) as preemption:
-        assert preemption.should_stop(1)
+    with Stopping(ALONE) as stopping:
+        assert stopping.should_stop(1)
     os.kill(os.getpid(), signal.SIGTERM)  # would end the process before it has written outcome.json
     signals.restore()
     assert signal.getsignal(signal.SIGTERM) == before and signals.received() is None
@@ -58,24 +58,24 @@ class Clock:
 
 
 def signalled(rank: int, world_size: int, who: int, at_step: int) -> tuple[int, str | None]:
-    with Preemption(World(rank, world_size, rank, torch.device("cpu"))) as preemption:
+    with Stopping(World(rank, world_size, rank, torch.device("cpu"))) as stopping:
         for step in range(1, 50):
             if rank == who and step == at_step:
                 os.kill(os.getpid(), signal.SIGUSR2)
-            if preemption.should_stop(step):
-                return step, preemption.reason
+            if stopping.should_stop(step):
+                return step, stopping.reason
     raise AssertionError("never stopped")
 
 
 def out_of_time(rank: int, world_size: int) -> tuple[int, float, str | None]:
     """Steps take 10 s on rank 0 and 1 s on the others; saving took 20 s; 300 s are allotted."""
     clock = Clock()
-    with Preemption(World(rank, world_size, rank, torch.device("cpu")), 300.0, clock=clock) as preemption:
-        preemption.saved(20.0)
+    with Stopping(World(rank, world_size, rank, torch.device("cpu")), 300.0, clock=clock) as stopping:
+        stopping.saved(20.0)
         for step in range(1, 100):
             clock.now += 10.0 if rank == 0 else 1.0
-            if preemption.should_stop(step):
-                return step, clock.now, preemption.reason
+            if stopping.should_stop(step):
+                return step, clock.now, stopping.reason
     raise AssertionError("never stopped")
 
 

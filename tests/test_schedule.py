@@ -1,5 +1,7 @@
 """Learning rate and phase ends, as tables: first and last step included."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,14 @@ import torch
 from lvtrain.errors import UserError
 from lvtrain.recipe.base import Duration
 from lvtrain.recipe.sections import Optimizer, Phase, PhaseEnd, Schedule
-from lvtrain.training.phases import CosineStage, phase_end_reason, plan_phase
-from lvtrain.training.schedule import learning_rate
+from lvtrain.training.schedule import (
+    CosineStage,
+    Position,
+    learning_rate,
+    phase_end_reason,
+    phase_limit,
+    what_is_complete,
+)
 
 PHASE = Phase(name="a", global_batch=10, micro_batches=2)
 
@@ -107,27 +115,24 @@ def test_why_a_phase_ends() -> None:
         micro_batches=2,
         end=PhaseEnd(at_most=Duration("3 steps"), until=Duration("70 samples")),
     )
-    plan = plan_phase(phase, 0, start_step=2, start_samples=20, total=200, samples_per_epoch=20)
-    assert plan.last_samples == 50
-    assert phase_end_reason(plan, 40, reached_delta=False, total=200) is None
-    assert phase_end_reason(plan, 50, reached_delta=False, total=200) == "length"
-    assert phase_end_reason(plan, 30, reached_delta=True, total=200) == "cos2"
-    assert phase_end_reason(plan, 200, reached_delta=False, total=200) == "schedule"
-    late = plan_phase(phase, 0, start_step=6, start_samples=60, total=200, samples_per_epoch=20)
-    assert late.last_samples == 70
+    limit = phase_limit(phase, 20, total=200, samples_per_epoch=20)
+    assert limit == 50
+    at = {"limit": limit, "total": 200}
+    assert phase_end_reason(40, **at, reached_delta=False) is None
+    assert phase_end_reason(50, **at, reached_delta=False) == "length"
+    assert phase_end_reason(30, **at, reached_delta=True) == "cos2"
+    assert phase_end_reason(200, **at, reached_delta=False) == "schedule"
+    assert phase_limit(phase, 60, total=200, samples_per_epoch=20) == 70
 
 
-def test_a_schedule_that_ends_before_a_phase_began_says_so():
-    from types import SimpleNamespace
-
-    from lvtrain.training.position import Position
-    from lvtrain.training.train import _complete
-
+def test_what_is_complete() -> None:
     phases = [Phase(name=name, global_batch=4, micro_batches=1) for name in ("one", "two", "three")]
-    run = SimpleNamespace(recipe=SimpleNamespace(phases=phases), folder="runs/x")
     ended = Position(step=10, samples_seen=40, phase_index=0, phase_over=True)
-    assert _complete(run, ended, 40, None) == "the schedule is complete, before two and three began"
-    ended.phase_index = 2
-    assert _complete(run, ended, 40, None) == "the schedule is complete"
-    ended.phase_over = False
-    assert _complete(run, ended, 80, None) is None
+    assert what_is_complete(ended, phases, total=40) == "the schedule is complete, before two and three began"
+    assert what_is_complete(replace(ended, phase_index=2), phases, total=40) == "the schedule is complete"
+    assert what_is_complete(replace(ended, phase_index=2), phases, total=80) == "every phase is complete"
+    assert what_is_complete(replace(ended, phase_over=False), phases, total=80) is None
+    assert what_is_complete(ended, phases, total=80, only_phase="two") is None
+    assert what_is_complete(ended, phases, total=80, only_phase="one") == "phase one is complete"
+    with pytest.raises(UserError, match=r"three.*two"):
+        what_is_complete(ended, phases, total=80, only_phase="three")

@@ -33,7 +33,7 @@ def main(
     from lvtrain.methods.teacher import load_teacher
     from lvtrain.planning import H200, plan_phases
     from lvtrain.recipe import files as recipes
-    from lvtrain.training.dry_run import sizes
+    from lvtrain.training.checks import sizes
 
     with one_line_errors("plan", recipe):
         loaded = recipes.load(recipe, overrides or [])

@@ -29,12 +29,12 @@ SMALL = [
     f"schedule.total={TOTAL} steps",
     "schedule.warmup=5 steps",
     f"checkpoint.every={EVERY} steps",
-    "logging={every: 1, tensorboard: false}",
+    "logging={every: 1, trackers: []}",
     "evaluation.benchmarks={}",
     "data.block=8",
 ]
 # imported once, by the process the ranks are forked from: a start costs a tenth of a second, not ten
-PRELOADED = ["lvtrain.training.session", "lvtrain.training.dry_run", "sklearn.metrics", "nvidia.dali", "torch._dynamo"]
+PRELOADED = ["lvtrain.training.trainer", "lvtrain.training.checks", "sklearn.metrics", "nvidia.dali", "torch._dynamo"]
 
 
 def _rank(rank: int, size: int, port: int, arguments: list[str], environment: dict[str, str], log: str) -> None:

@@ -117,7 +117,7 @@ class Checkpoints:
             "world_size": self.world.size,
             "tensors": plan.tensors,
         }
-        text = json.dumps({"step": step, "samples_seen": samples_seen, "phase": phase, "meta": meta}, indent=1)
+        text = json.dumps({"meta": meta}, indent=1)
         tensors = self._snapshot.take(plan.mine, plan.given)
         self._job = Job(step, temporary, tensors, text, content, started)
         self._thread = threading.Thread(target=self._committer.write, args=(self._job,), name="checkpoint", daemon=True)

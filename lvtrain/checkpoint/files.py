@@ -1,8 +1,8 @@
 """A checkpoint folder on disk: tensor files hashed while they are written, and the manifest that makes them a checkpoint.
 
     checkpoints/step_000012000/
-        manifest.json           names, sizes and sha256 of all other files; where every tensor lies; the run and the step they belong to
-        state.json              step, samples seen, phase and the loop's own numbers
+        manifest.json           step, samples seen and phase; the run; sizes and sha256 of all other files; where every tensor lies
+        state.json              the trainer's other numbers
         rank_00000.safetensors  what rank 0 wrote; and so on
 
 The manifest carries the sha256 of its own content, so that a flipped byte anywhere is found. Files are plain safetensors; the few lines that
@@ -25,7 +25,7 @@ import torch
 from lvtrain.files.patience import patiently
 
 FORMAT = "lvtrain-checkpoint"
-VERSION = 1
+VERSION = 2  # 1: state.json repeated step, samples_seen and phase
 MANIFEST, STATE = "manifest.json", "state.json"
 WRITING, TRASH, DAMAGED = ".writing_", ".trash_", "damaged_"
 _NAME = re.compile(r"step_(\d{9,})")

@@ -74,7 +74,7 @@ class Choice:
                 break
             on_first(self.folder, partial(self._quarantine, path, problems[0]))
         state = json.loads(on_first(self.folder, partial(patiently, (path / files.STATE).read_text)))
-        return Found(path, state["step"], state["samples_seen"], state["phase"], state["meta"])
+        return Found(path, content["step"], content["samples_seen"], content["phase"], state["meta"])
 
     def _candidate(self) -> tuple[Path, dict[str, Any]] | None:
         """On rank 0: the newest folder whose manifest and sizes are right; damaged ones are put aside on the way."""

@@ -217,9 +217,9 @@ def _weights(path: Path, content: dict[str, Any]) -> Weights:
     recipe = recipes.of_run(patiently(recipe_file.read_text)) if patiently(recipe_file.is_file) else None
     return Weights(
         path=path,
-        step=state["step"],
-        samples_seen=state["samples_seen"],
-        phase=state["phase"],
+        step=content["step"],
+        samples_seen=content["samples_seen"],
+        phase=content["phase"],
         backbone=named("backbone.param.", "backbone.buffer."),
         average=named("ema.") or None,
         recipe=state["meta"].get("recipe", recipe),

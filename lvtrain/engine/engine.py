@@ -193,16 +193,6 @@ class Engine:
         finally:
             self._engine.train(training)
 
-    def autocast(self, module: nn.Module) -> Callable[..., Any]:
-        """`module`, a part of what is trained, as a function under the recipe's precision; embeddings come back in float32."""
-
-        def forward(*inputs: Any) -> Any:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-                outputs = module(*inputs)
-            return outputs.float() if isinstance(outputs, torch.Tensor) else outputs
-
-        return forward
-
     def close(self) -> None:
         """Lets go of DeepSpeed's hooks and buffers; the module is of no use afterwards."""
         self._statistics.release()

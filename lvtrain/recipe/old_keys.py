@@ -10,6 +10,7 @@ from typing import Any
 OLD_KEYS: dict[str, str | Callable[[Any], dict[str, Any]]] = {
     "phases.*.virtual_batches": "phases.*.micro_batches",
     "init_from.head": "init_from.classifier",
+    "logging.tensorboard": lambda on: {"logging.trackers": ["tensorboard"] if on else []},
     "backbone.checkpoint_every": lambda every: {"backbone.overrides.checkpoint_every": every} if every != 1 else {},
 }
 ANY = object()

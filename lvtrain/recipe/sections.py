@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lvtrain.recipe.base import REQUIRED, Duration, Section, in_steps_or_epochs, setting
 from lvtrain.recipe.methods import Distill, MethodSection, Supervised
+from lvtrain.recipe.trackers import AnyTracker, TrackerSection
 
 IMAGES = "it decides which images a step trains on, and how they are augmented"
 NETWORK = "the checkpoints hold the state of this network"
@@ -266,7 +267,9 @@ class Evaluation(Section):
 
 class Logging(Section):
     every: int = setting(10, "steps between lines; the loss is read from the GPU only then", unit="steps", gt=0)
-    tensorboard: bool = setting(True, "write tensorboard/ in the run folder")
+    trackers: list[AnyTracker] = setting(
+        lambda: [TrackerSection(name="tensorboard")], "where metrics go besides metrics.jsonl, by name"
+    )
 
 
 class Ema(Section):

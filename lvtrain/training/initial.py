@@ -5,27 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from lvtrain.checkpoint.reader import Weights
 from lvtrain.classifier import ShardedClassifier
+from lvtrain.data import ShardDataset
+from lvtrain.distributed.world import World
+from lvtrain.engine.precision import at_precision
 from lvtrain.errors import UserError
+from lvtrain.evaluation.extract import embed
 from lvtrain.methods import Method
 from lvtrain.recipe.methods import Lafs
 from lvtrain.recipe.sections import InitFrom, Recipe
-from lvtrain.training.class_means import start_from_means
-from lvtrain.training.run_folder import Run
 from lvtrain.weights.runs import read_initial, shapes_of
 
+IMAGES = 16  # of a class, at most: the mean of more moves little
+_TOGETHER = 65_536  # embeddings a rank holds at once
 
-def start_weights(run: Run, method: Method) -> dict[str, Any]:
+
+def start_weights(method: Method, recipe: Recipe, dataset: ShardDataset, world: World) -> dict[str, Any]:
     """Everything a fresh run starts from besides its seed; the fields of an event, empty when there is nothing. Every rank calls it."""
-    recipe = run.recipe
     told: dict[str, Any] = {}
     if recipe.init_from is not None:
         told = load_initial(recipe.init_from, method)
         if recipe.init_from.classifier == "means":
-            told["classifier"] = _centres_from_means(run, method)
+            told["classifier"] = _centres_from_means(method, recipe, dataset, world)
     if isinstance(recipe.method, Lafs) and recipe.method.landmark_weights is not None:
         told["landmark_cnn"] = load_landmark_cnn(recipe.method.landmark_weights, method)
     if told:
@@ -110,16 +116,8 @@ def _fitting(path: Path, shapes: dict[str, torch.Size], method: Method) -> tuple
     return taken, missing
 
 
-def _centres_from_means(run: Run, method: Method) -> str:
-    recipe = run.recipe
-    images = start_from_means(
-        _classifier(method, "means"),
-        method.evaluated(),
-        run.dataset,
-        world=run.world,
-        image_size=recipe.backbone.image_size,
-        bfloat16=recipe.optimizer.precision == "bfloat16",
-    )
+def _centres_from_means(method: Method, recipe: Recipe, dataset: ShardDataset, world: World) -> str:
+    images = start_from_means(_classifier(method, "means"), method.evaluated(), dataset, recipe, world)
     return f"rows from the means of {images} images"
 
 
@@ -149,3 +147,72 @@ def _load_centres(path: Path, source: Weights | None, method: Method) -> str:
     with torch.no_grad():
         classifier.weight.copy_(source.reader.rows("classifier.weight", *classifier.rows))
     return f"{classifier.num_classes} rows loaded"
+
+
+class _Encoded:
+    """Some samples of a dataset as `evaluation.extract.Images`."""
+
+    def __init__(self, dataset: ShardDataset, ids: np.ndarray) -> None:
+        self.dataset, self.ids = dataset, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, position: int, /) -> bytes:
+        return self.dataset.read(int(self.ids[position]))[0]
+
+
+def first_of_each(labels: np.ndarray, most: int) -> np.ndarray:
+    """Positions of the first `most` samples of every label, int64, ascending. `labels` int64 [N]."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    before = np.searchsorted(ordered, ordered, side="left")
+    return np.sort(order[np.arange(len(order)) - before < most])
+
+
+@torch.no_grad()
+def start_from_means(
+    classifier: ShardedClassifier,
+    backbone: nn.Module,
+    dataset: ShardDataset,
+    recipe: Recipe,
+    world: World,
+    batch: int = 128,
+) -> int:
+    """Turns this rank's class rows into the directions of their classes' mean unit embeddings, at the length they have; the number of images that
+    were embedded. A class without an image keeps its row. Every rank calls it; the same rows on any number of ranks.
+
+    Raises:
+        UserError: an image that cannot be read or decoded.
+    """
+    labels = dataset.labels(np.arange(len(dataset)))
+    chosen = first_of_each(labels, IMAGES)
+    start, stop = classifier.rows
+    sums = torch.zeros(
+        stop - start, classifier.embedding_dim
+    )  # on the host, where the order of additions is always the same
+
+    forward = at_precision(backbone, recipe.optimizer.precision, world.device)
+    was_training = backbone.training
+    backbone.eval()
+    for first in range(0, len(chosen), _TOGETHER):
+        ids = chosen[first : first + _TOGETHER]
+        rows = embed(
+            forward,
+            _Encoded(dataset, ids),
+            world=world,
+            batch=batch,
+            device=world.device,
+            image_size=recipe.backbone.image_size,
+            mirror=False,
+        )
+        here = (labels[ids] >= start) & (labels[ids] < stop)
+        sums.index_add_(
+            0, torch.from_numpy(labels[ids][here] - start), nn.functional.normalize(torch.from_numpy(rows[here]))
+        )
+    backbone.train(was_training)
+    means = sums.to(classifier.weight.device, classifier.weight.dtype)
+    length = torch.linalg.vector_norm(classifier.weight, dim=1, keepdim=True)
+    known = torch.linalg.vector_norm(means, dim=1, keepdim=True) > 0
+    classifier.weight.copy_(torch.where(known, nn.functional.normalize(means) * length, classifier.weight))
+    return len(chosen)

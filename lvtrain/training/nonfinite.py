@@ -16,36 +16,42 @@ import torch
 
 from lvtrain.data import Loader
 from lvtrain.distributed import world as worlds
-from lvtrain.training.run_folder import Run
+from lvtrain.methods import LossOutput
 
 FILE = "nonfinite.jsonl"
 _STEPS, _SAMPLES = 8, 32
 
 
 def note_batch(
-    run: Run,
+    run_folder: Path,
     loader: Loader,
     first: int,
-    losses: list[torch.Tensor],
-    cosines: list[torch.Tensor],
+    outputs: list[LossOutput],
     where: dict[str, Any],
 ) -> tuple[dict[str, Any], str]:
     """Notes the batch at stream position `first` and returns fields of an event and the end of a sentence on it, both empty once enough is noted.
     A collective.
 
-    losses: of this rank's A micro-batches, scalars; cosines: of each, [R * m], rank by rank and the same on every rank, or empty.
+    outputs: of this rank's A micro-batches.
     where: what else the line says (step, phase, loss, ...).
     """
-    by_rank = worlds.gather_objects([float(loss) for loss in losses])
-    path = run.folder / FILE
-    if not run.world.is_first or _lines(path) >= _STEPS:
+    by_rank = worlds.gather_objects([float(output.loss) for output in outputs])
+    cosines = [output.cosine for output in outputs if output.cosine is not None]
+    path = run_folder / FILE
+    if loader.rank > 0 or _lines(path) >= _STEPS:
         return {}, ""
     each = np.array(by_rank).ravel()  # of micro-batch r * A + k
     batch = len(each) * loader.micro_batch
     found = np.full(batch, np.nan)
     if cosines:
         found = (
-            torch.stack(cosines).float().cpu().numpy().reshape(len(losses), len(by_rank), -1).transpose(1, 0, 2).ravel()
+            torch.stack(cosines)
+            .float()
+            .cpu()
+            .numpy()
+            .reshape(len(outputs), len(by_rank), -1)
+            .transpose(1, 0, 2)
+            .ravel()
         )
     virtual = np.arange(batch) // loader.micro_batch
     # first samples without a finite cosine, then those of micro-batches without a finite loss, then those far from their class
@@ -53,7 +59,7 @@ def note_batch(
     ids, labels = loader.order.at(range(first, first + batch)), loader.global_labels(first, batch)
     samples = []
     for i in suspects:
-        shard, key = run.dataset.describe(int(ids[i]))
+        shard, key = loader.dataset.describe(int(ids[i]))
         said = {
             "sample_id": int(ids[i]),
             "label": int(labels[i]),

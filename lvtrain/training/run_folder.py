@@ -11,7 +11,7 @@ import uuid
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -21,10 +21,6 @@ from lvtrain.errors import UserError
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.resume import resume_reason, resume_rule
 from lvtrain.recipe.sections import Recipe
-
-if TYPE_CHECKING:
-    from lvtrain.data import ShardDataset
-    from lvtrain.methods.distill import Teacher
 
 _PACKAGES = (
     "torch",
@@ -39,37 +35,33 @@ _PACKAGES = (
 )
 
 
-@dataclass
-class Run:
-    """Everything that is fixed for one start: what to train, on what, where, and who takes part."""
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, opened for one start.
 
-    recipe: Recipe
-    ds_config: dict[str, Any]
-    dataset: ShardDataset
-    world: World
-    folder: Path
+    Attributes:
+        run_id: the run's own, given at its first start.
+        attempt: number of this start, from 1.
+        changes: what the recipe changes since the last start that is allowed but worth reporting.
+    """
+
+    path: Path
     run_id: str
     attempt: int
-    teacher: Teacher | None = None
-
-    @property
-    def num_classes(self) -> int:
-        return self.dataset.num_classes
+    changes: list[str]
 
 
-def open_folder(
-    recipe: Recipe, ds_config: dict[str, Any], world: World, *, licence: str
-) -> tuple[Path, str, int, list[str]]:
-    """Makes or reopens the run folder; returns folder, run id, attempt number and the changes that are allowed but worth telling.
+def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World, *, licence: str) -> RunFolder:
+    """Makes or reopens the run folder.
 
-    `licence` is that of the data: noted here, because the data may be gone when the model card is written.
+    Args:
+        licence: of the data; noted here, because the data may be gone when the model card is written.
 
     Raises:
-        UserError: the folder holds a run that has trained and whose recipe differs in something that is learned from.
+        UserError: the folder holds a run that has trained, and its recipe differs in something that is learned from.
     """
     folder = recipe.run_folder
-    run_id, attempt, told = worlds.on_first(lambda: _open(folder, recipe, ds_config, world, licence))
-    return folder, run_id, attempt, told
+    return RunFolder(folder, *worlds.on_first(lambda: _open(folder, recipe, ds_config, world, licence)))
 
 
 def _open(

@@ -1,20 +1,73 @@
-"""Learning rate as a pure function of samples seen: nothing is stepped, nothing is saved."""
+"""Where a run stands, its learning rate there, and when a phase ends.
+
+The learning rate is a pure function of the samples seen: nothing is stepped and nothing is saved.
+
+The cosine stage scheduler (CSS, LVFace, arXiv 2501.13420) ends a phase when s(t), the mean over the global batch of
+cos^2(theta_{i, y_i}), reaches delta. We compare the mean over a window of steps, so that one lucky batch does not end
+a phase, at every full window counted from the phase's start (our reading of the paper). The sum stays on the device,
+so the host reads one number per window instead of one per step.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 from lvtrain.errors import UserError
 from lvtrain.recipe.sections import Phase, Schedule
 
 
+@dataclass
+class Position:
+    """Where a run stands: a function of the steps trained, and of nothing else.
+
+    Attributes:
+        step: steps trained.
+        samples_seen: samples trained, in units of whole global batches.
+        data_skip: samples that roll-backs have skipped.
+        phase_index: number of the phase in the recipe, from 0.
+        phase_start_step, phase_start_samples: `step` and `samples_seen` where the phase began.
+        phase_over: whether the phase is complete.
+    """
+
+    step: int = 0
+    samples_seen: int = 0
+    data_skip: int = 0
+    phase_index: int = 0
+    phase_start_step: int = 0
+    phase_start_samples: int = 0
+    phase_over: bool = False
+
+    @property
+    def stream(self) -> int:
+        """The place in the endless stream of samples."""
+        return self.samples_seen + self.data_skip
+
+    @property
+    def next_index(self) -> int:
+        """Number of the phase that is trained next."""
+        return self.phase_index + int(self.phase_over)
+
+    def next_phase(self) -> Position:
+        """The start of the phase after one that is over."""
+        return replace(
+            self,
+            phase_index=self.phase_index + 1,
+            phase_start_step=self.step,
+            phase_start_samples=self.samples_seen,
+            phase_over=False,
+        )
+
+
 @dataclass(frozen=True)
 class LearningRate:
-    """`at(samples_seen)` is the rate of the step that starts there.
+    """`at(samples_seen, step_samples)` is the rate of the step that starts there.
 
-    The first step of a warm-up already moves: with w warm-up steps, step k (from 0) has (k + 1) / w of the peak. After it the rate falls
-    from the peak at the end of the warm-up to `final` x peak at the end of the schedule.
+    With w warm-up steps, step k (from 0) has (k + 1) / w of the peak. After the warm-up the rate falls from the peak to
+    `final` times the peak at the end of the schedule.
     """
 
     peak: float
@@ -26,7 +79,7 @@ class LearningRate:
 
     @property
     def warning(self) -> str | None:
-        """For people: not an error, because a short trial of a recipe has one."""
+        """A warm-up longer than the schedule. Not an error, because a short trial of a recipe has one."""
         if self.warmup <= self.total:
             return None
         return (
@@ -51,7 +104,7 @@ def learning_rate(schedule: Schedule, peak: float, *, phases: list[Phase], sampl
     """Turns the recipe's durations into samples.
 
     Raises:
-        UserError: a schedule in steps although the phases' batches differ, so that a step has no one length.
+        UserError: the schedule is in steps, but the phases' global batches differ, so a step has no fixed length.
     """
     batches = {phase.global_batch for phase in phases}
     for name, duration in (("total", schedule.total), ("warmup", schedule.warmup)):
@@ -68,3 +121,73 @@ def learning_rate(schedule: Schedule, peak: float, *, phases: list[Phase], sampl
         power=schedule.power,
         final=schedule.final,
     )
+
+
+def phase_limit(phase: Phase, start_samples: int, *, total: int, samples_per_epoch: int) -> int:
+    """Samples seen at the latest end of a phase that began at `start_samples`, in a schedule of `total` samples."""
+    per = {"global_batch": phase.global_batch, "samples_per_epoch": samples_per_epoch}
+    limit = total
+    if phase.end.at_most is not None:
+        limit = min(limit, start_samples + phase.end.at_most.samples(**per))
+    if phase.end.until is not None:
+        limit = min(limit, phase.end.until.samples(**per))
+    return limit
+
+
+def phase_end_reason(samples_seen: int, *, limit: int, total: int, reached_delta: bool) -> str | None:
+    """Why the phase ends here: "cos2", "length" or "schedule"; None when it goes on."""
+    if samples_seen >= total:
+        return "schedule"
+    if reached_delta:
+        return "cos2"
+    return "length" if samples_seen >= limit else None
+
+
+def what_is_complete(
+    position: Position, phases: list[Phase], *, total: int, only_phase: str | None = None
+) -> str | None:
+    """What is complete, the run or the one phase asked for; None while there is something to train.
+
+    Raises:
+        UserError: the phase asked for cannot be next.
+    """
+    names = [phase.name for phase in phases]
+    index = position.next_index
+    if position.phase_over and position.samples_seen >= total:
+        never = f", before {' and '.join(names[index:])} began" if index < len(names) else ""
+        return f"the schedule is complete{never}"
+    if index >= len(names):
+        return "every phase is complete"
+    if only_phase is None or names[index] == only_phase:
+        return None
+    if names.index(only_phase) > index:
+        raise UserError(f"--phase {only_phase} cannot start: phase {names[index]} is not finished; train it first")
+    return f"phase {only_phase} is complete"
+
+
+class CosineStage:
+    """The running window of cos^2, on the device, and the mean of the last full window, on the host."""
+
+    def __init__(self, delta: float | None, window: int, device: torch.device) -> None:
+        self.delta, self.window = delta, window
+        self.sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.count = 0
+        self.last_mean: float | None = None
+
+    def observe(self, cos2: torch.Tensor) -> bool:
+        """Adds the batch mean of one step; returns True when a window is full and its mean has reached delta."""
+        self.sum += cos2.detach()
+        self.count += 1
+        if self.count < self.window:
+            return False
+        self.last_mean = float(self.sum) / self.count
+        self.sum.zero_()
+        self.count = 0
+        return self.delta is not None and self.last_mean >= self.delta
+
+    def state(self) -> dict[str, Any]:
+        return {"sum": float(self.sum), "count": self.count, "last_mean": self.last_mean}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.sum.fill_(state["sum"])
+        self.count, self.last_mean = state["count"], state["last_mean"]

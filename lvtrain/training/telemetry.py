@@ -1,4 +1,7 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, events.jsonl and one progress line. Rank 0 writes; others only what they alone saw."""
+"""What a run reports: `metrics.jsonl`, `events.jsonl`, the console and trackers.
+
+Rank 0 writes. The other ranks report only what they alone saw.
+"""
 
 from __future__ import annotations
 
@@ -6,53 +9,54 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lvtrain.distributed.world import World
+from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSection
 
 
 class Telemetry:
-    """Rows of `metrics.jsonl` and `events.jsonl`, appended whole lines at a time.
+    """Rows of `metrics.jsonl` and `events.jsonl`, appended whole lines at a time, and sent to the recipe's trackers."""
 
-    A resumed run goes back to its checkpoint's step, so rows of later steps are dropped first (`forget_after`): they are about to be made again.
-    """
+    def __init__(self, run: TrackedRun, world: World, trackers: Sequence[TrackerSection] = ()) -> None:
+        self.folder, self.world, self.active = run.folder, world, world.is_first
+        self._trackers: dict[str, Tracker] = {}
+        for section in trackers if self.active else ():
+            try:
+                self._trackers[section.name] = TRACKERS.get(section.name)(section, run)
+            except Exception as error:
+                self._switch_off(section.name, error)
 
-    def __init__(self, folder: Path, world: World, *, tensorboard: bool) -> None:
-        self.folder, self.world, self.active = folder, world, world.is_first
-        self._writer: Any = None
-        if self.active and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=30)
-
-    def forget_after(self, step: int) -> None:
+    def begin(self, step: int) -> None:
+        """The run goes on from `step`: rows of later steps are dropped, because they will come again."""
         path = self.folder / "metrics.jsonl"
-        if not self.active or not path.exists():
-            return
-        rows = [row for row in _whole_lines(path) if row["step"] <= step]
-        fresh = path.with_suffix(".jsonl.new")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(fresh, path)
+        if self.active and path.exists():
+            rows = [row for row in _whole_lines(path) if row["step"] <= step]
+            fresh = path.with_suffix(".jsonl.new")
+            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(fresh, path)
+        self._track("begin", step)
 
     def metrics(self, row: dict[str, Any]) -> None:
-        if not self.active:
-            return
-        row = {"time": round(time.time(), 3), **row}
-        self._append("metrics.jsonl", row)
-        if self._writer is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name not in ("time", "step"):
-                    self._writer.add_scalar(f"train/{name}", value, row["step"])
+        if self.active:
+            row = {"time": round(time.time(), 3), **row}
+            self._append("metrics.jsonl", row)
+            self._track("metrics", row)
 
     def event(self, event: str, *, any_rank: bool = False, **fields: Any) -> None:
-        """One row of events.jsonl; `any_rank` for what only this rank saw (a sample it could not decode)."""
-        if not (self.active or any_rank):
-            return
-        self._append("events.jsonl", {"time": round(time.time(), 3), "event": event, **fields})
+        """One row of `events.jsonl`; `any_rank` for what only this rank saw, such as an image it could not decode."""
+        if self.active or any_rank:
+            row = {"time": round(time.time(), 3), "event": event, **fields}
+            self._append("events.jsonl", row)
+            self._track("event", row)
 
-    def evaluation(self, name: str, results: dict[str, Any], step: int) -> None:
-        """Writes evaluation/NAME.json and the headline figures to TensorBoard."""
+    def evaluation(self, name: str, results: dict[str, Any]) -> None:
+        """Writes `evaluation/NAME.json`, and accuracies to the console."""
+        for benchmark, figures in results["benchmarks"].items():
+            accuracy, std = 100 * figures["accuracy"], 100 * figures["std"]
+            self.say(f"evaluation {name}  {benchmark}: accuracy {accuracy:.2f}% +- {std:.2f}")
         if not self.active:
             return
         folder = self.folder / "evaluation"
@@ -60,9 +64,6 @@ class Telemetry:
         fresh = folder / f".{name}.json.new"
         fresh.write_text(json.dumps(results))
         os.replace(fresh, folder / f"{name}.json")
-        if self._writer is not None:
-            for benchmark, figures in results["benchmarks"].items():
-                self._writer.add_scalar(f"evaluation/{benchmark}", figures["accuracy"], step)
 
     def say(self, text: str) -> None:
         if self.active:
@@ -76,9 +77,21 @@ class Telemetry:
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def _track(self, method: str, *arguments: Any) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:
+                del self._trackers[name]
+                self._switch_off(name, error)
+
+    def _switch_off(self, name: str, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        self.event("tracker_off", tracker=name, reason=reason)
+        self.say(f"warning: the tracker {name} failed and is off for this start ({reason}); training goes on")
+
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._track("close")
 
 
 def progress_line(row: dict[str, Any], *, phase: str, seconds_left: float) -> str:

@@ -33,7 +33,7 @@ phases: [{{name: alignment, global_batch: 8, micro_batches: 2, sample_rate: 0.5}
 optimizer: {{lr: 1.0e-3, precision: float32}}
 schedule: {{total: {steps} steps, warmup: 1 steps}}
 checkpoint: {{every: 1 steps}}
-logging: {{every: 1, tensorboard: false}}
+logging: {{every: 1, trackers: []}}
 evaluation: {{benchmarks: {{}}}}
 """
 GRACE = 1.0  # seconds the other ranks have after one has failed, as under a launcher

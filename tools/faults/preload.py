@@ -5,8 +5,8 @@ import importlib
 import deepspeed
 
 MODULES = [
-    "lvtrain.training.session",
-    "lvtrain.training.dry_run",
+    "lvtrain.training.trainer",
+    "lvtrain.training.checks",
     "lvtrain.datasets.importers",
     "lvtrain.evaluation.suite",
     "lvtrain.evaluation.plots",

@@ -43,8 +43,8 @@ class Deadline:
         return now - self.started + self.reserve() >= self.allotted
 
 
-class Preemption:
-    """`with Preemption(world, max_time_seconds) as it:` then, after every step, on every rank, `it.should_stop(step)`.
+class Stopping:
+    """`with Stopping(world, max_time_seconds) as stopping:`, then `stopping.should_stop(step)` after every step on every rank.
 
     max_time_seconds counts from `started` (a `time.monotonic` reading; construction when absent).
     """
@@ -68,7 +68,7 @@ class Preemption:
         self._last_boundary: float | None = None
         self._listening = False
 
-    def install(self) -> Preemption:
+    def install(self) -> Stopping:
         """Listens for the signals (main thread only) and opens the ranks' own group for votes; a collective."""
         signals.listen()
         self._listening = True
@@ -83,7 +83,7 @@ class Preemption:
             signals.restore()
         self._listening = False
 
-    def __enter__(self) -> Preemption:
+    def __enter__(self) -> Stopping:
         return self.install()
 
     def __exit__(self, *exception: object) -> None:

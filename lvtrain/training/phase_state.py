@@ -1,0 +1,287 @@
+"""What a phase trains with: method, engine, averaged weights, loader, stage, meter and position.
+
+A phase is built anew at its start and at every start of the run, for this number of ranks. It then begins, or takes
+over a checkpoint. So going to the next phase, resuming, and changing the number of GPUs are one path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from lvtrain.checkpoint.reader import Reader
+from lvtrain.checkpoint.state import Replicated, State
+from lvtrain.data import Loader, ShardDataset
+from lvtrain.distributed.world import World
+from lvtrain.engine.engine import Engine
+from lvtrain.engine.precision import at_precision
+from lvtrain.evaluation import run_benchmarks
+from lvtrain.methods import LossOutput, Now, create_method
+from lvtrain.methods.distill import Teacher
+from lvtrain.methods.supervised import SupervisedMethod
+from lvtrain.recipe.base import Duration
+from lvtrain.recipe.sections import Recipe
+from lvtrain.training.initial import start_weights
+from lvtrain.training.meter import Meter, Pace
+from lvtrain.training.schedule import CosineStage, LearningRate, Position, phase_limit
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a start trains with, the same in every phase.
+
+    Attributes:
+        recipe, ds_config: resolved.
+        dataset: opened in this process.
+        world: this process among the ranks.
+        teacher: the network of `method.distill`, if the recipe names one.
+    """
+
+    recipe: Recipe
+    ds_config: dict[str, Any]
+    dataset: ShardDataset
+    world: World
+    teacher: Teacher | None = None
+
+
+_IN_MANIFEST = ("step", "samples_seen")  # the numbers of a position that a checkpoint's manifest has
+
+
+class AveragedWeights:
+    """An exponential moving average of the evaluated module's weights and buffers, by timm.
+
+    Build it before the engine partitions the module (ZeRO-3). Call `update` where the weights are whole.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._ema = ModelEmaV3(module, decay=decay)
+
+    @property
+    def module(self) -> nn.Module:
+        return self._ema.module
+
+    def update(self, module: nn.Module) -> None:
+        with torch.no_grad():
+            self._ema.update(module)
+
+    def state(self) -> State:
+        return {f"ema.{name}": Replicated(tensor) for name, tensor in self.module.state_dict().items()}
+
+    def load_state(self, reader: Any) -> None:
+        self.module.load_state_dict({name: reader.replicated(f"ema.{name}") for name in self.module.state_dict()})
+
+
+class PhaseState:
+    """The phase that `position` stands in. Call `load` before training, unless the run begins here (`fresh`).
+
+    Args:
+        rate: of the run; its `total` bounds the phase.
+        position: changed in place as the phase is trained.
+        fresh: the run begins here, so `init_from` and the seed give the weights.
+
+    Attributes:
+        section: the recipe's section of this phase.
+        limit: samples seen at the phase's latest end.
+        accumulation: micro-batches of this rank per step.
+        initial: what a fresh run took from other weights, for `events.jsonl`.
+        saved_step: step of the newest checkpoint, -1 if there is none.
+        nonfinite_in_row, nonfinite_total: steps without a finite loss or gradient, since this object was built.
+        cos2, grad_norm: of the last finite step, scalars on the device.
+
+    Raises:
+        UserError: weights that do not fit the recipe.
+    """
+
+    def __init__(self, setup: Setup, rate: LearningRate, position: Position, *, fresh: bool) -> None:
+        recipe, world, dataset = setup.recipe, setup.world, setup.dataset
+        self.setup, self.rate, self.position = setup, rate, position
+        self.section = section = recipe.phases[position.phase_index]
+        self.limit = phase_limit(
+            section, position.phase_start_samples, total=rate.total, samples_per_epoch=len(dataset)
+        )
+        self.accumulation = section.micro_batches // world.size
+        self.saved_step = -1
+        self.nonfinite_in_row = self.nonfinite_total = self.bad_reported = 0
+        self.cos2: torch.Tensor | None = None
+        self.grad_norm: torch.Tensor | None = None
+        self.pace = Pace()
+
+        self.method = create_method(recipe, num_classes=dataset.num_classes, device=world.device)
+        if setup.teacher is not None:
+            assert isinstance(self.method, SupervisedMethod)  # only its section names one
+            self.method.distil_from(setup.teacher)
+        self.initial = start_weights(self.method, recipe, dataset, world) if fresh else {}
+        self.average = AveragedWeights(self.method.evaluated(), recipe.ema.decay) if recipe.ema else None
+        if recipe.backbone.compile:
+            self.method.evaluated().compile()  # in place: names stay, and the averaged copy is not compiled
+        self.engine = Engine(
+            self.method.module,
+            ds_config=setup.ds_config,
+            micro_batch=section.micro_batch,
+            accumulation=self.accumulation,
+            optimizer=recipe.optimizer,
+            device=world.device,
+        )
+        if fresh:
+            self.method.enter_phase(section, first_time=True)
+        window = getattr(recipe.method, "window", 1)  # methods without classes observe no cosine
+        self.stage = CosineStage(section.end.cos2, window, world.device)
+        self.meter = Meter(world.device)
+        self.loader = _create_loader(setup, section.micro_batch, section.micro_batches, position.stream)
+
+    def now(self, steps_back: int = 0) -> Now:
+        """The step that is trained next, or one before it, for the method."""
+        batch, position = self.section.global_batch, self.position
+        seen, stream = position.samples_seen - steps_back * batch, position.stream - steps_back * batch
+        progress = seen / self.rate.total
+        return Now(position.step - steps_back, self.rate.at(seen, batch), progress, stream / len(self.setup.dataset))
+
+    def global_labels(self) -> torch.Tensor:
+        """Labels of the next step's whole global batch, int64 [G] on the host."""
+        return torch.from_numpy(self.loader.global_labels(self.position.stream, self.section.global_batch))
+
+    def finish_step(self, now: Now) -> None:
+        """After the engine's own update: BatchNorm's statistics, the method's class centres, the averaged weights."""
+        self.engine.sync_batch_statistics()
+        self.method.end_step(now, self.engine.full_parameters)
+        if self.average:
+            with self.engine.full_parameters():
+                self.average.update(self.method.evaluated())
+        self.nonfinite_in_row = 0
+
+    def observe(self, loss: torch.Tensor, outputs: list[LossOutput], grad_norm: torch.Tensor) -> bool:
+        """Measures a finished step. Returns whether the phase has reached its cosine (CSS).
+
+        Args:
+            loss: the step's, over all ranks, scalar.
+            outputs: of this rank's micro-batches.
+        """
+        cos2 = [output.metrics["cos2"].detach() for output in outputs if "cos2" in output.metrics]
+        self.cos2, self.grad_norm = torch.stack(cos2).mean() if cos2 else None, grad_norm
+        self.meter.add(loss, [{name: v for name, v in o.metrics.items() if name != "cos2"} for o in outputs])
+        return self.cos2 is not None and self.stage.observe(self.cos2)
+
+    def place(self) -> dict[str, Any]:
+        """Where the phase stands, for events, metrics and evaluations."""
+        position = self.position
+        return {"step": position.step, "samples_seen": position.samples_seen, "phase": self.section.name}
+
+    def is_due(self, every: Duration | None) -> bool:
+        """Whether the last step has completed another `every` samples of the run."""
+        if every is None:
+            return False
+        batch, seen = self.section.global_batch, self.position.samples_seen
+        length = every.samples(global_batch=batch, samples_per_epoch=len(self.setup.dataset))
+        return seen // length > (seen - batch) // length
+
+    def state(self) -> State:
+        """Every tensor that a resumed run needs, by name. Of what all ranks hold alike, each gives a share. A collective."""
+        rank, size = self.setup.world.rank, self.setup.world.size
+        state = self.engine.export_state(keep=lambda i: i % size == rank) | self.method.state()
+        return state | self.average.state() if self.average else state
+
+    def meta(self) -> dict[str, Any]:
+        """The numbers that a resumed run needs besides, as JSON. A collective."""
+        position = {name: value for name, value in asdict(self.position).items() if name not in _IN_MANIFEST}
+        return {"position": position, "stage": self.stage.state(), "meter": self.meter.state()}
+
+    def load(self, reader: Reader, stored: Position) -> None:
+        """Takes over a checkpoint of this phase, or of the end of the phase before. A collective.
+
+        Args:
+            stored: the checkpoint's position.
+
+        Raises:
+            UserError: tensors that do not fit the recipe.
+        """
+        # the checkpoint lacks what this phase adds: enter the stored phase, restore it, and only then move on
+        self.method.enter_phase(self.setup.recipe.phases[stored.phase_index], first_time=False)
+        self.engine.import_state(reader)
+        self.method.load_state(reader)
+        if self.average:
+            self.average.load_state(reader)
+        reader.finish()
+        self.saved_step = stored.step
+        if stored.phase_over:
+            self.method.enter_phase(self.section, first_time=True)
+        else:
+            self.stage.load_state(reader.meta["stage"])
+            self.meter.load_state(reader.meta["meter"])
+
+    def evaluate(self) -> dict[str, Any]:
+        """The recipe's benchmarks on the weights and on their average, for `evaluation/NAME.json`. A collective."""
+        recipe, world = self.setup.recipe, self.setup.world
+
+        def figures(module: nn.Module) -> dict[str, Any]:
+            forward = at_precision(module, recipe.optimizer.precision, world.device)
+            places: dict[str, Any] = {"world": world, "device": world.device}
+            size = recipe.backbone.image_size
+            return run_benchmarks(forward, recipe.evaluation.benchmarks, image_size=size, **places)
+
+        results = self.place()
+        self.engine.eval()
+        with self.engine.full_parameters(), torch.no_grad():
+            results["benchmarks"] = figures(self.method.evaluated())
+            if self.average:
+                results["benchmarks_ema"] = figures(self.average.module.eval())
+        return results
+
+    def metrics_row(self) -> dict[str, Any]:
+        """What is logged of the steps since the meter was cleared. A collective."""
+        recipe, position, last = self.setup.recipe, self.position, self.now(steps_back=1)
+        steps_per_second, data_wait = self.pace.since(position.step, self.loader.wait_seconds)
+        loss, figures = self.meter.means()
+        row = self.place() | {
+            "epoch": round(position.stream / len(self.setup.dataset), 4),
+            "loss": loss,
+            "cos2": float(self.cos2) if self.cos2 is not None else None,
+            "cos2_window": self.stage.last_mean,
+            "lr": last.lr,
+            "grad_norm": float(self.grad_norm) if self.grad_norm is not None else None,
+        }
+        if recipe.optimizer.weight_decay_end is not None:
+            row["weight_decay"] = recipe.optimizer.weight_decay_at(last.progress)
+        on_gpu = self.setup.world.device.type == "cuda"
+        return (
+            row
+            | figures
+            | {
+                "nonfinite": self.nonfinite_total,
+                "images_per_second": round(steps_per_second * self.section.global_batch, 2),
+                "data_wait": round(data_wait, 4),
+                "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if on_gpu else None,
+            }
+        )
+
+    def restart_clock(self) -> None:
+        """Starts the measurement of speed anew, after something other than training took time."""
+        self.pace.start(self.position.step, self.loader.wait_seconds)
+
+    def close(self) -> None:
+        self.loader.close()
+        self.engine.close()
+
+
+def _create_loader(setup: Setup, micro_batch: int, micro_batches: int, start: int) -> Loader:
+    recipe, data = setup.recipe, setup.recipe.data
+    return Loader(
+        setup.dataset,
+        seed=recipe.seed,
+        block=data.block,
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        rank=setup.world.rank,
+        size=setup.world.size,
+        start=start,
+        augmentation=data.augmentation,
+        device=setup.world.device,
+        backend=data.backend,
+        threads=data.threads,
+        prefetch=data.prefetch,
+        read_ahead=data.prefetch,
+        image_size=recipe.backbone.image_size,
+    )
