@@ -112,7 +112,7 @@ def test_overrides(override: str, read) -> None:
         ("schedule.total=10 parsecs", "steps, epochs or samples"),
         ("optimizer.lr=-1", "optimizer.lr"),
         ("optimizer.weight_decay_end=-0.1", "optimizer.weight_decay_end: Input should be greater than or equal to 0"),
-        ("method.name=pca", "does not match any of the expected tags"),
+        ("method.name=pca", "method: unknown method 'pca'; did you mean 'pco'?"),
         ("lr", "must look like section.key=value"),
         ("seed.x=3", "is a value, not a section"),
         ("phases.1.name=alignment", "phase names must differ"),

@@ -45,10 +45,8 @@ def main(
         name = "H200" if default else "GPU"
         device = replace(H200, name=name, matmul=matmul * 1e12, memory=memory * 1e9, link=link * 1e9)
         teacher = load_teacher(loaded, needed=False)
-        if loaded.distill and not teacher:
-            typer.echo(
-                f"plan: warning: {loaded.distill.teacher} is not here: the plan is without the teacher", err=True
-            )
+        if not teacher and (path := loaded.method.sources().get("distill.teacher")):
+            typer.echo(f"plan: warning: {path} is not here: the plan is without the teacher", err=True)
         build = teacher.build if teacher else None
         classes, samples = loaded.data.num_classes, loaded.data.num_samples
         if loaded.data.path.exists():

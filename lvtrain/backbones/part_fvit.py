@@ -40,6 +40,7 @@ class FViTShape:
     mlp_dim: int
 
 
+LANDMARK_CNN = ("stn.", "output_layer.")  # how names of its tensors begin
 SHAPES = {"tiny": FViTShape(256, 12, 8, 64, 1024), "base": FViTShape(768, 12, 11, 64, 2048)}
 
 
@@ -267,6 +268,10 @@ class PartFViT(FViT):
             self.stn.eval()
             self.output_layer.eval()
         return self
+
+    def landmark_state(self) -> dict[str, torch.Tensor]:
+        """The tensors of the landmark CNN, by their names in `state_dict()`."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(LANDMARK_CNN)}
 
     def predict_landmarks(self, images: torch.Tensor) -> torch.Tensor:
         """The landmark CNN's points, `[B, num_tokens, 2]` float32 (x, y) in pixels, min-max scaled to the picture.

@@ -1,18 +1,6 @@
-"""One file a paper. A new paper is a new file, its section in `recipe.py`, and a line here."""
+"""What is trained: one file a method. The registry `METHODS` finds the files by themselves."""
 
-from lvtrain.methods.base import LossOutput, Method, Now, create_method
-from lvtrain.methods.cluster import ClusterMethod
-from lvtrain.methods.dino import DinoMethod
-from lvtrain.methods.finetune import FinetuneMethod
-from lvtrain.methods.lafs import LafsMethod
-from lvtrain.methods.pco import PcoMethod
+from lvtrain.methods.base import LossOutput, Method, MethodSection, Now, create_method
+from lvtrain.recipe.registry import METHODS
 
-REGISTRY: dict[str, type[Method]] = {
-    "pco": PcoMethod,
-    "cluster": ClusterMethod,
-    "dino": DinoMethod,
-    "lafs": LafsMethod,
-    "finetune": FinetuneMethod,
-}
-
-__all__ = ["REGISTRY", "LossOutput", "Method", "Now", "create_method"]
+__all__ = ["METHODS", "LossOutput", "Method", "MethodSection", "Now", "create_method"]

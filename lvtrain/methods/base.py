@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,7 +25,8 @@ from torch import nn
 from lvtrain.checkpoint.state import State
 from lvtrain.data.augment import SETS, augmentation
 from lvtrain.errors import UserError
-from lvtrain.recipe.base import Duration
+from lvtrain.recipe.base import Duration, NamedSection
+from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Phase, Recipe
 
 if TYPE_CHECKING:
@@ -63,11 +65,33 @@ class LossOutput:
     cosine: torch.Tensor | None = None
 
 
+class MethodSection(NamedSection):
+    """A method's part of a recipe. A subclass adds the method's options, each with a default and a description."""
+
+    def sources(self) -> dict[str, Path]:
+        """Weights that the options name, by their key below `method`."""
+        return {}
+
+
 class Method(ABC):
-    """Built afresh for every phase with the recipe; `module` is what the engine trains, everything else is the method's own."""
+    """One paper. It is built anew for every phase; `module` is what the engine trains, everything else is the method's.
+
+    A subclass is registered under the name that recipes use: `@METHODS.register("pco")`.
+
+    Attributes:
+        section: the model of its part of a recipe.
+        title: what logs, the report and the model card call it.
+        views: those of `data.augmentation` that it trains on.
+        cos2_window: steps over which the mean of cos^2 is taken that `phases.*.end.cos2` is compared with; 0 where there
+            are no class centres.
+    """
+
+    section: ClassVar[type[MethodSection]] = MethodSection
+    title: ClassVar[str]
+    views: ClassVar[tuple[str, ...]] = ("image",)
 
     module: nn.Module
-    views: ClassVar[tuple[str, ...]] = ("image",)  # of `data.augmentation`, that it trains on
+    cos2_window: int = 0
 
     @abstractmethod
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None: ...
@@ -88,8 +112,19 @@ class Method(ABC):
     def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
         """Sets what the phase changes. `first_time` is False when a phase is continued from a checkpoint: then nothing is initialised."""
 
+    def check_start_weights(self) -> None:
+        """Refuses what `load_start_weights` would, by names and shapes alone; `module` may be on the meta device.
+
+        Raises:
+            UserError: a file that a fresh run needs is missing, or does not fit.
+        """
+
+    def load_start_weights(self) -> dict[str, str]:
+        """Loads what a fresh run starts from besides `init_from`. Returns what was loaded, for the log."""
+        return {}
+
     def after_initial_weights(self) -> None:
-        """Called once, after `init_from` has put weights into `module`."""
+        """Called once, after `init_from` and `load_start_weights` have put weights into `module`."""
 
     def warnings(self, metrics: dict[str, Any], now: Now) -> list[str]:
         """What a log line's figures say is going wrong, in words (a collapse)."""
@@ -123,9 +158,7 @@ def create_method(recipe: Recipe, *, num_classes: int, device: torch.device) -> 
     Raises:
         UserError: the recipe's augmentation does not make the views the method trains on, or settings that do not go together.
     """
-    from lvtrain import methods
-
-    method = methods.REGISTRY[recipe.method.name]
+    method: type[Method] = METHODS.get(recipe.method.name)
     name = recipe.data.augmentation
     if not set(method.views) <= {view.name for view in augmentation(name)}:
         fit = [other for other, views in SETS.items() if set(method.views) <= {view.name for view in views}]

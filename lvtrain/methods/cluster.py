@@ -32,11 +32,12 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lvtrain.checkpoint.state import Rows, State
@@ -48,8 +49,9 @@ from lvtrain.distributed.collectives import all_reduce_sum, gather_rows
 from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Now
-from lvtrain.methods.supervised import SupervisedMethod, batch_cosine
-from lvtrain.recipe.methods import Cluster
+from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection, batch_cosine
+from lvtrain.recipe.base import Duration, in_steps_or_epochs
+from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Phase, Recipe
 
 
@@ -93,10 +95,50 @@ class Clusters:
         return F.pad(values, (0, 1), value=1)[torch.searchsorted(self.classes, labels)]
 
 
+class ClusterSection(SupervisedSection):
+    """Joint label classification and supervised contrastive clustering; the defaults are the paper's setting 6."""
+
+    guided: bool = Field(True, description="cluster-guided margins; false: ArcFace with classifier.margin.m")
+    m_low: float = Field(0.4, ge=0, description="margin of the tightest cluster of the step, radians")
+    m_high: float = Field(0.6, ge=0, description="margin of the loosest")
+    clustering: Literal["contrastive", "triplet", "centre", "none"] = Field(
+        "contrastive", description="triplet and centre loss are the paper's comparisons"
+    )
+    alpha: float = Field(1.0, ge=0, description="weight of the clustering loss; 0 is off")
+    beta: float = Field(1.0, ge=0, description="weight of the cluster-aligning loss; 0 is off")
+    temperature: Literal["concentration", "learnable"] = Field(
+        "concentration", description="one per class, phi_j, or a single learnable tau0"
+    )
+    tau0: float = Field(0.07, gt=0, description="first value of the learnable temperature")
+    mean_temperature: float | None = Field(
+        None, gt=0, description="rescale the temperatures to this mean over the step's classes, as PCL does"
+    )
+    min_temperature: float = Field(0.05, gt=0, description="smallest temperature of a class")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of the cluster centres")
+    recent: int = Field(100, gt=0, description="Z: most recent features a concentration is taken over")
+    smoothing: float = Field(10.0, gt=0, description="PCL's alpha in Z log(Z + alpha)")
+    triplet_margin: float = Field(0.2, ge=0)
+    warmup: Duration = Field(
+        default_factory=lambda: Duration("1 epochs"),
+        description="the bank follows the features, the losses are plain ArcFace's; in steps or epochs",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> ClusterSection:
+        in_steps_or_epochs(self.warmup)
+        if self.m_high < self.m_low:
+            raise ValueError(f"m_high {self.m_high} is below m_low {self.m_low}")
+        return self
+
+
+@METHODS.register("cluster")
 class ClusterMethod(SupervisedMethod):
+    section = ClusterSection
+    title = "joint classification and contrastive clustering (arXiv 2312.04029)"
+    settings: ClusterSection
+
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
-        assert isinstance(recipe.method, Cluster)
-        self.settings = settings = recipe.method
+        settings: ClusterSection = recipe.method  # type: ignore[assignment]
         margin = recipe.classifier.margin if recipe.classifier else None
         if margin is not None and (margin.name != "arcface" or margin.straight_through):
             raise UserError(

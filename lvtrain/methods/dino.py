@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import nn
 from torch.nn import functional
 
@@ -43,8 +44,8 @@ from lvtrain.data import Batch
 from lvtrain.data.augment import augmentation
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
-from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
-from lvtrain.recipe.methods import SelfDistillation
+from lvtrain.methods.base import LossOutput, Method, MethodSection, Now, initial_backbone
+from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Phase, Recipe
 
 
@@ -132,12 +133,32 @@ def dino_loss(
     return loss / pairs
 
 
+class DinoSection(MethodSection):
+    """The defaults are DINO's; the size of the head is LAFS's."""
+
+    prototypes: int = Field(100_000, gt=1)
+    hidden: int = Field(2048, gt=0)
+    bottleneck: int = Field(256, gt=0)
+    student_temperature: float = Field(0.1, gt=0)
+    teacher_temperature: float = Field(0.04, gt=0)
+    teacher_temperature_start: float = Field(0.04, gt=0)
+    teacher_warmup_epochs: float = Field(0, ge=0)
+    teacher_momentum: float = Field(0.996, gt=0, le=1, description="first value; goes to 1 by a cosine")
+    centre_momentum: float = Field(0.9, ge=0, lt=1)
+    freeze_last_layer: float = Field(
+        1, ge=0, description="epochs at the start in which the prototypes stay as they are"
+    )
+
+
+@METHODS.register("dino")
 class DinoMethod(Method):
+    section: ClassVar[type[MethodSection]] = DinoSection
+    title = "DINO: self-distillation without labels (ICCV 2021)"
+    settings: DinoSection
     views: ClassVar[tuple[str, ...]] = ("global_0", "global_1")
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
-        section = recipe.method
-        assert isinstance(section, SelfDistillation)
+        section: DinoSection = recipe.method  # type: ignore[assignment]
         self.settings, self.recipe, self.device = section, recipe, device
         backbone = initial_backbone(recipe, device)
         sizes = {view.size for view in augmentation(recipe.data.augmentation)} - {None, recipe.backbone.image_size}

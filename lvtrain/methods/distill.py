@@ -14,19 +14,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
 from lvtrain.checkpoint.state import Replicated, State
 from lvtrain.data import Batch
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput
-from lvtrain.recipe.sections import Recipe
+from lvtrain.recipe.base import REQUIRED, Section, setting
 
 _FINGERPRINT = "distill.teacher"
+
+
+class Distill(Section):
+    """A frozen teacher that the embeddings follow."""
+
+    teacher: Path = setting(
+        REQUIRED,
+        "a run, a checkpoint, an exported folder or others' weights, of the student's embedding_dim and image_size",
+        resume="free",  # a checkpoint knows the teacher's weights, as it knows the data's fingerprint
+    )
+    weight: float = Field(
+        0.99,
+        gt=0,
+        lt=1,
+        description="of the teacher's part; near 1, because a classification's gradient is 64 times as steep (its scale)",
+    )
 
 
 @dataclass(frozen=True)
@@ -43,11 +61,10 @@ class Teacher:
 class Distillation:
     """The teacher's part of a supervised method's loss, on this rank."""
 
-    def __init__(self, recipe: Recipe, teacher: Teacher, device: torch.device) -> None:
-        assert recipe.distill is not None
-        self.weight, self.path, self.teacher = recipe.distill.weight, recipe.distill.teacher, teacher
+    def __init__(self, section: Distill, teacher: Teacher, device: torch.device, *, bfloat16: bool) -> None:
+        self.weight, self.path, self.teacher = section.weight, section.teacher, teacher
         self.backbone = teacher.backbone.to(device)
-        self.bfloat16 = recipe.optimizer.precision == "bfloat16"
+        self.bfloat16 = bfloat16
 
     def mixed(self, own: LossOutput, embeddings: torch.Tensor, batch: Batch) -> LossOutput:
         """The method's loss of a micro-batch with the teacher's part of it. `embeddings` float [B, d]: the student's, not normalised."""

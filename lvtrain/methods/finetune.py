@@ -11,9 +11,10 @@ mean squared distance in shares of the picture, with a weight that falls over th
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from lvtrain.backbones.part_fvit import PartFViT
@@ -22,8 +23,8 @@ from lvtrain.data import Batch
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Now
-from lvtrain.methods.supervised import SupervisedMethod
-from lvtrain.recipe.methods import Finetune
+from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
+from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Recipe
 
 
@@ -39,11 +40,23 @@ class WithLandmarks(nn.Module):
         return embeddings, landmarks
 
 
+class FinetuneSection(SupervisedSection):
+    """What becomes of the landmark CNN of a Part fViT."""
+
+    landmarks: Literal["fixed", "trained", "anchored"] = Field("trained", description="the paper's options a, b, c")
+    beta: float = Field(
+        0.1, ge=0, description="anchored: weight of the distance to a frozen landmark CNN's points, pixels"
+    )
+
+
+@METHODS.register("finetune")
 class FinetuneMethod(SupervisedMethod):
+    section = FinetuneSection
+    title = "fine-tuning from pretrained weights (LAFS, CVPR 2024)"
+    settings: FinetuneSection
+
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
         super().__init__(recipe, num_classes=num_classes, device=device)
-        assert isinstance(recipe.method, Finetune)
-        self.settings = recipe.method
         self.anchor: PartFViT | None = None
         frozen = isinstance(self.backbone, PartFViT) and self.backbone.freeze_landmarks
         if frozen and self.settings.landmarks != "fixed":
@@ -71,7 +84,8 @@ class FinetuneMethod(SupervisedMethod):
     def after_initial_weights(self) -> None:
         """The anchor is the landmark CNN fine-tuning starts from."""
         if self.anchor is not None:
-            self.anchor.load_state_dict(_landmark_weights(self.backbone), strict=False)
+            assert isinstance(self.backbone, PartFViT)
+            self.anchor.load_state_dict(self.backbone.landmark_state(), strict=False)
 
     def own_loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         if self.anchor is None:
@@ -92,15 +106,11 @@ class FinetuneMethod(SupervisedMethod):
     def state(self) -> State:
         if self.anchor is None:
             return super().state()
-        frozen = _landmark_weights(self.anchor)
+        frozen = self.anchor.landmark_state()
         return super().state() | {f"anchor.{name}": Replicated(tensor) for name, tensor in frozen.items()}
 
     def load_state(self, reader: Any) -> None:
         super().load_state(reader)
         if self.anchor is not None:
-            frozen = {name: reader.replicated(f"anchor.{name}") for name in _landmark_weights(self.anchor)}
+            frozen = {name: reader.replicated(f"anchor.{name}") for name in self.anchor.landmark_state()}
             self.anchor.load_state_dict(frozen, strict=False)
-
-
-def _landmark_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t for name, t in backbone.state_dict().items() if name.startswith(("stn.", "output_layer."))}

@@ -14,9 +14,11 @@ number of ranks.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from lvtrain import randomness
 from lvtrain.backbones.part_fvit import PartFViT
@@ -24,21 +26,39 @@ from lvtrain.data import Batch
 from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
 from lvtrain.methods.base import Now
-from lvtrain.methods.dino import DinoMethod, view_names
-from lvtrain.recipe.methods import Lafs
+from lvtrain.methods.dino import DinoMethod, DinoSection, view_names
+from lvtrain.recipe.registry import METHODS
+from lvtrain.weights.runs import read_initial, shapes_of
 
 View = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor
 ]  # images [B, 3, H, W], landmarks [B, N, 2] pixels, positions [B, N]
 
 
+class LafsSection(DinoSection):
+    """DINO on landmarks: the teacher sees all of them, the student a subset."""
+
+    landmarks: int = Field(36, gt=0, description="landmarks the student sees")
+    shuffle: bool = True
+    perturbation: float = Field(2.0, ge=0, description="alpha, pixels")
+    landmark_weights: Path | None = Field(
+        None, description="supervised Part fViT run whose landmark CNN is taken, frozen"
+    )
+
+    def sources(self) -> dict[str, Path]:
+        return {"landmark_weights": self.landmark_weights} if self.landmark_weights else {}
+
+
+@METHODS.register("lafs")
 class LafsMethod(DinoMethod):
+    section = LafsSection
+    title = "LAFS: landmark-based self-supervised pretraining (CVPR 2024)"
+    settings: LafsSection
     views = ("global_0", "global_1", "global_0_landmarks", "global_1_landmarks")
     _now: Now
     _teacher_views: tuple[View, ...]
 
     def prepare(self) -> None:
-        assert isinstance(self.settings, Lafs)
         backbone = self.evaluated()
         if not isinstance(backbone, PartFViT):
             raise UserError(
@@ -55,13 +75,42 @@ class LafsMethod(DinoMethod):
         if not backbone.freeze_landmarks:
             raise UserError("method lafs keeps the landmark CNN fixed; set backbone.overrides.freeze_landmarks: true")
 
+    def check_start_weights(self) -> None:
+        if (path := self.settings.landmark_weights) is not None:
+            if not path.exists():
+                raise UserError(
+                    f"method.landmark_weights: {path} does not exist; train a supervised Part fViT first, and give its run"
+                )
+            self._landmark_names(shapes_of(path)[0])
+
+    def load_start_weights(self) -> dict[str, str]:
+        """The landmark CNN of a supervised Part fViT."""
+        if (path := self.settings.landmark_weights) is None:
+            return {}
+        _, weights = read_initial(path)
+        names = self._landmark_names({name: tensor.shape for name, tensor in weights.items()})
+        self.evaluated().load_state_dict({name: weights[name] for name in names}, strict=False)
+        return {"landmark_cnn": str(path)}
+
+    def _landmark_names(self, shapes: dict[str, torch.Size]) -> list[str]:
+        """The landmark CNN's tensors, which must all be among `shapes`, those of the file."""
+        backbone = self.evaluated()
+        assert isinstance(backbone, PartFViT)
+        own = backbone.landmark_state()
+        for name, tensor in own.items():
+            if shapes.get(name) != tensor.shape:
+                raise UserError(
+                    f"method.landmark_weights: {self.settings.landmark_weights} has no {name} of shape {tuple(tensor.shape)}; "
+                    "give a supervised run of the same Part fViT"
+                )
+        return list(own)
+
     def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
         super().begin_step(now, global_labels)
         self._now = now
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
         """The student's views: a subset of the landmarks of each."""
-        assert isinstance(self.settings, Lafs)
         names = view_names(batch)
         points = {name: self._landmarks(batch.views[f"{name}_landmarks"]) for name in names}
         globals_ = [name for name in names if name.startswith("global")]
@@ -70,7 +119,6 @@ class LafsMethod(DinoMethod):
 
     def _view(self, batch: Batch, name: str, points: torch.Tensor, count: int | None, branch: str) -> View:
         """One view of one branch: `count` of its landmarks (all, if None), augmented."""
-        assert isinstance(self.settings, Lafs)
         return landmark_view(
             batch.views[name],
             points,

@@ -8,24 +8,43 @@ Three phases over one backbone and one sharded classifier:
 
     L = mean_i log(1 + e^(N_i - T_i) + e^(Ne_i - Te_i))      N: log-sum-exp over the negatives, T: target logit, e: of the expectations
 
-Each is a `Phase` of the recipe: `sample_rate` is r, `expectation` is off, update or frozen, `end.cos2` is CSS's delta. Plain CosFace or ArcFace
-training is the same method with one phase, r = 1 and the expectation off. All of it is the classifier's to compute; see `lvtrain.classifier`.
+Each is a `Phase` of the recipe: `sample_rate` is r, `expectation` is off, update or frozen, `end.cos2` is CSS's delta.
+`lvtrain.classifier` computes the loss.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 
 from lvtrain.classifier.margins import create_margin
-from lvtrain.methods.supervised import SupervisedMethod
-from lvtrain.recipe.methods import Pco
+from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
+from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Classifier, Recipe
 
 
+class PcoSection(SupervisedSection):
+    """The phases are the recipe's; these are the options of the second anchor."""
+
+    expectation_init: Literal["weight", "first_feature"] = Field(
+        "weight", description="feature expectations begin at the class centres, or at a class's first feature"
+    )
+    expectation_negatives: Literal["own", "shared"] = Field(
+        "own", description="shared: the second term uses the first one's sum over the negatives, which is cheaper"
+    )
+    m2: float = Field(0.4, description="margin on the feature expectation")
+
+
+@METHODS.register("pco")
 class PcoMethod(SupervisedMethod):
+    section = PcoSection
+    title = "PCO: progressive cluster optimisation (LVFace, ICCV 2025)"
+    settings: PcoSection
+
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
-        settings = recipe.method
-        assert isinstance(settings, Pco)
+        settings: PcoSection = recipe.method  # type: ignore[assignment]
         scale = (recipe.classifier or Classifier()).margin.scale
         super().__init__(
             recipe,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from lvtrain.checkpoint.state import State
 from lvtrain.data import Batch
 from lvtrain.distributed import world as worlds
-from lvtrain.methods.base import LossOutput, Method, Now, initial_backbone
-from lvtrain.methods.distill import Distillation, Teacher
+from lvtrain.methods.base import LossOutput, Method, MethodSection, Now, initial_backbone
+from lvtrain.methods.distill import Distill, Distillation, Teacher
 from lvtrain.methods.heads import create_classifier, rows_rates
 from lvtrain.recipe.sections import Phase, Recipe
 
@@ -24,13 +26,30 @@ def batch_cosine(embeddings: torch.Tensor) -> torch.Tensor:
     return (embeddings.sum(dim=0).square().sum() - valid) / (valid * (valid - 1)).clamp_min(1)
 
 
-class SupervisedMethod(Method):
-    """One phase or several of classification with the recipe's margin; `classifier_options` win over the recipe's classifier section.
+class SupervisedSection(MethodSection):
+    """The options of every method with a classifier."""
 
-    A subclass says its own loss in `own_loss`; `loss` adds the teacher's part, where the recipe has a `method.distill`."""
+    distill: Distill | None = Field(None, description="a frozen teacher that the embeddings follow")
+    window: int = Field(20, gt=0, description="steps over which CSS averages the batch mean of cos^2")
+
+    def sources(self) -> dict[str, Path]:
+        return {"distill.teacher": self.distill.teacher} if self.distill else {}
+
+
+class SupervisedMethod(Method):
+    """A backbone under the engine, and a sharded classifier with the recipe's margin outside it.
+
+    A subclass gives its own loss in `own_loss`; `loss` adds the teacher's part where the recipe has a `method.distill`.
+    `classifier_options` win over the recipe's classifier section.
+    """
+
+    section: ClassVar[type[MethodSection]] = SupervisedSection
+    settings: SupervisedSection
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device, **classifier_options: Any) -> None:
         self.recipe = recipe
+        self.settings = recipe.method  # type: ignore[assignment]  # the recipe has it from `section`
+        self.cos2_window = self.settings.window
         self.backbone: nn.Module = initial_backbone(recipe, device)
         self.module = self.backbone
         self.classifier = create_classifier(recipe, num_classes=num_classes, device=device, **classifier_options)
@@ -39,7 +58,9 @@ class SupervisedMethod(Method):
 
     def distil_from(self, teacher: Teacher) -> None:
         """Takes the network that the recipe's `method.distill` names; called once, before the first step and before `load_state`."""
-        self.distillation = Distillation(self.recipe, teacher, self.classifier.weight.device)
+        assert self.settings.distill is not None
+        half = self.recipe.optimizer.precision == "bfloat16"
+        self.distillation = Distillation(self.settings.distill, teacher, self.classifier.weight.device, bfloat16=half)
 
     def evaluated(self) -> nn.Module:
         return self.backbone
@@ -57,14 +78,14 @@ class SupervisedMethod(Method):
 
     def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         output = self.own_loss(outputs, batch, now)
-        if self.recipe.distill is None:
+        if self.settings.distill is None:
             return output
         assert self.distillation is not None, "distil_from comes first"
         return self.distillation.mixed(output, outputs[0] if isinstance(outputs, tuple) else outputs, batch)
 
     def global_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The teacher's part is that of this rank's images."""
-        return loss if self.recipe.distill is None else worlds.mean_over_ranks(loss)
+        return loss if self.settings.distill is None else worlds.mean_over_ranks(loss)
 
     def own_loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         """The method's loss without a teacher."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from lvtrain.errors import UserError
-from lvtrain.methods.distill import Teacher
+from lvtrain.methods.distill import Distill, Teacher
 from lvtrain.recipe.sections import Recipe
 from lvtrain.weights.architecture import fit
 from lvtrain.weights.models import finite, open_backbone
@@ -21,9 +21,10 @@ def load_teacher(recipe: Recipe, *, needed: bool = True) -> Teacher | None:
         UserError: nothing usable at the path, no network of ours (ONNX), weights that are not finite, or another embedding_dim or image_size
             than the student's.
     """
-    if recipe.distill is None or not (needed or recipe.distill.teacher.exists()):
+    section: Distill | None = getattr(recipe.method, "distill", None)
+    if section is None or not (needed or section.teacher.exists()):
         return None
-    path, student = recipe.distill.teacher, recipe.backbone
+    path, student = section.teacher, recipe.backbone
     try:
         architecture, state, weights = open_backbone(path)
         name = f"{architecture.name} from {path}, {weights}"

@@ -78,6 +78,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
+class NamedSection(Section):
+    """A section whose other fields depend on its name, such as a method's; see `lvtrain.recipe.registry`."""
+
+    name: str
+
+
 def in_steps_or_epochs(warmup: Duration) -> None:
     if warmup.unit == "samples":
         raise ValueError("warmup is given in steps or epochs")

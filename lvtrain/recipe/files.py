@@ -1,6 +1,6 @@
 """A recipe's way in and out: YAML and `section.key=value` overrides in, `recipe.yaml` of the run folder out, and what a mistake is called.
 
-Every mistake is a `UserError` of one line with the dotted key; an unknown key comes with the nearest valid one. Knows nothing of torch.
+Every mistake is a `UserError` of one line with the dotted key; an unknown key comes with the nearest valid one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from lvtrain.errors import UserError
 from lvtrain.recipe import old_keys
 from lvtrain.recipe.base import Section
-from lvtrain.recipe.methods import MethodSection
+from lvtrain.recipe.registry import SectionByName
 from lvtrain.recipe.sections import Recipe
 
 
@@ -59,7 +59,7 @@ def resolve(values: dict[str, Any], *, source: Callable[[Any], str] = lambda pro
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        mistakes = [f"{source(problem)}: {_explain(problem)}" for problem in error.errors()]
+        mistakes = [f"{source(problem)}: {_explain(problem, values)}" for problem in error.errors()]
         raise UserError("; ".join(mistakes)) from error
 
 
@@ -95,8 +95,12 @@ def apply(values: dict[str, Any], override: str) -> tuple[Any, ...]:
     last: Any
     *parents, last = dotted.split(".")
     for name in parents:
-        place.append(_position(node, name, override) if isinstance(node, list) else name)
-        node = _child(node, place[-1], override)
+        key = _position(node, name, override) if isinstance(node, list) else name
+        field = _fields(tuple(place), values).get(key)
+        if isinstance(node, dict) and isinstance(node.get(key), str) and field and _named(field):
+            node[key] = {"name": node[key]}  # `method: pco` is short for that
+        place.append(key)
+        node = _child(node, key, override)
     if isinstance(node, list):
         last = _position(node, last, override)
     elif not isinstance(node, dict):
@@ -133,10 +137,10 @@ def _position(node: list[Any], name: str, override: str) -> int:
     raise UserError(f"override {override!r}: the list has no element {name!r}")
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, values: dict[str, Any]) -> str:
     location = _location(problem)
     dotted = ".".join(str(part) for part in location)
-    fields = _fields(problem["loc"][:-1])
+    fields = _fields(location[:-1], values)
     if problem["type"] == "extra_forbidden":
         if renamed := old_keys.answer(location):
             return f"unknown key {dotted!r}; {renamed}"
@@ -149,6 +153,8 @@ def _explain(problem: Any) -> str:
         return f"{dotted} is missing"
     if problem["type"] == "path_type" and problem["input"] is None:
         return f"{dotted} has no value; YAML wants a space behind the colon, 'name: path'"
+    if problem["type"] == "unknown_name":
+        return f"{dotted}: {problem['msg']}"
     got = f", got {problem['input']!r}" if isinstance(problem.get("input"), (str, int, float, bool)) else ""
     meant = (
         fields[location[-1]].description if location and location[-1] in fields and message == problem["msg"] else None
@@ -157,7 +163,7 @@ def _explain(problem: Any) -> str:
 
 
 def _location(problem: Any) -> tuple[Any, ...]:
-    return tuple(part for part in problem["loc"] if part not in _discriminators())
+    return tuple(problem["loc"])
 
 
 def _models(annotation: Any) -> list[type[Section]]:
@@ -166,25 +172,31 @@ def _models(annotation: Any) -> list[type[Section]]:
     return [model for part in get_args(annotation) for model in _models(part)] if get_origin(annotation) else []
 
 
-def _discriminators() -> set[str]:
-    return {str(model.model_fields["name"].default) for model in _models(MethodSection)}
-
-
-def _fields(location: tuple[Any, ...]) -> dict[str, FieldInfo]:
-    """What may stand at a place of a validation error, in which a method's section is followed by the method's name."""
+def _fields(location: tuple[Any, ...], values: Any) -> dict[str, FieldInfo]:
+    """What may stand at a place of the recipe `values`, by key."""
     models: list[type[Section]] = [Recipe]
     for part in location:
+        values = _inside(values, part)
         if isinstance(part, int):
             continue
-        if named := [
-            model for model in models if "name" in model.model_fields and model.model_fields["name"].default == part
-        ]:
-            models = named
-            continue
-        models = [
-            below
-            for model in models
-            if part in model.model_fields
-            for below in _models(model.model_fields[part].annotation)
-        ]
+        found = [model.model_fields[part] for model in models if part in model.model_fields]
+        models = [model for field in found for model in _sections(field, values)]
     return {name: field for model in models for name, field in model.model_fields.items()}
+
+
+def _sections(field: FieldInfo, value: Any) -> list[type[Section]]:
+    if named := _named(field):
+        section = named.of(value)
+        return [section] if section else []
+    return _models(field.annotation)
+
+
+def _named(field: FieldInfo) -> SectionByName | None:
+    return next((mark for mark in field.metadata if isinstance(mark, SectionByName)), None)
+
+
+def _inside(values: Any, part: Any) -> Any:
+    try:
+        return values[part]
+    except (KeyError, IndexError, TypeError):
+        return None

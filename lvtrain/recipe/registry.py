@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import SerializeAsAny, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from lvtrain.errors import UserError
 from lvtrain.recipe.base import Section
@@ -68,12 +71,19 @@ class Registry(Generic[T]):
             UserError: there is none; says the nearest name, and all of them.
         """
         if name not in self._entries:
+            self._load_module(name)
+        if name not in self._entries:
             self._load()
         if name not in self._entries:
             near = difflib.get_close_matches(str(name), self._entries, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(f"unknown {self.kind} {name!r}; {hint}known: {', '.join(self.names())}")
         return self._entries[name]
+
+    def _load_module(self, name: str) -> None:
+        """Imports the file that has the entry's own name, if there is one: most have, and the others need not be read."""
+        if name.isidentifier() and importlib.util.find_spec(f"{self.room}.{name}"):
+            importlib.import_module(f"{self.room}.{name}")
 
     def _load(self) -> None:
         if self._loaded:
@@ -84,11 +94,34 @@ class Registry(Generic[T]):
             importlib.import_module(f"{self.room}.{module.name}")
 
 
-def named_section(section_of: Callable[[str], type[Section]], default: str | None = None) -> Any:
+@dataclass(frozen=True)
+class SectionByName:
+    """Stands in the metadata of a field made by `named_section`, for whoever asks which keys the field takes."""
+
+    registry: Registry[Any]
+    default: str | None = None
+
+    def of(self, value: Any) -> type[Section] | None:
+        """The section's class for a recipe's value of the field; None where the value names none."""
+        name = value.get("name", self.default) if isinstance(value, dict) else value
+        try:
+            return self.registry.get(name).section if isinstance(name, str) else None
+        except UserError:
+            return None
+
+    def every(self) -> list[type[Section]]:
+        """The section's class of every entry."""
+        return [entry.section for entry in self.registry.entries().values()]
+
+
+def named_section(registry: Registry[Any], default: str | None = None) -> Any:
     """The type of a recipe field whose section depends on its own `name` (a method, a margin).
 
-    `section_of(name)` gives the section's class and raises UserError for an unknown name. A bare string is short for
-    `{name: string}`; `default` is the name where none is given.
+    Args:
+        registry: its entries have an attribute `section`, a subclass of `NamedSection`.
+        default: the name where none is given.
+
+    A bare string is short for `{name: string}`.
     """
 
     def validate(value: Any, handler: Any) -> Section:
@@ -97,13 +130,16 @@ def named_section(section_of: Callable[[str], type[Section]], default: str | Non
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, dict) or not isinstance(value.get("name", default), str):
-            raise ValueError("needs a name")
+            raise PydanticCustomError("unnamed", "needs a name")
         value = {"name": value.get("name", default), **value}
         try:
-            section = section_of(value["name"])
+            section: type[Section] = registry.get(value["name"]).section
         except UserError as error:
-            raise ValueError(str(error)) from error
+            raise PydanticCustomError("unknown_name", "{line}", {"line": str(error)}) from error
         # a ValidationError raised in a validator keeps the places of its mistakes below this field
         return section.model_validate(value)
 
-    return Annotated[SerializeAsAny[Section], WrapValidator(validate)]
+    return Annotated[SerializeAsAny[Section], WrapValidator(validate), SectionByName(registry, default)]
+
+
+METHODS: Registry[Any] = Registry("method", "lvtrain.methods")

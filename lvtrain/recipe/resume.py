@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lvtrain.recipe.base import Rule, Section
+from lvtrain.recipe.registry import SectionByName
 from lvtrain.recipe.sections import Recipe
 
 _STRICTEST: tuple[Rule, ...] = ("fixed", "reported", "free")
@@ -27,11 +28,16 @@ def resume_reason(dotted: str) -> str:
     return next((because for rule, because in _found(dotted) if rule == "fixed" and because), "")
 
 
-def sections(annotation: Any) -> list[type[Section]]:
-    """Every section that a field of this type may hold."""
+def sections(field: FieldInfo) -> list[type[Section]]:
+    """Every section that a field may hold."""
+    named = next((mark for mark in field.metadata if isinstance(mark, SectionByName)), None)
+    return named.every() if named else _models(field.annotation)
+
+
+def _models(annotation: Any) -> list[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return [found for part in get_args(annotation) for found in sections(part)] if get_origin(annotation) else []
+    return [found for part in get_args(annotation) for found in _models(part)] if get_origin(annotation) else []
 
 
 def own_rule(field: FieldInfo) -> tuple[Rule | None, str]:
@@ -53,7 +59,7 @@ def _walk(model: type[Section], parts: list[str], rule: Rule, because: str) -> I
     field = model.model_fields[parts[0]]
     own, why = own_rule(field)
     rule, because = own or rule, why or because
-    below = sections(field.annotation)
+    below = sections(field)
     if len(parts) == 1 or not below:  # the field itself, or a key of a dict in it
         yield rule, because
     for section in below:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lvtrain.recipe.base import REQUIRED, Duration, Section, in_steps_or_epochs, setting
-from lvtrain.recipe.methods import Distill, MethodSection, Supervised
+from lvtrain.recipe.base import REQUIRED, Duration, NamedSection, Section, in_steps_or_epochs, setting
+from lvtrain.recipe.registry import METHODS, named_section
 from lvtrain.recipe.trackers import AnyTracker, TrackerSection
+
+if TYPE_CHECKING:
+    MethodSection = NamedSection
+else:
+    MethodSection = named_section(METHODS)
 
 IMAGES = "it decides which images a step trains on, and how they are augmented"
 NETWORK = "the checkpoints hold the state of this network"
@@ -326,11 +331,6 @@ class Recipe(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"phase names must differ, got {names}")
         return self
-
-    @property
-    def distill(self) -> Distill | None:
-        """The supervised method's section, if there is one."""
-        return self.method.distill if isinstance(self.method, Supervised) else None
 
     @property
     def run_folder(self) -> Path:

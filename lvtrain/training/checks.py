@@ -101,11 +101,6 @@ def _check_files(recipe: Recipe, *, begun: bool) -> None:
         if not recipe.init_from.path.exists():
             raise UserError(f"init_from.path: {recipe.init_from.path} does not exist")
         weights_file(recipe.init_from.path)
-    landmark_weights = getattr(recipe.method, "landmark_weights", None)
-    if landmark_weights is not None and not landmark_weights.exists():
-        raise UserError(
-            f"method.landmark_weights: {landmark_weights} does not exist; train a supervised Part fViT first"
-        )
 
 
 def check_benchmarks(recipe: Recipe) -> None:

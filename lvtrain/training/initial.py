@@ -17,7 +17,6 @@ from lvtrain.engine.precision import at_precision
 from lvtrain.errors import UserError
 from lvtrain.evaluation.extract import embed
 from lvtrain.methods import Method
-from lvtrain.recipe.methods import Lafs
 from lvtrain.recipe.sections import InitFrom, Recipe
 from lvtrain.weights.runs import read_initial, shapes_of
 
@@ -32,8 +31,7 @@ def start_weights(method: Method, recipe: Recipe, dataset: ShardDataset, world: 
         told = load_initial(recipe.init_from, method)
         if recipe.init_from.classifier == "means":
             told["classifier"] = _centres_from_means(method, recipe, dataset, world)
-    if isinstance(recipe.method, Lafs) and recipe.method.landmark_weights is not None:
-        told["landmark_cnn"] = load_landmark_cnn(recipe.method.landmark_weights, method)
+    told |= method.load_start_weights()
     if told:
         method.after_initial_weights()
     return told
@@ -52,32 +50,7 @@ def check_start_weights(recipe: Recipe, method: Method) -> None:
             _check_centres(section.path, rows, method)
         if section.classifier == "means":
             _classifier(method, "means")
-    if isinstance(recipe.method, Lafs) and (path := recipe.method.landmark_weights) is not None:
-        _landmark_names(path, shapes_of(path)[0], method)
-
-
-def load_landmark_cnn(path: Path, method: Method) -> str:
-    """LAFS's frozen landmark CNN, from a supervised Part fViT.
-
-    Raises:
-        UserError: the source has none, or one for another number of landmarks.
-    """
-    _, weights = read_initial(path)
-    wanted = _landmark_names(path, {name: tensor.shape for name, tensor in weights.items()}, method)
-    method.evaluated().load_state_dict({name: weights[name] for name in wanted}, strict=False)
-    return str(path)
-
-
-def _landmark_names(path: Path, shapes: dict[str, torch.Size], method: Method) -> list[str]:
-    own = method.evaluated().state_dict()
-    wanted = [name for name in own if name.startswith(("stn.", "output_layer."))]
-    for name in wanted:
-        if shapes.get(name) != own[name].shape:
-            raise UserError(
-                f"method.landmark_weights: {path} has no {name} of shape {tuple(own[name].shape)}; "
-                "give a supervised run of the same Part fViT"
-            )
-    return wanted
+    method.check_start_weights()
 
 
 def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:

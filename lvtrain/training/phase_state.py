@@ -128,8 +128,7 @@ class PhaseState:
         )
         if fresh:
             self.method.enter_phase(section, first_time=True)
-        window = getattr(recipe.method, "window", 1)  # methods without classes observe no cosine
-        self.stage = CosineStage(section.end.cos2, window, world.device)
+        self.stage = CosineStage(section.end.cos2, self.method.cos2_window, world.device)
         self.meter = Meter(world.device)
         self.loader = _create_loader(setup, section.micro_batch, section.micro_batches, position.stream)
 
