@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lvtrain.backbones import create_backbone
+from lvtrain.backbones import Backbone, create_backbone
 from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.engine.parameter_groups import parameter_groups
 from lvtrain.errors import UserError
@@ -84,7 +84,7 @@ def test_agreement_and_auto_are_accepted(tmp_path: Path) -> None:
         resolve_ds_config(tmp_path / "none.json", optimizer=Optimizer())
 
 
-class Tiny(nn.Module):
+class Tiny(Backbone):
     def __init__(self) -> None:
         super().__init__()
         self.patch_embed = nn.Linear(4, 8)
@@ -129,6 +129,20 @@ def test_layer_decay_of_part_fvit() -> None:
             power = 0  # mlp_head
         assert scale == pytest.approx(0.58**power), name
     assert first <= scales.keys() and {"mlp_head.1.weight", "stn.blocks.3.1.conv_pw.weight"} <= scales.keys()
+
+
+def test_layer_decay_counts_the_blocks_of_a_cnn_through_its_stages() -> None:
+    with torch.device("meta"):
+        backbone = create_backbone("iresnet18")
+    scales = {name: g.lr_scale for g in parameter_groups(backbone, Optimizer(layer_decay=0.5)) for name in g.parameters}
+    expected = {
+        "conv1.weight": 9,
+        "layer1.0.conv1.weight": 8,
+        "layer2.1.bn1.bias": 5,
+        "layer4.1.prelu.weight": 1,
+        "fc.bias": 0,
+    }
+    assert {name: scales[name] for name in expected} == {name: 0.5**power for name, power in expected.items()}
 
 
 def test_layer_decay_sees_blocks_of_a_wrapped_backbone() -> None:

@@ -1,5 +1,6 @@
-"""Image -> embedding: one registry over the room's networks. `create_backbone("vit_l")` is the front door."""
+"""Image -> embedding: the networks, by name. `create_backbone("vit_l")` builds one."""
 
-from lvtrain.backbones.registry import backbone_names, create_backbone
+from lvtrain.backbones.base import Backbone
+from lvtrain.backbones.registry import BACKBONES, create_backbone, register
 
-__all__ = ["backbone_names", "create_backbone"]
+__all__ = ["BACKBONES", "Backbone", "create_backbone", "register"]

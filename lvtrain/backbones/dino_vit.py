@@ -4,7 +4,8 @@ class token, qkv with bias, GELU, LayerNorm eps 1e-6; the embedding is the class
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,24 +15,17 @@ from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from lvtrain.backbones.memory import Recompute, Share, drop_path_rates, run_blocks
+from lvtrain.backbones.base import Backbone, count_blocks
+from lvtrain.backbones.memory import Share, drop_path_rates
 from lvtrain.backbones.part_fvit import resized_positions
+from lvtrain.backbones.registry import published_sizes, register
 from lvtrain.errors import UserError
 
 
-@dataclass(frozen=True)
-class DinoShape:
-    """One published size; patch 16 or 8."""
-
-    dim: int
-    depth: int
-    heads: int
-
-
-SHAPES = {"tiny": DinoShape(192, 12, 3), "small": DinoShape(384, 12, 6), "base": DinoShape(768, 12, 12)}
-
-
-class DinoViT(nn.Module):
+@register("dino_vit_tiny", dim=192, depth=12, heads=3)
+@register("dino_vit_small", dim=384, depth=12, heads=6)
+@register("dino_vit_base", dim=768, depth=12, heads=12)
+class DinoViT(Backbone):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, not normalised.
 
     embedding_dim other than `dim` adds a linear after the norm. drop_path: stochastic depth of the last block, growing linearly from 0.
@@ -48,19 +42,16 @@ class DinoViT(nn.Module):
         depth: PositiveInt,
         heads: PositiveInt,
         patch: PositiveInt = 16,
-        embedding_dim: PositiveInt = 512,
-        image_size: PositiveInt = 112,
         drop_path: Share = 0.0,
-        checkpoint_blocks: Recompute = "none",
-        checkpoint_every: PositiveInt = 1,
+        **backbone: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**backbone)
+        embedding_dim, image_size = self.embedding_dim, self.image_size
         if dim % heads:
             raise UserError(f"backbone: dim {dim} is not a multiple of heads {heads}; change one of them")
         if image_size % patch:
             raise UserError(f"backbone: image_size {image_size} is not a multiple of the patch {patch}")
-        self.dim, self.embedding_dim, self.image_size, self.patch = dim, embedding_dim, image_size, patch
-        self.checkpoint_blocks, self.checkpoint_every = checkpoint_blocks, checkpoint_every
+        self.dim, self.patch = dim, patch
         self.patch_embed = PatchEmbed(image_size, patch, 3, dim, strict_img_size=False)
         self.num_tokens = self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -72,11 +63,7 @@ class DinoViT(nn.Module):
         self.head = nn.Linear(dim, embedding_dim, bias=False) if embedding_dim != dim else nn.Identity()
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.init_linears()
 
     def forward(self, images: torch.Tensor, return_tokens: bool = False) -> Any:
         """Embeddings `[B, embedding_dim]`, or with `return_tokens` `(patch tokens [B, N, dim], embeddings)`."""
@@ -85,11 +72,23 @@ class DinoViT(nn.Module):
         positions = resized_positions(self.pos_embed[:, 1:], self.image_size // self.patch, rows, columns)
         x = torch.cat([self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], dim=1)
         x = x + torch.cat([self.pos_embed[:, :1], positions], dim=1)
-        x = run_blocks(self.blocks, x, self.checkpoint_blocks if self.training else "none", self.checkpoint_every)
+        x = self.run_blocks(self.blocks, x)
         x = self.norm(x)
         embedding = self.head(x[:, 0]).float()
         return (x[:, 1:], embedding) if return_tokens else embedding
 
-    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(patch tokens [B, N, dim] after the last norm, embeddings)`; tokens are row-major over the patch grid."""
-        return self(images, return_tokens=True)
+    @classmethod
+    def recognise(cls, state: Mapping[str, torch.Tensor], *, heads: int | None = None) -> dict[str, Any] | None:
+        if not {"cls_token", "blocks.0.attn.qkv.bias"} <= state.keys() or "blocks.0.ls1.gamma" in state:
+            return None
+        dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+        depth = count_blocks(state, r"blocks\.(\d+)\.")
+        for name, size in published_sizes(cls).items():
+            if (size["dim"], size["depth"]) == (dim, depth):
+                return {
+                    "name": name,
+                    "embedding_dim": state["head.weight"].shape[0] if "head.weight" in state else dim,
+                    "image_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
+                    **({"patch": patch} if patch != 16 else {}),
+                }
+        raise UserError(f"a DINO ViT of dim {dim}, depth {depth}; known are {', '.join(published_sizes(cls))}")

@@ -8,22 +8,21 @@ the variant of AdaFace and CVLface (their IR-18, -34, -50, -101).
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import nn
 
-from lvtrain.backbones.memory import Recompute, Share, run_blocks
+from lvtrain.backbones.base import Backbone, count_blocks
+from lvtrain.backbones.memory import Share
 from lvtrain.backbones.norm import Float32BatchNorm1d, Float32BatchNorm2d
+from lvtrain.backbones.registry import published_sizes, register
+from lvtrain.errors import UserError
 
-LAYERS = {
-    "iresnet18": (2, 2, 2, 2),
-    "iresnet34": (3, 4, 6, 3),
-    "iresnet50": (3, 4, 14, 3),
-    "iresnet100": (3, 13, 30, 3),
-    "iresnet200": (6, 26, 60, 6),
-}
 _WIDTHS = (64, 128, 256, 512)
 _EPS = 1e-5
 
@@ -52,30 +51,34 @@ class _Block(nn.Module):
         return self.bn3(y) + self.downsample(x)
 
 
-class IResNet(nn.Module):
+@register("iresnet18", layers=(2, 2, 2, 2))
+@register("iresnet34", layers=(3, 4, 6, 3))
+@register("iresnet50", layers=(3, 4, 14, 3))
+@register("iresnet100", layers=(3, 13, 30, 3))
+@register("iresnet200", layers=(6, 26, 60, 6))
+class IResNet(Backbone):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, not normalised.
 
     layers: blocks in each of the four layers. dropout: before the last linear (arcface_torch: 0 for its large runs,
     0.4 for small data).
     first_shortcut: how the very first block, which keeps its width, brings its input to half the size: "project" (1x1
     convolution and BatchNorm, arcface_torch) or "subsample" (every other pixel).
-    checkpoint_blocks, checkpoint_every: see `lvtrain.backbones.memory`.
     """
+
+    first_names = ("conv1.", "bn1.", "prelu.")
+    undecayed = ()
 
     def __init__(
         self,
         *,
         layers: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt],
-        embedding_dim: PositiveInt = 512,
-        image_size: PositiveInt = 112,
         dropout: Share = 0.0,
         first_shortcut: Literal["project", "subsample"] = "project",
-        checkpoint_blocks: Recompute = "none",
-        checkpoint_every: PositiveInt = 1,
+        **backbone: Any,
     ) -> None:
-        super().__init__()
-        self.embedding_dim, self.image_size = embedding_dim, image_size
-        self.checkpoint_blocks, self.checkpoint_every = checkpoint_blocks, checkpoint_every
+        super().__init__(**backbone)
+        embedding_dim, image_size = self.embedding_dim, self.image_size
+        self.layers = layers
         self.conv1 = nn.Conv2d(3, _WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = Float32BatchNorm2d(_WIDTHS[0], eps=_EPS)
         self.prelu = nn.PReLU(_WIDTHS[0])
@@ -99,10 +102,27 @@ class IResNet(nn.Module):
         """Embeddings `[B, embedding_dim]`, or with `return_tokens` `(positions [B, N, 512], embeddings)`."""
         x = self.prelu(self.bn1(self.conv1(images.contiguous(memory_format=torch.channels_last))))
         blocks = [block for number in range(1, 5) for block in self.get_submodule(f"layer{number}").children()]
-        x = self.bn2(run_blocks(blocks, x, self.checkpoint_blocks if self.training else "none", self.checkpoint_every))
+        x = self.bn2(self.run_blocks(blocks, x))
         embedding = self.features(self.fc(self.dropout(x.flatten(1))))
         return (x.flatten(2).transpose(1, 2), embedding) if return_tokens else embedding
 
-    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(positions of the last feature map [B, N, 512], embeddings)`; positions are row-major."""
-        return self(images, return_tokens=True)
+    def _block(self, name: str) -> int:
+        match = re.match(r"layer(\d)\.(\d+)\.", name)  # the blocks are counted through the four layers
+        return sum(self.layers[: int(match[1]) - 1]) + int(match[2]) + 1 if match else 0
+
+    @classmethod
+    def recognise(cls, state: Mapping[str, torch.Tensor], *, heads: int | None = None) -> dict[str, Any] | None:
+        if not {"layer1.0.bn1.weight", "fc.weight"} <= state.keys():
+            return None
+        layers = tuple(count_blocks(state, rf"layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
+        for name, size in published_sizes(cls).items():
+            if size["layers"] == layers:
+                projects = "layer1.0.downsample.0.weight" in state
+                return {
+                    "name": name,
+                    "embedding_dim": state["fc.weight"].shape[0],
+                    "image_size": math.isqrt(state["fc.weight"].shape[1] // _WIDTHS[-1]) * 16,
+                    **({} if projects else {"first_shortcut": "subsample"}),
+                }
+        known = ", ".join(f"{name} {size['layers']}" for name, size in published_sizes(cls).items())
+        raise UserError(f"an IResNet with {layers} blocks; known are {known}")

@@ -8,29 +8,17 @@ the network of insightface's w600k_mbf.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pydantic import PositiveInt
 from torch import nn
 
-from lvtrain.backbones.memory import Recompute, run_blocks
+from lvtrain.backbones.base import Backbone, count_blocks
 from lvtrain.backbones.norm import Float32BatchNorm1d, Float32BatchNorm2d
+from lvtrain.backbones.registry import published_sizes, register
 
-
-@dataclass(frozen=True)
-class MobileFaceNetShape:
-    """Blocks of each of the four stages, and the factor on the paper's widths of 64 and 128."""
-
-    blocks: tuple[int, int, int, int]
-    scale: int
-
-
-SHAPES = {
-    "mobilefacenet": MobileFaceNetShape((1, 4, 6, 2), 2),
-    "mobilefacenet_large": MobileFaceNetShape((2, 8, 12, 4), 4),
-}
 _LAST = 512  # width of the last feature map, whatever the scale
 
 
@@ -65,27 +53,28 @@ def _residuals(width: int, expanded: int, count: int) -> _Layers:
     return _Layers(*(_bottleneck(width, width, expanded, adds_input=True) for _ in range(count)))
 
 
-class MobileFaceNet(nn.Module):
+@register("mobilefacenet", blocks=(1, 4, 6, 2), scale=2)
+@register("mobilefacenet_large", blocks=(2, 8, 12, 4), scale=4)
+class MobileFaceNet(Backbone):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, not normalised.
 
     blocks: residual blocks of the four stages; a first stage of 1 is a grouped convolution instead, as in the paper.
     scale: factor on the widths; the depthwise convolutions keep the paper's (128, 256, 512), as in arcface_torch.
-    checkpoint_blocks, checkpoint_every: see `lvtrain.backbones.memory`.
     """
+
+    block_names = r"layers\.(\d+)\."  # a stage of residual blocks counts as one
+    first_names = ()
+    undecayed = ()
 
     def __init__(
         self,
         *,
         blocks: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt],
         scale: PositiveInt,
-        embedding_dim: PositiveInt = 512,
-        image_size: PositiveInt = 112,
-        checkpoint_blocks: Recompute = "none",
-        checkpoint_every: PositiveInt = 1,
+        **backbone: Any,
     ) -> None:
-        super().__init__()
-        self.embedding_dim, self.image_size = embedding_dim, image_size
-        self.checkpoint_blocks, self.checkpoint_every = checkpoint_blocks, checkpoint_every
+        super().__init__(**backbone)
+        embedding_dim, image_size = self.embedding_dim, self.image_size
         narrow, wide, side = 64 * scale, 128 * scale, -(-image_size // 16)
         first = _conv(narrow, narrow, 3, groups=64) if blocks[0] == 1 else _residuals(narrow, 128, blocks[0])
         self.layers = nn.ModuleList(
@@ -115,7 +104,7 @@ class MobileFaceNet(nn.Module):
     def forward(self, images: torch.Tensor, return_tokens: bool = False) -> Any:
         """Embeddings `[B, embedding_dim]`, or with `return_tokens` `(positions [B, N, 512], embeddings)`."""
         x = images.contiguous(memory_format=torch.channels_last)
-        x = run_blocks(self._blocks(), x, self.checkpoint_blocks if self.training else "none", self.checkpoint_every)
+        x = self.run_blocks(self._blocks(), x)
         x = self.conv_sep(x)
         embedding = self.features(x)
         return (x.flatten(2).transpose(1, 2), embedding) if return_tokens else embedding
@@ -128,6 +117,21 @@ class MobileFaceNet(nn.Module):
             blocks += parts if getattr(parts[0], "adds_input", False) else [stage]
         return blocks
 
-    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(positions of the last feature map [B, N, 512], embeddings)`; positions are row-major."""
-        return self(images, return_tokens=True)
+    @classmethod
+    def recognise(cls, state: Mapping[str, torch.Tensor], *, heads: int | None = None) -> dict[str, Any] | None:
+        if not {"conv_sep.layers.0.weight", "features.layers.2.weight"} <= state.keys():
+            return None
+        residual = (
+            "layers.1.layers.0.layers.0.layers.0.weight" in state
+        )  # else the first stage is a grouped convolution
+        first = count_blocks(state, r"layers\.1\.layers\.(\d+)\.") if residual else 1
+        shape = {
+            "blocks": (first, *(count_blocks(state, rf"layers\.{i}\.layers\.(\d+)\.layers\.") for i in (3, 5, 7))),
+            "scale": state["layers.0.layers.0.weight"].shape[0] // 64,
+        }
+        found = {
+            "embedding_dim": state["features.layers.2.weight"].shape[0],
+            "image_size": 16 * state["features.layers.0.layers.0.weight"].shape[-1],
+        }
+        published = next((name for name, size in published_sizes(cls).items() if size == shape), None)
+        return {"name": published, **found} if published else {"name": "mobilefacenet", **found, **shape}

@@ -14,7 +14,8 @@ linears).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -24,24 +25,13 @@ from pydantic import NonNegativeFloat, PositiveInt
 from timm.layers import DropPath, trunc_normal_
 from torch import nn
 
+from lvtrain.backbones.base import Backbone, count_blocks
 from lvtrain.backbones.landmark_cnn import ReleasedLandmarkFeatures
-from lvtrain.backbones.memory import Recompute, Share, drop_path_rates, run_blocks
+from lvtrain.backbones.memory import Share, drop_path_rates
+from lvtrain.backbones.registry import published_sizes, register
 from lvtrain.errors import UserError
 
-
-@dataclass(frozen=True)
-class FViTShape:
-    """The transformer of one published size."""
-
-    dim: int
-    depth: int
-    heads: int
-    head_dim: int
-    mlp_dim: int
-
-
 LANDMARK_CNN = ("stn.", "output_layer.")  # how names of its tensors begin
-SHAPES = {"tiny": FViTShape(256, 12, 8, 64, 1024), "base": FViTShape(768, 12, 11, 64, 2048)}
 
 
 class _Attention(nn.Module):
@@ -86,22 +76,6 @@ class _Residual(nn.Module):
         return x + self.drop_path(self.fn(x))
 
 
-class _Transformer(nn.Module):
-    def __init__(self, shape: FViTShape, drop_path: float, dropout: float, recompute: Recompute, every: int) -> None:
-        super().__init__()
-        self.recompute, self.every = recompute, every
-        self.layers = nn.ModuleList(
-            nn.Sequential(
-                _Residual(shape.dim, _Attention(shape.dim, shape.heads, shape.head_dim, dropout), rate),
-                _Residual(shape.dim, _FeedForward(shape.dim, shape.mlp_dim, dropout), rate),
-            )
-            for rate in drop_path_rates(drop_path, shape.depth)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return run_blocks(self.layers, x, self.recompute if self.training else "none", self.every)
-
-
 def resized_positions(positions: torch.Tensor, side: int, rows: int, columns: int) -> torch.Tensor:
     """Position embeddings `[1, side * side, dim]` of a grid for a grid of another size, `[1, rows * columns, dim]` (bicubic)."""
     if (rows, columns) == (side, side):
@@ -110,15 +84,20 @@ def resized_positions(positions: torch.Tensor, side: int, rows: int, columns: in
     return F.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
 
-class FViT(nn.Module):
+@register("fvit_tiny", dim=256, depth=12, heads=8, mlp_dim=1024)
+@register("fvit_base", dim=768, depth=12, heads=11, mlp_dim=2048)
+class FViT(Backbone):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32 (the class token after its norm), not
     normalised.
 
     embedding_dim other than `dim` adds a linear after the norm; LAFS itself has `embedding_dim = dim`. Smaller
     pictures (DINO's 48-pixel views) are taken too: the position grid is resized to theirs (bicubic), as DINO does.
-    drop_path, dropout: regularisation in training; checkpoint_blocks, checkpoint_every: see `lvtrain.backbones.memory`.
+    drop_path, dropout: regularisation in training.
     """
 
+    block_names = r"transformer\.layers\.(\d+)\."
+    first_names = ("pos_embedding", "cls_token", "patch_to_embedding.")
+    undecayed = ("pos_embedding", "cls_token")
     takes_any_size = True
 
     def __init__(
@@ -130,34 +109,34 @@ class FViT(nn.Module):
         head_dim: PositiveInt = 64,
         mlp_dim: PositiveInt,
         patch: PositiveInt = 8,
-        embedding_dim: PositiveInt = 512,
-        image_size: PositiveInt = 112,
         drop_path: Share = 0.0,
         dropout: Share = 0.0,
-        checkpoint_blocks: Recompute = "none",
-        checkpoint_every: PositiveInt = 1,
+        **backbone: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**backbone)
+        embedding_dim, image_size = self.embedding_dim, self.image_size
         if image_size % patch:
             raise UserError(f"backbone: image_size {image_size} is not a multiple of the patch {patch}")
-        self.dim, self.embedding_dim, self.image_size, self.patch = dim, embedding_dim, image_size, patch
+        self.dim, self.patch = dim, patch
         self.side = image_size // patch
         self.num_tokens = self.side**2
         self.patch_to_embedding = nn.Linear(3 * patch * patch, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embedding = nn.Parameter(torch.zeros(1, self.num_tokens + 1, dim))
         self.dropout = nn.Dropout(dropout)
-        shape = FViTShape(dim, depth, heads, head_dim, mlp_dim)
-        self.transformer = _Transformer(shape, drop_path, dropout, checkpoint_blocks, checkpoint_every)
+        layers = nn.ModuleList(
+            nn.Sequential(
+                _Residual(dim, _Attention(dim, heads, head_dim, dropout), rate),
+                _Residual(dim, _FeedForward(dim, mlp_dim, dropout), rate),
+            )
+            for rate in drop_path_rates(drop_path, depth)
+        )
+        self.transformer: Any = nn.ModuleDict({"layers": layers})
         projection = [nn.Linear(dim, embedding_dim, bias=False)] if embedding_dim != dim else []
         self.mlp_head = nn.Sequential(nn.LayerNorm(dim), *projection)
         trunc_normal_(self.pos_embedding, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.init_linears()
 
     def forward(self, images: torch.Tensor, return_tokens: bool = False) -> Any:
         """Embeddings `[B, embedding_dim]`, or with `return_tokens` `(patch tokens [B, N, dim], embeddings)`."""
@@ -171,13 +150,34 @@ class FViT(nn.Module):
         """patches `[B, N, patch * patch * 3]` (row, column, colour), positions `[1 or B, N, dim]`."""
         x = self.patch_to_embedding(patches) + positions
         first = (self.cls_token + self.pos_embedding[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)
-        x = self.transformer(self.dropout(torch.cat([first, x], dim=1)))
+        x = self.run_blocks(self.transformer.layers, self.dropout(torch.cat([first, x], dim=1)))
         embedding = self.mlp_head(x[:, 0]).float()
         return (self.mlp_head[0](x[:, 1:]), embedding) if return_tokens else embedding
 
-    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(patch tokens [B, N, dim] after the last norm, embeddings)`."""
-        return self(images, return_tokens=True)
+    @classmethod
+    def recognise(cls, state: Mapping[str, torch.Tensor], *, heads: int | None = None) -> dict[str, Any] | None:
+        if not {"pos_embedding", "patch_to_embedding.weight"} <= state.keys():
+            return None
+        if any(name.startswith(LANDMARK_CNN[0]) for name in state) != issubclass(cls, PartFViT):
+            return None
+        dim, depth = state["cls_token"].shape[-1], count_blocks(state, r"transformer\.layers\.(\d+)\.")
+        inner = state["transformer.layers.0.0.fn.fn.to_qkv.weight"].shape[0] // 3
+        mlp_dim = state["transformer.layers.0.1.fn.fn.net.0.weight"].shape[0]
+        patch = math.isqrt(state["patch_to_embedding.weight"].shape[1] // 3)
+        released = any(name.startswith("stn.features.") for name in state)  # the landmark CNN of LAFS's own code
+        for name, size in published_sizes(cls).items():
+            if (size["dim"], size["depth"], size["mlp_dim"], size["heads"] * 64) == (dim, depth, mlp_dim, inner):
+                return {
+                    "name": name,
+                    "embedding_dim": state["mlp_head.1.weight"].shape[0] if "mlp_head.1.weight" in state else dim,
+                    "image_size": math.isqrt(state["pos_embedding"].shape[1] - 1) * patch,
+                    **({"patch": patch} if patch != 8 else {}),
+                    **({"released": True} if released else {}),
+                }
+        raise UserError(
+            f"a {cls.__name__} of dim {dim}, depth {depth}, MLP {mlp_dim}, attention width {inner}; "
+            f"known are {', '.join(published_sizes(cls))}"
+        )
 
 
 class LandmarkFeatures(nn.Module):
@@ -228,6 +228,8 @@ def sample_patches(images: torch.Tensor, landmarks: torch.Tensor, patch: int = 8
     return sampled.unflatten(2, (number, patch)).permute(0, 2, 3, 4, 1).reshape(batch, number, -1)
 
 
+@register("part_fvit_tiny", dim=256, depth=12, heads=8, mlp_dim=1024)
+@register("part_fvit_base", dim=768, depth=12, heads=11, mlp_dim=2048)
 class PartFViT(FViT):
     """fViT whose patches stand at landmarks: `[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32.
 
@@ -241,6 +243,11 @@ class PartFViT(FViT):
     reaches it.
     Other arguments: `FViT`.
     """
+
+    first_names = (
+        *FViT.first_names,
+        *LANDMARK_CNN,
+    )  # the landmark CNN is not decayed further, as in LAFS's released code
 
     def __init__(
         self,

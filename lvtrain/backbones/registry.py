@@ -1,55 +1,74 @@
-"""The names under which backbones are known, and how each is built."""
+"""The names under which backbones are known, and how each is built.
+
+A file of this room registers its networks with `@register`. A name `family:variant` stands for a family whose members
+are named elsewhere, such as `timm:resnet50`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from lvtrain.backbones import dino_vit, iresnet, mobilefacenet, part_fvit, vit
+from lvtrain.backbones.base import Backbone
 from lvtrain.errors import UserError
+from lvtrain.recipe.registry import Registry
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    **{name: partial(vit.VisionTransformer, **asdict(shape)) for name, shape in vit.SHAPES.items()},
-    **{name: partial(iresnet.IResNet, layers=layers) for name, layers in iresnet.LAYERS.items()},
-    **{name: partial(mobilefacenet.MobileFaceNet, **asdict(shape)) for name, shape in mobilefacenet.SHAPES.items()},
-    **{f"dino_vit_{size}": partial(dino_vit.DinoViT, **asdict(shape)) for size, shape in dino_vit.SHAPES.items()},
-    **{f"fvit_{size}": partial(part_fvit.FViT, **asdict(shape)) for size, shape in part_fvit.SHAPES.items()},
-    **{f"part_fvit_{size}": partial(part_fvit.PartFViT, **asdict(shape)) for size, shape in part_fvit.SHAPES.items()},
-}
+BACKBONES: Registry[partial[Backbone]] = Registry("backbone", "lvtrain.backbones")
+Class = TypeVar("Class", bound=type[Backbone])
 
 
-def backbone_names() -> list[str]:
-    """Every name `create_backbone` knows."""
-    return sorted(_BUILDERS)
+def register(name: str, **arguments: Any) -> Callable[[Class], Class]:
+    """Decorator: the class with these arguments is the backbone `name`. Give it once for every published size."""
+
+    def enter(cls: Class) -> Class:
+        BACKBONES.register(name)(partial(cls, **arguments))
+        return cls
+
+    return enter
+
+
+def published_sizes(cls: type[Backbone]) -> dict[str, dict[str, Any]]:
+    """The arguments that `register` was given for this class, by name."""
+    return {name: builder.keywords for name, builder in BACKBONES.entries().items() if builder.func is cls}
+
+
+def backbone_classes() -> list[type[Backbone]]:
+    """Every registered class, once."""
+    return list(dict.fromkeys(builder.func for builder in BACKBONES.entries().values()))  # type: ignore[misc]
 
 
 def create_backbone(
     name: str, *, embedding_dim: int = 512, image_size: int = 112, compile: bool = False, **overrides: Any
-) -> nn.Module:
-    """A freshly initialised backbone: `[B, 3, image_size, image_size]` float (RGB, (x - 127.5) / 127.5) -> `[B,
-    embedding_dim]` float32.
+) -> Backbone:
+    """A freshly initialised backbone.
 
-    The embedding is not normalised. Built on the current default device, so `with torch.device("meta")` costs no
-    memory. `overrides` are arguments of the network's class (`depth`, `dim`, `drop_path`, `mask_ratio`,
-    `checkpoint_blocks`, ...). `compile` hands the whole network to torch.compile in place: parameter names stay as
-    they are; rounding differs, see tools/results/backbone.md. Raises UserError for an unknown name or
-    override, and a value that the argument's type does not allow.
+    Its input is `[B, 3, image_size, image_size]` float (RGB, (x - 127.5) / 127.5), its output `[B, embedding_dim]`
+    float32, not normalised. It is built on the current default device, so `with torch.device("meta")` costs no memory.
+
+    Args:
+        name: a registered name, or `family:variant`.
+        embedding_dim: width of the embedding.
+        image_size: side of the images, in pixels.
+        compile: hand the whole network to torch.compile, in place. Parameter names stay; rounding differs
+            (tools/results/backbone.md).
+        overrides: further arguments of the network's class, such as `depth`, `drop_path` or `checkpoint_blocks`.
+
+    Raises:
+        UserError: an unknown name or override, or a value that the argument's type does not allow.
     """
-    if name not in _BUILDERS:
-        near = difflib.get_close_matches(name, _BUILDERS, n=1)
-        raise UserError(
-            f"backbone {name!r} is unknown; "
-            + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(backbone_names())}")
-        )
-    builder = _BUILDERS[name]
+    family, _, variant = name.partition(":")
+    builder = BACKBONES.get(family)
     valid = _arguments(builder)
+    if variant:
+        if "variant" not in valid:
+            raise UserError(f"backbone {name}: {family} has no variants; write backbone.name={family}")
+        overrides = {**overrides, "variant": variant}
     for key in overrides:
         if key not in valid:
             near = difflib.get_close_matches(key, valid, n=1)
@@ -65,11 +84,10 @@ def create_backbone(
     return backbone
 
 
-def _arguments(builder: Callable[..., nn.Module]) -> dict[str, Any]:
-    """The keyword arguments of a network's class and their types, those it passes on to its base class included."""
-    cls: Any = builder.func if isinstance(builder, partial) else builder
+def _arguments(builder: partial[Backbone]) -> dict[str, Any]:
+    """The keyword arguments of a network's class and their types, those it passes on to its base classes included."""
     found: dict[str, Any] = {}
-    for base in cls.__mro__:
+    for base in builder.func.__mro__:  # type: ignore[attr-defined]
         if base is nn.Module:
             break
         types = get_type_hints(base.__init__, include_extras=True)

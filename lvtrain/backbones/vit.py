@@ -8,7 +8,8 @@ timm's, attention is torch's SDPA.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,33 +20,15 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from lvtrain.backbones.activation import ReLU6
-from lvtrain.backbones.memory import Recompute, Share, drop_path_rates, run_blocks
+from lvtrain.backbones.base import Backbone, count_blocks
+from lvtrain.backbones.memory import Share, drop_path_rates
 from lvtrain.backbones.norm import Float32BatchNorm1d
+from lvtrain.backbones.registry import published_sizes, register
 from lvtrain.errors import UserError
 
+# attention heads of CVLface's small and base, which are not sizes of LVFace: (dim, depth, patch, MLP ratio) -> heads
+CVLFACE_HEADS = {(512, 12, 8, 5.0): 8, (512, 24, 8, 3.0): 16}
 TOKEN_TILE = 16  # kept tokens are a multiple of this: attention and matmul kernels work in tiles of 16
-
-
-@dataclass(frozen=True)
-class ViTShape:
-    """One row of the table of published shapes."""
-
-    dim: int
-    depth: int
-    heads: int
-    drop_path: float
-    mask_ratio: float
-    patch: int = 9
-
-
-SHAPES = {
-    "vit_nano": ViTShape(128, 6, 4, 0.0, 0.0, patch=16),  # for trying things on a CPU; not a published shape
-    "vit_t": ViTShape(256, 12, 8, 0.05, 0.0),
-    "vit_s": ViTShape(512, 12, 8, 0.05, 0.0),
-    "vit_b": ViTShape(512, 24, 8, 0.05, 0.05),
-    "vit_l": ViTShape(768, 24, 8, 0.05, 0.05),
-    "vit_h": ViTShape(1024, 48, 8, 0.1, 0.0),
-}
 
 
 def kept_tokens(num_tokens: int, mask_ratio: float) -> int:
@@ -60,7 +43,13 @@ def kept_tokens(num_tokens: int, mask_ratio: float) -> int:
     return max(1, keep - keep % TOKEN_TILE if keep > TOKEN_TILE else keep)
 
 
-class VisionTransformer(nn.Module):
+@register("vit_nano", dim=128, depth=6, heads=4, patch=16)  # for trying things on a CPU; not a published size
+@register("vit_t", dim=256, depth=12, heads=8, drop_path=0.05)
+@register("vit_s", dim=512, depth=12, heads=8, drop_path=0.05)
+@register("vit_b", dim=512, depth=24, heads=8, drop_path=0.05, mask_ratio=0.05)
+@register("vit_l", dim=768, depth=24, heads=8, drop_path=0.05, mask_ratio=0.05)
+@register("vit_h", dim=1024, depth=48, heads=8, drop_path=0.1)
+class VisionTransformer(Backbone):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, not normalised.
 
     dim, depth, heads, mlp_ratio, patch: the transformer's shape; the MLP's hidden width is `dim * mlp_ratio`.
@@ -83,18 +72,15 @@ class VisionTransformer(nn.Module):
         mlp_ratio: PositiveFloat = 4.0,
         drop_path: Share = 0.0,
         mask_ratio: Share = 0.0,
-        embedding_dim: PositiveInt = 512,
-        image_size: PositiveInt = 112,
-        checkpoint_blocks: Recompute = "none",
-        checkpoint_every: PositiveInt = 1,
+        **backbone: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**backbone)
+        embedding_dim, image_size = self.embedding_dim, self.image_size
         if dim % heads:
             raise UserError(f"backbone: dim {dim} is not a multiple of heads {heads}; change one of them")
         if image_size < patch:
             raise UserError(f"backbone: image_size {image_size} is smaller than one patch of {patch}")
-        self.dim, self.embedding_dim, self.image_size = dim, embedding_dim, image_size
-        self.checkpoint_blocks, self.checkpoint_every = checkpoint_blocks, checkpoint_every
+        self.dim = dim
         self.patch_embed = PatchEmbed(image_size, patch, 3, dim)
         self.num_tokens = self.patch_embed.num_patches
         self.kept_tokens = kept_tokens(self.num_tokens, mask_ratio)
@@ -117,11 +103,7 @@ class VisionTransformer(nn.Module):
         """arcface_torch's: truncated normal of 0.02 for linears and positions, normal of 0.02 for the mask token."""
         trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.init_linears()
 
     def forward(self, images: torch.Tensor, return_tokens: bool = False) -> Any:
         """Embeddings `[B, embedding_dim]`, or with `return_tokens` `(patch tokens [B, N, dim], embeddings)`."""
@@ -132,13 +114,32 @@ class VisionTransformer(nn.Module):
             order = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)
             kept = order[:, : self.kept_tokens, None].expand(-1, -1, self.dim)
             x = x.gather(1, kept)
-        x = run_blocks(self.blocks, x, self.checkpoint_blocks if self.training else "none", self.checkpoint_every)
+        x = self.run_blocks(self.blocks, x)
         x = self.norm(x)
         if masked:
             x = self.mask_token.to(x.dtype).expand(x.shape[0], self.num_tokens, -1).scatter(1, kept, x)
         embedding = self.feature(x.flatten(1))
         return (x, embedding) if return_tokens else embedding
 
-    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(patch tokens [B, N, dim] after the last norm, embeddings)`; tokens are row-major over the patch grid."""
-        return self(images, return_tokens=True)
+    @classmethod
+    def recognise(cls, state: Mapping[str, torch.Tensor], *, heads: int | None = None) -> dict[str, Any] | None:
+        if not {"patch_embed.proj.weight", "feature.0.weight"} <= state.keys():
+            return None
+        dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+        depth, tokens = count_blocks(state, r"blocks\.(\d+)\."), state["pos_embed"].shape[1]
+        ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / dim
+        found = {
+            "embedding_dim": state["feature.2.weight"].shape[0],
+            "image_size": 112 if (112 // patch) ** 2 == tokens else math.isqrt(tokens) * patch,
+        }
+        for name, size in published_sizes(cls).items():
+            if (size["dim"], size["depth"], size.get("patch", 9)) == (dim, depth, patch) and ratio == 4:
+                return {"name": name, **found}
+        heads = heads or CVLFACE_HEADS.get((dim, depth, patch, ratio))
+        if heads is None:
+            raise UserError(
+                f"a ViT of dim {dim}, depth {depth}, patch {patch}, MLP ratio {ratio:g} is not a published size, and "
+                "weights do not show the number of attention heads; give it: tools/convert_checkpoint.py import --heads N"
+            )
+        shape = {"dim": dim, "depth": depth, "patch": patch, "heads": heads, "mlp_ratio": ratio}
+        return {"name": "vit_b", **found, **shape}

@@ -6,17 +6,12 @@ puts all of them into the group without decay.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import nn
 
+from lvtrain.backbones import Backbone
 from lvtrain.recipe.sections import Optimizer
-
-_TOKENS = ("pos_embed", "pos_embedding", "mask_token", "cls_token", "reg_token")
-_FIRST = (*_TOKENS, "patch_embed", "patch_to_embedding", "stn", "output_layer")  # the last two: LAFS's landmark CNN
-# timm's and arcface_torch's `blocks.i`, LAFS's `transformer.layers.i`; not the blocks of the landmark CNN, which is no layer of the transformer
-_BLOCK = re.compile(r"(?:^|(?<!stn)\.)(?:blocks|transformer\.layers)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -32,9 +27,9 @@ class Group:
 def parameter_groups(module: nn.Module, optimizer: Optimizer) -> list[Group]:
     """The groups of `module`'s trainable parameters, in a fixed order.
 
-    Norms, biases, other vectors, position embeddings and tokens are not decayed (unless `decay_norms`). With `layer_decay` d, block i of n
-    learns at d^(n - i), embeddings and tokens at d^(n + 1), what follows the blocks at 1 (BEiT, MAE; embeddings count as layer 0). A landmark CNN,
-    which stands before them, counts as layer 0 too, as in LAFS's released code (the paper does not say).
+    Norms, biases, other vectors, position embeddings and tokens get no weight decay (unless `decay_norms`). With
+    `layer_decay` d, block i of n learns at d^(n - i), what stands before the blocks at d^(n + 1), and what follows them
+    at 1 (BEiT, MAE). The backbone says which parameter is where (`Backbone.layer_of`).
 
     Raises:
         ValueError: nothing is trainable.
@@ -42,12 +37,17 @@ def parameter_groups(module: nn.Module, optimizer: Optimizer) -> list[Group]:
     trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("no parameter of the module requires a gradient")
-    blocks = [int(match[1]) for name, _ in trainable if (match := _BLOCK.search(name))]
-    depth = max(blocks) + 1 if blocks else 0
+    prefix, backbone = _backbone(module)
+    depth = backbone.num_blocks if backbone else 0
     members: dict[tuple[int, bool], list[str]] = {}
     for name, parameter in trainable:
-        layer = _layer(name, depth) if optimizer.layer_decay is not None else 0
-        decayed = optimizer.decay_norms or not (parameter.ndim <= 1 or name.rpartition(".")[2] in ("bias", *_TOKENS))
+        own = name.removeprefix(prefix) if backbone and name.startswith(prefix) else None  # its name in the backbone
+        layer = 0
+        if optimizer.layer_decay is not None:
+            layer = depth + 1 if backbone is None or own is None else backbone.layer_of(own)
+        undecayed = backbone.undecayed if backbone and own is not None else ()
+        is_vector = parameter.ndim <= 1 or name.rpartition(".")[2] in ("bias", *undecayed)
+        decayed = optimizer.decay_norms or not is_vector
         members.setdefault((layer, decayed), []).append(name)
     groups = []
     for (layer, decayed), names in sorted(members.items(), key=lambda item: (item[0][0], not item[0][1])):
@@ -59,7 +59,9 @@ def parameter_groups(module: nn.Module, optimizer: Optimizer) -> list[Group]:
     return groups
 
 
-def _layer(name: str, depth: int) -> int:
-    if match := _BLOCK.search(name):
-        return int(match[1]) + 1
-    return 0 if any(part in _FIRST for part in name.split(".")) else depth + 1
+def _backbone(module: nn.Module) -> tuple[str, Backbone | None]:
+    """The backbone in `module`, and how names of its parameters begin there; `("", None)` where there is none."""
+    for name, part in module.named_modules():
+        if isinstance(part, Backbone):
+            return f"{name}." if name else "", part
+    return "", None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lvtrain.backbones import create_backbone
-from lvtrain.backbones.dino_vit import SHAPES as DINO_SHAPES
-from lvtrain.backbones.iresnet import LAYERS
-from lvtrain.backbones.mobilefacenet import SHAPES as MOBILE_SHAPES
-from lvtrain.backbones.part_fvit import SHAPES as FVIT_SHAPES
-from lvtrain.backbones.vit import SHAPES as VIT_SHAPES
+from lvtrain.backbones.registry import backbone_classes, create_backbone
 from lvtrain.errors import UserError
 
 
@@ -37,115 +31,27 @@ class Architecture:
 
 
 def recognise(state: Mapping[str, torch.Tensor], *, heads: int | None = None) -> Architecture:
-    """The backbone whose weights these are. `heads`: attention heads of a ViT of no published size, which its weights do not tell.
+    """The backbone whose weights these are; each backbone's class knows its own.
+
+    Args:
+        state: weights by name.
+        heads: attention heads of a vision transformer that is not a published size; weights do not show them.
 
     Raises:
-        UserError: none of ours (the line says what the names look like and which families are known), or a ViT whose heads must be given.
+        UserError: no backbone fits, or a vision transformer's `heads` must be given.
     """
     try:
-        if "patch_embed.proj.weight" in state and "feature.0.weight" in state:
-            return _vit(state, heads)
-        if "layer1.0.bn1.weight" in state and "fc.weight" in state:
-            return _iresnet(state)
-        if "conv_sep.layers.0.weight" in state and "features.layers.2.weight" in state:
-            return _mobilefacenet(state)
-        if "pos_embedding" in state and "patch_to_embedding.weight" in state:
-            return _fvit(state)
-        if "cls_token" in state and "blocks.0.attn.qkv.bias" in state and "blocks.0.ls1.gamma" not in state:
-            return _dino(state)
+        for cls in backbone_classes():
+            if found := cls.recognise(state, heads=heads):
+                return Architecture(found.pop("name"), found.pop("embedding_dim"), found.pop("image_size"), found)
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(
             f"these weights are named like a backbone's, but tensors are missing or of other shapes ({type(error).__name__}: {error})"
         ) from error
     raise UserError(
-        "these weights are none of vit (arcface_torch, LVFace, CVLface), iresnet, mobilefacenet, fvit, part_fvit or DINO's ViT; "
+        f"these weights fit no backbone ({', '.join(sorted(cls.__name__ for cls in backbone_classes()))}); "
         f"their names start {', '.join(list(state)[:4])}"
     )
-
-
-# CVLface's small and base: (dim, depth, patch, MLP ratio) -> heads
-_CVLFACE_HEADS = {(512, 12, 8, 5.0): 8, (512, 24, 8, 3.0): 16}
-
-
-def _depth(state: Mapping[str, torch.Tensor], pattern: str) -> int:
-    return 1 + max(int(match[1]) for name in state if (match := re.match(pattern, name)))
-
-
-def _vit(state: Mapping[str, torch.Tensor], heads: int | None) -> Architecture:
-    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-    depth = _depth(state, r"blocks\.(\d+)\.")
-    embedding_dim = state["feature.2.weight"].shape[0]
-    tokens = state["pos_embed"].shape[1]
-    ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / dim
-    image_size = 112 if (112 // patch) ** 2 == tokens else math.isqrt(tokens) * patch
-    for name, shape in VIT_SHAPES.items():
-        if (shape.dim, shape.depth, shape.patch) == (dim, depth, patch) and ratio == 4:
-            return Architecture(name, embedding_dim, image_size)
-    heads = heads or _CVLFACE_HEADS.get((dim, depth, patch, ratio))
-    if heads is None:
-        raise UserError(
-            f"a ViT of dim {dim}, depth {depth}, patch {patch}, MLP ratio {ratio:g} is no published size, and weights do not tell the number of "
-            "attention heads; give it: tools/convert_checkpoint.py import --heads N"
-        )
-    overrides = {"dim": dim, "depth": depth, "patch": patch, "heads": heads, "mlp_ratio": ratio}
-    return Architecture("vit_b", embedding_dim, image_size, overrides)
-
-
-def _iresnet(state: Mapping[str, torch.Tensor]) -> Architecture:
-    layers = tuple(_depth(state, rf"layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
-    for name, known in LAYERS.items():
-        if known == layers:
-            side = math.isqrt(state["fc.weight"].shape[1] // 512)
-            overrides = {} if "layer1.0.downsample.0.weight" in state else {"first_shortcut": "subsample"}
-            return Architecture(name, state["fc.weight"].shape[0], side * 16, overrides)
-    raise UserError(f"an IResNet with {layers} blocks; known are {', '.join(f'{n} {b}' for n, b in LAYERS.items())}")
-
-
-def _mobilefacenet(state: Mapping[str, torch.Tensor]) -> Architecture:
-    scale = state["layers.0.layers.0.weight"].shape[0] // 64
-    residual = "layers.1.layers.0.layers.0.layers.0.weight" in state  # else its first stage is one grouped convolution
-    first = _depth(state, r"layers\.1\.layers\.(\d+)\.") if residual else 1
-    blocks = (first, *(_depth(state, rf"layers\.{i}\.layers\.(\d+)\.layers\.") for i in (3, 5, 7)))
-    embedding_dim, image_size = (
-        state["features.layers.2.weight"].shape[0],
-        16 * state["features.layers.0.layers.0.weight"].shape[-1],
-    )
-    for name, shape in MOBILE_SHAPES.items():
-        if (shape.blocks, shape.scale) == (blocks, scale):
-            return Architecture(name, embedding_dim, image_size)
-    return Architecture("mobilefacenet", embedding_dim, image_size, {"blocks": blocks, "scale": scale})
-
-
-def _fvit(state: Mapping[str, torch.Tensor]) -> Architecture:
-    dim = state["cls_token"].shape[-1]
-    depth = _depth(state, r"transformer\.layers\.(\d+)\.")
-    inner = state["transformer.layers.0.0.fn.fn.to_qkv.weight"].shape[0] // 3
-    mlp = state["transformer.layers.0.1.fn.fn.net.0.weight"].shape[0]
-    patch = math.isqrt(state["patch_to_embedding.weight"].shape[1] // 3)
-    image_size = math.isqrt(state["pos_embedding"].shape[1] - 1) * patch
-    embedding_dim = state["mlp_head.1.weight"].shape[0] if "mlp_head.1.weight" in state else dim
-    family = "part_fvit" if any(name.startswith("stn.") for name in state) else "fvit"
-    for size, shape in FVIT_SHAPES.items():
-        if (shape.dim, shape.depth, shape.mlp_dim, shape.heads * shape.head_dim) == (dim, depth, mlp, inner):
-            overrides: dict[str, Any] = {"patch": patch} if patch != 8 else {}
-            if any(name.startswith("stn.features.") for name in state):  # the landmark CNN of LAFS's own code
-                overrides["released"] = True
-            return Architecture(f"{family}_{size}", embedding_dim, image_size, overrides)
-    raise UserError(
-        f"a {family} of dim {dim}, depth {depth}, MLP {mlp}, attention width {inner}; known are {', '.join(FVIT_SHAPES)}"
-    )
-
-
-def _dino(state: Mapping[str, torch.Tensor]) -> Architecture:
-    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-    depth = _depth(state, r"blocks\.(\d+)\.")
-    image_size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch
-    embedding_dim = state["head.weight"].shape[0] if "head.weight" in state else dim
-    for size, shape in DINO_SHAPES.items():
-        if (shape.dim, shape.depth) == (dim, depth):
-            overrides = {"patch": patch} if patch != 16 else {}
-            return Architecture(f"dino_vit_{size}", embedding_dim, image_size, overrides)
-    raise UserError(f"a DINO ViT of dim {dim}, depth {depth}; known are {', '.join(DINO_SHAPES)}")
 
 
 @dataclass

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lvtrain.backbones import create_backbone
-from lvtrain.backbones.vit import SHAPES
+from lvtrain.backbones import BACKBONES, create_backbone
+from lvtrain.backbones.vit import VisionTransformer as OurViT
 from lvtrain.errors import UserError
 from tools.benchmarks.measure import Clock, describe, machine_rates, median, peak_memory, pick_device, profile
 
@@ -179,16 +179,16 @@ def _peer(path: Path, name: str, like: Any) -> nn.Module:
         from backbones.vit import VisionTransformer  # type: ignore[import-not-found]
     finally:
         sys.path.remove(str(path))
-    if name in SHAPES:
-        shape = SHAPES[name]
+    if isinstance(like, OurViT):
+        shape = BACKBONES.get(name).keywords
         module = VisionTransformer(
             img_size=like.image_size,
-            patch_size=shape.patch,
+            patch_size=shape.get("patch", 9),
             num_classes=like.embedding_dim,
-            embed_dim=shape.dim,
+            embed_dim=shape["dim"],
             depth=len(like.blocks),
-            num_heads=shape.heads,
-            drop_path_rate=shape.drop_path,
+            num_heads=shape["heads"],
+            drop_path_rate=shape.get("drop_path", 0.0),
             norm_layer="ln",
             mask_ratio=0.1 if like.kept_tokens < like.num_tokens else 0,
         )
