@@ -64,15 +64,11 @@ def _run(options: argparse.Namespace) -> int:
     if options.print_config:
         print(recipes.dump(recipe), end="")
         return EXIT_DONE
-    from lvtrain.methods.teacher import load_teacher
 
     if options.dry_run:
         from lvtrain.training.checks import dry_run
 
-        teacher = load_teacher(recipe, needed=recipe.data.path.exists())
-        print(
-            dry_run(recipe, options.ds_config, world_size=options.world_size, only_phase=options.phase, teacher=teacher)
-        )
+        print(dry_run(recipe, options.ds_config, world_size=options.world_size, only_phase=options.phase))
         return EXIT_DONE
 
     from lvtrain.distributed import world as worlds
@@ -91,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
     from lvtrain.training.trainer import train
 
     limits = {"only_phase": options.phase, "max_minutes": options.max_time}
-    return train(recipe, ds_config, dataset, teacher=load_teacher(recipe), **limits).exit_code
+    return train(recipe, ds_config, dataset, **limits).exit_code
 
 
 def _tell(line: str) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from lvtrain.backbones import create_backbone
 from lvtrain.main import main
 from lvtrain.methods import Now, create_method
-from lvtrain.methods.distill import Teacher
+from lvtrain.methods.distill import Distill, Teacher
 from lvtrain.methods.supervised import SupervisedMethod
 from lvtrain.methods.teacher import load_teacher
 from lvtrain.recipe import files as recipes
@@ -49,9 +49,7 @@ def small_recipe(method: dict[str, Any], margin: str = "cosface") -> Recipe:
 
 def linear_teacher() -> Teacher:
     torch.manual_seed(4)
-    return Teacher(
-        nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, DIM)).requires_grad_(False), nn.Identity, bytes(32), "linear"
-    )
+    return Teacher(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, DIM)).requires_grad_(False), bytes(32), "linear")
 
 
 def distilled(method: dict[str, Any], margin: str = "cosface") -> SupervisedMethod:
@@ -240,7 +238,8 @@ def test_the_plan_counts_the_teacher(
     arguments = ["--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json", "--dry-run"]
     assert main(arguments) == 0
     said = capfd.readouterr().out
-    assert "distilled from vit_nano from" in said and said.count("    teacher activations  ") == 3
+    assert f"method.distill.teacher: {tmp_path / 'teacher.safetensors'}\n" in said
+    assert said.count("    teacher activations  ") == 3
     elsewhere = [
         "data.path=/nowhere",
         "data.num_classes=24",
@@ -249,10 +248,8 @@ def test_the_plan_counts_the_teacher(
     ]
     assert main([*arguments, *elsewhere]) == 0
     said = capfd.readouterr().out
-    assert (
-        "warning: /nowhere/run is not here: the plan is without the teacher" in said
-        and "teacher activations" not in said
-    )
+    assert "method.distill.teacher: /nowhere/run, which is not on this machine" in said
+    assert "teacher activations" not in said
 
 
 def test_what_a_teacher_is(tmp_path: Path) -> None:
@@ -260,11 +257,7 @@ def test_what_a_teacher_is(tmp_path: Path) -> None:
     recipe = small_recipe({"name": "pco"})
 
     def loaded(path: Path) -> Teacher:
-        named = recipe.model_copy(deep=True)
-        named.method.distill.teacher = path
-        teacher = load_teacher(named)
-        assert teacher is not None
-        return teacher
+        return load_teacher(Distill(teacher=path), recipe.backbone)
 
     file = weights(tmp_path / "a.safetensors", 1, embedding_dim=DIM)
     wrapped = {
@@ -280,4 +273,3 @@ def test_what_a_teacher_is(tmp_path: Path) -> None:
     assert not any(module.training for module in first.backbone.modules()) and not any(
         p.requires_grad for p in first.backbone.parameters()
     )
-    assert load_teacher(small_recipe({"name": "pco", "distill": None})) is None

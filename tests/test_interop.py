@@ -132,7 +132,7 @@ def test_what_lies_beside_the_weights_is_not_built(tmp_path: Path) -> None:
 
 def test_foreign_files_are_told_apart(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"none of vit"):
+    with pytest.raises(UserError, match=r"fit no backbone"):
         recognise(read_weights(tmp_path / "other.pt").backbone)
     (tmp_path / "cut.safetensors").write_bytes(b"123456789")
     with pytest.raises(UserError, match="not a whole safetensors file"):
@@ -175,7 +175,7 @@ def test_positions_are_resized_and_the_class_token_kept() -> None:
 
 def test_heads_are_never_guessed() -> None:
     state = create_backbone("vit_nano", dim=48, heads=3).state_dict()
-    with pytest.raises(UserError, match="weights do not tell the number of attention heads"):
+    with pytest.raises(UserError, match="import --heads N"):
         recognise(state)
     backbone = recognise(state, heads=3).create().eval()
     fit(backbone, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,10 +13,21 @@ from torch import nn
 
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
-from lvtrain.planning import H200, ClassRows, Network, measure_network, plan, plan_phases
-from lvtrain.planning.memory import Teacher, state_bytes
+from lvtrain.planning import (
+    ClassCentres,
+    FrozenNetwork,
+    Network,
+    Setup,
+    Zero,
+    default_micro_batches,
+    measure_network,
+    plan,
+    plan_phases,
+)
+from lvtrain.planning.memory import state_bytes
 from lvtrain.planning.network import forward_peak
 from lvtrain.planning.wire import backbone_transfers, classifier_transfers
+from lvtrain.planning.wire import transfers as transfers_of
 from lvtrain.recipe import files as recipes
 
 RECIPES = Path(__file__).parent.parent / "lvtrain" / "recipes"
@@ -57,7 +69,7 @@ def test_recomputation_is_counted() -> None:
 def test_states_by_hand() -> None:
     # 1 M parameters, 4 ranks: weights 4 MB, autocast copies 2, gradients 4, own share of weights and two moments 12 / 4
     def states(stage: int) -> dict[str, float]:
-        return {name: size / 1e6 for name, size in state_bytes(TOY, ranks=4, stage=stage, bucket=0).items()}
+        return {name: size / 1e6 for name, size in state_bytes(TOY, ranks=4, zero=Zero(stage, bucket=0)).items()}
 
     assert states(0) == {"weights": 4, "bfloat16 weight copies": 2, "gradients": 4, "optimizer": 8}
     assert states(1) == {
@@ -70,69 +82,73 @@ def test_states_by_hand() -> None:
     assert states(2)["gradients"] == 1 and states(2)["weights"] == 4
     # stage 3: the share, the largest module gathered, what is prefetched (here all of it)
     assert states(3)["weights"] == pytest.approx(1 + 1.6 + 4) and states(3)["gradients"] == 1
-    assert state_bytes(TOY, ranks=4, stage=3, offload_optimizer=True)["optimizer"] == 0
+    assert state_bytes(TOY, ranks=4, zero=Zero(3, offload_optimizer=True))["optimizer"] == 0
 
 
 def test_wire_by_hand() -> None:
-    rows = ClassRows(1_000_000)
-    transfers = {t.name: t for t in classifier_transfers(rows, ranks=64, micro_batch=384, accumulation=1, device=H200)}
+    classes = ClassCentres(1_000_000)
+    setup = Setup(TOY, ranks=64, micro_batch=384)
+    transfers = {t.name: t for t in classifier_transfers(setup, classes)}
     embeddings = transfers["embeddings, all-gather"]
     assert embeddings.sent == 24576 * 512 * 4 * 63 / 64  # every rank's rows but the own, float32
     assert embeddings.between == 24576 * 512 * 4 * 7 / 8 / 8  # 7 of 8 nodes' rows, fetched once by the 8 of a node
 
-    def sent(stage: int, accumulation: int = 1, **options: bool) -> float:
-        found = backbone_transfers(TOY, stage=stage, ranks=64, accumulation=accumulation, device=H200, **options)
+    def sent(stage: int, accumulation: int = 1) -> float:
+        found = backbone_transfers(replace(setup, zero=Zero(stage), accumulation=accumulation))
         return sum(t.sent for t in found) / (4e6 * 63 / 64)
 
     assert (sent(0), sent(1), sent(2), sent(3)) == (2, 2, 2, 3)  # in units of one float32 copy of the network
     assert (sent(1, 4), sent(2, 4), sent(3, 4)) == (2, 5, 12)  # stage 1 reduces once a step
 
-    (reduced, _) = backbone_transfers(TOY, stage=1, ranks=64, accumulation=1, device=H200)
-    (hidden, _) = backbone_transfers(TOY, stage=1, ranks=64, accumulation=1, device=H200, overlap=True)
+    (reduced, _) = backbone_transfers(setup)
+    (hidden, _) = backbone_transfers(replace(setup, zero=Zero(1, overlap=True)))
     assert (reduced.behind, hidden.behind) == ("", "backward")
 
     def between(**options: bool) -> float:
-        found = backbone_transfers(TOY, stage=3, ranks=64, accumulation=1, device=H200, **options)
+        found = backbone_transfers(replace(setup, zero=Zero(3, **options)))
         return sum(t.between for t in found)
 
     assert between(hierarchical=True) == between() / 3 * (1 / 4 + 1 / 8)  # ZeRO++: 8 bits forward, none back, 4 bits
-    assert classifier_transfers(rows, ranks=1, micro_batch=8, accumulation=1, device=H200) == []
-    assert backbone_transfers(TOY, stage=3, ranks=1, accumulation=1, device=H200) == []
+    assert transfers_of(Setup(TOY, ranks=1, micro_batch=8, classes=classes, zero=Zero(3))) == []
 
 
 def test_the_price_of_all_classes() -> None:
     """Published by insightface for 2 M identities: all classes keep 56% of a tenth's images/s. Ours must plan to keep 95% with ViT-L."""
 
     def rate(sample_rate: float) -> float:
-        rows = ClassRows(2_059_906, sample_rate=sample_rate)
-        return plan(network("vit_l"), ranks=64, micro_batch=384, rows=rows).images_per_second
+        classes = ClassCentres(2_059_906, sample_rate=sample_rate)
+        return plan(Setup(network("vit_l"), ranks=64, micro_batch=384, classes=classes)).images_per_second
 
     assert rate(1.0) > 0.94 * rate(0.1)
 
 
 def test_exponentials_that_wait_for_backward_save_a_matmul() -> None:
     """Within the gradient's memory all of them at B = 2 d in 16 bits, and the rest in memory of their own."""
-    assert ClassRows(8000).kept_share(1024, 8) == ClassRows(8000, operand_bytes=4).kept_share(512, 8) == 1.0
-    assert ClassRows(8000).kept_share(4096, 8) == 0.25 and ClassRows(8000, in_backward=True).kept_share(4096, 8) == 0.0
-    assert ClassRows(8000, keep_mb=4096 * 500 * 2 / 2**20).kept_share(4096, 8) == 0.75
+    assert ClassCentres(8000).kept_share(1024, 8) == ClassCentres(8000, operand_bytes=4).kept_share(512, 8) == 1.0
+    assert (
+        ClassCentres(8000).kept_share(4096, 8) == 0.25
+        and ClassCentres(8000, in_backward=True).kept_share(4096, 8) == 0.0
+    )
+    assert ClassCentres(8000, keep_mb=4096 * 500 * 2 / 2**20).kept_share(4096, 8) == 0.75
     few, all_kept = (
-        plan(TOY, ranks=8, micro_batch=512, rows=ClassRows(100_000, keep_mb=mb)).seconds["classifier"]
+        plan(Setup(TOY, ranks=8, micro_batch=512, classes=ClassCentres(100_000, keep_mb=mb))).seconds["classifier"]
         for mb in (0.0, 1000.0)
     )
     assert 0.7 < all_kept / few < 0.8
 
 
 def test_plan_hangs_together() -> None:
-    rows = ClassRows(100_000, expectations=True)
-    one = plan(TOY, ranks=8, micro_batch=32, rows=rows)
+    setup = Setup(TOY, ranks=8, micro_batch=32, classes=ClassCentres(100_000, banks=("expectations",)))
+    one = plan(setup)
     assert one.total_memory == sum(one.memory.values()) and one.step_seconds == sum(one.seconds.values())
     assert one.images_per_second == pytest.approx(32 / one.step_seconds)
-    assert one.fits and not plan(TOY, ranks=8, micro_batch=200_000, rows=rows).fits
-    assert plan(TOY, ranks=8, micro_batch=32, rows=rows, compiled=True).step_seconds < one.step_seconds
-    twice = plan(TOY, ranks=8, micro_batch=32, accumulation=2, rows=rows)
+    assert one.fits and not plan(replace(setup, micro_batch=200_000)).fits
+    assert plan(replace(setup, compiled=True)).step_seconds < one.step_seconds
+    twice = plan(replace(setup, accumulation=2))
     assert twice.seconds["forward"] == 2 * one.seconds["forward"] and twice.memory == one.memory
-    sparse = plan(TOY, ranks=8, micro_batch=32, rows=ClassRows(100_000, sample_rate=0.1, mode="row_sparse"))
-    assert sparse.seconds["row optimizer"] == pytest.approx(one.seconds["row optimizer"] / 10)
+    sparse = plan(replace(setup, classes=ClassCentres(100_000, sample_rate=0.1, mode="row_sparse")))
+    optimizer = "class centres' optimizer"
+    assert sparse.seconds[optimizer] == pytest.approx(one.seconds[optimizer] / 10)
     json.dumps(one.as_dict())
     assert (
         "time a step on H200, ms (from formulas, not measured on this machine)" in one.table()
@@ -140,9 +156,9 @@ def test_plan_hangs_together() -> None:
     )
     assert "fits in 149" in one.table() and "embeddings, all-gather" in one.table()
     with pytest.raises(UserError, match="must be positive"):
-        plan(TOY, ranks=0, micro_batch=32)
+        plan(replace(setup, ranks=0))
     with pytest.raises(UserError, match="stage 4"):
-        plan(TOY, ranks=1, micro_batch=32, stage=4)
+        plan(replace(setup, zero=Zero(4)))
 
 
 def test_published_recipes_are_planned() -> None:
@@ -151,7 +167,7 @@ def test_published_recipes_are_planned() -> None:
     assert list(plans) == [phase.name for phase in recipe.phases] and all(found.fits for found in plans.values())
     first, second = list(plans.values())[:2]
     assert "feature expectations" in second.memory and "feature expectations" not in first.memory
-    with pytest.raises(UserError, match="cannot be split over 7 ranks; use one of 1, 2, 4, 8"):
+    with pytest.raises(UserError, match=r"cannot be split over 7 ranks; use one of 1, 2, 4, 8"):
         plan_phases(recipe, ranks=7)
 
 
@@ -162,18 +178,18 @@ def test_self_distillation_is_planned() -> None:
         for name in ("dino_fvitb", "lafs_part_fvitb")
     )
     head = 768 * 2048 + 2048 * 2048 + 2048 * 256 + 256 * 100_000
-    assert dino.network.parameters == network("fvit_base", embedding_dim=768).parameters + head
+    assert dino.setup.network.parameters == network("fvit_base", embedding_dim=768).parameters + head
     assert (
         dino.memory["teacher"]
         == dino.memory["weights"]
         == dino.memory["reduction buckets"]
-        == 4 * dino.network.parameters
+        == 4 * dino.setup.network.parameters
     )
     assert dino.memory["prototype logits"] == lafs.memory["prototype logits"] == 3.4 * 4 * 64 * 10 * 100_000
     assert dino.memory["images"] == pytest.approx(2 * 64 * 4 * 3 * (2 * 112**2 + 8 * 48**2))
     assert lafs.memory["images"] == pytest.approx(2 * 64 * 4 * 3 * 20 * 112**2)
-    assert dino.memory["activations"] == pytest.approx(64 * dino.network.saved * (2 + 8 * (48 / 112) ** 2))
-    assert lafs.memory["activations"] == pytest.approx(64 * lafs.network.saved * 10 * 36 / 196)
+    assert dino.memory["activations"] == pytest.approx(64 * dino.setup.network.saved * (2 + 8 * (48 / 112) ** 2))
+    assert lafs.memory["activations"] == pytest.approx(64 * lafs.setup.network.saved * 10 * 36 / 196)
 
 
 def test_a_teacher_is_planned() -> None:
@@ -187,9 +203,10 @@ def test_a_teacher_is_planned() -> None:
         lambda: create_backbone("vit_nano")
     )
 
-    alone = plan(TOY, ranks=8, micro_batch=32, accumulation=2)
+    setup = Setup(TOY, ranks=8, micro_batch=32, accumulation=2)
+    alone = plan(setup)
     for precision, factor, copy in (("bfloat16", 1.0, 2 * 400_000), ("float32", 1.8, 0)):
-        beside = plan(TOY, ranks=8, micro_batch=32, accumulation=2, teacher=Teacher(TOY, peak=1e5), precision=precision)
+        beside = plan(replace(setup, frozen=(FrozenNetwork("teacher", TOY, peak=1e5),), precision=precision))
         assert beside.memory["teacher"] == 4e6
         assert beside.memory["teacher activations"] == pytest.approx(factor * 32 * 1e5 + copy)
         # the teacher is the student's size here: its forward pass takes as long
@@ -208,3 +225,29 @@ def test_the_tool_prints_and_refuses(tiny_faces: Path) -> None:
     assert counted.exit_code == 0 and "an epoch of 240 images" in " ".join(counted.output.split()), counted.output
     bad = run(app, [str(RECIPES / "quickstart.yaml"), "--ds_config", "nowhere.json", "data.num_classes=500"])
     assert bad.exit_code == 2 and "nowhere.json does not exist" in bad.output
+
+
+@pytest.mark.parametrize("memory", [12e9, 80e9])
+def test_the_default_micro_batches_are_the_fewest_that_fit(memory: float) -> None:
+    path = RECIPES / "pco_vitb_glint360k.yaml"
+    counts = default_micro_batches(recipes.load(path), gpu_memory=memory)
+
+    def fits(changes: dict[str, int]) -> dict[str, bool]:
+        recipe = recipes.load(path, [f"phases.{name}.micro_batches={count}" for name, count in changes.items()])
+        return {name: found.total_memory <= memory for name, found in plan_phases(recipe, ranks=8).items()}
+
+    batches = {phase.name: phase.global_batch for phase in recipes.load(path).phases}
+    assert all(count % 8 == 0 and batches[name] % count == 0 for name, count in counts.items())
+    assert all(fits(counts).values())
+    fewer = {
+        name: max((n for n in range(8, count, 8) if batches[name] % n == 0), default=0)
+        for name, count in counts.items()
+    }
+    for name, fitted in fits({name: count or 8 for name, count in fewer.items()}).items():
+        assert fewer[name] == 0 or not fitted
+    assert (min(counts.values()) == 8) == (memory == 80e9)
+
+
+def test_no_micro_batch_fits_a_small_gpu() -> None:
+    with pytest.raises(UserError, match=r"phases\.alignment: .* fits 3 GB on 8 GPUs"):
+        default_micro_batches(recipes.load(RECIPES / "pco_vitb_glint360k.yaml"), gpu_memory=3e9)

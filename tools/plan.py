@@ -30,7 +30,6 @@ def main(
 ) -> None:
     # imported here, because they import torch: --help answers at once
     from lvtrain.engine.ds_config import resolve_ds_config
-    from lvtrain.methods.teacher import load_teacher
     from lvtrain.planning import H200, plan_phases
     from lvtrain.recipe import files as recipes
     from lvtrain.training.checks import sizes
@@ -44,14 +43,13 @@ def main(
         default = (matmul, memory, link) == (790, 149, 50)
         name = "H200" if default else "GPU"
         device = replace(H200, name=name, matmul=matmul * 1e12, memory=memory * 1e9, link=link * 1e9)
-        teacher = load_teacher(loaded, needed=False)
-        if not teacher and (path := loaded.method.sources().get("distill.teacher")):
-            typer.echo(f"plan: warning: {path} is not here: the plan is without the teacher", err=True)
-        build = teacher.build if teacher else None
+        for key, path in loaded.method.sources().items():
+            if not path.exists():
+                typer.echo(f"plan: warning: method.{key}: {path} is not here: the plan leaves it out", err=True)
         classes, samples = loaded.data.num_classes, loaded.data.num_samples
         if loaded.data.path.exists():
             classes, samples, _ = sizes(loaded)
-        plans = plan_phases(loaded, ranks=ranks, zero=zero, num_classes=classes, device=device, teacher=build)
+        plans = plan_phases(loaded, ranks=ranks, zero=zero, num_classes=classes, device=device)
     if as_json:
         typer.echo(json.dumps({phase: found.as_dict() for phase, found in plans.items()}, indent=1))
         return

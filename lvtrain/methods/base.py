@@ -25,6 +25,7 @@ from torch import nn
 from lvtrain.checkpoint.state import State
 from lvtrain.data.augment import SETS, augmentation
 from lvtrain.errors import UserError
+from lvtrain.methods.cost import Cost
 from lvtrain.recipe.base import Duration, NamedSection
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Phase, Recipe
@@ -96,6 +97,19 @@ class Method(ABC):
     @abstractmethod
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None: ...
 
+    @classmethod
+    def cost(cls, recipe: Recipe, phase: Phase) -> Cost:
+        """What a step of the phase needs besides the backbone, for the planner."""
+        return Cost()
+
+    @classmethod
+    def frozen_networks(cls, recipe: Recipe) -> dict[str, Callable[[], nn.Module]]:
+        """Networks beside the trained one that only run forward, whole on every rank, by name: each builds one.
+
+        One whose weights are not on this machine is left out.
+        """
+        return {}
+
     @abstractmethod
     def evaluated(self) -> nn.Module:
         """The part of `module` that maps `[B, 3, H, W]` images to embeddings `[B, d]`: what is evaluated, averaged (EMA) and exported."""
@@ -111,6 +125,20 @@ class Method(ABC):
     @abstractmethod
     def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
         """Sets what the phase changes. `first_time` is False when a phase is continued from a checkpoint: then nothing is initialised."""
+
+    def check_files(self) -> None:
+        """Refuses what `open_files` would; `module` may be on the meta device.
+
+        Raises:
+            UserError: a file that the method's section names is missing, or does not fit.
+        """
+
+    def open_files(self) -> dict[str, dict[str, str]]:
+        """Reads what every start needs besides a checkpoint, such as a teacher; called once, before the first step.
+
+        Returns facts for `events.jsonl`, by what was read; one of them is its `name`.
+        """
+        return {}
 
     def check_start_weights(self) -> None:
         """Refuses what `load_start_weights` would, by names and shapes alone; `module` may be on the meta device.
@@ -165,7 +193,14 @@ def create_method(recipe: Recipe, *, num_classes: int, device: torch.device) -> 
         raise UserError(
             f"method {recipe.method.name} trains on views that data.augmentation={name} does not make; choose one of {', '.join(fit)}"
         )
-    return method(recipe, num_classes=num_classes, device=device)
+    made = method(recipe, num_classes=num_classes, device=device)
+    for phase in recipe.phases:
+        if phase.end.cos2 is not None and not made.cos2_window:
+            raise UserError(
+                f"phases.{phase.name}.end.cos2: method {recipe.method.name} has no class centres to take a cosine to; "
+                "use end.at_most or end.until"
+            )
+    return made
 
 
 def initial_backbone(recipe: Recipe, device: torch.device) -> nn.Module:

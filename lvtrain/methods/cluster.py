@@ -49,6 +49,7 @@ from lvtrain.distributed.collectives import all_reduce_sum, gather_rows
 from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Now
+from lvtrain.methods.cost import Cost
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection, batch_cosine
 from lvtrain.recipe.base import Duration, in_steps_or_epochs
 from lvtrain.recipe.registry import METHODS
@@ -136,6 +137,10 @@ class ClusterMethod(SupervisedMethod):
     section = ClusterSection
     title = "joint classification and contrastive clustering (arXiv 2312.04029)"
     settings: ClusterSection
+
+    @classmethod
+    def cost(cls, recipe: Recipe, phase: Phase) -> Cost:
+        return Cost(has_classes=True, banks=("cluster centres",), bank_has_negatives=True)
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
         settings: ClusterSection = recipe.method  # type: ignore[assignment]

@@ -30,6 +30,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -45,8 +46,12 @@ from lvtrain.data.augment import augmentation
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Method, MethodSection, Now, initial_backbone
+from lvtrain.methods.cost import Cost
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Phase, Recipe
+
+# copies of the student's prototype logits that the loss holds at its peak, measured (float32 and bfloat16, 10 views)
+LOGIT_COPIES = 3.4
 
 
 class ProjectionHead(nn.Module):
@@ -177,6 +182,31 @@ class DinoMethod(Method):
         self.teacher = copy.deepcopy(self.module).eval().requires_grad_(False)
         self.centre = torch.zeros(section.prototypes, device=device)
         self._sums: list[torch.Tensor] = []
+
+    @classmethod
+    def cost(cls, recipe: Recipe, phase: Phase) -> Cost:
+        """The student with its head sees all views, the teacher the global ones; both keep prototype logits of them."""
+        settings: DinoSection = recipe.method  # type: ignore[assignment]
+        shares, seen = cls.view_shares(recipe), augmentation(recipe.data.augmentation)
+        size = recipe.backbone.image_size
+        hidden, bottleneck = settings.hidden, settings.bottleneck
+        widths = [recipe.backbone.embedding_dim, hidden, hidden, bottleneck, settings.prototypes]
+        return Cost(
+            views=sum(shares.values()),
+            forward_views=float(sum(name.startswith("global") for name in shares)),
+            loaded=sum(((view.size or size) / size) ** 2 for view in seen),
+            parameters=sum(a * b for a, b in pairwise(widths)),
+            largest=bottleneck * settings.prototypes,
+            copies=("teacher",),
+            per_image={"prototype logits": LOGIT_COPIES * 4.0 * len(shares) * settings.prototypes},
+        )
+
+    @classmethod
+    def view_shares(cls, recipe: Recipe) -> dict[str, float]:
+        """What a view of the student's costs, by name, in images of full size."""
+        size = recipe.backbone.image_size
+        views = augmentation(recipe.data.augmentation)
+        return {view.name: ((view.size or size) / size) ** 2 for view in views if view.twin is None}
 
     def prepare(self) -> None:
         """Changes the student before the teacher is copied from it (LAFS freezes its landmark CNN)."""

@@ -12,7 +12,6 @@ it compares directions only, which is all that recognition compares.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,15 @@ class Distill(Section):
 
 @dataclass(frozen=True)
 class Teacher:
-    """`backbone`: `[B, 3, S, S]` -> `[B, d]` of the student's S and d, in evaluation mode and without gradients; `build` makes one of the same shape;
-    `fingerprint`: SHA-256 of its weights; `name`: for people."""
+    """A frozen network.
+
+    Attributes:
+        backbone: `[B, 3, S, S]` -> `[B, d]` of the student's S and d, in evaluation mode and without gradients.
+        fingerprint: SHA-256 of its weights.
+        name: for logs.
+    """
 
     backbone: nn.Module
-    build: Callable[[], nn.Module]
     fingerprint: bytes
     name: str
 

@@ -28,6 +28,7 @@ from lvtrain.errors import UserError
 from lvtrain.methods.base import Now
 from lvtrain.methods.dino import DinoMethod, DinoSection, view_names
 from lvtrain.recipe.registry import METHODS
+from lvtrain.recipe.sections import Recipe
 from lvtrain.weights.runs import read_initial, shapes_of
 
 View = tuple[
@@ -57,6 +58,13 @@ class LafsMethod(DinoMethod):
     views = ("global_0", "global_1", "global_0_landmarks", "global_1_landmarks")
     _now: Now
     _teacher_views: tuple[View, ...]
+
+    @classmethod
+    def view_shares(cls, recipe: Recipe) -> dict[str, float]:
+        """A subset of the landmarks costs its share of the patches. The landmark CNN's passes are left out (1%)."""
+        settings: LafsSection = recipe.method  # type: ignore[assignment]
+        patches = (recipe.backbone.image_size // recipe.backbone.overrides.get("patch", 8)) ** 2
+        return dict.fromkeys(super().view_shares(recipe), min(1.0, settings.landmarks / patches))
 
     def prepare(self) -> None:
         backbone = self.evaluated()

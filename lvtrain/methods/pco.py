@@ -20,9 +20,10 @@ import torch
 from pydantic import Field
 
 from lvtrain.classifier.margins import create_margin
+from lvtrain.methods.cost import Cost
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
 from lvtrain.recipe.registry import METHODS
-from lvtrain.recipe.sections import Classifier, Recipe
+from lvtrain.recipe.sections import Classifier, Phase, Recipe
 
 
 class PcoSection(SupervisedSection):
@@ -42,6 +43,14 @@ class PcoMethod(SupervisedMethod):
     section = PcoSection
     title = "PCO: progressive cluster optimisation (LVFace, ICCV 2025)"
     settings: PcoSection
+
+    @classmethod
+    def cost(cls, recipe: Recipe, phase: Phase) -> Cost:
+        if phase.expectation == "off":
+            return super().cost(recipe, phase)
+        settings: PcoSection = recipe.method  # type: ignore[assignment]
+        own = settings.expectation_negatives == "own"
+        return Cost(has_classes=True, banks=("feature expectations",), bank_has_negatives=own)
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
         settings: PcoSection = recipe.method  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from lvtrain.checkpoint.state import State
 from lvtrain.data import Batch
 from lvtrain.distributed import world as worlds
 from lvtrain.methods.base import LossOutput, Method, MethodSection, Now, initial_backbone
+from lvtrain.methods.cost import Cost
 from lvtrain.methods.distill import Distill, Distillation, Teacher
 from lvtrain.methods.heads import create_classifier, rows_rates
 from lvtrain.recipe.sections import Phase, Recipe
@@ -55,6 +56,37 @@ class SupervisedMethod(Method):
         self.classifier = create_classifier(recipe, num_classes=num_classes, device=device, **classifier_options)
         self.distillation: Distillation | None = None
         self.warned = False
+
+    @classmethod
+    def cost(cls, recipe: Recipe, phase: Phase) -> Cost:
+        return Cost(has_classes=True)
+
+    @classmethod
+    def frozen_networks(cls, recipe: Recipe) -> dict[str, Callable[[], nn.Module]]:
+        from lvtrain.methods.teacher import open_teacher  # only where it is needed: reading weights imports much
+
+        section: Distill | None = recipe.method.distill  # type: ignore[attr-defined]
+        if section is None or not section.teacher.exists():
+            return {}
+        architecture, _, _ = open_teacher(section, recipe.backbone)
+        return {"teacher": architecture.create}
+
+    def check_files(self) -> None:
+        self._load_teacher()
+
+    def open_files(self) -> dict[str, dict[str, str]]:
+        teacher = self._load_teacher()
+        if teacher is None:
+            return {}
+        self.distil_from(teacher)
+        return {"teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint.hex()}}
+
+    def _load_teacher(self) -> Teacher | None:
+        if self.settings.distill is None:
+            return None
+        from lvtrain.methods.teacher import load_teacher
+
+        return load_teacher(self.settings.distill, self.recipe.backbone)
 
     def distil_from(self, teacher: Teacher) -> None:
         """Takes the network that the recipe's `method.distill` names; called once, before the first step and before `load_state`."""

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lvtrain.backbones import Backbone
 from lvtrain.backbones.memory import KEPT
 
 _BATCH = 2
@@ -43,7 +44,7 @@ class Network:
     image_size: int = 112
 
 
-def measure_network(name: str, build: Callable[[], nn.Module], *, image_size: int = 112) -> Network:
+def measure_network(name: str, build: Callable[[], Backbone], *, image_size: int = 112) -> Network:
     """`build()` must return the backbone, `[B, 3, image_size, image_size]` -> `[B, d]`; it is called under fake
     tensors, so any size will do.
 
@@ -52,17 +53,13 @@ def measure_network(name: str, build: Callable[[], nn.Module], *, image_size: in
     with FakeTensorMode():
         module = build().train()
         saved, flops = _train_step(module, image_size, with_flops=True)
-        mode = getattr(module, "checkpoint_blocks", getattr(getattr(module, "transformer", None), "recompute", "none"))
-        unrecomputed = saved
+        mode, unrecomputed = module.checkpoint_blocks, saved
         if mode != "none":
-            every = _set_recompute(module, "none")
+            module.checkpoint_blocks = "none"
             unrecomputed, _ = _train_step(module, image_size)
-            _set_recompute(module, mode)
-        else:
-            every = 1
     sizes = [sum(p.numel() for p in part.parameters(recurse=False)) for part in module.modules()]
-    blocks = max((len(part) for part in module.modules() if isinstance(part, nn.ModuleList)), default=1)
-    recomputed = (unrecomputed - saved) / max(blocks // every, 1) if mode == "block" else 0.0
+    checkpointed = max(module.num_blocks // module.checkpoint_every, 1)
+    recomputed = (unrecomputed - saved) / checkpointed if mode == "block" else 0.0
     forward, train = flops
     return Network(
         name, sum(sizes), max(sizes), forward / _BATCH, train / _BATCH, saved, recomputed, unrecomputed, image_size
@@ -80,18 +77,7 @@ def forward_peak(build: Callable[[], nn.Module], *, image_size: int = 112) -> fl
     return alive.peak / _BATCH
 
 
-def _set_recompute(module: Any, mode: str) -> int:
-    for part in module.modules():
-        if hasattr(part, "checkpoint_blocks"):
-            part.checkpoint_blocks = mode
-            return int(part.checkpoint_every)
-        if hasattr(part, "recompute"):
-            part.recompute = mode
-            return int(part.every)
-    return 1
-
-
-def _train_step(module: nn.Module, image_size: int, with_flops: bool = False) -> tuple[float, tuple[float, float]]:
+def _train_step(module: Backbone, image_size: int, with_flops: bool = False) -> tuple[float, tuple[float, float]]:
     """Bytes an image kept for the backward pass, and (forward, total) flops of `_BATCH` images."""
     weights = _shapes(module)
     counter, flops, kept = FlopCounterMode(display=False), (0.0, 0.0), _Kept()
@@ -116,7 +102,7 @@ def _train_step(module: nn.Module, image_size: int, with_flops: bool = False) ->
         if with_flops:
             embedding.float().sum().backward()
             flops = (float(forward), float(counter.get_total_flops()))
-    selective = kept.bytes if _recompute_of(module) == "activation" else 0
+    selective = kept.bytes if module.checkpoint_blocks == "activation" else 0
     return (sum(sizes.values()) + selective) / _BATCH, flops
 
 
@@ -124,14 +110,6 @@ def _shapes(module: nn.Module) -> set[tuple[int, ...]]:
     """Of weights, their copies and transposes: what does not grow with the batch."""
     weights = {tuple(p.shape) for p in module.parameters()}
     return weights | {shape[::-1] for shape in weights}
-
-
-def _recompute_of(module: nn.Module) -> str:
-    for part in module.modules():
-        for attribute in ("checkpoint_blocks", "recompute"):
-            if hasattr(part, attribute):
-                return str(getattr(part, attribute))
-    return "none"
 
 
 class _Kept(TorchDispatchMode):

@@ -1,25 +1,23 @@
-"""A recipe's phases as plans: what `--dry-run` and `tools/plan.py` print."""
+"""A recipe's phases as plans, for `--dry-run` and `tools/plan.py`; and the number of micro-batches that fits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import pairwise
+from math import gcd
 from typing import Any
 
 from torch import nn
 
 from lvtrain.backbones import create_backbone
-from lvtrain.data.augment import augmentation
 from lvtrain.errors import UserError
+from lvtrain.methods import METHODS
+from lvtrain.methods.cost import Cost
 from lvtrain.planning.device import H200, Device
-from lvtrain.planning.memory import DEEPSPEED_BUCKET, ClassRows, Teacher
 from lvtrain.planning.network import Network, forward_peak, measure_network
 from lvtrain.planning.plan import Plan, plan
+from lvtrain.planning.setup import ClassCentres, FrozenNetwork, Setup, Zero
 from lvtrain.recipe.sections import Phase, Recipe
-
-# copies of the student's prototype logits that the loss holds at its peak, measured (float32 and bfloat16, 10 views)
-_LOGIT_COPIES = 3.4
 
 
 def plan_phases(
@@ -29,57 +27,108 @@ def plan_phases(
     zero: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     device: Device = H200,
-    teacher: Callable[[], nn.Module] | None = None,
 ) -> dict[str, Plan]:
-    """The plan of each phase by its name, on `ranks` ranks.
+    """The plan of each phase, by its name.
 
-    zero: DeepSpeed's `zero_optimization` section; absent: stage 1. num_classes: absent, the recipe's
-    `data.num_classes`. teacher: builds the network that `method.distill` names. Raises UserError where a phase's
-    micro-batches cannot be split over so many ranks, naming the counts that can.
+    Args:
+        recipe: resolved.
+        ranks: GPUs.
+        zero: DeepSpeed's `zero_optimization` section; stage 1 if absent.
+        num_classes: the recipe's `data.num_classes` if absent.
+        device: the GPU and its links.
+
+    Raises:
+        UserError: a phase's micro-batches cannot be split over so many ranks, or the number of classes is unknown.
     """
-    zero = dict(zero or {"stage": 1})
-    network = measure_network(recipe.backbone.name, lambda: _build(recipe), image_size=recipe.backbone.image_size)
-    frozen = _teacher(teacher, recipe.backbone.image_size) if teacher else None
-    extra: dict[str, float] = {}
-    views: dict[str, float] = {}
-    if recipe.method.name in ("dino", "lafs"):
-        network, extra, views = _self_distillation(recipe, network)
-    classes = num_classes or recipe.data.num_classes
+    network, frozen = measure(recipe)
+    settings = Zero.of(zero or {})
     plans = {}
     for phase in recipe.phases:
         if phase.micro_batches % ranks:
-            allowed = [r for r in range(1, phase.micro_batches + 1) if phase.micro_batches % r == 0]
             raise UserError(
                 f"phase {phase.name!r}: {phase.micro_batches} micro-batches cannot be split over {ranks} ranks; "
-                f"use one of {', '.join(map(str, allowed))}"
+                f"use one of {', '.join(map(str, _divisors(phase.micro_batches)))}"
             )
-        plans[phase.name] = plan(
-            network,
-            ranks=ranks,
-            micro_batch=phase.micro_batch,
-            accumulation=phase.micro_batches // ranks,
-            stage=int(zero.get("stage", 1)),
-            rows=_class_rows(recipe, phase, classes),
-            device=device,
-            precision=recipe.optimizer.precision,
-            gradient_bytes=2 if recipe.optimizer.gradient_communication == "bfloat16" else 4,
-            hierarchical=int(zero.get("zero_hpz_partition_size", 1)) > 1,
-            overlap=zero.get("overlap_comm"),
-            compiled=recipe.backbone.compile,
-            offload_optimizer=_offloads(zero, "offload_optimizer"),
-            offload_parameters=_offloads(zero, "offload_param"),
-            bucket=int(float(_number(zero, "reduce_bucket_size", DEEPSPEED_BUCKET))),
-            ema=recipe.ema is not None,
-            teacher=frozen,
-            extra={
-                name: size * (phase.micro_batch if name == "prototype logits" else 1) for name, size in extra.items()
-            },
-            **views,
-        )
+        setup = phase_setup(recipe, phase, network, frozen, num_classes=num_classes)
+        accumulation = phase.micro_batches // ranks
+        plans[phase.name] = plan(replace(setup, ranks=ranks, accumulation=accumulation, zero=settings, device=device))
     return plans
 
 
-def _build(recipe: Recipe) -> Any:
+def default_micro_batches(
+    recipe: Recipe, *, gpu_memory: float = 80e9, gpus: int = 8, num_classes: int | None = None
+) -> dict[str, int]:
+    """For each phase, by name, the smallest number of micro-batches that fits the memory of one GPU, by the plan.
+
+    It is a multiple of `gpus`, where the global batch is one, so that any number of GPUs that divides `gpus` can train.
+    Planned on `gpus` ranks under ZeRO stage 1. A function of its arguments alone, not of this machine.
+
+    Args:
+        recipe: `phases.*.micro_batches` is not read.
+        gpu_memory: bytes.
+        gpus: that share the work.
+        num_classes: the recipe's `data.num_classes` if absent.
+
+    Raises:
+        UserError: not even one image a micro-batch fits.
+    """
+    network, frozen = measure(recipe)
+    device = replace(H200, memory=gpu_memory)
+    found = {}
+    for phase in recipe.phases:
+        ranks = gcd(phase.global_batch, gpus)
+        setup = phase_setup(recipe, phase, network, frozen, num_classes=num_classes)
+        for count in _divisors(phase.global_batch):
+            if count % ranks == 0:
+                trial = replace(setup, ranks=ranks, micro_batch=phase.global_batch // count, device=device)
+                if plan(trial).fits:
+                    found[phase.name] = count
+                    break
+        else:
+            raise UserError(
+                f"phases.{phase.name}: not even one image a micro-batch fits {gpu_memory / 1e9:.0f} GB on {ranks} GPUs; "
+                "see tools/plan.py, and set phases.*.micro_batches"
+            )
+    return found
+
+
+def measure(recipe: Recipe) -> tuple[Network, tuple[FrozenNetwork, ...]]:
+    """The recipe's backbone, and the networks that its method keeps beside it."""
+    size = recipe.backbone.image_size
+    method = METHODS.get(recipe.method.name)
+
+    def frozen(name: str, build: Callable[[], nn.Module]) -> FrozenNetwork:
+        return FrozenNetwork(name, measure_network(name, build, image_size=size), forward_peak(build, image_size=size))
+
+    network = measure_network(recipe.backbone.name, lambda: _build(recipe), image_size=size)
+    return network, tuple(frozen(name, build) for name, build in method.frozen_networks(recipe).items())
+
+
+def phase_setup(
+    recipe: Recipe,
+    phase: Phase,
+    network: Network,
+    frozen: Iterable[FrozenNetwork] = (),
+    *,
+    num_classes: int | None = None,
+) -> Setup:
+    """What a phase needs on one rank; `network` and `frozen` are from `measure`."""
+    cost: Cost = METHODS.get(recipe.method.name).cost(recipe, phase)
+    return Setup(
+        replace(network, parameters=network.parameters + cost.parameters, largest=max(network.largest, cost.largest)),
+        ranks=1,
+        micro_batch=phase.micro_batch,
+        classes=_class_centres(recipe, phase, cost, num_classes) if cost.has_classes else None,
+        cost=cost,
+        frozen=tuple(frozen),
+        precision=recipe.optimizer.precision,
+        gradient_bytes=2 if recipe.optimizer.gradient_communication == "bfloat16" else 4,
+        compiled=recipe.backbone.compile,
+        ema=recipe.ema is not None,
+    )
+
+
+def _build(recipe: Recipe) -> nn.Module:
     backbone = recipe.backbone
     return create_backbone(
         backbone.name,
@@ -90,24 +139,20 @@ def _build(recipe: Recipe) -> Any:
     )
 
 
-def _teacher(build: Callable[[], nn.Module], image_size: int) -> Teacher:
-    return Teacher(measure_network("teacher", build, image_size=image_size), forward_peak(build, image_size=image_size))
-
-
-def _class_rows(recipe: Recipe, phase: Phase, num_classes: int | None) -> ClassRows | None:
-    if recipe.classifier is None or recipe.method.name in ("dino", "lafs"):
+def _class_centres(recipe: Recipe, phase: Phase, cost: Cost, num_classes: int | None) -> ClassCentres | None:
+    classes, classifier = num_classes or recipe.data.num_classes, recipe.classifier
+    if classifier is None:
         return None
-    if num_classes is None:
+    if classes is None:
         raise UserError(
             "data.num_classes is not in the recipe; give it (data.num_classes=...) to plan without the data"
         )
-    classifier, method = recipe.classifier, recipe.method
-    return ClassRows(
-        num_classes,
+    return ClassCentres(
+        classes,
         recipe.backbone.embedding_dim,
         sample_rate=phase.sample_rate,
-        expectations=phase.expectation != "off" or method.name == "cluster",  # cluster keeps a centre a class
-        shared_negatives=getattr(method, "expectation_negatives", "own") == "shared",
+        banks=cost.banks,
+        bank_has_negatives=cost.bank_has_negatives,
         optimizer=classifier.optimizer.name,
         mode=classifier.optimizer.mode,
         moments_bytes=2 if classifier.optimizer.moments == "bfloat16" else 4,
@@ -118,37 +163,5 @@ def _class_rows(recipe: Recipe, phase: Phase, num_classes: int | None) -> ClassR
     )
 
 
-def _self_distillation(recipe: Recipe, network: Network) -> tuple[Network, dict[str, float], dict[str, float]]:
-    """The student with its head, the teacher beside it whole on every rank, and one image's views: their logits, and what they cost a branch in
-    whole pictures. A subset of a picture's landmarks costs its share of the patches; the landmark CNN's own passes are left out (1%)."""
-    method: Any = recipe.method
-    size = recipe.backbone.image_size
-    seen = augmentation(recipe.data.augmentation)
-    shares = {view.name: ((view.size or size) / size) ** 2 for view in seen if view.twin is None}
-    if method.name == "lafs":
-        patches = (size // recipe.backbone.overrides.get("patch", 8)) ** 2
-        shares = dict.fromkeys(shares, min(1.0, method.landmarks / patches))
-    views = {
-        "views": sum(shares.values()),
-        "teacher_views": float(sum(name.startswith("global") for name in shares)),
-        "pictures": sum(((view.size or size) / size) ** 2 for view in seen),
-    }
-    widths = [recipe.backbone.embedding_dim, method.hidden, method.hidden, method.bottleneck, method.prototypes]
-    head = sum(a * b for a, b in pairwise(widths))
-    student = replace(
-        network, parameters=network.parameters + head, largest=max(network.largest, widths[3] * widths[4])
-    )
-    extra = {
-        "teacher": 4.0 * student.parameters,
-        "prototype logits": _LOGIT_COPIES * 4.0 * len(shares) * method.prototypes,
-    }
-    return student, extra, views
-
-
-def _offloads(zero: Mapping[str, Any], key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"
-
-
-def _number(zero: Mapping[str, Any], key: str, default: float) -> float:
-    value = zero.get(key, default)
-    return default if value == "auto" else float(value)
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lvtrain.planning.device import Device
-from lvtrain.planning.memory import ClassRows
 from lvtrain.planning.network import Network
+from lvtrain.planning.setup import ClassCentres, Setup
 
 MATMUL_EFFICIENCY = (
     0.75  # of the rate of one large matmul, at these shapes (dim 256 to 1024) with launches between them
@@ -19,31 +19,23 @@ KEPT_LOGIT_BYTES = 10  # the same where the second pass finds the exponentials o
 ADAM_BYTES = 28  # read and written for each element by a fused AdamW
 
 
-def compute_seconds(
-    network: Network,
-    device: Device,
-    *,
-    micro_batch: int,
-    accumulation: int,
-    ranks: int,
-    stage: int,
-    compiled: bool = False,
-    views: float = 1.0,
-    teacher_views: float = 0.0,
-) -> dict[str, float]:
-    """The backbone's forward, backward and optimizer for one step of one rank."""
-    images = micro_batch * accumulation
+def compute_seconds(setup: Setup) -> dict[str, float]:
+    """What one rank computes in one step, part by part."""
+    network, device, cost = setup.network, setup.device, setup.cost
+    images = setup.micro_batch * setup.accumulation
     rate, whole = device.matmul * MATMUL_EFFICIENCY, network.unrecomputed or network.saved
-    elementwise = _elementwise_seconds(network, device, compiled)
+    elementwise = _elementwise_seconds(network, device, setup.compiled)
     again = elementwise / 3 * (1 - network.saved / whole)  # elementwise work of what is recomputed
-    forward = forward_seconds(network, device, compiled=compiled)
+    forward = forward_seconds(network, device, compiled=setup.compiled)
     backward = (network.train_flops - network.forward_flops) / rate + elementwise * 2 / 3 + again
-    share = network.parameters / (ranks if stage >= 1 else 1)
-    return {
-        "forward": images * (views + teacher_views) * forward,
-        "backward": images * views * backward,
+    share = network.parameters / (setup.ranks if setup.zero.stage >= 1 else 1)
+    seconds = {
+        "forward": images * (cost.views + cost.forward_views) * forward,
+        "backward": images * cost.views * backward,
         "backbone optimizer": ADAM_BYTES * share / device.bandwidth,
     }
+    seconds |= {frozen.name: images * forward_seconds(frozen.network, device) for frozen in setup.frozen}
+    return seconds if setup.classes is None else seconds | classifier_seconds(setup, setup.classes)
 
 
 def forward_seconds(network: Network, device: Device, *, compiled: bool = False) -> float:
@@ -53,29 +45,28 @@ def forward_seconds(network: Network, device: Device, *, compiled: bool = False)
 
 
 def _elementwise_seconds(network: Network, device: Device, compiled: bool) -> float:
-    """What is no matmul in one image's forward and backward pass, nothing recomputed."""
+    """One image's forward and backward pass without its matmuls, nothing recomputed."""
     whole = network.unrecomputed or network.saved
     return (TRAFFIC_COMPILED if compiled else TRAFFIC_EAGER) * whole / device.bandwidth
 
 
-def classifier_seconds(
-    rows: ClassRows, device: Device, *, micro_batch: int, accumulation: int, ranks: int
-) -> dict[str, float]:
-    """Two passes over the classes that take part (four matmuls, three for the classes whose exponentials are kept; two more
-    for expectations of their own, which have no gradient) and the row optimizer.
+def classifier_seconds(setup: Setup, classes: ClassCentres) -> dict[str, float]:
+    """Two passes over the classes that take part, and the optimizer of the class centres.
+
+    The passes are four matmuls; three for classes whose exponentials are kept; two more for a bank, which has no gradient.
     """
-    logits = float(micro_batch * ranks) * rows.taking_part(ranks)
-    own = 1 if rows.expectations and not rows.shared_negatives else 0
-    kept = rows.kept_share(micro_batch * ranks, ranks)
-    matmuls = 4 + 2 * own - kept
-    bytes_a_logit = LOGIT_BYTES + kept * (KEPT_LOGIT_BYTES - LOGIT_BYTES) + own * LOGIT_BYTES / 2
-    rate = (
-        device.matmul * CLASSIFIER_EFFICIENCY / (1 if rows.operand_bytes == 2 else 8)
-    )  # float32 without TF32 is far slower
-    passes = logits * (2 * rows.dim * matmuls / rate + bytes_a_logit / device.bandwidth)
-    touched = rows.local(ranks) if rows.mode == "dense" else rows.taking_part(ranks)
-    element = 12 + 4 * rows.moments_bytes if rows.optimizer == "adamw" else 12 + 2 * rows.moments_bytes
+    device, ranks, batch = setup.device, setup.ranks, setup.micro_batch * setup.ranks
+    logits = float(batch) * classes.taking_part(ranks)
+    bank = 1 if classes.bank_has_negatives else 0
+    kept = classes.kept_share(batch, ranks)
+    matmuls = 4 + 2 * bank - kept
+    bytes_a_logit = LOGIT_BYTES + kept * (KEPT_LOGIT_BYTES - LOGIT_BYTES) + bank * LOGIT_BYTES / 2
+    slower = 1 if classes.operand_bytes == 2 else 8  # float32 without TF32
+    rate = device.matmul * CLASSIFIER_EFFICIENCY / slower
+    passes = logits * (2 * classes.dim * matmuls / rate + bytes_a_logit / device.bandwidth)
+    touched = classes.local(ranks) if classes.mode == "dense" else classes.taking_part(ranks)
+    element = 12 + (4 if classes.optimizer == "adamw" else 2) * classes.moments_bytes
     return {
-        "classifier": accumulation * passes,
-        "row optimizer": element * touched * rows.dim / device.bandwidth,
+        "classifier": setup.accumulation * passes,
+        "class centres' optimizer": element * touched * classes.dim / device.bandwidth,
     }

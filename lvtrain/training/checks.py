@@ -14,7 +14,6 @@ from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.errors import UserError
 from lvtrain.evaluation import read_bin
 from lvtrain.methods import create_method
-from lvtrain.methods.distill import Teacher
 from lvtrain.planning import plan_phases
 from lvtrain.recipe.sections import Recipe
 from lvtrain.recipe.trackers import TRACKERS
@@ -72,8 +71,10 @@ def check_before_start(
         check_trackers(recipe)
     with torch.device("meta"):  # built without memory: a backbone or a method that cannot be is refused here
         method = create_method(recipe, num_classes=num_classes, device=torch.device("meta"))
-    if files and not begun:
-        check_start_weights(recipe, method)
+    if files:
+        method.check_files()
+        if not begun:
+            check_start_weights(recipe, method)
     in_backward = recipe.classifier is not None and recipe.classifier.optimizer.in_backward
     for phase in recipe.phases:
         if in_backward and (phase.micro_batches != size or phase.sample_rate < 1):
@@ -144,7 +145,6 @@ def dry_run(
     *,
     world_size: int | None,
     only_phase: str | None = None,
-    teacher: Teacher | None = None,
 ) -> str:
     """The plan as text, for `world_size` ranks (the launcher's number when absent).
 
@@ -162,7 +162,7 @@ def dry_run(
         changes(recipe.run_folder, recipe)
     rate = learning_rate(recipe.schedule, recipe.optimizer.lr, phases=recipe.phases, samples_per_epoch=samples)
     known = recipe.model_copy(update={"data": recipe.data.model_copy(update={"num_classes": classes})})
-    plans = plan_phases(known, ranks=size, zero=config["zero_optimization"], teacher=teacher.build if teacher else None)
+    plans = plan_phases(known, ranks=size, zero=config["zero_optimization"])
 
     lines = [
         f"recipe {recipe.name}: method {recipe.method.name}, {recipe.backbone.name}, {classes:,} classes, {samples:,} images ({where})",
@@ -174,12 +174,7 @@ def dry_run(
             else []
         ),
         *([f"warning: {rate.warning}"] if rate.warning else []),
-        *([f"distilled from {teacher.name}"] if teacher else []),
-        *(
-            [f"warning: {recipe.distill.teacher} is not here: the plan is without the teacher"]
-            if recipe.distill and not teacher
-            else []
-        ),
+        *(f"method.{name}: {path}{_absent(path)}" for name, path in recipe.method.sources().items()),
         "",
     ]
     start = 0
@@ -196,6 +191,10 @@ def dry_run(
         ]
         start = limit
     return "\n".join(lines).rstrip()
+
+
+def _absent(path: Path) -> str:
+    return "" if path.exists() else ", which is not on this machine: the plan leaves it out"
 
 
 def sizes(recipe: Recipe) -> tuple[int, int, str]:

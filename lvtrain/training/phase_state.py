@@ -21,8 +21,6 @@ from lvtrain.engine.engine import Engine
 from lvtrain.engine.precision import at_precision
 from lvtrain.evaluation import run_benchmarks
 from lvtrain.methods import LossOutput, Now, create_method
-from lvtrain.methods.distill import Teacher
-from lvtrain.methods.supervised import SupervisedMethod
 from lvtrain.recipe.base import Duration
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training.initial import start_weights
@@ -38,14 +36,12 @@ class Setup:
         recipe, ds_config: resolved.
         dataset: opened in this process.
         world: this process among the ranks.
-        teacher: the network of `method.distill`, if the recipe names one.
     """
 
     recipe: Recipe
     ds_config: dict[str, Any]
     dataset: ShardDataset
     world: World
-    teacher: Teacher | None = None
 
 
 _IN_MANIFEST = ("step", "samples_seen")  # the numbers of a position that a checkpoint's manifest has
@@ -87,6 +83,7 @@ class PhaseState:
         section: the recipe's section of this phase.
         limit: samples seen at the phase's latest end.
         accumulation: micro-batches of this rank per step.
+        opened: what the method read that every start needs, for `events.jsonl`.
         initial: what a fresh run took from other weights, for `events.jsonl`.
         saved_step: step of the newest checkpoint, -1 if there is none.
         nonfinite_in_row, nonfinite_total: steps without a finite loss or gradient, since this object was built.
@@ -111,9 +108,7 @@ class PhaseState:
         self.pace = Pace()
 
         self.method = create_method(recipe, num_classes=dataset.num_classes, device=world.device)
-        if setup.teacher is not None:
-            assert isinstance(self.method, SupervisedMethod)  # only its section names one
-            self.method.distil_from(setup.teacher)
+        self.opened = self.method.open_files()
         self.initial = start_weights(self.method, recipe, dataset, world) if fresh else {}
         self.average = AveragedWeights(self.method.evaluated(), recipe.ema.decay) if recipe.ema else None
         if recipe.backbone.compile:

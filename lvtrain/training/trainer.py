@@ -26,8 +26,7 @@ from lvtrain.checkpoint.lease import InUse, Lease, hold
 from lvtrain.data import Batch, ShardDataset
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
-from lvtrain.methods import LossOutput, Now
-from lvtrain.methods.distill import Teacher
+from lvtrain.methods import METHODS, LossOutput, Now
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training import outcome as outcomes
 from lvtrain.training.checks import check_benchmarks
@@ -57,7 +56,6 @@ def train(
     ds_config: dict[str, Any],
     dataset: ShardDataset,
     *,
-    teacher: Teacher | None = None,
     only_phase: str | None = None,
     max_minutes: float | None = None,
 ) -> Outcome:
@@ -71,7 +69,7 @@ def train(
     world = worlds.start(recipe.safety.collective_timeout)
     try:
         worlds.on_first(lambda: check_benchmarks(recipe))
-        setup = Setup(recipe, ds_config, dataset, world, teacher)
+        setup = Setup(recipe, ds_config, dataset, world)
         with hold(recipe.run_folder, world) as lease:
             outcome = Trainer(setup, lease, only_phase=only_phase, max_minutes=max_minutes).run()
         # srun would end rank 0 before it has written, if another rank left first with status 75
@@ -119,6 +117,7 @@ class Trainer:
             fingerprint=dataset.fingerprint,
             lease=lease,
         )
+        self.opened: dict[str, dict[str, str]] = {}
 
     # ------------------------------------------------------------------------------------------------- from phase to phase
 
@@ -178,6 +177,11 @@ class Trainer:
         enters = found is None or position.phase_over
         start = position.next_phase() if position.phase_over else replace(position)
         phase = PhaseState(self.setup, self.rate, start, fresh=found is None)
+        for what, facts in phase.opened.items():
+            if self.opened.get(what) != facts:  # once, and not in every phase
+                self.telemetry.event(what, **facts)
+                self.telemetry.say(f"lvtrain: {what}: {facts['name']}")
+        self.opened = phase.opened
         if phase.initial:
             self.telemetry.event("init_from", **phase.initial)
             taken = ", ".join(f"{name} {value}" for name, value in phase.initial.items() if value)
@@ -395,6 +399,7 @@ class Trainer:
             "world_size": self.world.size,
         }
         self.telemetry.event("resume" if found else "start", **where, attempt=self.folder.attempt)
+        self.telemetry.say(f"lvtrain: method {self.recipe.method.name}, {METHODS.get(self.recipe.method.name).title}")
         self.telemetry.say(
             f"lvtrain: {'resuming' if found else 'starting'} {self.folder.path} at step {position.step}, phase "
             f"{self.recipe.phases[position.next_index].name}, number of ranks: {self.world.size} ({self.world.device.type})"
@@ -406,9 +411,6 @@ class Trainer:
         for change in self.folder.changes:
             self.telemetry.event("recipe_changed", change=change)
             self.telemetry.say(f"lvtrain: recipe changed since the last start: {change}")
-        if teacher := self.setup.teacher:
-            self.telemetry.event("teacher", name=teacher.name, fingerprint=teacher.fingerprint.hex())
-            self.telemetry.say(f"lvtrain: distilling from {teacher.name}")
 
     def _report_outcome(self, outcome: Outcome) -> None:
         done = outcome.outcome == "done"

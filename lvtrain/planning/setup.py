@@ -1,0 +1,138 @@
+"""What a plan is made for: one step of one phase on so many GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lvtrain.methods.cost import Cost
+from lvtrain.planning.device import H200, Device
+from lvtrain.planning.network import Network
+
+DEEPSPEED_BUCKET = 500_000_000  # elements of DeepSpeed's reduction bucket, its default
+Precision = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Zero:
+    """DeepSpeed's `zero_optimization`, as far as memory and communication depend on it.
+
+    Attributes:
+        stage: 0 to 3.
+        bucket: elements of the reduction bucket.
+        overlap: `overlap_comm`, whether gradients travel during backward; None is DeepSpeed's default.
+        hierarchical: ZeRO++ keeps a second copy of the weights in every node (`zero_hpz_partition_size`).
+        offload_optimizer, offload_parameters: to host memory.
+    """
+
+    stage: int = 1
+    bucket: int = DEEPSPEED_BUCKET
+    overlap: bool | None = None
+    hierarchical: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> Zero:
+        """From the JSON's section."""
+        bucket = section.get("reduce_bucket_size", DEEPSPEED_BUCKET)
+
+        def offloads(key: str) -> bool:
+            return (section.get(key) or {}).get("device", "none") != "none"
+
+        return cls(
+            stage=int(section.get("stage", 1)),
+            bucket=DEEPSPEED_BUCKET if bucket == "auto" else int(float(bucket)),
+            overlap=section.get("overlap_comm"),
+            hierarchical=int(section.get("zero_hpz_partition_size", 1)) > 1,
+            offload_optimizer=offloads("offload_optimizer"),
+            offload_parameters=offloads("offload_param"),
+        )
+
+
+@dataclass(frozen=True)
+class ClassCentres:
+    """The sharded classifier.
+
+    Attributes:
+        num_classes, dim: C and d.
+        sample_rate: r, the share of the classes that takes part in a step.
+        banks: names of what else is kept for every class (PCO's feature expectations), a float32 vector each.
+        bank_has_negatives: the step also goes over all vectors of a bank; they get no gradient.
+        optimizer, mode, moments_bytes, in_backward: of the class centres' optimizer, as in `lvtrain.classifier`.
+        operand_bytes: of a number in the matrix products, 2 or 4.
+        gather_bytes: of a number in the gathered embeddings, 2 or 4.
+        keep_mb: at most so much memory for exponentials that wait for backward, beyond the gradient's own.
+    """
+
+    num_classes: int
+    dim: int = 512
+    sample_rate: float = 1.0
+    banks: tuple[str, ...] = ()
+    bank_has_negatives: bool = False
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    mode: Literal["dense", "row_sparse"] = "dense"
+    moments_bytes: int = 4
+    in_backward: bool = False
+    operand_bytes: int = 2
+    gather_bytes: int = 4
+    keep_mb: float = 0.0
+
+    def local(self, ranks: int) -> int:
+        """Class centres on the rank that has most."""
+        return -(-self.num_classes // ranks)
+
+    def taking_part(self, ranks: int) -> int:
+        """Those of a rank in one step's softmax (the batch's own classes are among them or replace negatives)."""
+        return max(1, round(self.local(ranks) * self.sample_rate))
+
+    def kept_share(self, batch: int, ranks: int) -> float:
+        """Share of the classes whose exponentials wait for backward. `batch`: images of a micro-batch on all ranks."""
+        in_gradient = 0.0 if self.in_backward else 4 * self.dim / (batch * self.operand_bytes)
+        own = self.keep_mb * 2**20 / (batch * self.operand_bytes * self.taking_part(ranks))
+        return min(1.0, in_gradient + own)
+
+
+@dataclass(frozen=True)
+class FrozenNetwork:
+    """A network that only runs forward, such as a teacher. peak: bytes an image, as `network.forward_peak` measures."""
+
+    name: str
+    network: Network
+    peak: float
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One step of one phase.
+
+    Attributes:
+        network: the trained network, measured; with the method's further parameters.
+        ranks: GPUs.
+        micro_batch: images of a rank that go through the network at once.
+        accumulation: micro-batches of a rank in a step.
+        zero: DeepSpeed's settings.
+        device: the GPU and its links.
+        classes: the classifier; None where the method has none.
+        cost: what else the method needs.
+        frozen: networks beside the trained one.
+        precision: of the backbone.
+        gradient_bytes: of a number in the gradients' communication.
+        compiled: torch.compile.
+        ema: whether the weights are averaged too.
+    """
+
+    network: Network
+    ranks: int
+    micro_batch: int
+    accumulation: int = 1
+    zero: Zero = Zero()
+    device: Device = H200
+    classes: ClassCentres | None = None
+    cost: Cost = field(default_factory=Cost)
+    frozen: tuple[FrozenNetwork, ...] = ()
+    precision: Precision = "bfloat16"
+    gradient_bytes: int = 4
+    compiled: bool = False
+    ema: bool = False
