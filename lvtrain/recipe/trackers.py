@@ -19,4 +19,4 @@ class TrackerSection(Section):
 if TYPE_CHECKING:
     AnyTracker = TrackerSection
 else:
-    AnyTracker = named_section(lambda name: TRACKERS.get(name).section)
+    AnyTracker = named_section(TRACKERS)
