@@ -1,9 +1,13 @@
-"""The front door: recipe + DeepSpeed JSON -> run.
+"""Trains a recipe: the command line of the trainer.
 
-    deepspeed lvtrain/main.py --recipe lvtrain/recipes/quickstart.yaml --ds_config ds_configs/zero2.json [section.key=value ...]
-    torchrun --nproc_per_node 8 lvtrain/main.py ...        srun python lvtrain/main.py ...
+    deepspeed lvtrain/main.py --recipe lvtrain/recipes/quickstart.yaml --ds_config ds_configs/zero2.json
+    torchrun --nproc_per_node 8 lvtrain/main.py ...
+    srun python lvtrain/main.py ...
 
-Exit status: 0 done; 75 stopped early on request with a checkpoint written, start me again; anything else is an error, told in one line.
+`python -m lvtrain` and the command `lvtrain` do the same. `section.key=value` changes the recipe.
+
+Exit codes: 0 finished; 75 stopped on request with a checkpoint, so the same command goes on; anything else is an error,
+and the last line says what it was.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import sys
 import traceback
 from pathlib import Path
 
-# started as a file, python puts this folder first on the path, where `data` or `state` would hide other people's modules of that name
+# started as a file, Python puts this folder first on the path, and its `data` or `files` would hide packages of that name
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -26,33 +30,33 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lvtrain", description="Train a face-recognition model from a recipe.")
     parser.add_argument("--recipe", required=True, type=Path, help="YAML recipe, see lvtrain/recipes/")
     parser.add_argument("--ds_config", required=True, type=Path, help="DeepSpeed JSON, see ds_configs/")
-    parser.add_argument("--phase", help="run this phase only, and exit when it is over")
-    parser.add_argument("--max-time", type=float, metavar="MINUTES", help="stop early enough to have saved by then")
+    parser.add_argument("--phase", help="train this phase only, then exit")
+    parser.add_argument("--max-time", type=float, metavar="MINUTES", help="stop, with a checkpoint, before this time")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check all that a start would (without the data: the recipe alone), print the plan, train nothing",
+        help="check everything, print the plan, train nothing; needs no GPU and no data",
     )
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: plan for N GPUs")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and exit")
-    parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     return parser.parse_intermixed_args(arguments)  # overrides may stand anywhere among the options
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    signals.listen()  # a request to stop that comes while torch is being imported counts, and must not kill the rank
+    signals.listen()  # a request to stop that comes while torch is imported must not kill the rank
     try:
         return _run(options)
     except (UserError, OSError) as error:
         if options.debug:
             traceback.print_exc()
-        _tell(f"lvtrain: error: {told(error, 'a file of the run')}")
-        return (
-            EXIT_ERROR if isinstance(error, UserError) else 1
-        )  # a disk that fails may work again: a chain tries it, as after a crash
+        _print_once(f"lvtrain: error: {told(error, 'a file of the run')}")
+        # a disk that fails may work again: a chain of jobs repeats code 1, as after a crash, and stops at EXIT_ERROR
+        return EXIT_ERROR if isinstance(error, UserError) else 1
     finally:
         signals.restore()
 
@@ -64,44 +68,41 @@ def _run(options: argparse.Namespace) -> int:
     if options.print_config:
         print(recipes.dump(recipe), end="")
         return EXIT_DONE
-
-    if options.dry_run:
-        from lvtrain.training.checks import dry_run
-
-        print(dry_run(recipe, options.ds_config, world_size=options.world_size, only_phase=options.phase))
-        return EXIT_DONE
-
+    # imported here, because they import torch, which takes seconds
     from lvtrain.distributed import world as worlds
     from lvtrain.engine.ds_config import resolve_ds_config
-    from lvtrain.training.checks import check_before_start, open_dataset
+    from lvtrain.training.checks import check_before_start, dry_run, open_dataset
 
-    resolve_ds_config(
-        options.ds_config, optimizer=recipe.optimizer
-    )  # a wrong path is told before anything of the data is
-    size = worlds.launch().size
+    # before the data is read, so that a wrong path is reported at once
+    resolve_ds_config(options.ds_config, optimizer=recipe.optimizer)
+    if options.dry_run:
+        print(dry_run(recipe, options.ds_config, ranks=options.ranks, only_phase=options.phase))
+        return EXIT_DONE
     dataset = open_dataset(recipe)
     ds_config = check_before_start(
-        recipe, options.ds_config, num_classes=dataset.num_classes, size=size, only_phase=options.phase
+        recipe,
+        options.ds_config,
+        num_classes=dataset.num_classes,
+        ranks=worlds.launch().size,
+        only_phase=options.phase,
     )
-
     from lvtrain.training.trainer import train
 
     limits = {"only_phase": options.phase, "max_minutes": options.max_time}
     return train(recipe, ds_config, dataset, **limits).exit_code
 
 
-def _tell(line: str) -> None:
-    """Once, not once a rank: ranks that fail alike fail with the same words."""
+def _print_once(line: str) -> None:
+    """Ranks that fail alike print one line together; once they work together, each prints its own."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank == "0" or not line_is_shared():
+    if rank == "0" or _ranks_have_met():
         print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr, flush=True)
 
 
-def line_is_shared() -> bool:
-    """Errors found before the ranks work together are found by all of them."""
+def _ranks_have_met() -> bool:
     import torch.distributed as dist
 
-    return not (dist.is_available() and dist.is_initialized())
+    return dist.is_available() and dist.is_initialized()
 
 
 if __name__ == "__main__":

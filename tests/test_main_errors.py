@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from lvtrain import errors
 from lvtrain.backbones import create_backbone
-from lvtrain.data.index import IndexWriter
 from lvtrain.main import main
 from tests.conftest import ROOT
 from tests.runs import free_port, recipe_file
@@ -69,36 +68,31 @@ def copy(tiny_faces: Path, tmp_path: Path) -> Path:
 
 def test_typo_in_a_recipe_key(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path, tiny_faces / "train")
-    assert "did you mean 'optimizer'?" in door.refuses(recipe, "optimzer.lr=1")
-    assert "did you mean 'seed'?" in door.refuses(
-        recipe, "optimizer.lr=1", "--max-time", "5", "sed=1"
-    )  # overrides on both sides of an option
+    assert "'optimizer'" in door.refuses(recipe, "optimzer.lr=1")
+    # overrides on both sides of an option
+    assert "'seed'" in door.refuses(recipe, "optimizer.lr=1", "--max-time", "5", "sed=1")
 
 
 def test_num_classes_that_is_not_the_datasets(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path, tiny_faces / "train")
-    line = door.refuses(recipe, "data.num_classes=10")
-    assert "data.num_classes=10" in line and "labels up to 23" in line
-    line = door.refuses(recipe, "data.num_classes=30")
-    assert "has 24 identities: the other 6 class centres would never see an image" in line
+    for override, found in (("data.num_classes=10", 24), ("data.num_classes=30", 24), ("data.num_samples=7", 240)):
+        line = door.refuses(recipe, override)
+        assert override in line and f" {found} " in line
 
 
 def test_compiling_under_zero3(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path, tiny_faces / "train")
     line = door.refuses(recipe, "backbone.compile=true", ds_config="ds_configs/zero3.json")
-    assert "backbone.compile: torch.compile does not see the hooks" in line
+    assert "backbone.compile=false" in line and "zero2.json" in line
 
 
-def test_a_ds_config_that_is_not_there_is_told_before_anything_of_the_data(door: FrontDoor, tmp_path: Path) -> None:
+def test_a_missing_ds_config_is_reported_before_the_data_is_read(door: FrontDoor, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path, tmp_path / "nowhere")
     for dry in ([], ["--dry-run"]):
-        assert "DeepSpeed config nothing.json does not exist" in door.refuses(recipe, *dry, ds_config="nothing.json")
+        assert "nothing.json" in door.refuses(recipe, *dry, ds_config="nothing.json")
     (tmp_path / "weights.pt").write_bytes(b"\x80\x02\xff")
-    for name, arguments in {
-        "recipe": (tmp_path / "weights.pt", "ds_configs/zero2.json"),
-        "DeepSpeed config": (recipe, str(tmp_path / "weights.pt")),
-    }.items():
-        assert f"{name} {tmp_path / 'weights.pt'} is not" in door.refuses(arguments[0], ds_config=arguments[1])
+    weights = str(tmp_path / "weights.pt")
+    assert weights in door.refuses(tmp_path / "weights.pt") and weights in door.refuses(recipe, ds_config=weights)
 
 
 def test_no_dataset(door: FrontDoor, tmp_path: Path) -> None:
@@ -106,34 +100,30 @@ def test_no_dataset(door: FrontDoor, tmp_path: Path) -> None:
 
 
 def test_no_images(door: FrontDoor, copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        Exception, match="no sample to write"
-    ):  # the writer refuses, so a folder without images was made otherwise
-        IndexWriter(tmp_path / "none").close([])
     said = json.loads((copy / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps({**said, "samples": 0, "shards": []}))
     header = (copy / "index.bin").read_bytes()[:64]
     (copy / "index.bin").write_bytes(header[:16] + bytes(8) + header[24:])
-    assert "holds no image" in door.refuses(recipe_file(tmp_path, copy))
+    assert str(copy) in door.refuses(recipe_file(tmp_path, copy))
 
 
 def test_missing_shard_is_named(door: FrontDoor, copy: Path, tmp_path: Path) -> None:
     shard = sorted(copy.rglob("*.tar"))[0]
     shard.unlink()
-    assert f"{shard.name} is missing" in door.refuses(recipe_file(tmp_path, copy))
+    assert shard.name in door.refuses(recipe_file(tmp_path, copy))
 
 
 def test_forbidden_shard_is_named(door: FrontDoor, copy: Path, tmp_path: Path) -> None:
     shard = sorted(copy.rglob("*.tar"))[0]
     access = os.access  # root may read everything
     door.monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shard and access(path, mode))
-    assert f"{shard.name} may not be read by this user" in door.refuses(recipe_file(tmp_path, copy))
+    assert shard.name in door.refuses(recipe_file(tmp_path, copy))
 
 
 def test_truncated_tar_is_named(door: FrontDoor, copy: Path, tmp_path: Path) -> None:
     shard = sorted(copy.rglob("*.tar"))[0]
     shard.write_bytes(shard.read_bytes()[:-5000])
-    assert f"{shard.name} is cut short" in door.refuses(recipe_file(tmp_path, copy))
+    assert shard.name in door.refuses(recipe_file(tmp_path, copy))
 
 
 def test_more_ranks_than_classes(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
@@ -141,7 +131,8 @@ def test_more_ranks_than_classes(door: FrontDoor, tiny_faces: Path, tmp_path: Pa
     overrides = [
         f"phases.{i}.{key}={value}" for i in range(3) for key, value in (("global_batch", 32), ("micro_batches", 32))
     ]
-    assert "32 ranks but only 24 classes" in door.refuses(recipe, *overrides, ranks=32)
+    line = door.refuses(recipe, *overrides, ranks=32)
+    assert "32 ranks" in line and "24 classes" in line
 
 
 def test_ranks_that_do_not_divide_v(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
@@ -149,22 +140,22 @@ def test_ranks_that_do_not_divide_v(door: FrontDoor, tiny_faces: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("says", "told"),
+    ("says", "named"),
     [
-        ({"zero_optimization": {"stage": 2}, "train_batch_size": 99}, "train_batch_size: 99 but phase 'alignment'"),
-        ({"zero_optimisation": {"stage": 3}}, "no zero_optimization section"),
+        ({"zero_optimization": {"stage": 2}, "train_batch_size": 99}, "train_batch_size: 99"),
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimization"),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
-            "zero_optimization.offload_optimizer: 'cpu' is no section like",
+            "zero_optimization.offload_optimizer: 'cpu'",
         ),
     ],
 )
 def test_json_that_contradicts_or_says_nothing(
-    door: FrontDoor, tiny_faces: Path, tmp_path: Path, says: dict[str, object], told: str
+    door: FrontDoor, tiny_faces: Path, tmp_path: Path, says: dict[str, object], named: str
 ) -> None:
     config = tmp_path / "ds.json"
     config.write_text(json.dumps(says))
-    assert told in door.refuses(recipe_file(tmp_path, tiny_faces / "train"), ds_config=str(config))
+    assert named in door.refuses(recipe_file(tmp_path, tiny_faces / "train"), ds_config=str(config))
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "start"])
@@ -179,26 +170,27 @@ def test_what_a_recipe_names_besides_the_data(
     wider = tmp_path / "wider.safetensors"
     save_file(create_backbone("vit_nano", embedding_dim=32, dim=64, depth=1, heads=2).state_dict(), wider)
     save_file(create_backbone("iresnet18", embedding_dim=32).state_dict(), other := tmp_path / "iresnet.safetensors")
-    for override, told in {
-        "evaluation.benchmarks.lfw=nowhere/lfw.bin": "evaluation.benchmarks.lfw: nowhere/lfw.bin does not exist",
-        f"evaluation.benchmarks.lfw={cut}": f"evaluation.benchmarks.lfw: {cut} is cut short",
-        f"evaluation.benchmarks.lfw={tmp_path}": f"evaluation.benchmarks.lfw: {tmp_path} is a folder",
-        "init_from=nowhere": "init_from.path: nowhere does not exist",
-        f"init_from={cut}": f"init_from.path: {cut} is not a run, a checkpoint or a safetensors file",
-        f"init_from={weights}": f"init_from.path: {weights} is not a whole safetensors file",
-        f"init_from={wider}": f"init_from.path: {wider} has pos_embed as (1, 49, 64), this backbone as (1, 49, 32); use the same backbone section",
-        f"init_from={other}": f"init_from.path: {other} has no weight of VisionTransformer",
-        f"init_from={{path: {tiny_faces / 'train'}}}": "is neither a run folder with checkpoints nor a checkpoint",
-        "backbone.overrides.depth=0": "backbone vit_nano: depth: Input should be greater than 0, got 0",
-        "data.augmentation=dino": "trains on views that data.augmentation=dino does not make",
+    for override, named in {
+        "evaluation.benchmarks.lfw=nowhere/lfw.bin": ["evaluation.benchmarks.lfw: nowhere/lfw.bin"],
+        f"evaluation.benchmarks.lfw={cut}": [f"evaluation.benchmarks.lfw: {cut}"],
+        f"evaluation.benchmarks.lfw={tmp_path}": [f"evaluation.benchmarks.lfw: {tmp_path}"],
+        "init_from=nowhere": ["init_from.path: nowhere"],
+        f"init_from={cut}": [f"init_from.path: {cut}"],
+        f"init_from={weights}": [f"init_from.path: {weights}"],
+        f"init_from={wider}": [f"init_from.path: {wider}", "pos_embed", "(1, 49, 64)", "(1, 49, 32)"],
+        f"init_from={other}": [f"init_from.path: {other}", "VisionTransformer"],
+        f"init_from={{path: {tiny_faces / 'train'}}}": [str(tiny_faces / "train")],
+        "backbone.overrides.depth=0": ["vit_nano", "depth"],
+        "data.augmentation=dino": ["data.augmentation=dino", "flip"],
     }.items():
-        assert told in door.refuses(recipe, override, *dry)
+        line = door.refuses(recipe, override, *dry)
+        assert all(name in line for name in named), line
         assert not (tmp_path / "runs" / "tiny").exists()
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     for name in ("run.json", "metrics.jsonl"):
         (tmp_path / "runs" / "tiny" / name).write_text('{"run_id": "x", "attempt": 1}')
     shutil.copy(recipe, tmp_path / "runs" / "tiny" / "recipe.yaml")
-    assert "holds a run with another recipe (seed: 5 -> 6)" in door.refuses(recipe, "seed=6", *dry)
+    assert "seed: 5 -> 6" in door.refuses(recipe, "seed=6", *dry)
     if dry:  # a run that goes on needs no more what it was begun from
         (tmp_path / "runs" / "old" / "checkpoints" / "step_000000001").mkdir(parents=True)
         (tmp_path / "runs" / "old" / "checkpoints" / "step_000000001" / "manifest.json").touch()
@@ -228,7 +220,7 @@ def test_unknown_phase(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> Non
     assert "alignment, stabilisation, refinement" in line
 
 
-def test_found_after_the_start_and_told_once_by_two_ranks(tiny_faces: Path, tmp_path: Path) -> None:
+def test_an_error_after_the_start_is_printed_once_by_two_ranks(tiny_faces: Path, tmp_path: Path) -> None:
     """Through DeepSpeed's own launcher, with what only a started run can see: a folder without the checkpoint that was asked for."""
     recipe = recipe_file(tmp_path, tiny_faces / "train")
     command = [
@@ -250,4 +242,4 @@ def test_found_after_the_start_and_told_once_by_two_ranks(tiny_faces: Path, tmp_
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode != 0
     said = done.stdout + done.stderr
-    assert said.count("lvtrain: error:") == 1 and "holds no checkpoint" in said and "Traceback" not in said, said
+    assert said.count("lvtrain: error:") == 1 and "checkpoint.resume=must" in said and "Traceback" not in said, said

@@ -47,15 +47,15 @@ def test_every_recipe_can_be_planned_without_its_data(
         assert main(arguments) == 2 and "add data.num_classes=N data.num_samples=N" in capsys.readouterr().err
         arguments += ["data.num_classes=500", "data.num_samples=12000"]
     ranks, parameters = PUBLISHED.get(path.stem, (1, ""))
-    assert main([*arguments, "--world-size", str(ranks)] if parameters else arguments) == 0
+    assert main([*arguments, "--ranks", str(ranks)] if parameters else arguments) == 0
     plan = capsys.readouterr().out
-    assert f"{recipe.data.path} is not on this machine" in plan
+    assert str(recipe.data.path) in plan
     assert all(f"phase {phase.name}: up to " in plan for phase in recipe.phases)
     assert (
         plan.count("memory a rank") == plan.count(f"{parameters} M parameters") == len(recipe.phases)
         and "fits in" in plan
     )
-    assert ("planned for 1 rank, since no launcher said how many" in plan) == (not parameters)
+    assert ("--ranks N" in plan) == (not parameters)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
-"""Finding a hung rank: each rank says where it is, a watchdog thread writes it down, and long silence ends the process.
+"""Heartbeats: how a hung rank is found, reported and ended.
 
-The training thread only sets an attribute (`beat`); files are written by the watchdog every few seconds. When a
-rank has not beaten for half the timeout its stacks go to `logs/stacks_rank_NUMBER.log`; at the timeout they go there
-again, and the process ends, so that the launcher takes down the others, who wait in a collective. All ranks do the
-same, so the log of the one that is behind holds the reason. A thread that holds the interpreter's lock for good
-would silence the watchdog too: `faulthandler`'s own timer, which needs no lock, is armed behind it.
+The training thread calls `beat`, which only sets an attribute. A watchdog thread in every rank does the rest:
+
+* every few seconds it writes `heartbeat/rank_NUMBER.json`: what the rank is doing, and since when;
+* after half the timeout without a beat it writes all stacks to `logs/stacks_rank_NUMBER.log`;
+* at the timeout it writes them again and ends the process. The launcher then ends the other ranks, which wait for this
+  one in a collective.
+
+The log of the rank that is furthest behind has the reason. A C call that never releases Python's interpreter lock stops
+the watchdog too; the timer of `faulthandler`, which needs no lock, then ends the process a little later.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ EXIT_HUNG = 70
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank is: `doing` this in `step` since wall time `since`; its file was written at `written` (seconds)."""
+    """What a rank is `doing` in `step`, and `since` when; its file was `written` then. Times are seconds since 1970."""
 
     rank: int
     host: str
@@ -37,7 +41,7 @@ class Beat:
 
 
 class Heartbeat:
-    """`with Heartbeat(run_folder, rank, timeout_seconds) as heart:`; `heart.beat(step, "data")` at each part."""
+    """The heartbeat of one rank, from `with heartbeat:` on; `heartbeat.beat(step, "data")` at each part of a step."""
 
     def __init__(
         self, run_folder: Path, rank: int, timeout_seconds: float = 1800.0, *, interval_seconds: float = 5.0
@@ -53,7 +57,7 @@ class Heartbeat:
         self._stacks: Any = None
 
     def beat(self, step: int, doing: str = "step") -> None:
-        """This rank has come as far as `doing` in `step`; costs no file access."""
+        """This rank now begins `doing` in `step`. Writes no file."""
         self._last = (step, doing, time.monotonic(), time.time())
         self._warned = False
 
@@ -84,7 +88,7 @@ class Heartbeat:
                 self._report(silent)
                 slow = behind(self.folder)
                 sys.stderr.write(
-                    f"lvtrain: rank {self.rank} ends, no step for {silent:.0f} s; {slow}; stacks: {self.log}\n"
+                    f"lvtrain: rank {self.rank} ends: no progress for {silent:.0f} s; {slow}; stacks: {self.log}\n"
                 )
                 sys.stderr.flush()
                 os._exit(EXIT_HUNG)
@@ -95,7 +99,7 @@ class Heartbeat:
                 return
 
     def _arm(self) -> None:
-        """`faulthandler`'s timer strikes, with all stacks, unless the watchdog comes by in time to set it anew."""
+        """Sets `faulthandler`'s timer anew; it writes all stacks and ends the process if nobody does so in time."""
         faulthandler.dump_traceback_later(self.timeout + 4 * self.interval, exit=True, file=self._stacks)
 
     def _report(self, silent: float) -> None:
@@ -113,7 +117,7 @@ class Heartbeat:
             beside = target.with_suffix(".new")
             beside.write_text(json.dumps(asdict(beat)))
             beside.replace(target)
-        except OSError:  # a full disk must not end a healthy rank; the missing heartbeat shows in the others' reports
+        except OSError:  # a full disk must not end a healthy rank
             pass
 
 
@@ -133,7 +137,7 @@ def read_all(folder: Path) -> list[Beat]:
 
 
 def behind(folder: Path, *, now: float | None = None, stale_seconds: float = 30.0) -> str:
-    """Names the rank all wait for: one whose watchdog is silent (frozen, gone), else the one furthest back."""
+    """Names the rank that all wait for: one whose watchdog is silent (frozen or gone), else the one furthest behind."""
     now = time.time() if now is None else now
     beats = read_all(folder)
     if not beats:

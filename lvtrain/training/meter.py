@@ -1,4 +1,4 @@
-"""What is measured between two log lines: the mean loss, the method's figures, the pace."""
+"""What is measured between two log lines: the mean loss, the method's figures, the speed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from lvtrain.distributed import world as worlds
 
 
 class Meter:
-    """Sums kept on the device and read once a log line; steps that were skipped as not finite are left out.
+    """Means of loss and figures over the steps since the last log line, over all micro-batches and ranks.
 
-    Loss and figures are means over the steps since the last log line, a step's over its micro-batches and all ranks.
+    The sums stay on the device and are read once per log line. Steps that were skipped because their loss was not finite
+    do not count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,7 +24,12 @@ class Meter:
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, loss: torch.Tensor, micro_steps: list[dict[str, torch.Tensor]]) -> None:
-        """One step: its loss over all ranks, and the scalars each of this rank's micro-steps gave (the same names each time)."""
+        """Adds a step.
+
+        Args:
+            loss: of the step, over all ranks, scalar.
+            micro_steps: figures of this rank's micro-batches, scalars; the same names each time.
+        """
         self.loss_sum += loss
         self.steps += 1
         for figures in micro_steps:
@@ -32,9 +38,10 @@ class Meter:
                 held += value.detach().to(torch.float64) / len(micro_steps)
 
     def means(self) -> tuple[float | None, dict[str, float]]:
-        """The mean loss and figures since the last `clear`; a collective. Figures to six digits: their last bits depend on the number of ranks.
+        """The mean loss and figures since the last `clear`; None and no figures if every step was skipped. A collective.
 
-        None and no figures where no step counted: all of them were skipped, on every rank alike."""
+        Figures have six digits, because their last bits depend on the number of ranks.
+        """
         if self.steps == 0:
             return None, {}
         means = worlds.mean_over_ranks(torch.stack(list(self.sums.values())) / self.steps).tolist() if self.sums else []
@@ -49,7 +56,7 @@ class Meter:
             held.zero_()
 
     def state(self) -> dict[str, Any]:
-        """JSON, the same on every rank; a collective."""
+        """As JSON, the same on every rank. A collective."""
         means = worlds.mean_over_ranks(torch.stack(list(self.sums.values()))).tolist() if self.sums else []
         return {"loss": float(self.loss_sum), "steps": self.steps, "figures": dict(zip(self.sums, means, strict=True))}
 
@@ -63,7 +70,7 @@ class Meter:
 
 
 class Pace:
-    """Steps and waiting since the last look; starts over whenever something else than training took time."""
+    """Speed since the last `start`, which is called whenever something other than training took time."""
 
     def __init__(self) -> None:
         self.start(0, 0.0)
@@ -72,6 +79,6 @@ class Pace:
         self._time, self._step, self._waited = time.perf_counter(), step, waited
 
     def since(self, step: int, waited: float) -> tuple[float, float]:
-        """Steps a second, and the share of the time in which the host waited for data."""
+        """Steps per second, and the share of the time in which the host waited for data."""
         seconds = time.perf_counter() - self._time
         return (step - self._step) / seconds, (waited - self._waited) / seconds

@@ -1,7 +1,8 @@
-"""`nonfinite.jsonl`: what was in the batch of a step whose loss or gradient was not finite, for a person to look at.
+"""`nonfinite.jsonl`: which images were in the batch of a step whose loss or gradient was not finite.
 
-Which samples they were follows from the position alone; of each the cosine to its own class centre is noted where the method computes one: it
-is not finite either for a sample whose embedding is not. Bounded: the first steps of a run, and of each the samples most to be suspected.
+The position alone says which images they were. Where the method computes cosines, each image has that to its own class
+centre; it is not finite where the embedding is not. Only the first steps of a run are noted, and of each step only the
+images that are most likely the cause.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ def note_batch(
     outputs: list[LossOutput],
     where: dict[str, Any],
 ) -> tuple[dict[str, Any], str]:
-    """Notes the batch at stream position `first` and returns fields of an event and the end of a sentence on it, both empty once enough is noted.
-    A collective.
+    """Notes the batch that begins at position `first` of the stream. A collective.
 
-    outputs: of this rank's A micro-batches.
-    where: what else the line says (step, phase, loss, ...).
+    Args:
+        outputs: of this rank's A micro-batches.
+        where: what else the line has (step, phase, loss, ...).
+
+    Returns:
+        Fields of an event, and the end of a sentence for the console. Both are empty once enough steps are noted.
     """
     by_rank = worlds.gather_objects([float(output.loss) for output in outputs])
     cosines = [output.cosine for output in outputs if output.cosine is not None]
@@ -54,7 +58,7 @@ def note_batch(
             .ravel()
         )
     virtual = np.arange(batch) // loader.micro_batch
-    # first samples without a finite cosine, then those of micro-batches without a finite loss, then those far from their class
+    # first images without a finite cosine, then those of micro-batches without a finite loss, then those far from their class
     suspects = np.lexsort((np.nan_to_num(found), np.isfinite(each[virtual]), np.isfinite(found)))[:_SAMPLES]
     ids, labels = loader.order.at(range(first, first + batch)), loader.global_labels(first, batch)
     samples = []
@@ -91,7 +95,7 @@ def note_batch(
 
 
 def _number(value: Any) -> Any:
-    """JSON has no word for what is not finite."""
+    """JSON has no number for what is not finite."""
     if not isinstance(value, (float, np.floating)):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else str(float(value))

@@ -1,9 +1,13 @@
-"""`outcome.json`: how an attempt at a run ended, in the words the chain of jobs acts on.
+"""`outcome.json`: how a start of a run ended, for the chain of jobs that decides what comes next.
 
-`done`: the phase (or the run) is complete. `requeue`: stopped early on request with a checkpoint, start me again.
-`fatal`: an error that starting again would only repeat. No file: the attempt crashed (the chain sets the last one
-aside before it starts the next). Only the standard library is needed to read it, because the batch script does so
-outside the container the training runs in.
+| outcome | meaning |
+|---|---|
+| `done` | the run, or the one phase asked for, is complete |
+| `requeue` | stopped on request with a checkpoint; start again to go on |
+| `fatal` | an error that another start would only repeat |
+| no file | the start crashed (the chain removes the last file before each start) |
+
+This file needs only the standard library to be imported, because the batch script reads outcomes outside the container.
 """
 
 from __future__ import annotations
@@ -17,13 +21,15 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lvtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED
+from lvtrain.files import atomic
+from lvtrain.files.patience import patiently
 
 Verdict = Literal["done", "requeue", "fatal"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How attempt number `attempt` ended: in which phase (None: the whole run), at which step, and why."""
+    """How start number `attempt` ended: in which phase (None: the whole run), at which step, and why."""
 
     outcome: Verdict
     phase: str | None
@@ -41,24 +47,14 @@ def path_in(run_folder: Path) -> Path:
 
 
 def write(run_folder: Path, outcome: Outcome) -> None:
-    """Replaces `outcome.json` by one atomic rename, after the last checkpoint is committed and all ranks agree on it.
-
-    A fatal error may be written by whichever rank met it, because the others may be waiting in a collective.
-    """
-    target = path_in(run_folder)
-    beside = target.with_name(f".outcome.json.{socket.gethostname()}.{os.getpid()}")
-    with beside.open("w") as file:
-        json.dump(asdict(outcome), file)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(target)
+    """Replaces `outcome.json`. Several ranks may call it at once: any rank reports the fatal error that it met."""
+    atomic.write_json(path_in(run_folder), asdict(outcome), writer=f"{socket.gethostname()}.{os.getpid()}")
 
 
 def read(run_folder: Path) -> Outcome | None:
-    """The last outcome, or None if there is none that can be read (a foreign file says nothing)."""
+    """The last outcome; None if there is no file, or it is not one of ours."""
     try:
-        values = json.loads(path_in(run_folder).read_text())
+        values = json.loads(patiently(path_in(run_folder).read_text))
         verdict, phase, reason = values["outcome"], values["phase"], str(values["reason"])
         found = Outcome(verdict, phase, int(values["step"]), reason, int(values["attempt"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -67,7 +63,7 @@ def read(run_folder: Path) -> Outcome | None:
 
 
 def committed_step(run_folder: Path) -> int:
-    """The step of the newest committed checkpoint, 0 if there is none: the measure of a run's progress."""
+    """The step of the newest committed checkpoint, 0 if there is none."""
     found = (
         re.fullmatch(r"step_(\d+)", path.parent.name) for path in Path(run_folder).glob("checkpoints/*/manifest.json")
     )

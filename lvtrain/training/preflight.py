@@ -1,5 +1,8 @@
-"""Can these ranks train together? What `tools/preflight.py` looks at on every rank before a long run: what they run on, whether they share the run
-folder's file system and see the same data, and how fast the collectives are that a step is made of."""
+"""Preflight: can these ranks train together? `tools/preflight.py` runs it on every rank before a long run.
+
+It compares the ranks' software and devices, checks that they share the run folder and see the same data, and measures
+the collectives that a training step consists of.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _SLOW = 0.5  # of what the plan assumes between nodes
 
 
 def facts() -> dict[str, Any]:
-    """What this rank runs on, as far as all ranks should agree on it, and where it is."""
+    """This rank's host, and the software and device that should be the same on all ranks."""
     found: dict[str, Any] = {"host": socket.gethostname(), "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -43,7 +46,7 @@ def facts() -> dict[str, Any]:
 
 
 def differences(ranks: list[dict[str, Any]]) -> list[str]:
-    """A line for everything but the host that is not the same on all ranks."""
+    """One line for everything, except the host, that is not the same on all ranks."""
     lines = []
     for key in ranks[0]:
         values: dict[str, list[int]] = {}
@@ -56,7 +59,7 @@ def differences(ranks: list[dict[str, Any]]) -> list[str]:
 
 
 def unshared(folder: Path, ranks: list[dict[str, Any]], *, seconds: float = 15) -> list[str]:
-    """Ranks that do not see what rank 0 writes to `folder`: the run folder must be on a file system that all nodes share. A collective."""
+    """One line if ranks do not see what rank 0 writes to `folder`, which must be shared by all nodes. A collective."""
     token = worlds.broadcast_object(uuid.uuid4().hex)
 
     def write() -> Path:
@@ -76,7 +79,8 @@ def unshared(folder: Path, ranks: list[dict[str, Any]], *, seconds: float = 15) 
         time.monotonic() + seconds,
     )  # network file systems show a new file late
     while not seen and time.monotonic() < until:
-        os.scandir(folder).close() if folder.is_dir() else None  # asks the server again
+        if folder.is_dir():
+            os.scandir(folder).close()  # asks the server again
         seen = path.exists()
         time.sleep(0 if seen else 0.5)
     answers = worlds.gather_objects(seen)
@@ -92,7 +96,7 @@ def unshared(folder: Path, ranks: list[dict[str, Any]], *, seconds: float = 15) 
 
 
 def other_data(path: Path, ranks: list[dict[str, Any]]) -> list[str]:
-    """Ranks that see no dataset at `path`, or another one. A collective."""
+    """One line for ranks that see no dataset at `path`, and one if they see different ones. A collective."""
     manifest = path / "dataset.json" if path.is_dir() else path
     try:
         found = hashlib.sha256(manifest.read_bytes()).hexdigest()
@@ -110,7 +114,14 @@ def other_data(path: Path, ranks: list[dict[str, Any]]) -> list[str]:
 
 
 def collectives(world: worlds.World, megabytes: Sequence[float], repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds and bus bandwidth (bytes a rank must send, over the time) of what a step sends: rows for every size and collective.
+    """Time and bandwidth of each collective at each size.
+
+    Args:
+        megabytes: of the whole tensor.
+        repeats: calls that are averaged, after two that are not.
+
+    Returns:
+        Rows with `collective`, `mb`, `ms` and `gb_per_s` (bytes that a rank must send, over the time).
 
     Raises:
         UserError: a sum over the ranks is wrong.
@@ -127,10 +138,9 @@ def collectives(world: worlds.World, megabytes: Sequence[float], repeats: int) -
         }
         for name, (sent, step) in steps.items():
             seconds = _seconds(step, world, repeats)
-            result, wanted = (
-                (part, world.size) if name == "reduce-scatter" else (whole, world.size if name == "all-reduce" else 1)
-            )
-            if not bool((result == wanted).all()):
+            result = part if name == "reduce-scatter" else whole
+            expected = 1 if name == "all-gather" else world.size
+            if not bool((result == expected).all()):
                 raise UserError(
                     f"{name} of {size:g} MB gives wrong numbers on rank {world.rank}; test this node's links (nccl-tests, dcgmi diag)"
                 )
@@ -158,7 +168,7 @@ def _reduce_scatter(whole: torch.Tensor, part: torch.Tensor) -> None:
 
 
 def _seconds(step: Callable[[], Any], world: worlds.World, repeats: int) -> float:
-    """Of one call, the slowest rank's, the first two not counted."""
+    """Seconds of one call on the slowest rank; the first two calls do not count."""
     for turn in range(2 + repeats):
         if turn == 2:
             _finish(world)
@@ -188,10 +198,18 @@ def preflight(
     timeout: float,
     report: Path | None = None,
 ) -> list[str]:
-    """Meets, looks, measures and prints; the problems found, a line each, the same on every rank. Every rank calls it.
+    """Opens the ranks, checks, measures and prints. Every rank calls it.
 
-    shared: folder of the runs; data: dataset folder or subset manifest; megabytes: sizes of the collectives; timeout: seconds to wait for all ranks;
-    report: JSON file for what was found.
+    Args:
+        shared: folder of the runs.
+        data: dataset folder or subset manifest.
+        megabytes: sizes of the collectives.
+        repeats: measured calls of each.
+        timeout: seconds to wait for all ranks.
+        report: JSON file for everything that was found.
+
+    Returns:
+        The problems, one line each, the same on every rank.
 
     Raises:
         UserError: the ranks do not meet, the folder cannot be written, or a collective gives wrong numbers.
@@ -202,9 +220,9 @@ def preflight(
         world = worlds.start(timeout)
     except (dist.DistStoreError, dist.DistNetworkError, TimeoutError) as error:
         raise UserError(
-            f"rank {launched.rank} on {socket.gethostname()} waited {time.perf_counter() - started:.0f} s for {launched.size} ranks to meet at "
-            f"{launched.address}:{launched.port}; open that port between the nodes, and name the network card with NCCL_SOCKET_IFNAME / GLOO_SOCKET_IFNAME "
-            f"({str(error).splitlines()[0]})"
+            f"rank {launched.rank} on {socket.gethostname()} waited {time.perf_counter() - started:.0f} s for "
+            f"{launched.size} ranks to meet at {launched.address}:{launched.port}; open that port between the nodes, "
+            f"and name the network card with NCCL_SOCKET_IFNAME / GLOO_SOCKET_IFNAME ({str(error).splitlines()[0]})"
         ) from error
     ranks = worlds.gather_objects(facts())
     met = time.perf_counter() - started

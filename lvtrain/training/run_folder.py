@@ -1,4 +1,4 @@
-"""A run: its folder, its identity, and what may change between two starts of it."""
+"""The folder of a run: what every start writes there, and what may change between two starts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ import yaml
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
+from lvtrain.files import atomic
+from lvtrain.files.patience import FORBIDDEN, in_words, patiently
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.resume import resume_reason, resume_rule
 from lvtrain.recipe.sections import Recipe
@@ -40,9 +42,9 @@ class RunFolder:
     """The folder of a run, opened for one start.
 
     Attributes:
-        run_id: the run's own, given at its first start.
+        run_id: given at the run's first start.
         attempt: number of this start, from 1.
-        changes: what the recipe changes since the last start that is allowed but worth reporting.
+        changes: what the recipe changes since the last start that is allowed and reported.
     """
 
     path: Path
@@ -52,13 +54,13 @@ class RunFolder:
 
 
 def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World, *, licence: str) -> RunFolder:
-    """Makes or reopens the run folder.
+    """Makes or reopens the run folder. A collective.
 
     Args:
-        licence: of the data; noted here, because the data may be gone when the model card is written.
+        licence: of the data; kept here, because the data may be gone when the model card is written.
 
     Raises:
-        UserError: the folder holds a run that has trained, and its recipe differs in something that is learned from.
+        UserError: the folder holds a run that has trained with another recipe, or cannot be written.
     """
     folder = recipe.run_folder
     return RunFolder(folder, *worlds.on_first(lambda: _open(folder, recipe, ds_config, world, licence)))
@@ -69,44 +71,39 @@ def _open(
 ) -> tuple[str, int, list[str]]:
     identity: dict[str, Any] = {"run_id": uuid.uuid4().hex, "attempt": 0}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        told = changes(folder, recipe)
-        if (folder / "run.json").exists():
-            identity = json.loads((folder / "run.json").read_text())
+        patiently(folder.mkdir, parents=True, exist_ok=True)
+        reported = changes(folder, recipe)
+        if patiently((folder / "run.json").exists):
+            identity = json.loads(patiently((folder / "run.json").read_text))
         identity["attempt"] += 1
-        write(folder / "recipe.yaml", recipes.dump(recipe))
-        write(folder / "ds_config.json", json.dumps(ds_config, indent=2))
-        write(folder / "environment.json", json.dumps({**environment(world), "data_licence": licence}, indent=2))
-        write(folder / "run.json", json.dumps(identity))
+        atomic.write_text(folder / "recipe.yaml", recipes.dump(recipe))
+        atomic.write_json(folder / "ds_config.json", ds_config, indent=2)
+        atomic.write_json(folder / "environment.json", {**environment(world), "data_licence": licence}, indent=2)
+        atomic.write_json(folder / "run.json", identity)
     except OSError as error:
-        raise UserError(
-            f"cannot write the run folder {folder}: {error.strerror}; choose another with runs=PATH"
-        ) from error
-    return identity["run_id"], identity["attempt"], told
+        raise in_words(error, folder, "choose another run folder with runs=PATH", users=FORBIDDEN) from error
+    return identity["run_id"], identity["attempt"], reported
 
 
 def changes(folder: Path, recipe: Recipe) -> list[str]:
-    """What another start with `recipe` changes of the run in `folder`, if there is one, that is allowed but worth telling.
+    """What another start with `recipe` changes of the run in `folder` that is allowed and reported.
 
     Raises:
-        UserError: it differs in something that is learned from.
+        UserError: it changes something that is fixed for the run.
     """
     trained = (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("*"))
     if not (trained and (folder / "run.json").exists()):
-        return []  # a start refused before its first step has left nothing that the corrected recipe could spoil
-    before = _as_now((folder / "recipe.yaml").read_text())
+        return []  # a start that was refused before its first step may be repeated with a corrected recipe
+    before = _in_todays_keys(patiently((folder / "recipe.yaml").read_text))
     return compare(before, yaml.safe_load(recipes.dump(recipe)), str(folder))
 
 
-def _as_now(text: str) -> dict[str, Any]:
-    """An earlier start's resolved recipe in today's keys, with today's default for what did not exist then.
-
-    So an update of lvtrain is not another recipe.
-    """
+def _in_todays_keys(text: str) -> dict[str, Any]:
+    """The resolved recipe of an earlier start, with today's default for what did not exist then."""
     values = recipes.of_run(text)
     try:
         resolved: dict[str, Any] = yaml.safe_load(recipes.dump(recipes.resolve(values)))
-    except UserError:  # a key that is gone: let the comparison name it
+    except UserError:  # a key that no longer exists: the comparison names it
         return values
     return resolved
 
@@ -180,10 +177,3 @@ def _git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a whole file or none of it."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text)
-    os.replace(fresh, path)

@@ -1,8 +1,8 @@
-"""Stopping on request: a signal or the end of the allotted time sets a flag, and all ranks stop after the same step.
+"""Stopping on request: after a signal, or before the time is over, all ranks stop after the same step.
 
-A signal handler only sets a flag: saving inside a handler hangs in collectives or tears files. The flag travels by a
-tiny all-reduce on the host (gloo, never the GPU's stream), started at the end of one step and read at the end of the
-next, so agreeing costs no synchronisation; the price is that a request is honoured one step later.
+A signal handler only sets a flag, because saving inside a handler would hang in collectives or tear files. The ranks
+agree by a small all-reduce on the host (gloo). It is started at the end of a step and read at the end of the next one,
+so nobody waits for it; in return a request is followed one step later.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ _GO_ON, _OUT_OF_TIME, _SIGNALLED = 0, 1, 2
 
 
 class Deadline:
-    """Is there still time for another step and a checkpoint? Judged by the slowest recent step and the slowest save.
+    """Whether there is time for another step and a checkpoint, judged by the slowest recent step and the slowest save.
 
-    Times in seconds. Two steps are reserved, because agreement takes one more step, and two saves, because one may just
-    have begun in the background; a save not yet seen is taken to be a tenth of the allotted time, a minute at most.
+    Two steps are reserved, because the ranks agree one step later, and two saves, because one may have just begun in the
+    background. Before the first save its length is taken to be a tenth of the allotted time, at most a minute.
+
+    Args:
+        allotted: seconds, from `started` (a reading of `time.monotonic`).
     """
 
     def __init__(self, allotted: float, started: float) -> None:
@@ -44,9 +47,13 @@ class Deadline:
 
 
 class Stopping:
-    """`with Stopping(world, max_time_seconds) as stopping:`, then `stopping.should_stop(step)` after every step on every rank.
+    """`with stopping:`, then `stopping.should_stop(step)` after every step on every rank.
 
-    max_time_seconds counts from `started` (a `time.monotonic` reading; construction when absent).
+    Args:
+        max_time_seconds: from `started`, a reading of `time.monotonic` (None: from construction).
+
+    Attributes:
+        reason: why all ranks stop, once they do.
     """
 
     def __init__(
@@ -61,38 +68,23 @@ class Stopping:
         self.world, self.clock = world, clock
         started = clock() if started is None else started
         self.deadline = Deadline(max_time_seconds, started) if max_time_seconds is not None else None
-        self.reason: str | None = None  # why all ranks stop, once they do
+        self.reason: str | None = None
         self._group: Any = None
         self._vote: tuple[torch.Tensor, Any] | None = None
         self._vote_timeout = timedelta(seconds=vote_timeout_seconds)
         self._last_boundary: float | None = None
-        self._listening = False
 
-    def install(self) -> Stopping:
-        """Listens for the signals (main thread only) and opens the ranks' own group for votes; a collective."""
+    def __enter__(self) -> Stopping:
+        """Listens for the signals (main thread only) and opens a process group for the votes. A collective."""
         signals.listen()
-        self._listening = True
         if self.world.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=self._vote_timeout)
         return self
 
-    def uninstall(self) -> None:
-        """Gives the signals back. A vote under way is left alone: after an error another rank may never answer it."""
-        self._vote = None
-        if self._listening:
-            signals.restore()
-        self._listening = False
-
-    def __enter__(self) -> Stopping:
-        return self.install()
-
     def __exit__(self, *exception: object) -> None:
-        self.uninstall()
-
-    @property
-    def requested_locally(self) -> bool:
-        """This rank alone wants to stop: it was signalled, or its time is nearly over."""
-        return self._wish() != _GO_ON
+        """Stops listening. A vote under way is not waited for: after an error another rank may never answer it."""
+        self._vote = None
+        signals.restore()
 
     def _wish(self) -> int:
         if signals.received() is not None:
@@ -100,12 +92,12 @@ class Stopping:
         return _OUT_OF_TIME if self.deadline is not None and self.deadline.is_near(self.clock()) else _GO_ON
 
     def saved(self, seconds: float) -> None:
-        """How long a checkpoint took, from the request to the commit, for the time to reserve."""
+        """Notes the seconds that a checkpoint took, from the request to the commit."""
         if self.deadline is not None:
             self.deadline.save = max(seconds, self.deadline.save or 0.0)
 
     def should_stop(self, step: int) -> bool:
-        """True on all ranks after the same step, at most one later than any rank's wish; a collective, once a step."""
+        """True on all ranks after the same step, at most one step after any rank was asked. A collective."""
         now = self.clock()
         if self.deadline is not None and self._last_boundary is not None:
             self.deadline.steps.append(now - self._last_boundary)

@@ -6,7 +6,6 @@ Rank 0 writes. The other ranks report only what they alone saw.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lvtrain.distributed.world import World
+from lvtrain.files import atomic
 from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSection
 
 
@@ -34,9 +34,7 @@ class Telemetry:
         path = self.folder / "metrics.jsonl"
         if self.active and path.exists():
             rows = [row for row in _whole_lines(path) if row["step"] <= step]
-            fresh = path.with_suffix(".jsonl.new")
-            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(fresh, path)
+            atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._track("begin", step)
 
     def metrics(self, row: dict[str, Any]) -> None:
@@ -61,16 +59,14 @@ class Telemetry:
             return
         folder = self.folder / "evaluation"
         folder.mkdir(exist_ok=True)
-        fresh = folder / f".{name}.json.new"
-        fresh.write_text(json.dumps(results))
-        os.replace(fresh, folder / f"{name}.json")
+        atomic.write_json(folder / f"{name}.json", results)
 
     def say(self, text: str) -> None:
         if self.active:
             print(text, flush=True)
 
     def warn(self, text: str) -> None:
-        """What only this rank saw (a file system that fails its node), said by any rank."""
+        """Prints what only this rank saw, such as a file system that fails on its node."""
         print(f"warning: rank {self.world.rank}: {text}", flush=True)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
@@ -95,7 +91,7 @@ class Telemetry:
 
 
 def progress_line(row: dict[str, Any], *, phase: str, seconds_left: float) -> str:
-    """The line a person watches: `Speed` first, as arcface_torch's users (and their log parsers) know it."""
+    """The console line of a log row. Its fields are those of arcface_torch, so that log parsers read it."""
     parts = [
         f"Speed {row['images_per_second']:.2f} samples/sec",
         f"Loss {row['loss']:.4f}" if row["loss"] is not None else "Loss not finite",
@@ -118,11 +114,11 @@ def _clock(seconds: float) -> str:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl file; a last line cut short by a crash is dropped."""
+    """The rows of a jsonl file, without a line that a crash cut short."""
     rows = []
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            print(f"{path}: dropped a line cut short", file=sys.stderr)
+            print(f"warning: {path}: a line was cut short by a crash and is dropped", file=sys.stderr)
     return rows

@@ -28,10 +28,10 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 def test_a_signal_only_sets_a_flag(number: int) -> None:
     before = signal.getsignal(number)
     with Stopping(ALONE) as stopping:
-        assert not stopping.requested_locally and not stopping.should_stop(1)
+        assert signals.received() is None and not stopping.should_stop(1)
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)  # a launcher's own, after the one that was asked for
-        assert stopping.requested_locally
+        assert signals.received() == number
         assert stopping.should_stop(2) and stopping.should_stop(3)
         assert stopping.reason == f"{signal.Signals(number).name}, seen after step 2"
     assert signal.getsignal(number) == before

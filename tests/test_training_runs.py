@@ -74,7 +74,7 @@ def test_run_folder_explains_itself(trained: dict[tuple[int, int], Path]) -> Non
 def test_css_ends_a_phase_when_the_cosine_is_reached(tiny_faces: Path, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path, tiny_faces / "train")
     assert run(recipe, "backbone.name=vit_x") == 2
-    assert "backbone 'vit_x' is unknown; did you mean 'vit_t'?" in output(recipe) and "Traceback" not in output(recipe)
+    assert "'vit_x'" in output(recipe) and "Traceback" not in output(recipe)
     # corrected, it starts in the folder that the refused start has made
     assert run(recipe, "phases.0.end.cos2=1e-9", "phases.0.end.at_most=8 steps") == 0, output(recipe)
     first = events(tmp_path / "runs" / "tiny", "phase_end")[0]
@@ -114,7 +114,7 @@ def test_phases_one_start_each(tiny_faces: Path, tmp_path: Path, trained: dict[t
 def test_another_recipe_in_the_same_folder_is_refused(trained: dict[tuple[int, int], Path]) -> None:
     recipe = trained[2, 1].parent.parent / "recipe.yaml"
     assert run(recipe, "optimizer.weight_decay=0.2") == 2
-    assert "holds a run with another recipe (optimizer.weight_decay: 0.1 -> 0.2)" in output(recipe)
+    assert "optimizer.weight_decay: 0.1 -> 0.2" in output(recipe)
 
 
 def test_the_average_forgets_at_its_decay() -> None:

@@ -141,13 +141,17 @@ def test_damage_falls_back_and_ends_with_the_same_bits(tiny_faces: Path, tmp_pat
     data[len(data) // 2] ^= 1
     (newest / "rank_00000.safetensors").write_bytes(data)
     assert go(disturbed, 1, 2) == [0], said(disturbed)[-2000:]
-    assert "was altered" in said(disturbed)
+    assert (newest.parent / f"damaged_{newest.name}").is_dir()
     assert not differing(peaceful(1, 2), disturbed)
     # with nothing valid left there is an error, and no fresh start
     for folder in (folder_of(disturbed) / "checkpoints").glob("step_*"):
         (folder / "manifest.json").write_text("{}")
+    last = len(metrics(folder_of(disturbed)))
     assert go(disturbed, 1, 2) == [2]
-    assert "none is valid" in said(disturbed)
+    ended = outcome.read(folder_of(disturbed))
+    assert ended is not None and ended.outcome == "fatal"
+    assert not list((folder_of(disturbed) / "checkpoints").glob("step_*"))
+    assert len(metrics(folder_of(disturbed))) == last
 
 
 def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path, peaceful: Peaceful) -> None:
@@ -165,16 +169,12 @@ def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path, peaceful:
     assert named == {int(i): (int(data.labels(np.array([i]))[0]), *data.describe(int(i))) for i in ids}
     assert {sample["sample_id"] for sample in noted["samples"] if sample["cosine"] == "nan"} == set(ids[8:].tolist())
     assert noted["micro_batch_losses"] == ["nan"] * 4, "of both ranks' samples each"
-    assert (
-        "step 6 is skipped, it was not finite (loss nan, grad norm nan); 8 of its 16 samples have no finite cosine"
-        in said(once)
-    )
+    assert noted["loss"] == noted["grad_norm"] == "nan"
     assert [row["step"] for row in metrics(folder_of(once)) if row["loss"] is None] == [7]  # no loss rather than 0
     assert go(thrice, 2, 2, ";".join(f"loop.outputs:0:{step}:nan" for step in (10, 11, 12))) == [2, 2]
-    assert (
-        f"not finite in 3 steps in a row from step 10; a checkpoint from before them is kept, {folder_of(thrice)}/nonfinite.jsonl"
-        in said(thrice)
-    )
+    ended = outcome.read(folder_of(thrice))
+    assert ended is not None and (ended.outcome, ended.step) == ("fatal", 10)
+    assert [row["in_row"] for row in events(folder_of(thrice), "nonfinite")] == [1, 2, 3]
     assert go(thrice, 2, 2) == [0, 0], said(thrice)[-2000:]
     assert [row["step"] for row in events(folder_of(thrice), "resume")] == [10]
     assert not [name for name in differing(peaceful(2, 2), thrice) if not name.startswith("metrics")]
@@ -208,19 +208,19 @@ def test_a_roll_back_skips_a_stretch_of_data(tiny_faces: Path, tmp_path: Path) -
     assert [row["step"] for row in metrics(folder_of(through))] == list(range(1, TOTAL + 1))
     assert not differing(through, stopped)
     assert go(hopeless, 2, 2, ";".join(f"loop.outputs:0:{step}:nan" for step in (10, 11, 12))) == [2, 2]
-    assert "3 roll-backs to step 9 did not get past it" in said(hopeless)
+    assert [row["to_step"] for row in events(folder_of(hopeless), "rollback")] == [9, 9, 9]
 
 
 def test_a_second_job_is_fenced_off_before_it_touches_anything(tiny_faces: Path, tmp_path: Path) -> None:
     """Of a run that stopped because its time was over."""
     recipe = make(tmp_path, tiny_faces)
     assert go(recipe, 1, 2, "", "--max-time", "0.001") == [75], said(recipe)[-2000:]
-    assert "end of the allotted time" in str(outcome.read(folder_of(recipe)))
+    ended = outcome.read(folder_of(recipe))
+    assert ended is not None and (ended.outcome, ended.exit_code) == ("requeue", 75)
     watched = ("recipe.yaml", "run.json", "outcome.json", "events.jsonl", "environment.json")
     before = {name: (folder_of(recipe) / name).read_bytes() for name in watched}
     with hold(folder_of(recipe), World(0, 1, 0, torch.device("cpu"))):
         assert go(recipe, 1, 2) == [2]
-    assert f"{folder_of(recipe)} is in use by process" in said(recipe)
     assert {name: (folder_of(recipe) / name).read_bytes() for name in watched} == before
     assert go(recipe, 1, 2) == [0], said(recipe)[-2000:]
 
@@ -229,8 +229,8 @@ def test_stopped_and_resumed_through_deepspeeds_launcher(tiny_faces: Path, tmp_p
     """Ctrl-C, then SIGTERM to `deepspeed` and all it started: each time saved at one step, and ended with the bits of an undisturbed run."""
     disturbed = make(tmp_path, tiny_faces)
 
-    def launch(step: int, number: signal.Signals) -> str:
-        """Runs the launcher; the ranks wait at `step` until they are asked to stop, by this signal. Returns what was said."""
+    def launch(step: int, number: signal.Signals) -> None:
+        """Runs the launcher; the ranks wait at `step` until they are asked to stop, by this signal."""
         log = tmp_path / f"launcher_{step}.txt"
         command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "lvtrain/main.py"]
         command += ["--recipe", str(disturbed), "--ds_config", "ds_configs/zero2.json"]
@@ -249,11 +249,10 @@ def test_stopped_and_resumed_through_deepspeeds_launcher(tiny_faces: Path, tmp_p
         finally:
             if not over(job.pid):
                 os.killpg(job.pid, signal.SIGKILL)
-        return log.read_text()
 
-    assert "stopping after this step" in launch(5, signal.SIGINT)
-    assert "SIGTERM, seen after step" in launch(10, signal.SIGTERM)
-    assert len(events(folder_of(disturbed), "stop")) == 2
+    launch(5, signal.SIGINT)
+    launch(10, signal.SIGTERM)
+    assert [row["reason"].split(",")[0] for row in events(folder_of(disturbed), "stop")] == ["SIGINT", "SIGTERM"]
     assert go(disturbed, 2, 2) == [0, 0], said(disturbed)[-2000:]
     assert not differing(peaceful(2, 2), disturbed)
 

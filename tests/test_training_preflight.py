@@ -35,8 +35,8 @@ def test_two_ranks_that_can_train_together(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "2 ranks on 1 host" in done.stdout and "nothing found" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["ranks"]) == 2 and found["problems"] == []
     assert [(row["collective"], row["mb"]) for row in found["collectives"]] == [
         (name, size) for size in (0.1, 1.0) for name in ("all-reduce", "all-gather", "reduce-scatter")
     ]
@@ -75,9 +75,9 @@ def on_two_nodes(rank: int, ranks: int, folder: str) -> tuple[list[str], list[st
 
 def test_nodes_that_share_nothing_are_named(tmp_path: Path) -> None:
     (shared, missing, other), _ = run_ranks(2, on_two_nodes, str(tmp_path))
-    assert len(shared) == 1 and "rank 1 (node1) does not see" in shared[0]
-    assert len(missing) == 1 and "No such file or directory on ranks 0, 1 (node0, node1)" in missing[0]
-    assert len(other) == 1 and "is not the same on all nodes" in other[0]
+    assert len(shared) == 1 and "rank 1 (node1)" in shared[0]
+    assert len(missing) == 1 and "ranks 0, 1 (node0, node1)" in missing[0] and "data0/dataset.json" in missing[0]
+    assert len(other) == 1 and "data0/dataset.json" in other[0]
     assert [path.name for path in (tmp_path / "runs0").iterdir()] == []
 
 
@@ -85,4 +85,4 @@ def test_versions_that_differ_are_named() -> None:
     ours = facts()
     assert ours["torch"] != "absent" and differences([ours, ours | {"host": "elsewhere"}]) == []
     (line,) = differences([ours, ours | {"host": "elsewhere", "torch": "1.0"}])
-    assert line.startswith("torch differs") and "1.0 on rank 1 (elsewhere)" in line
+    assert line.startswith("torch ") and "1.0 on rank 1 (elsewhere)" in line
