@@ -43,12 +43,16 @@ class Telemetry:
             self._append("metrics.jsonl", row)
             self._track("metrics", row)
 
-    def event(self, event: str, *, any_rank: bool = False, **fields: Any) -> None:
-        """One row of `events.jsonl`; `any_rank` for what only this rank saw, such as an image it could not decode."""
-        if self.active or any_rank:
-            row = {"time": round(time.time(), 3), "event": event, **fields}
-            self._append("events.jsonl", row)
-            self._track("event", row)
+    def event(self, event: str, **fields: Any) -> None:
+        """One row of `events.jsonl`."""
+        if self.active:
+            self.event_of_rank(event, **fields)
+
+    def event_of_rank(self, event: str, **fields: Any) -> None:
+        """One row of `events.jsonl` from any rank, about what only this rank saw, such as an image it could not decode."""
+        row = {"time": round(time.time(), 3), "event": event, **fields}
+        self._append("events.jsonl", row)
+        self._track("event", row)
 
     def evaluation(self, name: str, results: dict[str, Any]) -> None:
         """Writes `evaluation/NAME.json`, and accuracies to the console."""

@@ -389,7 +389,7 @@ class Trainer:
 
     def _report_bad_samples(self, phase: PhaseState) -> None:
         for sample in phase.loader.bad_samples:
-            self.telemetry.event("bad_sample", any_rank=True, step=phase.position.step, **asdict(sample))
+            self.telemetry.event_of_rank("bad_sample", step=phase.position.step, **asdict(sample))
         phase.loader.bad_samples.clear()
 
     def _report_start(self, found: Found | None, position: Position) -> None:
