@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from lvtrain.data import Loader, ShardDataset
-from lvtrain.data.cache import ShardCache
-from lvtrain.data.subset import DROPPED, choose, write_subset
+from lvtrain.data.cache import cached
+from lvtrain.data.subset import DROPPED
+from lvtrain.datasets.subset import choose, write_subset
 from lvtrain.errors import UserError
 from tests.shard_data import make_dataset
 
@@ -160,8 +161,8 @@ def test_the_tool(folder, tmp_path):
 def test_cache_copies_within_its_bound_and_changes_nothing(folder, tmp_path):
     plain = ShardDataset(folder)
     sizes = [shard.size for shard in plain.manifest.shards]
-    dataset = ShardDataset(folder)
-    cache = ShardCache(dataset, tmp_path, max_bytes=2 * max(sizes))
+    dataset = ShardDataset(folder, files=cached(tmp_path, 2 * max(sizes)))
+    cache = dataset.files
     other = tmp_path / "another_dataset" / "000007.tar"  # left by an earlier run on other data: counts, and goes first
     other.parent.mkdir()
     other.write_bytes(bytes(max(sizes)))
@@ -181,7 +182,7 @@ def test_cache_copies_within_its_bound_and_changes_nothing(folder, tmp_path):
     (cache.folder / "000000.2.tmp").touch()
     os.utime(cache.folder / "000000.1.tmp", (0, 0))
     # a copy that is not whole is not used
-    again = ShardDataset(folder, cache=tmp_path, cache_bytes=2 * max(sizes))
+    again = ShardDataset(folder, files=cached(tmp_path, 2 * max(sizes)))
     copy = next(iter(cache.folder.glob("*.tar")))
     copy.write_bytes(b"")
     assert again.read(0) == plain.read(0) and again.read(199) == plain.read(199)
@@ -191,12 +192,13 @@ def test_cache_copies_within_its_bound_and_changes_nothing(folder, tmp_path):
 def test_a_copy_that_fails_while_it_is_read_is_left_for_the_original(folder, tmp_path, monkeypatch):
     told: list[str] = []
     plain = ShardDataset(folder)
-    dataset = ShardDataset(folder, warn=told.append, pause=60)
-    cache = ShardCache(dataset, tmp_path, max_bytes=1 << 30)
+    dataset = ShardDataset(folder, warn=told.append, pause=60, files=cached(tmp_path, 1 << 30))
+    cache = dataset.files
     for sample in (0, 199):
         dataset.read(sample)
     cache._wanted.join()
-    dataset.close()  # its files are opened again, and are the copies now
+    for shard in range(len(dataset.manifest.shards)):
+        dataset.forget(shard)  # the next read opens the copies
     pread, broken = os.pread, cache.folder / "000000.tar"
 
     def failing(descriptor, length, offset):
@@ -216,7 +218,7 @@ def test_a_copy_that_fails_while_it_is_read_is_left_for_the_original(folder, tmp
     assert "(cut short)" in told[1]
     cache.close()
     with pytest.raises(UserError, match=r"cannot be made in .*dataset\.json"):
-        ShardDataset(folder, cache=folder / "dataset.json", cache_bytes=1)
+        ShardDataset(folder, files=cached(folder / "dataset.json", 1))
 
 
 def test_a_manifest_under_a_linked_folder_finds_its_dataset(whole, tmp_path):

@@ -19,7 +19,7 @@ import yaml
 
 from lvtrain.backbones import create_backbone
 from lvtrain.data import ShardDataset
-from lvtrain.data.subset import write_subset
+from lvtrain.datasets.subset import write_subset
 from lvtrain.errors import UserError
 from lvtrain.export import convert
 from lvtrain.export.model_card import Card, for_weights, write_card

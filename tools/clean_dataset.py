@@ -16,8 +16,8 @@ import numpy as np
 import typer
 
 from lvtrain.data.shards import ShardDataset
-from lvtrain.data.subset import check_target, write_subset
 from lvtrain.datasets import clean, contact_sheet
+from lvtrain.datasets.subset import check_target, write_subset
 from lvtrain.errors import UserError, one_line_errors
 
 _SHOWN = 6

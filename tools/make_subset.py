@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lvtrain.data.shards import ShardDataset
-from lvtrain.data.subset import choose, write_subset
+from lvtrain.datasets.subset import choose, write_subset
 from lvtrain.errors import UserError, one_line_errors
 
 

@@ -215,7 +215,7 @@ class Grid:
         return self.out / "subsets" / f"{cell.subset}_seed{cell.seed}.json"
 
     def _write_subset(self, dataset: ShardDataset, cell: Cell) -> None:
-        from lvtrain.data.subset import choose, write_subset
+        from lvtrain.datasets.subset import choose, write_subset
 
         path = self._manifest(cell)
         if path.exists():

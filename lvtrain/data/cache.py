@@ -15,17 +15,27 @@ import threading
 import time
 from pathlib import Path
 
-from lvtrain.data.shards import ShardDataset
+from lvtrain.data.index import Manifest
+from lvtrain.data.shard_files import Forget, OpenFiles, Originals, Warn
 from lvtrain.errors import UserError
 
 _ABANDONED = 3600.0  # seconds after which a copy nobody writes to is nobody's
 
 
+def cached(folder: str | Path, max_bytes: int) -> OpenFiles:
+    """For `ShardDataset(files=...)`: reads copies in `folder`, at most `max_bytes` of them."""
+
+    def open_files(source: Path, manifest: Manifest, forget: Forget, warn: Warn) -> ShardCache:
+        return ShardCache(Originals(source, manifest, forget, warn), folder, max_bytes)
+
+    return open_files
+
+
 class ShardCache:
-    """Puts itself between a dataset and its files; `close` stops the copying.
+    """Copies in place of the original shards, where there are any; `close` stops the copying.
 
     Args:
-        dataset: whose shards are copied.
+        originals: the shards as they lie in the dataset.
         folder: local folder, made if missing.
         max_bytes: bound on the copies in the folder; a shard larger than it is never copied.
 
@@ -33,9 +43,9 @@ class ShardCache:
         UserError: the folder cannot be made.
     """
 
-    def __init__(self, dataset: ShardDataset, folder: str | Path, max_bytes: int) -> None:
-        self.dataset, self.max_bytes = dataset, max_bytes
-        self.folder = Path(folder) / dataset.manifest.fingerprint
+    def __init__(self, originals: Originals, folder: str | Path, max_bytes: int) -> None:
+        self.originals, self.manifest, self.max_bytes = originals, originals.manifest, max_bytes
+        self.folder = Path(folder) / self.manifest.fingerprint
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -51,18 +61,16 @@ class ShardCache:
         self._failed: set[int] = set()  # shards whose copy could not be read: the original is, from then on
         self._lock = threading.Lock()
         self._wanted: queue.Queue[int | None] = queue.Queue()
-        self._original = dataset.locate
-        dataset.locate, dataset.distrust = self.locate, self.distrust
         self._thread = threading.Thread(target=self._run, name="shard-cache", daemon=True)
         self._thread.start()
 
     def locate(self, shard: int) -> Path:
         """The copy if it is whole, else the original, which is then queued for copying."""
         if shard in self._failed:
-            return self._original(shard)
+            return self.originals.locate(shard)
         copy = self._copy(shard)
         try:
-            if copy.stat().st_size == self.dataset.manifest.shards[shard].size:
+            if copy.stat().st_size == self.manifest.shards[shard].size:
                 os.utime(copy)  # read just now
                 return copy
         except OSError:  # not there, or the local disk fails
@@ -70,10 +78,10 @@ class ShardCache:
         if shard not in self._asked:
             self._asked.add(shard)
             self._wanted.put(shard)
-        return self._original(shard)
+        return self.originals.locate(shard)
 
     def distrust(self, shard: int, path: str, reason: str) -> bool:
-        """Whether `path`, which could not be read, is a copy; if so the original is read from now on, which is told once."""
+        """Whether `path`, which could not be read, is a copy; if so the original is read from now on, which is reported once."""
         copy = self._copy(shard)
         if Path(path) != copy:
             return False
@@ -81,14 +89,13 @@ class ShardCache:
             first = shard not in self._failed
             self._failed.add(shard)
         if first:
-            self.dataset.warn(f"{copy}, a copy of shard {shard}, failed ({reason}); reading the original from now on")
+            self.originals.warn(f"{copy}, a copy of shard {shard}, failed ({reason}); reading the original from now on")
             with contextlib.suppress(OSError):
                 copy.unlink(missing_ok=True)
-        self.dataset.forget(shard)
+        self.originals.forget(shard)
         return True
 
     def close(self) -> None:
-        self.dataset.locate = self._original
         self._wanted.put(None)
         self._thread.join()
 
@@ -97,22 +104,22 @@ class ShardCache:
 
     def _run(self) -> None:
         while (shard := self._wanted.get()) is not None:
-            if self.dataset.manifest.shards[shard].size <= self.max_bytes:
+            if self.manifest.shards[shard].size <= self.max_bytes:
                 self._fetch(shard)
             self._wanted.task_done()
 
     def _fetch(self, shard: int) -> None:
         temporary = self.folder / f"{shard:06d}.{os.getpid()}.tmp"
         try:
-            self._make_room(self.dataset.manifest.shards[shard].size)
-            shutil.copyfile(self._original(shard), temporary)
+            self._make_room(self.manifest.shards[shard].size)
+            shutil.copyfile(self.originals.locate(shard), temporary)
             os.replace(temporary, self._copy(shard))
             # the next read opens the copy
-            self.dataset.forget(shard)
+            self.originals.forget(shard)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            self.dataset.warn(
+            self.originals.warn(
                 f"shard {shard} was not cached in {self.folder} ({error.strerror or error}); reading the original"
             )
         self._asked.discard(shard)
@@ -132,5 +139,5 @@ class ShardCache:
                 return
             path.unlink(missing_ok=True)
             if path.parent == self.folder:
-                self.dataset.forget(int(path.stem))
+                self.originals.forget(int(path.stem))
             total -= bytes_

@@ -10,20 +10,18 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lvtrain.data.index import RECORD, Manifest, open_index, read_labels, read_manifest
+from lvtrain.data.shard_files import OpenFiles, Originals, Warn
 from lvtrain.data.subset import DROPPED, read_subset
 from lvtrain.errors import UserError
 
 _OPEN_FILES = 128
 _CHUNK = 1 << 20
-
-Warn = Callable[[str], None]
 
 
 class ReadError(UserError):
@@ -34,11 +32,11 @@ class ShardDataset:
     """A dataset folder, or a subset manifest (.json) over one; needs no torch.
 
     Args:
-        path: folder with `dataset.json`, or a manifest written by `lvtrain.data.subset`.
+        path: folder with `dataset.json`, or a manifest written by `lvtrain.datasets.subset`.
         warn: told about reads that failed and were retried, or took long; prints nothing itself.
         attempts: reads of one sample before it counts as unreadable; the waits between them double from `pause` seconds.
         slow_seconds: a read that takes longer is told.
-        cache, cache_bytes: local folder for copies of shards and its size bound (`lvtrain.data.cache`).
+        files: where the shards are read from; `lvtrain.data.cache.cached` reads local copies.
 
     Raises:
         UserError: dataset.json, the index or a shard is missing, forbidden, of another size than recorded, or empty (the shard is named).
@@ -52,8 +50,7 @@ class ShardDataset:
         attempts: int = 6,
         pause: float = 0.5,
         slow_seconds: float = 10.0,
-        cache: str | Path | None = None,
-        cache_bytes: int = 0,
+        files: OpenFiles = Originals,
     ) -> None:
         self.path = Path(path)
         self.warn: Warn = warn or (lambda message: None)
@@ -78,13 +75,7 @@ class ShardDataset:
         self._check_shards()
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
-        self.locate: Callable[[int], Path] = lambda shard: self.folder / self.manifest.shards[shard].name
-        # whether a file that failed was a copy, and will be left alone from now on
-        self.distrust: Callable[[int, str, str], bool] = lambda shard, path, reason: False
-        if cache is not None:
-            from lvtrain.data.cache import ShardCache
-
-            self._cache: Any = ShardCache(self, cache, cache_bytes)
+        self.files = files(self.folder, self.manifest, self.forget, lambda message: self.warn(message))
 
     def __len__(self) -> int:
         return self.manifest.samples if self._ids is None else len(self._ids)
@@ -204,7 +195,7 @@ class ShardDataset:
                 file = self._file(shard)
                 data = os.pread(file.fileno(), length, offset)
             except OSError as error:
-                if self.distrust(shard, str(file.name if file else error.filename), error.strerror or str(error)):
+                if self.files.distrust(shard, str(file.name if file else error.filename), error.strerror or str(error)):
                     continue
                 attempt += 1
                 self.forget(shard)
@@ -223,7 +214,7 @@ class ShardDataset:
                     f"reading {length} bytes of {self.manifest.shards[shard].name} took {elapsed:.0f} s; the file system is stalling"
                 )
             if len(data) < length:
-                if self.distrust(shard, str(file.name), "cut short"):
+                if self.files.distrust(shard, str(file.name), "cut short"):
                     continue
                 raise ReadError(
                     f"{self.manifest.shards[shard].name} ends after {offset + len(data)} bytes, inside the sample"
@@ -243,6 +234,7 @@ class ShardDataset:
         return name, key.rsplit(".", 1)[0] or "?"
 
     def close(self) -> None:
+        self.files.close()
         with self._lock:
             self._files.clear()
 
@@ -253,7 +245,7 @@ class ShardDataset:
                 self._files.move_to_end(shard)
                 return file
         # opening may stall: not under the lock. An evicted file closes when its last reader lets go of it.
-        file = open(self.locate(shard), "rb", buffering=0)  # noqa: SIM115
+        file = open(self.files.locate(shard), "rb", buffering=0)  # noqa: SIM115
         with self._lock:
             file = self._files.setdefault(shard, file)
             while len(self._files) > _OPEN_FILES:

@@ -11,7 +11,7 @@ Thresholds are read off the dataset itself unless given, because cosines of two 
 
 Medians and median deviations, not quantiles far out: the faults looked for are themselves the far ends of these distributions.
 
-Nothing is copied or deleted: the result is lists, and a choice of sample ids and labels for `lvtrain.data.subset.write_subset`.
+Nothing is copied or deleted: the result is lists, and a choice of sample ids and labels for `lvtrain.datasets.subset.write_subset`.
 """
 
 from __future__ import annotations

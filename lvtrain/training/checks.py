@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from lvtrain.data import ShardDataset
+from lvtrain.data.cache import cached
+from lvtrain.data.shard_files import Originals
 from lvtrain.distributed import world as worlds
 from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.errors import UserError
@@ -35,7 +37,8 @@ def open_dataset(recipe: Recipe) -> ShardDataset:
             another number of identities or images than the recipe expects.
     """
     data = recipe.data
-    dataset = ShardDataset(data.path, cache=data.cache, cache_bytes=data.cache_bytes)
+    files = cached(data.cache, data.cache_bytes) if data.cache else Originals
+    dataset = ShardDataset(data.path, files=files)
     dataset.check_labels()
     for key, expected, found, unit in (
         ("num_classes", data.num_classes, dataset.num_classes, "identities"),

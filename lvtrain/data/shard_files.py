@@ -1,0 +1,43 @@
+"""Where the bytes of a shard are read from: its own file, or whatever stands in for it (`lvtrain.data.cache`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from lvtrain.data.index import Manifest
+
+Warn = Callable[[str], None]
+Forget = Callable[[int], None]  # the next read of that shard opens its file again
+
+
+class ShardFiles(Protocol):
+    def locate(self, shard: int) -> Path:
+        """The file to read shard number `shard` from."""
+
+    def distrust(self, shard: int, path: str, reason: str) -> bool:
+        """Called when reading `path` failed. True: it is not used again, and `locate` gives another file."""
+
+    def close(self) -> None:
+        """Stops what works in the background."""
+
+
+# folder of the dataset, manifest, forget, warn
+OpenFiles = Callable[[Path, Manifest, Forget, Warn], ShardFiles]
+
+
+class Originals:
+    """The shards as they lie in the dataset's folder."""
+
+    def __init__(self, folder: Path, manifest: Manifest, forget: Forget, warn: Warn) -> None:
+        self.folder, self.manifest, self.forget, self.warn = folder, manifest, forget, warn
+
+    def locate(self, shard: int) -> Path:
+        return self.folder / self.manifest.shards[shard].name
+
+    def distrust(self, shard: int, path: str, reason: str) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
