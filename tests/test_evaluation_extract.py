@@ -11,7 +11,7 @@ from PIL import Image
 
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.evaluation import benchmarks, extract, verification
+from lvtrain.evaluation import Setting, extract, run_benchmarks, verification
 from lvtrain.evaluation.bins import write_bin
 from tests.ranks import run_ranks
 
@@ -96,9 +96,7 @@ def broken_on(rank: int, size: int) -> str:
 
 
 def benchmark_on(rank: int, size: int, path: str) -> dict:
-    return benchmarks.run_benchmarks(
-        network(), {"set": path}, world=world(rank, size), batch=5, device="cpu", image_size=32
-    )
+    return run_benchmarks(network(), {"set": path}, Setting(world(rank, size), "cpu", 5, 32))
 
 
 def all_on(rank: int, size: int, path: str) -> dict:
@@ -167,9 +165,7 @@ def test_diverged_model_is_named(tmp_path: Path) -> None:
     path = tmp_path / "set.bin"
     write_bin(path, pictures(20) * 2, [i % 2 == 0 for i in range(20)])
     with pytest.raises(UserError, match="20 of 20 pairs are NaN"):
-        benchmarks.run_benchmarks(
-            lambda images: images.mean((2, 3)) * float("nan"), {"set": path}, world=world(0, 1), batch=8, device="cpu"
-        )
+        run_benchmarks(lambda images: images.mean((2, 3)) * float("nan"), {"set": path}, Setting(world(0, 1), "cpu", 8))
 
 
 def test_raw_pixels(tmp_path: Path) -> None:
@@ -177,8 +173,6 @@ def test_raw_pixels(tmp_path: Path) -> None:
     path = tmp_path / "set.bin"
     chosen = [image for i in range(20) for image in (images[i], images[i if i % 2 else (i + 1) % 20])]
     write_bin(path, chosen, [i % 2 == 1 for i in range(20)])
-    result = benchmarks.run_benchmarks(
-        extract.raw_pixels, {"set": path}, world=world(0, 1), batch=8, device="cpu", image_size=32
-    )
+    result = run_benchmarks(extract.raw_pixels, {"set": path}, Setting(world(0, 1), "cpu", 8, 32))
     assert result["set"]["positive_mean"] == pytest.approx(1.0)
     assert result["set"]["accuracy"] == 1.0

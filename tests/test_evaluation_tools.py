@@ -43,7 +43,8 @@ def test_build_and_evaluate(folder: Path, tmp_path: Path) -> None:
 
     done = tool(
         "evaluate", "raw_pixels", "--cpu", "--benchmark", f"own:{out}", "--benchmark", f"all:{folder}",
-        "--cluster", f"groups:{folder}", "--calibrate", f"cal:{out}", "--megaface", f"mega:{folder},{folder}",
+        "--benchmark", f"groups:clustering:{folder}", "--benchmark", f"cal:calibration:{out}",
+        "--benchmark", f"mega:megaface:{folder},{folder}", "--option", "clustering.cosine=0.5",
         "-o", tmp_path / "results",
     )  # fmt: skip
     # the same folder cannot be probes and distractors, 30 pairs no threshold; the other benchmarks are done all the same
@@ -55,6 +56,7 @@ def test_build_and_evaluate(folder: Path, tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
     results = json.loads((tmp_path / "results" / "evaluation.json").read_text())["benchmarks"]
     assert [result["kind"] for result in results.values()] == ["verification", "all_pairs", "clustering"]
+    assert results["groups"]["cosine"] == 0.5
     assert results["own"]["accuracy"] > 0.8 and results["all"]["images"] == 60
     assert "accuracy" in done.stdout and "BCubed" in done.stdout
     for picture in ("roc.png", "own_cosines.png", "own_hardest.png"):
@@ -85,15 +87,31 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
         (people / name).parent.mkdir(parents=True, exist_ok=True)
         (people / name).write_bytes((folder / "p1" / "1.jpg").read_bytes()[: 400 if "cut" in name else None])
     (tmp_path / "deep" / "a").mkdir(parents=True)
-    Image.fromarray(np.full((112, 112), 40000, dtype=np.uint16)).save(tmp_path / "deep" / "a" / "0.png")
+    Image.fromarray(np.full((112, 112), 0.5, dtype=np.float32)).save(tmp_path / "deep" / "a" / "0.tif")
     (tmp_path / "bad.txt").write_text("a.jpg b.jpg yes\n")
     (tmp_path / "none.txt").write_text("a.jpg b.jpg 1\na.jpg c.jpg 0\n" * 10)
     attempts = {
         "does not exist": ("evaluate", "raw_pixels", "--benchmark", f"x:{tmp_path}/absent.bin"),
         "nothing to do": ("evaluate", "raw_pixels"),
-        "absent does not exist; give a run": ("evaluate", tmp_path / "absent", "--cpu", "--cluster", f"x:{folder}"),
-        "cut.jpg cannot be decoded": ("evaluate", "raw_pixels", "--cpu", "--cluster", f"x:{people}"),
-        "more than 8 bits": ("evaluate", "raw_pixels", "--cpu", "--cluster", f"x:{tmp_path / 'deep'}"),
+        "absent does not exist; give a run": (
+            "evaluate",
+            tmp_path / "absent",
+            "--cpu",
+            "--benchmark",
+            f"x:clustering:{folder}",
+        ),
+        "cut.jpg": ("evaluate", "raw_pixels", "--cpu", "--benchmark", f"x:clustering:{people}"),
+        "0.tif": ("evaluate", "raw_pixels", "--cpu", "--benchmark", f"x:clustering:{tmp_path / 'deep'}"),
+        "rainbow": ("evaluate", "raw_pixels", "--cpu", "--benchmark", f"x:rainbow:{people}"),
+        "clustering": (
+            "evaluate",
+            "raw_pixels",
+            "--cpu",
+            "-b",
+            f"x:clustering:{people}",
+            "--option",
+            "clustering.hue=1",
+        ),
         "line 1": ("build_bin", tmp_path / "bad.txt", folder, tmp_path / "x.bin"),
         "No such file": ("build_bin", tmp_path / "none.txt", folder, tmp_path / "x.bin"),
     }

@@ -78,8 +78,8 @@ def test_class_rows_of_a_run(trained: Path, tmp_path: Path) -> None:
 
 
 def test_thresholds_end_in_the_model_card(trained: Path, tiny_faces: Path, tmp_path: Path) -> None:
-    people = f"people:{tiny_faces / 'train'}"
-    found = evaluate(trained, tmp_path / "out", "--calibrate", people)["people"]["thresholds"]["1e-03"]
+    people = f"people:calibration:{tiny_faces / 'train'}"
+    found = evaluate(trained, tmp_path / "out", "--benchmark", people)["people"]["thresholds"]["1e-03"]
     row = f"| people | 1e-03 | {found['threshold']:.4f} | {found['low']:.4f} to {found['high']:.4f} |"
     convert("consolidate", trained, tmp_path / "model")
     assert row in (tmp_path / "model" / "README.md").read_text()
@@ -87,7 +87,7 @@ def test_thresholds_end_in_the_model_card(trained: Path, tiny_faces: Path, tmp_p
     convert("export", tmp_path / "model", tmp_path / "pack", "--to", "insightface")
     assert row in (tmp_path / "pack" / "README.md").read_text()
     assert "generated" in (tmp_path / "pack" / "MODEL.LICENSE").read_text()
-    evaluate(tmp_path / "model", tmp_path / "out", "--calibrate", f"again:{tiny_faces / 'train'}")
+    evaluate(tmp_path / "model", tmp_path / "out", "--benchmark", f"again:calibration:{tiny_faces / 'train'}")
     assert row.replace("people", "again") in (tmp_path / "model" / "README.md").read_text()
     # thresholds and figures of other weights do not travel
     other = trained / "checkpoints" / "step_000000009"
@@ -112,7 +112,7 @@ def test_two_processes_give_the_figures_of_one(trained: Path, tiny_faces: Path, 
     """Every protocol that reads a dataset or a .bin, MegaFace with our own datasets as probes and distractors. To the bit, threads being as many."""
     heldout, train = tiny_faces / "heldout", tiny_faces / "train"
     arguments = ["--benchmark", f"pairs:{heldout}.bin", "--benchmark", f"all:{heldout}"]
-    arguments += ["--cluster", f"groups:{heldout}", "--megaface", f"mega:{heldout},{train}"]
+    arguments += ["--benchmark", f"groups:clustering:{heldout}", "--benchmark", f"mega:megaface:{heldout},{train}"]
     one = evaluate(trained, tmp_path / "one", *arguments)
     # as the README says; torchrun finds a free port itself (told --master_port 0 it would hand port 0 to its processes)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--local_addr", "127.0.0.1"]

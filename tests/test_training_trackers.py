@@ -36,7 +36,7 @@ def test_tensorboard_has_every_number_and_no_step_twice(tmp_path: Path) -> None:
         telemetry.begin(begin)
         for step in steps:
             telemetry.metrics({"step": step, "phase": "one", "loss": step / 2 + begin, "cos2": None})
-        telemetry.event("evaluation", step=steps[-1], accuracy={"lfw": 0.5 + begin / 10})
+        telemetry.event("evaluation", step=steps[-1], figures={"lfw": 0.5 + begin / 10})
         telemetry.close()
     assert scalars(tmp_path, "train/loss") == [(1, 0.5), (2, 1.0), (3, 3.5), (4, 4.0), (5, 4.5)]
     assert scalars(tmp_path, "evaluation/lfw") == [(5, pytest.approx(0.7))]

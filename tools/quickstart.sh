@@ -19,11 +19,11 @@ deepspeed --num_accelerators "$ranks" lvtrain/main.py --recipe lvtrain/recipes/q
 python tools/report.py runs/quickstart
 python - <<'END'
 import json
-from lvtrain.evaluation import raw_pixels, run_benchmarks
+from lvtrain.evaluation import Setting, raw_pixels, run_benchmarks
 from lvtrain.distributed.world import alone
 
 final = json.load(open("runs/quickstart/evaluation/final.json"))["benchmarks"]["heldout"]
-pixels = run_benchmarks(raw_pixels, {"heldout": "data/quickstart/heldout.bin"}, world=alone(), batch=256, device="cpu")["heldout"]
+pixels = run_benchmarks(raw_pixels, {"heldout": "data/quickstart/heldout.bin"}, Setting(alone(), "cpu"))["heldout"]
 print(
     f"quickstart: verification {100 * final['accuracy']:.2f}% on {final['pairs']} pairs of unseen identities "
     f"(raw pixels {100 * pixels['accuracy']:.2f}%), report: runs/quickstart/report.html"

@@ -348,7 +348,7 @@ def _unseen_identities(folder: Path, study: Study) -> dict[str, Any]:
     assert study.unseen is not None
     world = World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(folder, device=world.device)
-    setting = suite.Setting(world=world, device=world.device, image_size=model.image_size)
+    setting = suite.Setting(world, world.device, image_size=model.image_size)
     images, labels = labelled_images(study.unseen)
     embeddings = setting.embed(model.forward, images)
     pairs = allpairs.all_pairs(embeddings, labels, device=world.device)
@@ -358,6 +358,8 @@ def _unseen_identities(folder: Path, study: Study) -> dict[str, Any]:
 
 def _figures(folder: Path, study: Study) -> dict[str, float] | None:
     """What one finished run reached, by title."""
+    from lvtrain.evaluation import suite
+
     final, identities = folder / "evaluation" / "final.json", folder / "unseen.json"
     if not _finished(folder) or (study.unseen and not identities.exists()):
         return None
@@ -365,8 +367,9 @@ def _figures(folder: Path, study: Study) -> dict[str, float] | None:
     figures = {"loss": statistics.fmean(losses[-max(1, len(losses) // 10) :])}
     benchmarks = json.loads(final.read_text())["benchmarks"] if final.exists() else {}
     for name, found in benchmarks.items():
-        figures[f"{name} %"] = 100 * found["accuracy"]
-        figures[f"{name} pos - neg cosine"] = found["positive_mean"] - found["negative_mean"]
+        figures[f"{name} %"] = 100 * suite.figure(found)
+        if found["kind"] == "verification":
+            figures[f"{name} pos - neg cosine"] = found["positive_mean"] - found["negative_mean"]
     if study.unseen:
         unseen = json.loads(identities.read_text())
         figures[f"TAR@FAR={study.far} %"] = 100 * unseen["all_pairs"]["tar_at_far"][study.far]["tar"]

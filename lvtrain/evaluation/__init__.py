@@ -1,7 +1,8 @@
 """Protocols of face recognition: embeddings in, figures out. See README.md."""
 
-from lvtrain.evaluation.benchmarks import run_benchmarks
 from lvtrain.evaluation.bins import read_bin, write_bin
 from lvtrain.evaluation.extract import embed, raw_pixels
+from lvtrain.evaluation.protocol import Setting
+from lvtrain.evaluation.suite import run_benchmarks
 
-__all__ = ["embed", "raw_pixels", "read_bin", "run_benchmarks", "write_bin"]
+__all__ = ["Setting", "embed", "raw_pixels", "read_bin", "run_benchmarks", "write_bin"]

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.evaluation.extract import Ranks
 from lvtrain.evaluation.verification import diverged
 
 BINS = 1 << 21
@@ -53,7 +53,7 @@ def all_pairs(
     targets: tuple[float, ...] = TARGETS,
     tile: int = 8192,
     device: torch.device | str = "cpu",
-    world: Ranks | None = None,
+    world: World | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """TAR at every FAR target over all N (N - 1) / 2 pairs; the tiles are shared out over the ranks, the result is the same on each.
@@ -99,7 +99,7 @@ def count_pairs(
     floor: float,
     tile: int,
     device: torch.device | str = "cpu",
-    world: Ranks | None = None,
+    world: World | None = None,
 ) -> Counts:
     """Histograms of the cosines of all pairs i < j. `rows` float32 [N, d] normalised, `groups` int64 [N] rising."""
     rank, size = (world.rank, world.size) if world else (0, 1)

@@ -1,48 +1,23 @@
-"""A model on a list of verification sets: what training calls every N steps, and what `tools/evaluate.py` calls alone."""
+"""A model on one verification set."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lvtrain.distributed.world import World
 from lvtrain.evaluation import extract, verification
 from lvtrain.evaluation.bins import read_bin
-
-
-def run_benchmarks(
-    forward: extract.Forward,
-    benchmarks: Mapping[str, str | Path],
-    *,
-    world: extract.Ranks,
-    batch: int = 128,
-    device: torch.device | str,
-    image_size: int = 112,
-) -> dict[str, dict[str, Any]]:
-    """Results of every benchmark by name, plain JSON values, the same on every rank. A collective: every rank calls it.
-
-    Args:
-        forward: normalised float32 [b, 3, H, W] -> [b, d]; every rank calls it equally often, so it may itself be a collective.
-        benchmarks: name -> path of a `.bin` verification set.
-        batch: images a forward call.
-
-    Raises:
-        UserError: a set that cannot be read, an image that cannot be decoded, NaN embeddings.
-    """
-    return {
-        name: verify_set(forward, path, world=world, batch=batch, device=device, image_size=image_size)
-        for name, path in benchmarks.items()
-    }
 
 
 def verify_set(
     forward: extract.Forward,
     path: str | Path,
     *,
-    world: extract.Ranks,
+    world: World,
     batch: int = 128,
     device: torch.device | str,
     image_size: int = 112,

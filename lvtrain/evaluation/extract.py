@@ -7,7 +7,7 @@ as many threads (another number of threads may add in another order).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,21 +18,13 @@ import torch.distributed as dist
 from PIL import Image
 
 from lvtrain.data.images import ImageError, open_image
+from lvtrain.distributed.world import World, gather_objects
 from lvtrain.errors import UserError
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Reduce = Callable[[np.ndarray], np.ndarray]
 _DECODERS = 4
 _GATHER_BYTES = 64 << 20
-
-
-class Ranks(Protocol):
-    """What is needed of `lvtrain.distributed.world.World`."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
 
 
 class Images(Protocol):
@@ -76,7 +68,7 @@ def embed_views(
     forward: Forward,
     images: Images,
     *,
-    world: Ranks,
+    world: World,
     batch: int,
     device: torch.device | str,
     image_size: int = 112,
@@ -105,7 +97,7 @@ def embed(
     forward: Forward,
     images: Images,
     *,
-    world: Ranks,
+    world: World,
     batch: int,
     device: torch.device | str,
     image_size: int = 112,
@@ -125,7 +117,7 @@ def run(
     images: Images,
     reduce: Reduce,
     *,
-    world: Ranks,
+    world: World,
     batch: int,
     device: torch.device | str,
     image_size: int = 112,
@@ -165,7 +157,9 @@ def run(
             if number + 1 in mine:
                 pending = start(number + 1)
             rows.append(reduce(_views(forward, pixels, device, mirror)))
-    failures = [text for text in _gather_text(str(problem) if problem else "", world) if text]
+    problem_text = str(problem) if problem else ""
+    texts = [problem_text] if world.size == 1 else gather_objects(problem_text)
+    failures = [text for text in texts if text]
     if failures:
         raise UserError(failures[0])
     return _gather_rows(np.concatenate(rows), world)
@@ -186,15 +180,7 @@ def _views(forward: Forward, pixels: np.ndarray, device: torch.device | str, mir
     return torch.stack(views).cpu().numpy()
 
 
-def _gather_text(text: str, world: Ranks) -> Sequence[str]:
-    if world.size == 1:
-        return [text]
-    box: list[Any] = [None] * world.size
-    dist.all_gather_object(box, text)
-    return box
-
-
-def _gather_rows(rows: np.ndarray, world: Ranks) -> np.ndarray:
+def _gather_rows(rows: np.ndarray, world: World) -> np.ndarray:
     """Every rank's rows (equally many), in rank order, on every rank; in slices, so that little device memory is taken."""
     if world.size == 1:
         return rows

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_curve
 
+from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.evaluation import extract, verification
 
@@ -117,7 +118,7 @@ def run(
     forward: extract.Forward,
     folder: str | Path,
     *,
-    world: extract.Ranks,
+    world: World,
     batch: int,
     device: torch.device | str,
     image_size: int = 112,

@@ -16,24 +16,10 @@ _COLORS = ("#2c67c9", "#17866f", "#c24e3a", "#8a63d2", "#a86a00", "#68717d")
 _TEAL, _RED = _COLORS[1], _COLORS[2]
 
 
-def write_plots(
-    results: dict[str, dict[str, Any]], folder: Path, *, pairs: dict[str, Path], image_size: int = 112
-) -> list[Path]:
-    """Writes what the results allow: `roc.png`, and `NAME_cosines.png` and `NAME_hardest.png` of every verification set.
-
-    Args:
-        pairs: path of the `.bin` file of each verification result, for the pictures of its hardest pairs.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+def roc_of(results: dict[str, dict[str, Any]]) -> dict[str, Figure]:
+    """One plot, `roc`, of all results that have a curve; none where none has."""
     curves = {name: result["roc"] for name, result in results.items() if "roc" in result}
-    if curves:
-        written.append(_save(roc(curves), folder / "roc.png"))
-    for name, result in results.items():
-        if result["kind"] == "verification":
-            written.append(_save(cosines(name, result), folder / f"{name}_cosines.png"))
-            written.append(_save(hardest(name, result, pairs[name], image_size), folder / f"{name}_hardest.png"))
-    return written
+    return {"roc": roc(curves)} if curves else {}
 
 
 def roc(curves: dict[str, dict[str, list[float]]]) -> Figure:
@@ -101,8 +87,3 @@ def _axes(title: str) -> tuple[Figure, Any]:
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.7)
     axes.set_axisbelow(True)
     return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
-    return path

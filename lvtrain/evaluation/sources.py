@@ -29,6 +29,13 @@ class ShardImages:
         return np.asarray(self.dataset.labels(np.arange(len(self.dataset))), dtype=np.int64)
 
 
+def is_labelled_set(path: Path) -> bool:
+    """Whether `labelled_images` reads it: a dataset folder, a subset manifest, or a folder with one folder an identity."""
+    if path.suffix == ".json" or (path / "dataset.json").is_file():
+        return True
+    return path.is_dir() and not (path / "meta").is_dir()
+
+
 def labelled_images(path: str | Path) -> tuple[Images, np.ndarray]:
     """Images and their labels int64 [N].
 

@@ -193,6 +193,8 @@ def _figures(card: Card) -> list[str]:
         return ["none measured with these weights"]
     lines = ["| benchmark | accuracy, % | TAR@FAR=1e-3, % | pairs |", "|---|---|---|---|"]
     for name, figures in card.figures.items():
+        if "accuracy" not in figures:  # another protocol than verification
+            continue
         tar = figures.get("tar_at_far", {}).get("1e-03")
         shown = f"{100 * tar:.2f}" if isinstance(tar, (int, float)) else ""
         lines.append(
@@ -203,7 +205,7 @@ def _figures(card: Card) -> list[str]:
 
 def _thresholds(card: Card) -> list[str]:
     if not card.calibration:
-        return [card.stale or "none found; `tools/evaluate.py MODEL --calibrate NAME:PATH` finds them"]
+        return [card.stale or "none found; `tools/evaluate.py MODEL --benchmark NAME:calibration:PATH` finds them"]
     lines = [
         "Cosine of two single images (no mirror image) at or above which a share FMR of pairs of different people is accepted.",
         "",

@@ -266,7 +266,9 @@ class InitFrom(Section):
 
 
 class Evaluation(Section):
-    benchmarks: dict[str, Path] = setting(dict, "name: path of a .bin verification set")
+    benchmarks: dict[str, Path | dict[str, Any]] = setting(
+        dict, "by name: a path (.bin file, IJB folder, labelled set), or {protocol, path, and the protocol's options}"
+    )
     every: Duration | None = setting(None, "time between evaluations; absent: before and after training")
 
 

@@ -100,7 +100,8 @@ def read_run(folder: str | Path) -> RunFiles:
     evaluations = {
         path.stem: _json(path) for path in sorted((folder / "evaluation").glob("*.json")) if path.stem != "evaluation"
     }
-    others = {path.parent.name: _json(path).get("benchmarks") for path in sorted(folder.glob("*/evaluation.json"))}
+    others = {f"step {row.get('step')}": _take_others(row) for row in evaluations.values()}
+    others |= {path.parent.name: _json(path).get("benchmarks") for path in sorted(folder.glob("*/evaluation.json"))}
     return RunFiles(
         folder=folder,
         recipe=recipes.of_run(text),
@@ -111,6 +112,16 @@ def read_run(folder: str | Path) -> RunFiles:
         evaluations=dict(sorted(((k, v) for k, v in evaluations.items() if v.get("benchmarks")), key=_moment)),
         protocols={name: found for name, found in others.items() if found},
     )
+
+
+def _take_others(evaluation: Row) -> Row:
+    """Removes the results of protocols other than verification from an evaluation during training; returns them."""
+    found: Row = {}
+    for key in ("benchmarks", "benchmarks_ema"):
+        results = evaluation.get(key) or {}
+        for name in [name for name, result in results.items() if result.get("kind", "verification") != "verification"]:
+            found[name + key.removeprefix("benchmarks").replace("_", ", ")] = results.pop(name)
+    return found
 
 
 def _moment(item: tuple[str, Row]) -> tuple[int, int]:

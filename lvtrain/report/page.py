@@ -75,7 +75,7 @@ def render(run: RunFiles, others: Sequence[RunFiles] = (), *, any_faces: bool = 
         benchmarks=_benchmarks(run, fars),
         fars=fars,
         evaluation=_evaluation(run),
-        clusterings=protocols.clusterings(run),
+        tables=protocols.tables(run),
         headlines=protocols.headlines(run),
         pictures=pictures,
         without_pictures=without_pictures,

@@ -17,7 +17,8 @@ from lvtrain.data.shard_files import Originals
 from lvtrain.distributed import world as worlds
 from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.errors import UserError
-from lvtrain.evaluation import read_bin
+from lvtrain.evaluation import suite
+from lvtrain.evaluation.protocol import PROTOCOLS
 from lvtrain.methods import create_method
 from lvtrain.planning import plan_phases
 from lvtrain.recipe.sections import Recipe
@@ -96,10 +97,7 @@ def check_before_start(
 
 
 def _check_files(recipe: Recipe, *, is_new: bool) -> None:
-    for name, path in recipe.evaluation.benchmarks.items():
-        if not path.is_file():
-            wrong = "is a folder; give a .bin verification set" if path.exists() else "does not exist"
-            raise UserError(f"evaluation.benchmarks.{name}: {path} {wrong}")
+    suite.recipe_tasks(recipe.evaluation.benchmarks)
     if is_new and recipe.init_from is not None:
         if not recipe.init_from.path.exists():
             raise UserError(f"init_from.path: {recipe.init_from.path} does not exist")
@@ -107,16 +105,16 @@ def _check_files(recipe: Recipe, *, is_new: bool) -> None:
 
 
 def check_benchmarks(recipe: Recipe) -> None:
-    """Reads every verification set once. One rank calls it, before there is a run folder.
+    """Looks into every benchmark's files once. One rank calls it, before there is a run folder.
 
     Raises:
-        UserError: a set that is damaged or incomplete.
+        UserError: a benchmark that is damaged or incomplete.
     """
-    for name, path in recipe.evaluation.benchmarks.items():
+    for task in suite.recipe_tasks(recipe.evaluation.benchmarks):
         try:
-            read_bin(path)
+            PROTOCOLS.get(task.kind).check(task.paths)
         except UserError as error:
-            raise UserError(f"evaluation.benchmarks.{name}: {error}") from error
+            raise UserError(f"evaluation.benchmarks.{task.name}: {error}") from error
 
 
 def check_trackers(recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ from lvtrain.data import Loader, ShardDataset
 from lvtrain.distributed.world import World
 from lvtrain.engine.engine import Engine
 from lvtrain.engine.precision import at_precision
-from lvtrain.evaluation import run_benchmarks
+from lvtrain.evaluation import Setting, run_benchmarks
 from lvtrain.methods import LossOutput, Now, create_method
 from lvtrain.recipe.base import Duration
 from lvtrain.recipe.sections import Recipe
@@ -212,9 +212,8 @@ class PhaseState:
 
         def figures(module: nn.Module) -> dict[str, Any]:
             forward = at_precision(module, recipe.optimizer.precision, world.device)
-            places: dict[str, Any] = {"world": world, "device": world.device}
-            size = recipe.backbone.image_size
-            return run_benchmarks(forward, recipe.evaluation.benchmarks, image_size=size, **places)
+            setting = Setting(world, world.device, image_size=recipe.backbone.image_size)
+            return run_benchmarks(forward, recipe.evaluation.benchmarks, setting)
 
         results = self.place()
         self.engine.eval()

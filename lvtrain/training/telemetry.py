@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lvtrain.distributed.world import World
+from lvtrain.evaluation import suite
 from lvtrain.files import atomic
 from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSection
 
@@ -55,10 +56,10 @@ class Telemetry:
         self._track("event", row)
 
     def evaluation(self, name: str, results: dict[str, Any]) -> None:
-        """Writes `evaluation/NAME.json`, and accuracies to the console."""
-        for benchmark, figures in results["benchmarks"].items():
-            accuracy, std = 100 * figures["accuracy"], 100 * figures["std"]
-            self.say(f"evaluation {name}  {benchmark}: accuracy {accuracy:.2f}% +- {std:.2f}")
+        """Writes `evaluation/NAME.json`, and the first figure of each benchmark to the console."""
+        for benchmark, result in results["benchmarks"].items():
+            figure, value = suite.headline(result)[0]
+            self.say(f"evaluation {name}  {benchmark}: {figure} {value}")
         if not self.active:
             return
         folder = self.folder / "evaluation"

@@ -26,6 +26,7 @@ from lvtrain.checkpoint.lease import InUse, Lease, hold
 from lvtrain.data import Batch, ShardDataset
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
+from lvtrain.evaluation import suite
 from lvtrain.methods import METHODS, LossOutput, Now
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training import outcome as outcomes
@@ -354,8 +355,8 @@ class Trainer:
             return
         results = phase.evaluate()
         self.telemetry.evaluation(name, results)
-        accuracy = {benchmark: figures["accuracy"] for benchmark, figures in results["benchmarks"].items()}
-        self._event(phase, "evaluation", name=name, accuracy=accuracy)
+        figures = {benchmark: suite.figure(result) for benchmark, result in results["benchmarks"].items()}
+        self._event(phase, "evaluation", name=name, figures=figures)
         phase.restart_clock()
 
     def log(self, phase: PhaseState) -> None:

@@ -30,8 +30,8 @@ class TensorBoard(Tracker):
 
     def event(self, row: dict[str, Any]) -> None:
         if row["event"] == "evaluation":
-            for benchmark, accuracy in row["accuracy"].items():
-                self._writer.add_scalar(f"evaluation/{benchmark}", accuracy, row["step"])
+            for benchmark, figure in row["figures"].items():
+                self._writer.add_scalar(f"evaluation/{benchmark}", figure, row["step"])
 
     def close(self) -> None:
         if self._writer is not None:

@@ -1,0 +1,136 @@
+"""What an evaluation protocol says of itself, and the registry of all of them.
+
+One file of `lvtrain/evaluation/protocols/` holds one protocol: a class with its name, what path it recognises, its options, how it
+runs, and what tables and plots show of its result.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from pydantic import Field
+
+from lvtrain.distributed.world import World
+from lvtrain.evaluation import extract
+from lvtrain.recipe.base import Section
+from lvtrain.recipe.registry import Registry
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How images are embedded, the same for every protocol of one evaluation.
+
+    Attributes:
+        batch: images per forward call.
+        image_size: pixels of a side that the model takes.
+    """
+
+    world: World
+    device: torch.device | str
+    batch: int = 128
+    image_size: int = 112
+
+    def embed(self, forward: extract.Forward, images: extract.Images, *, mirror: bool = True) -> np.ndarray:
+        """Embeddings float32 [N, d]; with `mirror` the embedding of the mirrored image is added. A collective."""
+        return extract.embed(
+            forward,
+            images,
+            world=self.world,
+            batch=self.batch,
+            device=self.device,
+            image_size=self.image_size,
+            mirror=mirror,
+        )
+
+
+class Options(Section):
+    """Options of a protocol; subclass it to add some."""
+
+
+class Flip(Options):
+    flip: bool = Field(True, description="add the embedding of the mirrored image")
+
+
+class Protocol(ABC):
+    """One protocol on one benchmark.
+
+    Class attributes:
+        title: what tables call it.
+        options_class: its options, a recipe section.
+        paths: how many paths a benchmark of it has.
+        own_columns: columns of a table of its own in the report, or empty: then the report shows its headline.
+    """
+
+    title: ClassVar[str]
+    options_class: ClassVar[type[Options]] = Options
+    paths: ClassVar[int] = 1
+    own_columns: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        """Whether a benchmark at `path` is of this protocol when none is named. At most one protocol may say yes."""
+        return False
+
+    @abstractmethod
+    def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
+        """Figures as JSON values, the same on every rank. A collective.
+
+        Raises:
+            UserError: what lies at the paths cannot be read or is too little for the protocol.
+        """
+
+    @classmethod
+    def check(cls, paths: tuple[Path, ...]) -> None:
+        """Refuses before training what `run` would refuse for its files.
+
+        Raises:
+            UserError: a file that is damaged or incomplete.
+        """
+
+    @classmethod
+    @abstractmethod
+    def figure(cls, result: Result) -> float:
+        """The one number in [0, 1] that is followed during training."""
+
+    @classmethod
+    @abstractmethod
+    def headline(cls, result: Result) -> list[tuple[str, str]]:
+        """What a table shows: (figure, value) pairs, the most telling first."""
+
+    @classmethod
+    def rows(cls, result: Result) -> list[dict[str, str]]:
+        """Rows of the report's own table, by `own_columns`."""
+        return []
+
+    @classmethod
+    def figures(cls, name: str, result: Result, paths: tuple[Path, ...], image_size: int) -> dict[str, Figure]:
+        """Plots of one result by file name without suffix."""
+        return {}
+
+
+PROTOCOLS: Registry[type[Protocol]] = Registry("protocol", "lvtrain.evaluation.protocols")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark of an evaluation."""
+
+    name: str
+    kind: str
+    paths: tuple[Path, ...]
+    options: Options = field(default_factory=Options)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f}%"

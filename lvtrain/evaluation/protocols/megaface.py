@@ -1,0 +1,42 @@
+"""MegaFace: rank-1 identification among distractors, and TAR at FAR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lvtrain.evaluation import extract, megaface
+from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
+from lvtrain.evaluation.sources import labelled_images
+
+
+@PROTOCOLS.register("megaface")
+class MegaFace(Protocol):
+    """Two paths, probes and distractors: folders of feature files, or of images, one folder an identity."""
+
+    title = "MegaFace"
+    options_class = Flip
+    paths = 2
+
+    def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
+        probes, labels = self._features(forward, paths[0], setting, labelled=True)
+        distractors, _ = self._features(forward, paths[1], setting, labelled=False)
+        return megaface.score(probes, labels, distractors, device=setting.device)
+
+    def _features(
+        self, forward: extract.Forward, path: Path, setting: Setting, *, labelled: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if path.is_dir() and not (path / "dataset.json").is_file() and next(path.rglob("*.bin"), None) is not None:
+            return megaface.read_features(path, labelled=labelled)
+        images, labels = labelled_images(path)
+        return setting.embed(forward, images, mirror=self.options.flip), labels
+
+    @classmethod
+    def figure(cls, result: Result) -> float:
+        return float(next(iter(result["identification"].values())))
+
+    @classmethod
+    def headline(cls, result: Result) -> list[tuple[str, str]]:
+        rows = [(name.replace("_", "-"), percent(share)) for name, share in result["identification"].items()]
+        return rows + [(f"TAR@FAR={far}", percent(tar)) for far, tar in result["tar_at_far"].items()]

@@ -1,0 +1,51 @@
+"""1:1 verification of a `.bin` set: ten folds in order, images with their mirrors, as insightface does it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from lvtrain.evaluation import benchmarks, bins, extract, plots
+from lvtrain.evaluation.protocol import PROTOCOLS, Protocol, Result, Setting, percent
+
+
+@PROTOCOLS.register("verification")
+class Verification(Protocol):
+    title = "verification"
+    own_columns = ("benchmark", "accuracy")  # the report draws this protocol itself: curves, histogram, faces
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        return path.is_file() and path.suffix != ".json"
+
+    def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
+        return benchmarks.verify_set(
+            forward,
+            paths[0],
+            world=setting.world,
+            batch=setting.batch,
+            device=setting.device,
+            image_size=setting.image_size,
+        )
+
+    @classmethod
+    def check(cls, paths: tuple[Path, ...]) -> None:
+        bins.read_bin(paths[0])
+
+    @classmethod
+    def figure(cls, result: Result) -> float:
+        return float(result["accuracy"])
+
+    @classmethod
+    def headline(cls, result: Result) -> list[tuple[str, str]]:
+        rows = [("accuracy", f"{percent(result['accuracy'])} ± {100 * result['std']:.2f}")]
+        rows += [(f"TAR@FAR={far}", percent(tar)) for far, tar in result["tar_at_far"].items() if float(far) <= 1e-2]
+        return [*rows, ("cosine threshold", f"{result['cosine_threshold']:.3f}"), ("norm", f"{result['xnorm']:.2f}")]
+
+    @classmethod
+    def figures(cls, name: str, result: Result, paths: tuple[Path, ...], image_size: int) -> dict[str, Figure]:
+        return {
+            f"{name}_cosines": plots.cosines(name, result),
+            f"{name}_hardest": plots.hardest(name, result, paths[0], image_size),
+        }
