@@ -71,6 +71,11 @@ class Study(Section):
     # DBSCAN and agglomeration join at the cosine of this false accept rate, because losses lead to different cosines
     far: str = Field("1e-02", description="false accept rate of the table")
 
+    def overrides(self, setting: str) -> list[str]:
+        """What the setting changes in its recipe, as `key=value` words."""
+        values = self.common | self.settings[setting]
+        return [f"{key}={json.dumps(value)}" for key, value in values.items() if key != "recipe"]
+
 
 def read(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Study:
     """A study file with `study.key=value` overrides.
@@ -164,16 +169,9 @@ class Grid:
 
     def changes(self, cell: Cell) -> list[str]:
         """The overrides of a cell's run, without those that are the same in every run."""
-        values = self.study.common | self.study.settings[cell.setting]
-        texts = {"{out}": str(self.out), "{seed}": str(cell.seed)}
-        words = []
-        for key, value in values.items():
-            if key == "recipe":
-                continue
-            text = json.dumps(value)
-            for name, filled in texts.items():
-                text = text.replace(name, filled)
-            words.append(f"{key}={text}")
+        words = self.study.overrides(cell.setting)
+        for name, filled in (("{out}", str(self.out)), ("{seed}", str(cell.seed))):
+            words = [word.replace(name, filled) for word in words]
         return [*words, *self.overrides]
 
     def folder(self, cell: Cell) -> Path:

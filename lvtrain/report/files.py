@@ -101,7 +101,9 @@ def read_run(folder: str | Path) -> RunFiles:
         path.stem: _json(path) for path in sorted((folder / "evaluation").glob("*.json")) if path.stem != "evaluation"
     }
     others = {f"step {row.get('step')}": _take_others(row) for row in evaluations.values()}
-    others |= {path.parent.name: _json(path).get("benchmarks") for path in sorted(folder.glob("*/evaluation.json"))}
+    others |= {
+        path.parent.name: _json(path).get("benchmarks") or {} for path in sorted(folder.glob("*/evaluation.json"))
+    }
     return RunFiles(
         folder=folder,
         recipe=recipes.of_run(text),

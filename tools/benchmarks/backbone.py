@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -111,7 +111,7 @@ def _step(
     """
     module.train()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, **({"foreach": True} if foreach else {"fused": True}))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=foreach or None, fused=not foreach or None)
 
     def step(clock: Clock | None) -> None:
         with autocast():
@@ -139,7 +139,7 @@ def _compile_difference(
     `bfloat16` is the same measure between autocast and float32 in eager mode: the yardstick.
     """
     backbone.eval()
-    direction = torch.randn(len(images), backbone.embedding_dim, device=images.device)
+    direction = torch.randn(len(images), cast(int, backbone.embedding_dim), device=images.device)
 
     def gradients(module: Callable[..., torch.Tensor], half: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         backbone.zero_grad()

@@ -378,9 +378,9 @@ def extra_memory(step: Step, device: torch.device) -> float:
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     # warm up on what libraries keep for good (thread pools, oneDNN kernels), so that only the step is seen
     torch.mm(torch.randn(512, 512), torch.randn(512, 512))
-    before = forget_peak()
+    resident = forget_peak()
     step()
-    return round(max(0.0, resident_mb("VmHWM") - before), 1)
+    return round(max(0.0, resident_mb("VmHWM") - resident), 1)
 
 
 def forget_peak() -> float:

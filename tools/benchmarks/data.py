@@ -266,8 +266,8 @@ def _markdown(result: dict[str, Any]) -> str:
             "|---" * (1 + len(epochs)) + "|",
         ]
         for augmentation, row in memory.items():
-            cells = [f"{row[epoch]['resident']:.0f} ({row[epoch]['allocated']:.0f})" for epoch in epochs]
-            lines.append(f"| {augmentation} | " + " | ".join(cells) + " |")
+            figures = [f"{row[epoch]['resident']:.0f} ({row[epoch]['allocated']:.0f})" for epoch in epochs]
+            lines.append(f"| {augmentation} | " + " | ".join(figures) + " |")
     lines += [
         "",
         "Index and order on generated data sets (shards of 10,000 images as sparse files; every shard's size is checked while opening):",

@@ -118,7 +118,7 @@ def paths(folder: Path, batch: int, threads: int) -> dict[str, Callable[[], Any]
         import cv2
 
         found["dataloader_cv2"] = lambda: per_image(
-            lambda data: cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+            lambda data: np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
         )
     except ImportError:
         pass
@@ -140,9 +140,9 @@ def _dali_decoder(encoded: list[bytes], batch: int, threads: int) -> Any:
 
     turn = itertools.cycle([np.frombuffer(data, dtype=np.uint8) for data in encoded])
 
-    @pipeline_def(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=2, exec_dynamic=True)
+    @pipeline_def(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=2, exec_dynamic=True)  # type: ignore[call-overload, untyped-decorator]
     def graph() -> Any:
-        source = fn.external_source(lambda: list(itertools.islice(turn, batch)), dtype=types.UINT8, ndim=1)
+        source = fn.external_source(lambda: list(itertools.islice(turn, batch)), dtype=types.DALIDataType.UINT8, ndim=1)
         return fn.decoders.image(source)
 
     pipeline = graph()
@@ -165,7 +165,7 @@ def _dali_reader(dataset: ShardDataset, batch: int, threads: int) -> Callable[[]
         path.write_text(f"v1.2 {len(lines)}\n" + "".join(f"{line}\n" for line in lines))
         indexes.append(str(path))
 
-    @pipeline_def(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=2, exec_dynamic=True)
+    @pipeline_def(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=2, exec_dynamic=True)  # type: ignore[call-overload, untyped-decorator]
     def graph() -> Any:
         encoded = fn.readers.webdataset(
             paths=[str(dataset.folder / shard.name) for shard in dataset.manifest.shards],
@@ -175,8 +175,8 @@ def _dali_reader(dataset: ShardDataset, batch: int, threads: int) -> Callable[[]
             initial_fill=1024,
         )
         return fn.crop_mirror_normalize(
-            fn.decoders.image(encoded),
-            dtype=types.FLOAT,
+            fn.decoders.image(encoded),  # type: ignore[arg-type]
+            dtype=types.DALIDataType.FLOAT,
             mean=[127.5] * 3,
             std=[127.5] * 3,
             mirror=fn.random.coin_flip(),

@@ -167,7 +167,7 @@ class Bench:
                 shutil.move(work / "runs", runs)
 
 
-def _copy(name: str) -> Callable[[Bench, Path, int], None]:
+def _copy(name: str) -> Callable[[Bench, Path, int], Any]:
     return lambda bench, work, size: shutil.copytree(bench.sources / f"{name}{size}", work / "runs") and None
 
 
