@@ -14,6 +14,7 @@ import torch
 from lvtrain.data.index import read_manifest
 from lvtrain.data.subset import read_subset
 from lvtrain.errors import UserError
+from lvtrain.methods import method_title
 from lvtrain.recipe import files as recipes
 from lvtrain.weights.architecture import Architecture
 from lvtrain.weights.models import CONFIG
@@ -74,7 +75,7 @@ def _add_run(card: Card, run: Path, weights: str) -> None:
     card.recipe = (run / "recipe.yaml").read_text()
     values = recipes.of_run(card.recipe)
     data = Path(values["data"]["path"])
-    card.method, card.dataset = values["method"]["name"], data.name
+    card.method, card.dataset = method_title(values["method"]["name"]), data.name
     card.data_licence = _licence(run, data)
     parts = {"begun from": values.get("init_from"), "distilled from": values["method"].get("distill")}
     card.made_from = [f"{how} {part.get('path') or part.get('teacher')}" for how, part in parts.items() if part]

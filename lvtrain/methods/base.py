@@ -180,6 +180,14 @@ class Method(ABC):
         """Takes back what `state` gave, through `reader.rows(name, start, stop)` and `reader.replicated(name)`; reads only its own rows."""
 
 
+def method_title(name: str) -> str:
+    """What to call a method in a report or a card: its name and title, or the name alone of one that is not here."""
+    try:
+        return f"{name} ({METHODS.get(name).title})"
+    except UserError:
+        return name
+
+
 def create_method(recipe: Recipe, *, num_classes: int, device: torch.device) -> Method:
     """The method a recipe names, on this rank's device, weights initialised from the recipe's seed (the same on any number of ranks).
 

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from lvtrain.errors import UserError
 from lvtrain.recipe import old_keys
 from lvtrain.recipe.base import Section
-from lvtrain.recipe.registry import SectionByName
+from lvtrain.recipe.registry import section_by_name
 from lvtrain.recipe.sections import Recipe
 
 
@@ -97,7 +97,7 @@ def apply(values: dict[str, Any], override: str) -> tuple[Any, ...]:
     for name in parents:
         key = _position(node, name, override) if isinstance(node, list) else name
         field = _fields(tuple(place), values).get(key)
-        if isinstance(node, dict) and isinstance(node.get(key), str) and field and _named(field):
+        if isinstance(node, dict) and isinstance(node.get(key), str) and field and section_by_name(field):
             node[key] = {"name": node[key]}  # `method: pco` is short for that
         place.append(key)
         node = _child(node, key, override)
@@ -175,24 +175,20 @@ def _models(annotation: Any) -> list[type[Section]]:
 def _fields(location: tuple[Any, ...], values: Any) -> dict[str, FieldInfo]:
     """What may stand at a place of the recipe `values`, by key."""
     models: list[type[Section]] = [Recipe]
+    found: list[FieldInfo] = []
     for part in location:
         values = _inside(values, part)
-        if isinstance(part, int):
-            continue
-        found = [model.model_fields[part] for model in models if part in model.model_fields]
+        if not isinstance(part, int):  # else an element of the field before
+            found = [model.model_fields[part] for model in models if part in model.model_fields]
         models = [model for field in found for model in _sections(field, values)]
     return {name: field for model in models for name, field in model.model_fields.items()}
 
 
 def _sections(field: FieldInfo, value: Any) -> list[type[Section]]:
-    if named := _named(field):
+    if named := section_by_name(field):
         section = named.of(value)
         return [section] if section else []
     return _models(field.annotation)
-
-
-def _named(field: FieldInfo) -> SectionByName | None:
-    return next((mark for mark in field.metadata if isinstance(mark, SectionByName)), None)
 
 
 def _inside(values: Any, part: Any) -> Any:

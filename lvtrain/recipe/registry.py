@@ -13,9 +13,10 @@ import importlib.util
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_args
 
 from pydantic import SerializeAsAny, WrapValidator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from lvtrain.errors import UserError
@@ -112,6 +113,17 @@ class SectionByName:
     def every(self) -> list[type[Section]]:
         """The section's class of every entry."""
         return [entry.section for entry in self.registry.entries().values()]
+
+
+def section_by_name(field: FieldInfo) -> SectionByName | None:
+    """The mark that `named_section` left on a field, or on the elements of its list; None for any other field."""
+    marks = [*field.metadata, *_inner_marks(field.annotation)]
+    return next((mark for mark in marks if isinstance(mark, SectionByName)), None)
+
+
+def _inner_marks(annotation: Any) -> list[Any]:
+    inner = get_args(annotation)
+    return [*getattr(annotation, "__metadata__", ()), *(mark for part in inner for mark in _inner_marks(part))]
 
 
 def named_section(registry: Registry[Any], default: str | None = None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lvtrain.recipe.base import Rule, Section
-from lvtrain.recipe.registry import SectionByName
+from lvtrain.recipe.registry import section_by_name
 from lvtrain.recipe.sections import Recipe
 
 _STRICTEST: tuple[Rule, ...] = ("fixed", "reported", "free")
@@ -30,7 +30,7 @@ def resume_reason(dotted: str) -> str:
 
 def sections(field: FieldInfo) -> list[type[Section]]:
     """Every section that a field may hold."""
-    named = next((mark for mark in field.metadata if isinstance(mark, SectionByName)), None)
+    named = section_by_name(field)
     return named.every() if named else _models(field.annotation)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 import lvtrain
 from lvtrain.errors import UserError
+from lvtrain.methods import method_title
 from lvtrain.report import beside, faces, figures, protocols
 from lvtrain.report.files import PhaseSpan, Row, RunFiles, read_run
 
@@ -96,7 +97,7 @@ def _lead(run: RunFiles) -> str:
     ranks = run.environment.get("world_size")
     gpus = run.environment.get("gpus") or []
     parts = [
-        f"{str(method.get('name', '')).upper()} on {(run.recipe.get('data') or {}).get('path', 'unknown data')}",
+        f"{method_title(str(method.get('name', '')))} on {(run.recipe.get('data') or {}).get('path', 'unknown data')}",
         str(backbone.get("name", "")),
         f"{ranks} rank{'s' if ranks != 1 else ''} on {gpus[0] if gpus else 'CPU'}" if ranks else "",
     ]

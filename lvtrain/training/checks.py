@@ -19,7 +19,7 @@ from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.errors import UserError
 from lvtrain.evaluation import suite
 from lvtrain.evaluation.protocol import PROTOCOLS
-from lvtrain.methods import create_method
+from lvtrain.methods import create_method, method_title
 from lvtrain.planning import plan_phases
 from lvtrain.recipe.sections import Recipe
 from lvtrain.recipe.trackers import TRACKERS
@@ -178,7 +178,7 @@ def dry_run(
     plans = plan_phases(known, ranks=size, zero=config["zero_optimization"])
 
     lines = [
-        f"recipe {recipe.name}: method {recipe.method.name}, {recipe.backbone.name}, "
+        f"recipe {recipe.name}: method {method_title(recipe.method.name)}, {recipe.backbone.name}, "
         f"{classes:,} identities, {samples:,} images ({where})",
         f"{size} rank{'s' if size > 1 else ''}, ZeRO-{config['zero_optimization']['stage']}, "
         f"{recipe.optimizer.precision}; {rate.total:,} images in all ({rate.total / samples:.4g} epochs), "

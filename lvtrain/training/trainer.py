@@ -27,7 +27,7 @@ from lvtrain.data import Batch, ShardDataset
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.evaluation import suite
-from lvtrain.methods import METHODS, LossOutput, Now
+from lvtrain.methods import LossOutput, Now, method_title
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training import outcome as outcomes
 from lvtrain.training.checks import check_benchmarks
@@ -400,7 +400,7 @@ class Trainer:
             "world_size": self.world.size,
         }
         self.telemetry.event("resume" if found else "start", **where, attempt=self.folder.attempt)
-        self.telemetry.say(f"lvtrain: method {self.recipe.method.name}, {METHODS.get(self.recipe.method.name).title}")
+        self.telemetry.say(f"lvtrain: method {method_title(self.recipe.method.name)}")
         self.telemetry.say(
             f"lvtrain: {'resuming' if found else 'starting'} {self.folder.path} at step {position.step}, phase "
             f"{self.recipe.phases[position.next_index].name}, number of ranks: {self.world.size} ({self.world.device.type})"
