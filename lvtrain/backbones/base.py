@@ -45,8 +45,8 @@ class Backbone(nn.Module):
 
     block_names: ClassVar[str] = r"blocks\.(\d+)\."
     first_names: ClassVar[tuple[str, ...]] = ("pos_embed", "cls_token", "mask_token", "patch_embed.")
-    undecayed: ClassVar[tuple[str, ...]] = ("pos_embed", "cls_token", "mask_token")
-    takes_any_size: ClassVar[bool] = False
+    undecayed: tuple[str, ...] = ("pos_embed", "cls_token", "mask_token")
+    takes_any_size: bool = False
 
     dim: int
     num_tokens: int
@@ -79,6 +79,10 @@ class Backbone(nn.Module):
         """
         return None
 
+    def adopt(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights that `init_from` names, by this network's own names; what has no place here may stay."""
+        return dict(state)
+
     @property
     def num_blocks(self) -> int:
         """How many blocks the parameters' names show."""
@@ -93,6 +97,10 @@ class Backbone(nn.Module):
     def _block(self, name: str) -> int:
         match = re.match(self.block_names, name)
         return int(match[1]) + 1 if match else 0
+
+    def recompute(self, mode: Recompute) -> None:
+        """Changes what the backward pass recomputes."""
+        self.checkpoint_blocks = mode
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
         """`x` through the blocks; in training as `checkpoint_blocks` says."""

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lvtrain.backbones import Backbone
 from lvtrain.backbones.memory import KEPT
 
+Module = TypeVar("Module", bound=nn.Module)
 _BATCH = 2
 
 
@@ -50,12 +52,12 @@ def measure_network(name: str, build: Callable[[], Backbone], *, image_size: int
 
     Example: `measure_network("vit_h", lambda: create_backbone("vit_h"))`.
     """
-    with FakeTensorMode():
-        module = build().train()
+    with _fake(build) as module:
+        module.train()
         saved, flops = _train_step(module, image_size, with_flops=True)
         mode, unrecomputed = module.checkpoint_blocks, saved
         if mode != "none":
-            module.checkpoint_blocks = "none"
+            module.recompute("none")
             unrecomputed, _ = _train_step(module, image_size)
     sizes = [sum(p.numel() for p in part.parameters(recurse=False)) for part in module.modules()]
     checkpointed = max(module.num_blocks // module.checkpoint_every, 1)
@@ -66,11 +68,20 @@ def measure_network(name: str, build: Callable[[], Backbone], *, image_size: int
     )
 
 
+@contextmanager
+def _fake(build: Callable[[], Module]) -> Iterator[Module]:
+    """The network on fake tensors, which pass for tensors of the CPU. It is built on the meta device."""
+    with torch.device("meta"):
+        module = build()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield module.to_empty(device="cpu")
+
+
 def forward_peak(build: Callable[[], nn.Module], *, image_size: int = 112) -> float:
     """Bytes an image that are alive at the fullest moment of a forward pass without a backward one, in bfloat16 autocast;
     weights, their copies and the pixels left out. `build` as for `measure_network`."""
-    with FakeTensorMode(), torch.no_grad():
-        module = build().eval().requires_grad_(False)
+    with _fake(build) as module, torch.no_grad():
+        module.eval().requires_grad_(False)
         images, alive = torch.randn(_BATCH, 3, image_size, image_size), _Alive(_shapes(module))
         with alive, torch.autocast("cpu", torch.bfloat16):
             module(images)

@@ -1,0 +1,124 @@
+"""One toy of each kind, written as a newcomer would: a class with a decorator, in one place, used by name from a recipe.
+
+The toys are registered inside a process of their own, so that no other test meets them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvtrain.backbones import Backbone, register
+from lvtrain.errors import UserError
+from lvtrain.methods import METHODS, LossOutput, Method, MethodSection
+from lvtrain.methods.base import initial_backbone
+from lvtrain.methods.cost import Cost
+from lvtrain.recipe import files as recipes
+from tests.conftest import ROOT
+from tests.ranks import run_ranks
+from tests.runs import metrics, recipe_file
+
+
+def toy_method_and_backbone() -> None:
+    class ToySection(MethodSection):
+        length: float = 1.0
+
+    @METHODS.register("toy_method")
+    class ToyMethod(Method):
+        """Draws every embedding to one length."""
+
+        section = ToySection
+        title = "embeddings of one length"
+
+        def __init__(self, recipe: Any, *, num_classes: int, device: torch.device) -> None:
+            self.settings, self.module = recipe.method, initial_backbone(recipe, device)
+
+        @classmethod
+        def cost(cls, recipe: Any, phase: Any) -> Cost:
+            return Cost(views=2.0, per_image={"toy buffer": 1e6})
+
+        def evaluated(self) -> nn.Module:
+            return self.module
+
+        def inputs(self, batch: Any) -> tuple[Any, ...]:
+            return (batch.images,)
+
+        def loss(self, outputs: Any, batch: Any, now: Any) -> LossOutput:
+            return LossOutput((outputs.norm(dim=1) - self.settings.length).square().mean())
+
+        def enter_phase(self, phase: Any, *, first_time: bool) -> None:
+            pass
+
+    @register("toy_backbone", width=4)
+    @register("toy_backbone_wide", width=8)
+    class ToyBackbone(Backbone):
+        block_names = r"stages\.(\d+)\."
+        first_names = ("stem.",)
+
+        def __init__(self, *, width: int, **backbone: Any) -> None:
+            super().__init__(**backbone)
+            self.stem = nn.Conv2d(3, width, 8, 8)
+            self.stages = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
+            self.head = nn.Linear(width, self.embedding_dim)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            x = self.run_blocks(self.stages, self.stem(images))
+            return self.head(x.mean(dim=(2, 3))).float()
+
+
+def _toys_by_name(rank: int, ranks: int, recipe: str, run_folder: str) -> dict[str, Any]:
+    from lvtrain.engine.parameter_groups import parameter_groups
+    from lvtrain.main import main
+    from lvtrain.weights.models import load_model
+
+    toy_method_and_backbone()
+    arguments = ["--recipe", recipe, "--ds_config", str(ROOT / "ds_configs" / "zero2.json")]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        planned = main([*arguments, "--dry-run"])
+    loaded = recipes.load(recipe)
+    with torch.device("meta"):
+        groups = parameter_groups(initial_backbone(loaded, torch.device("meta")), loaded.optimizer)
+    mistakes = []
+    for override in ("method.lenght=2", "method=toy_metod", "backbone.overrides.widht=2"):
+        try:
+            METHODS.get("toy_method")(recipes.load(recipe, [override]), num_classes=1, device=torch.device("cpu"))
+        except UserError as error:
+            mistakes.append(str(error))
+    trained = main(arguments)
+    model = load_model(run_folder)
+    return {
+        "codes": (planned, trained),
+        "plan": said.getvalue(),
+        "scales": {name: group.lr_scale for group in groups for name in group.parameters},
+        "mistakes": mistakes,
+        "embedding": model.forward(torch.zeros(2, 3, 112, 112)).shape,
+    }
+
+
+def test_a_method_and_a_backbone_are_one_class_each(tiny_faces: Path, tmp_path: Path) -> None:
+    recipe = recipe_file(
+        tmp_path,
+        tiny_faces / "train",
+        backbone={"name": "toy_backbone", "embedding_dim": 6, "overrides": {}, "checkpoint_blocks": "block"},
+        classifier=None,
+        method={"name": "toy_method", "length": 2.0},
+        phases=[{"name": "only", "global_batch": 16, "micro_batches": 4}],
+        optimizer={"lr": 1e-2, "precision": "float32", "layer_decay": 0.5},
+    )
+    (found,) = run_ranks(1, _toys_by_name, str(recipe), str(tmp_path / "runs" / "tiny"))
+    assert found["codes"] == (0, 0)
+    assert "toy_method (embeddings of one length)" in found["plan"] and "toy buffer" in found["plan"]
+    of = found["scales"]
+    expected = {"stem.weight": 0.0625, "stages.0.weight": 0.125, "stages.2.bias": 0.5, "head.weight": 1.0}
+    assert {name: of[name] for name in expected} == expected
+    unknown, misspelt, argument = found["mistakes"]
+    assert "unknown key 'method.lenght'; did you mean 'length'?" in unknown
+    assert "did you mean 'toy_method'?" in misspelt and "did you mean 'width'?" in argument
+    losses = [row["loss"] for row in metrics(tmp_path / "runs" / "tiny") if "loss" in row]
+    assert len(losses) == 12 and losses[-1] < losses[0] / 2
+    assert found["embedding"] == (2, 6)
