@@ -248,7 +248,7 @@ def test_the_plan_counts_the_teacher(
     ]
     assert main([*arguments, *elsewhere]) == 0
     said = capfd.readouterr().out
-    assert "method.distill.teacher: /nowhere/run, which is not on this machine" in said
+    assert "method.distill.teacher: /nowhere/run" in said
     assert "teacher activations" not in said
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lvtrain.backbones import Backbone
 from lvtrain.checkpoint.reader import Weights
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.data import ShardDataset
@@ -45,7 +46,8 @@ def check_start_weights(recipe: Recipe, method: Method) -> None:
     """
     if (section := recipe.init_from) is not None:
         shapes, rows = shapes_of(section.path)
-        _fitting(section.path, shapes, method)
+        weights = _adopted({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, method)
+        _fitting(section.path, weights, method)
         if section.classifier == "load":
             _check_centres(section.path, rows, method)
         if section.classifier == "means":
@@ -60,7 +62,8 @@ def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
         UserError: the weights fit nowhere, or class rows are asked for whose number or width differs.
     """
     source, weights = read_initial(section.path)
-    taken, missing = _fitting(section.path, {name: tensor.shape for name, tensor in weights.items()}, method)
+    weights = _adopted(weights, method)
+    taken, missing = _fitting(section.path, weights, method)
     method.evaluated().load_state_dict({name: weights[name] for name in taken}, strict=False)
     told: dict[str, Any] = {"path": str(section.path), "tensors": len(taken), "left_fresh": missing[:8]}
     if section.classifier == "load":
@@ -68,9 +71,16 @@ def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
     return told
 
 
-def _fitting(path: Path, shapes: dict[str, torch.Size], method: Method) -> tuple[list[str], list[str]]:
+def _adopted(weights: dict[str, torch.Tensor], method: Method) -> dict[str, torch.Tensor]:
+    """By the names that the backbone has for them."""
+    module = method.evaluated()
+    return module.adopt(weights) if isinstance(module, Backbone) else weights
+
+
+def _fitting(path: Path, weights: dict[str, torch.Tensor], method: Method) -> tuple[list[str], list[str]]:
     """Which of the source's tensors have a place in the evaluated module, and which of its parameters get none."""
     module = method.evaluated()
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
     own = module.state_dict()
     for name in own:
         if name in shapes and shapes[name] != own[name].shape:
