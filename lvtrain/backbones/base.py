@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveInt
-from timm.layers import trunc_normal_
 from torch import nn
 
 from lvtrain.backbones.memory import Recompute, run_blocks
@@ -112,6 +111,8 @@ class Backbone(nn.Module):
 
     def init_linears(self) -> None:
         """Weights of every linear layer from a truncated normal of 0.02, biases 0, in the order of the modules."""
+        from timm.layers import trunc_normal_  # not above: timm imports much, and recipes are read without it
+
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -96,7 +96,7 @@ class FViT(Backbone):
     """
 
     block_names = r"transformer\.layers\.(\d+)\."
-    first_names = ("pos_embedding", "cls_token", "patch_to_embedding.")
+    first_names: ClassVar[tuple[str, ...]] = ("pos_embedding", "cls_token", "patch_to_embedding.")
     undecayed = ("pos_embedding", "cls_token")
     takes_any_size = True
 
@@ -244,10 +244,8 @@ class PartFViT(FViT):
     Other arguments: `FViT`.
     """
 
-    first_names = (
-        *FViT.first_names,
-        *LANDMARK_CNN,
-    )  # the landmark CNN is not decayed further, as in LAFS's released code
+    # the landmark CNN learns at the rate of what stands before the blocks, as in LAFS's released code
+    first_names = (*FViT.first_names, *LANDMARK_CNN)
 
     def __init__(
         self,

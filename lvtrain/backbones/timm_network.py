@@ -71,7 +71,7 @@ class TimmNetwork(Backbone):
         )
         undecayed = self.network.no_weight_decay() if hasattr(self.network, "no_weight_decay") else ()
         self.undecayed = tuple(sorted({name.rpartition(".")[2] for name in undecayed}))
-        self.takes_any_size = not timm.get_pretrained_cfg(variant).fixed_input_size
+        self.takes_any_size = not _is_for_one_size(variant)
         self.recompute(checkpoint_blocks)
 
     def _measure(self, create: Any) -> int:
@@ -127,7 +127,7 @@ def _constructor(variant: str, image_size: int, arguments: dict[str, Any]) -> An
         near = difflib.get_close_matches(variant, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(f'timm:{name}' for name in near)}?" if near else "see timm.list_models()"
         raise UserError(f"backbone timm:{variant}: timm has no such network; {hint}")
-    if timm.get_pretrained_cfg(variant).fixed_input_size:
+    if _is_for_one_size(variant):
         arguments = {"img_size": image_size} | arguments
 
     def create() -> Any:
@@ -137,6 +137,11 @@ def _constructor(variant: str, image_size: int, arguments: dict[str, Any]) -> An
             raise UserError(f"backbone timm:{variant}: backbone.overrides.arguments: {error}") from error
 
     return create
+
+
+def _is_for_one_size(variant: str) -> bool:
+    configuration = timm.get_pretrained_cfg(variant)
+    return configuration is not None and configuration.fixed_input_size
 
 
 def _tokens(network: Any, features: torch.Tensor) -> torch.Tensor:

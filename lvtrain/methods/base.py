@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from lvtrain import randomness
+from lvtrain.backbones import Backbone, create_backbone
 from lvtrain.checkpoint.state import State
 from lvtrain.data.augment import SETS, augmentation
 from lvtrain.errors import UserError
@@ -103,7 +105,7 @@ class Method(ABC):
         return Cost()
 
     @classmethod
-    def frozen_networks(cls, recipe: Recipe) -> dict[str, Callable[[], nn.Module]]:
+    def frozen_networks(cls, recipe: Recipe) -> dict[str, Callable[[], Backbone]]:
         """Networks beside the trained one that only run forward, whole on every rank, by name: each builds one.
 
         One whose weights are not on this machine is left out.
@@ -213,9 +215,6 @@ def create_method(recipe: Recipe, *, num_classes: int, device: torch.device) -> 
 
 def initial_backbone(recipe: Recipe, device: torch.device) -> nn.Module:
     """The recipe's backbone with weights drawn from the seed alone."""
-    from lvtrain import randomness
-    from lvtrain.backbones import create_backbone
-
     section = recipe.backbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.torch_seed(recipe.seed, "backbone-weights"))

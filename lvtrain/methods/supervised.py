@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from lvtrain.backbones import Backbone
 from lvtrain.checkpoint.state import State
 from lvtrain.data import Batch
 from lvtrain.distributed import world as worlds
@@ -62,7 +63,7 @@ class SupervisedMethod(Method):
         return Cost(has_classes=True)
 
     @classmethod
-    def frozen_networks(cls, recipe: Recipe) -> dict[str, Callable[[], nn.Module]]:
+    def frozen_networks(cls, recipe: Recipe) -> dict[str, Callable[[], Backbone]]:
         from lvtrain.methods.teacher import open_teacher  # only where it is needed: reading weights imports much
 
         section: Distill | None = recipe.method.distill  # type: ignore[attr-defined]

@@ -7,9 +7,7 @@ from dataclasses import replace
 from math import gcd
 from typing import Any
 
-from torch import nn
-
-from lvtrain.backbones import create_backbone
+from lvtrain.backbones import Backbone, create_backbone
 from lvtrain.errors import UserError
 from lvtrain.methods import METHODS
 from lvtrain.methods.cost import Cost
@@ -97,7 +95,7 @@ def measure(recipe: Recipe) -> tuple[Network, tuple[FrozenNetwork, ...]]:
     size = recipe.backbone.image_size
     method = METHODS.get(recipe.method.name)
 
-    def frozen(name: str, build: Callable[[], nn.Module]) -> FrozenNetwork:
+    def frozen(name: str, build: Callable[[], Backbone]) -> FrozenNetwork:
         return FrozenNetwork(name, measure_network(name, build, image_size=size), forward_peak(build, image_size=size))
 
     network = measure_network(recipe.backbone.name, lambda: _build(recipe), image_size=size)
@@ -128,7 +126,7 @@ def phase_setup(
     )
 
 
-def _build(recipe: Recipe) -> nn.Module:
+def _build(recipe: Recipe) -> Backbone:
     backbone = recipe.backbone
     return create_backbone(
         backbone.name,

@@ -96,7 +96,7 @@ def apply(values: dict[str, Any], override: str) -> tuple[Any, ...]:
     *parents, last = dotted.split(".")
     for name in parents:
         key = _position(node, name, override) if isinstance(node, list) else name
-        field = _fields(tuple(place), values).get(key)
+        field = _fields(tuple(place), values).get(str(key))
         if isinstance(node, dict) and isinstance(node.get(key), str) and field and section_by_name(field):
             node[key] = {"name": node[key]}  # `method: pco` is short for that
         place.append(key)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lvtrain.backbones.base import Backbone
 from lvtrain.backbones.registry import backbone_classes, create_backbone
 from lvtrain.errors import UserError
 
@@ -24,7 +25,7 @@ class Architecture:
     image_size: int = 112
     overrides: dict[str, Any] = field(default_factory=dict)
 
-    def create(self) -> nn.Module:
+    def create(self) -> Backbone:
         return create_backbone(
             self.name, embedding_dim=self.embedding_dim, image_size=self.image_size, **self.overrides
         )

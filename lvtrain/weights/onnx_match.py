@@ -19,7 +19,8 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lvtrain.backbones.iresnet import LAYERS
+from lvtrain.backbones.iresnet import IResNet
+from lvtrain.backbones.registry import published_sizes
 from lvtrain.errors import UserError
 from lvtrain.weights.architecture import Architecture, fit, recognise
 from lvtrain.weights.onnx_graph import OnnxGraph, Operation, read_graph
@@ -81,7 +82,7 @@ def _guess(graph: OnnxGraph) -> Architecture:
     if (kernel, stride, width) == (3, 1, 64):
         image_size = graph.image_size or 16 * math.isqrt(features // 512)
         layers = _runs(strides[1::2])
-        names = [name for name, known in LAYERS.items() if known == layers]
+        names = [name for name, size in published_sizes(IResNet).items() if size["layers"] == layers]
         if not names:
             raise _Mismatch(f"{found}, layers of {layers} blocks")
         subsample = any(operation.kind == "pool" for operation in operations)
