@@ -4,7 +4,7 @@ No generator state exists, so none is ever saved: whoever needs the randomness o
 same for every number of ranks, every batch size and every restart, and the numpy and torch versions give the same bits.
 
 The mixer is two rounds of the splitmix64 finaliser (Steele, Lea, Flood 2014) over the key and each counter; it is a hash, not a cipher.
-`tests/test_randomness.py` freezes its values: changing them changes every run ever started.
+`tests/test_house_randomness.py` freezes its values: changing them changes every run ever started.
 """
 
 from __future__ import annotations

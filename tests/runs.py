@@ -1,7 +1,7 @@
 """Starts the real front door, `lvtrain.main.main`, on a small recipe, one process a rank; and the tools in this process.
 
 The ranks are forked from a process that has imported the libraries once (`tools/trial.py`), because importing them costs more than the training.
-Started by `deepspeed`, by `srun` and as a plain file it is in tests/test_main_errors.py, test_training_resume.py and test_slurm_sandbox.py.
+Started by `deepspeed`, by `srun` and as a plain file it is in tests/test_main_errors.py, test_training_resume.py and test_launch_sandbox.py.
 """
 
 from __future__ import annotations

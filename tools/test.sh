@@ -3,7 +3,7 @@
 #
 #   bash tools/test.sh                    everything that runs on this machine in minutes
 #   bash tools/test.sh -m slow            the longer proofs
-#   bash tools/test.sh tests/test_slurm_sandbox.py -k requeue
+#   bash tools/test.sh tests/test_launch_sandbox.py -k requeue
 #
 # The last lines name each skipped test with its reason; pytest's own count closes.
 set -euo pipefail

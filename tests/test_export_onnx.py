@@ -18,7 +18,7 @@ from lvtrain.export.onnx_export import compare, export_onnx, to_float16, to_int8
 from lvtrain.export.packages import write_folder, write_insightface
 from lvtrain.weights import load_model
 from lvtrain.weights.architecture import Architecture
-from tests.test_interop import embed, small_vit
+from tests.test_weights_convert import embed, small_vit
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Embeddings of imported weights against the code that wrote them: each project's own model, with random weights saved as that project saves them.
 
-Their code is not ours to ship. Clone what you want compared into one folder and name it: `LVTRAIN_PEERS=folder pytest tests/test_interop_peers.py -s`
+Their code is not ours to ship. Clone what you want compared into one folder and name it: `LVTRAIN_PEERS=folder pytest tests/test_weights_peers.py -s`
 (CVLface and AdaFace of mk-minchul, LAFS_CVPR2024 and Part_fViT of szlbiubiubiu, dino of facebookresearch, insightface of deepinsight; it also needs
 einops). Figures: tools/results/evaluation.md.
 """

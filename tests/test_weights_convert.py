@@ -233,7 +233,7 @@ def test_every_family_goes_there_and_back_to_the_bit(name: str, tmp_path: Path) 
 
 
 def test_adafaces_names_and_colours_there_and_back(tmp_path: Path) -> None:
-    """Its layout written by hand here: body numbered through, the last BatchNorm without weight and bias. Tests against its code: test_interop_peers."""
+    """Its layout written by hand here: body numbered through, the last BatchNorm without weight and bias. Tests against its code: test_weights_peers."""
     ours = create_backbone("iresnet18", first_shortcut="subsample").state_dict()
     renamed = {"conv1": "input_layer.0", "bn1": "input_layer.1", "prelu": "input_layer.2"}
     renamed |= {"bn2": "output_layer.0", "fc": "output_layer.3", "features": "output_layer.4"}
