@@ -1,4 +1,4 @@
-"""ReLU6 that is remembered by its output."""
+"""ReLU6 that keeps its output for the backward pass, not its input."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class _ReLU6ByOutput(torch.autograd.Function):
 
 
 class ReLU6(nn.Module):
-    """ReLU6 whose backward pass needs its output, not its input, with the same gradient bit for bit.
+    """ReLU6 of any shape, with torch's gradient bit for bit, and less memory.
 
-    The linear layer that follows keeps that output anyway, so the input (8 of 36 bytes x dim for each token and block
-    in bfloat16) need not be kept. torch's own `ReLU6(inplace=True)` saves nothing: it keeps a clone of its input.
+    The linear layer that follows keeps the output anyway. So the input need not be kept: 8 of 36 bytes x dim for each
+    token and block in bfloat16. torch's `ReLU6(inplace=True)` saves nothing, because it keeps a clone of its input.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

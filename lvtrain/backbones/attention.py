@@ -1,4 +1,4 @@
-"""Where the class token looks: the last block's attention of a fViT or Part fViT, and where in the picture its patches stand."""
+"""Where the class token of a fViT or Part fViT looks: the attention of its last block, and where its patches are."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from lvtrain.backbones.part_fvit import FViT, PartFViT, grid_landmarks
 
 @torch.no_grad()
 def class_attention(backbone: FViT, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images `[B, 3, S, S]` -> `(attention [B, heads, N], points [B, N, 2])`, both float32.
+    """Attention of the class token to the patches in the last block, as DINO shows it (ICCV 2021, figure 1).
 
-    attention: of the class token to the N patches in the last block, as DINO draws it (Caron et al., ICCV 2021, figure 1); what it gives to
-    itself is left out, so a row sums to less than 1. points: centres of the patches, (x, y) in pixels: the grid's, or the landmarks.
+    Args:
+        backbone: in evaluation mode.
+        images: float `[B, 3, S, S]`.
+
+    Returns:
+        Attention float32 `[B, heads, N]`, which sums to less than 1, because the class token's own share is left out;
+        and centres of the patches `[B, N, 2]`, (x, y) in pixels.
     """
     seen: list[torch.Tensor] = []
     last: Any = backbone.transformer.layers[-1]

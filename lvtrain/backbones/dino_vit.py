@@ -1,5 +1,7 @@
-"""The vision transformer of DINO (Caron et al., ICCV 2021, arXiv 2104.14294) with its parameter names, so that its checkpoints load as they are:
-class token, qkv with bias, GELU, LayerNorm eps 1e-6; the embedding is the class token after the last norm. The blocks are timm's.
+"""The vision transformer of DINO (ICCV 2021, arXiv 2104.14294), with its parameter names: its checkpoints load as they are.
+
+Class token, qkv with bias, GELU, LayerNorm eps 1e-6. The embedding is the class token after the last norm. The blocks are
+timm's.
 """
 
 from __future__ import annotations
@@ -28,9 +30,15 @@ from lvtrain.errors import UserError
 class DinoViT(Backbone):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, not normalised.
 
-    embedding_dim other than `dim` adds a linear after the norm. drop_path: stochastic depth of the last block, growing linearly from 0.
-    Pictures of other sizes (DINO's local views) get the position grid resized to theirs. checkpoint_blocks, checkpoint_every: see
-    `lvtrain.backbones.memory`.
+    An `embedding_dim` other than `dim` adds a linear layer after the norm. For images of another size (DINO's local
+    views), the grid of position embeddings is resized.
+
+    Args:
+        dim, depth, heads, patch: the transformer's shape.
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+
+    Raises:
+        UserError: `dim` is not a multiple of `heads`, or the image not one of the patch.
     """
 
     takes_any_size = True

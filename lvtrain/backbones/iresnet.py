@@ -1,9 +1,8 @@
-"""IResNet-18/34/50/100/200 of insightface's arcface_torch: image -> embedding, with its parameter names, so its
-weights load as they are.
+"""IResNet-18/34/50/100/200 of insightface's arcface_torch, with its parameter names: its weights load as they are.
 
-Residual blocks in the order BN, conv, BN, PReLU, conv, BN (He et al. 2016 as modified by ArcFace, arXiv 1801.07698),
-no pooling, a linear over all positions and a last BatchNorm whose weight is held at 1. `first_shortcut="subsample"` is
-the variant of AdaFace and CVLface (their IR-18, -34, -50, -101).
+A residual block is BatchNorm, conv, BatchNorm, PReLU, conv, BatchNorm (ArcFace, arXiv 1801.07698). There is no pooling: a
+linear layer takes all positions, and a last BatchNorm, whose weight is held at 1, gives the embedding.
+`first_shortcut="subsample"` is the variant of AdaFace and CVLface (their IR-18, -34, -50, -101).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _EPS = 1e-5
 
 
 class _Block(nn.Module):
-    """The first block of a layer halves the picture and projects its input; the others add their input as it is."""
+    """The first block of a layer halves the image and projects its input; the others add their input as it is."""
 
     def __init__(self, width_in: int, width: int, stride: int, subsample: bool = False) -> None:
         super().__init__()
@@ -59,10 +58,11 @@ class _Block(nn.Module):
 class IResNet(Backbone):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, not normalised.
 
-    layers: blocks in each of the four layers. dropout: before the last linear (arcface_torch: 0 for its large runs,
-    0.4 for small data).
-    first_shortcut: how the very first block, which keeps its width, brings its input to half the size: "project" (1x1
-    convolution and BatchNorm, arcface_torch) or "subsample" (every other pixel).
+    Args:
+        layers: blocks in each of the four layers.
+        dropout: before the last linear layer. arcface_torch has 0 for large data, 0.4 for small.
+        first_shortcut: how the first block, which keeps the width, brings its input to half the size: `project` (1x1
+            convolution and BatchNorm, arcface_torch) or `subsample` (every other pixel).
     """
 
     first_names = ("conv1.", "bn1.", "prelu.")
@@ -92,7 +92,7 @@ class IResNet(Backbone):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(width_in * side * side, embedding_dim)
         self.features = Float32BatchNorm1d(embedding_dim, eps=_EPS)
-        self.features.weight.requires_grad = False  # constant 1: the embedding's scale is not to be learnt twice
+        self.features.weight.requires_grad = False  # held at 1, as in arcface_torch
         self.num_tokens, self.dim = side * side, width_in
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

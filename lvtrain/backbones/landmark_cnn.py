@@ -1,7 +1,7 @@
-"""The landmark CNN as LAFS released it: MobileNetV3-large (Howard et al., arXiv 1905.02244, table 1) up to its 160 channels, with the released
-parameter names (`features.i.conv.j`), so that its weights load as they are.
+"""The landmark CNN as LAFS released it: MobileNetV3-large (arXiv 1905.02244, table 1) up to its 160 channels.
 
-It differs from timm's: squeeze-and-excite stands before the activation, has no bias and a width of exactly a quarter.
+Its parameter names are the released ones (`features.i.conv.j`), so the released weights load as they are. It differs from
+timm's MobileNetV3: squeeze-and-excite is before the activation, without bias, and exactly a quarter as wide.
 """
 
 from __future__ import annotations
@@ -79,5 +79,5 @@ class ReleasedLandmarkFeatures(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # channels last halves the time of its depthwise convolutions on a CPU, and is what cuDNN wants
+        # channels last halves the time of its depthwise convolutions on a CPU, and is what cuDNN needs
         return self.features(images.contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3))

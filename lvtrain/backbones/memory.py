@@ -1,4 +1,4 @@
-"""What the backward pass recomputes instead of keeping: a choice between memory and time, never between results."""
+"""What the backward pass recomputes instead of keeping. It saves memory, costs time, and changes no result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _aten = torch.ops.aten
 KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
-    # ZeRO-3's linear adds its bias to the product in place: recomputed, it would be added to what was kept a second time
+    # ZeRO-3's linear adds its bias in place; recomputing that would add it a second time to the product that was kept
     _aten.add_.Tensor,
     _aten.bmm.default,
     _aten.convolution.default,
@@ -37,11 +37,14 @@ def _keep_matmuls(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
 def run_blocks(
     blocks: Iterable[nn.Module], x: torch.Tensor, recompute: Recompute = "none", every: int = 1
 ) -> torch.Tensor:
-    """`x` through the blocks one after another.
+    """`x` through the blocks one after another. Random draws inside a block (drop path) are repeated exactly.
 
-    recompute: `none` keeps what autograd keeps; `activation` keeps the results of matmuls and attention and
-    recomputes norms, activation functions and residual sums (elementwise work only); `block` keeps only the input of
-    every `every`-th block and recomputes that block. Random draws inside a block (drop path) are repeated exactly.
+    Args:
+        blocks: modules that keep the shape of `x`, or change it.
+        x: of the shape that the first block takes.
+        recompute: `none` keeps what autograd keeps. `activation` keeps results of matmuls and attention, and recomputes
+            norms, activation functions and residual sums. `block` keeps only the input of a block and recomputes it.
+        every: with `block`, every n-th block is recomputed, and the others are kept.
     """
     keep_matmuls = partial(create_selective_checkpoint_contexts, _keep_matmuls, allow_cache_entry_mutation=True)
     for number, block in enumerate(blocks):

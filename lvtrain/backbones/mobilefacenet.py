@@ -1,9 +1,9 @@
-"""MobileFaceNet (arXiv 1804.07573) as insightface's arcface_torch trains it: image -> embedding, with its parameter
-names, so the weights of its `mbf` and `mbf_large` load as they are.
+"""MobileFaceNet (arXiv 1804.07573) as arcface_torch trains it, with its parameter names.
 
-Every block widens by a 1x1 convolution, filters by a depthwise 3x3 one and narrows by a linear 1x1 one; the last feature
-map is weighed position by position (a depthwise convolution as large as the map) and brought to the embedding. `mbf` is
-the network of insightface's w600k_mbf.
+So weights of its `mbf` and `mbf_large` load as they are. `mbf` is the network of insightface's w600k_mbf.
+
+A block widens by a 1x1 convolution, filters by a depthwise 3x3 one, and narrows by a linear 1x1 one. A depthwise
+convolution as large as the last feature map weighs its positions, and a linear layer gives the embedding.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def _residuals(width: int, expanded: int, count: int) -> _Layers:
 class MobileFaceNet(Backbone):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, not normalised.
 
-    blocks: residual blocks of the four stages; a first stage of 1 is a grouped convolution instead, as in the paper.
-    scale: factor on the widths; the depthwise convolutions keep the paper's (128, 256, 512), as in arcface_torch.
+    Args:
+        blocks: residual blocks of the four stages; a first stage of 1 is a grouped convolution, as in the paper.
+        scale: factor on the widths; the depthwise convolutions keep the paper's (128, 256, 512), as in arcface_torch.
     """
 
     block_names = r"layers\.(\d+)\."  # a stage of residual blocks counts as one

@@ -1,4 +1,4 @@
-"""BatchNorm whose statistics and arithmetic stay float32, whatever precision the rest of the network runs in."""
+"""BatchNorm whose statistics and arithmetic stay float32, whatever the precision of the rest of the network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 class _Float32Buffers(nn.modules.batchnorm._BatchNorm):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # .bfloat16() and .half() reach the buffers through here: follow the device, keep the bits
+        # .bfloat16() and .half() come through here: the buffers follow the device, and stay float32
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -23,10 +23,11 @@ class _Float32Buffers(nn.modules.batchnorm._BatchNorm):
 
 
 class Float32BatchNorm1d(_Float32Buffers, nn.BatchNorm1d):
-    """BatchNorm1d over `[B, dim]` of any float dtype that computes in float32 and returns its weight's dtype.
+    """BatchNorm1d over `[B, dim]` of any float dtype. It computes in float32 (float64 for float64), and returns the dtype
+    of its weight.
 
-    Plain BatchNorm1d crashes on CPU with bfloat16 weights beside float32 statistics, and `module.bfloat16()` would
-    round running statistics to 8 bits, too few to hold a running mean with momentum 0.1. float64 is computed in float64.
+    torch's BatchNorm1d crashes on a CPU with bfloat16 weights and float32 statistics. `module.bfloat16()` would round
+    its running statistics to 8 bits, too few for a running mean of momentum 0.1.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,4 +42,4 @@ class Float32BatchNorm1d(_Float32Buffers, nn.BatchNorm1d):
 
 
 class Float32BatchNorm2d(_Float32Buffers, nn.BatchNorm2d):
-    """BatchNorm2d that keeps float32 statistics; its output has the input's dtype, as the library's kernels give it."""
+    """BatchNorm2d with float32 statistics; its output has the dtype of its input, as torch's kernels give it."""

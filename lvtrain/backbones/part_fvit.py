@@ -1,15 +1,15 @@
-"""fViT and Part fViT of LAFS (arXiv 2403.08161; Part fViT: Sun and Tzimiropoulos, BMVC 2022): image -> embedding
-through 8x8 patches.
+"""fViT and Part fViT of LAFS (arXiv 2403.08161; Part fViT: Sun and Tzimiropoulos, BMVC 2022).
 
-fViT cuts the picture on a grid (14x14 = 196 patches of 112x112). Part fViT asks a small landmark CNN
-(MobileNetV3-large up to its 160 channels) for 196 points, min-max scaled to the picture, and samples an 8x8 patch
-around each with one differentiable `grid_sample`. Either way patches are projected, given a position and a class
-token, and go through a transformer whose attention scale is `dim ** -0.5`, as in the released code. Parameter names
-are the released code's: `patch_to_embedding`, `transformer.layers.i.{0,1}.fn`, `stn`, `output_layer`.
+fViT cuts the image on a grid: 14x14 = 196 patches of 8x8 pixels. Part fViT has a small landmark CNN (MobileNetV3-large up
+to its 160 channels), which gives 196 points, min-max scaled to the image. It samples an 8x8 patch around each, with one
+differentiable `grid_sample`. Both project the patches, add positions and a class token, and run a transformer whose
+attention scale is `dim ** -0.5`, as in the released code.
 
-Shapes: the text gives Base (dim 768, depth 12, 11 heads of 64, MLP 2048) and for Part fViT-Tiny only "15.28M and
-2.48G Flops"; dim 256, depth 12, 8 heads of 64, MLP 1024 is our reading of it (15.6 M parameters, 2.5 GMAC in its
-linears).
+Parameter names are those of the released code: `patch_to_embedding`, `transformer.layers.i.{0,1}.fn`, `stn`,
+`output_layer`.
+
+Our reading: the paper gives Part fViT-Tiny as "15.28M and 2.48G Flops" only. Dim 256, depth 12, 8 heads of 64 and MLP
+1024 have 15.6 M parameters and 2.5 G multiply-adds in linear layers.
 """
 
 from __future__ import annotations
@@ -87,12 +87,18 @@ def resized_positions(positions: torch.Tensor, side: int, rows: int, columns: in
 @register("fvit_tiny", dim=256, depth=12, heads=8, mlp_dim=1024)
 @register("fvit_base", dim=768, depth=12, heads=11, mlp_dim=2048)
 class FViT(Backbone):
-    """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32 (the class token after its norm), not
-    normalised.
+    """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, the class token after its norm, not normalised.
 
-    embedding_dim other than `dim` adds a linear after the norm; LAFS itself has `embedding_dim = dim`. Smaller
-    pictures (DINO's 48-pixel views) are taken too: the position grid is resized to theirs (bicubic), as DINO does.
-    drop_path, dropout: regularisation in training.
+    An `embedding_dim` other than `dim` adds a linear layer after the norm; LAFS has `embedding_dim = dim`. For images of
+    another size (DINO's local views), the grid of position embeddings is resized (bicubic), as DINO does.
+
+    Args:
+        dim, depth, heads, head_dim, mlp_dim, patch: the transformer's shape.
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        dropout: in attention, MLP and after the positions.
+
+    Raises:
+        UserError: the image is not a multiple of the patch.
     """
 
     block_names = r"transformer\.layers\.(\d+)\."
@@ -181,9 +187,7 @@ class FViT(Backbone):
 
 
 class LandmarkFeatures(nn.Module):
-    """MobileNetV3-large (arXiv 1905.02244, timm's) up to its last 160 channels: `[B, 3, H, W]` -> their mean, `[B,
-    160]`.
-    """
+    """timm's MobileNetV3-large (arXiv 1905.02244) up to its 160 channels: `[B, 3, H, W]` -> their mean `[B, 160]`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +196,7 @@ class LandmarkFeatures(nn.Module):
         self.num_features = 160
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # channels last halves the time of its depthwise convolutions on a CPU, and is what cuDNN wants
+        # channels last halves the time of its depthwise convolutions on a CPU, and is what cuDNN needs
         images = images.contiguous(memory_format=torch.channels_last)
         return self.blocks(self.bn1(self.conv_stem(images))).mean(dim=(2, 3))
 
@@ -200,7 +204,7 @@ class LandmarkFeatures(nn.Module):
 def grid_landmarks(side: int, patch: int = 8) -> torch.Tensor:
     """Centres of a regular `side` x `side` grid of patches, `[side * side, 2]` float32 (x, y) in pixels, row-major.
 
-    The centre of the picture's first pixel is (0, 0), so the first patch of 8 pixels has its centre at 3.5.
+    The centre of the image's first pixel is (0, 0), so the first patch of 8 pixels has its centre at 3.5.
     """
     centre = torch.arange(side, dtype=torch.float32) * patch + (patch - 1) / 2
     y, x = torch.meshgrid(centre, centre, indexing="ij")
@@ -208,16 +212,21 @@ def grid_landmarks(side: int, patch: int = 8) -> torch.Tensor:
 
 
 def sample_patches(images: torch.Tensor, landmarks: torch.Tensor, patch: int = 8) -> torch.Tensor:
-    """Bilinear patches around points: images `[B, 3, H, W]`, landmarks `[B, N, 2]` (x, y) pixels -> `[B, N, patch *
-    patch * 3]` float32.
+    """Bilinear patches around points, differentiable in both arguments. What lies outside the image is 0.
 
-    One `grid_sample` call for all points of all images, differentiable in both arguments; what lies outside the
-    picture is 0. Always in float32 (float64 for float64 images): 8 bits of bfloat16 would place a patch no better
-    than to half a pixel.
+    Always in float32 (float64 for float64 images): in bfloat16 a patch would be off by up to half a pixel.
+
+    Args:
+        images: float `[B, 3, H, W]`.
+        landmarks: float `[B, N, 2]`, (x, y) in pixels.
+        patch: side of a patch, pixels.
+
+    Returns:
+        `[B, N, patch * patch * 3]`, in the order (row, column, colour).
     """
     dtype = torch.promote_types(images.dtype, torch.float32)
     batch, number = landmarks.shape[:2]
-    # (width - 1, height - 1), made on the device: numbers from the host would have it wait
+    # (width - 1, height - 1), made on the device: copying numbers from the host would make the host wait
     size = torch.linspace(images.shape[3] - 1, images.shape[2] - 1, 2, dtype=dtype, device=images.device)
     offset = torch.arange(patch, dtype=dtype, device=images.device) - (patch - 1) / 2
     y, x = torch.meshgrid(offset, offset, indexing="ij")
@@ -231,17 +240,16 @@ def sample_patches(images: torch.Tensor, landmarks: torch.Tensor, patch: int = 8
 @register("part_fvit_tiny", dim=256, depth=12, heads=8, mlp_dim=1024)
 @register("part_fvit_base", dim=768, depth=12, heads=11, mlp_dim=2048)
 class PartFViT(FViT):
-    """fViT whose patches stand at landmarks: `[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32.
+    """fViT with patches around landmarks: `[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32.
 
-    landmark_margin: the points are min-max scaled, for each image and axis, to `[margin, side of the picture - 1 -
-    margin]` pixels; the default of half a patch keeps every patch inside the picture and starts training on fViT's grid *(our
-    reading)*.
-    released: as LAFS's released code computes it, for its weights: its own landmark CNN (`landmark_cnn`); x and y scaled
-        together to [0, image_size - 1], where the centre of the first pixel is (1, 1); patches read column by column.
-        `landmark_margin` is then not used.
-    freeze_landmarks: the landmark CNN is not trained (its BatchNorm runs on its stored statistics) and no gradient
-    reaches it.
-    Other arguments: `FViT`.
+    Args:
+        landmark_margin: points are min-max scaled, for each image and axis, to [margin, side - 1 - margin] pixels. The
+            default of half a patch keeps every patch inside the image, and starts training on fViT's grid (our reading).
+        released: compute as LAFS's released code, for its weights. It has another landmark CNN (`landmark_cnn`), scales x
+            and y together to [0, image_size - 1], counts the first pixel's centre as (1, 1), and reads patches column by
+            column. `landmark_margin` is then not used.
+        freeze_landmarks: the landmark CNN is not trained, and its BatchNorm uses its stored statistics.
+        fvit: arguments of `FViT`.
     """
 
     # the landmark CNN learns at the rate of what stands before the blocks, as in LAFS's released code
@@ -261,7 +269,7 @@ class PartFViT(FViT):
         linear = nn.Linear(self.stn.num_features, 2 * self.num_tokens)
         self.output_layer = nn.Sequential(nn.Identity(), linear)
         nn.init.normal_(linear.weight, std=1e-3)
-        with torch.no_grad():  # start on the grid, in units of the picture
+        with torch.no_grad():  # start on the grid; coordinates are shares of the image
             linear.bias.copy_((grid_landmarks(self.side, self.patch) / (self.image_size - 1)).flatten())
         if freeze_landmarks:
             self.stn.requires_grad_(False)
@@ -279,10 +287,7 @@ class PartFViT(FViT):
         return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(LANDMARK_CNN)}
 
     def predict_landmarks(self, images: torch.Tensor) -> torch.Tensor:
-        """The landmark CNN's points, `[B, num_tokens, 2]` float32 (x, y) in pixels, min-max scaled to the picture.
-
-        That is the picture given: DINO's local views are smaller than `image_size`.
-        """
+        """The landmark CNN's points, `[B, num_tokens, 2]` float32, (x, y) in pixels, min-max scaled to the given images."""
         features, last = self.stn(images), images.shape[-1] - 1
         with torch.autocast(images.device.type, enabled=False):  # points in bfloat16 would be off by half a pixel
             points = self.output_layer(features.to(torch.promote_types(images.dtype, torch.float32)))
@@ -302,13 +307,17 @@ class PartFViT(FViT):
         return_landmarks: bool = False,
         return_tokens: bool = False,
     ) -> Any:
-        """Embeddings `[B, embedding_dim]`; with `return_landmarks` or `return_tokens` a tuple that adds those.
+        """Embeddings `[B, embedding_dim]`, or a tuple of tokens `[B, N, dim]`, embeddings and landmarks `[B, N, 2]`.
 
-        landmarks: `[B, N, 2]` (x, y) in pixels, any N, any subset in any order; absent, the landmark CNN's own.
-        positions: int64 `[N]` or `[B, N]`, which position embedding (0 to num_tokens - 1) each landmark gets; absent,
-            landmark i gets position i. Give the landmark's own number to keep its position through a subset or a
-            shuffle.
-        Returned in the order tokens `[B, N, dim]`, embeddings, landmarks `[B, N, 2]`.
+        Args:
+            images: float `[B, 3, S, S]`.
+            landmarks: `[B, N, 2]`, (x, y) in pixels: any number of points in any order. Absent: the landmark CNN's.
+            positions: int64 `[N]` or `[B, N]`, the position embedding (0 to num_tokens - 1) of each landmark. Absent:
+                landmark i has position i.
+            return_landmarks, return_tokens: return these too.
+
+        Raises:
+            UserError: more landmarks than position embeddings, and no `positions`.
         """
         if landmarks is None:
             landmarks = self.predict_landmarks(images)

@@ -1,9 +1,10 @@
-"""The plain vision transformer of LVFace (arXiv 2501.13420) and insightface's arcface_torch: image -> embedding.
+"""The plain vision transformer of LVFace (arXiv 2501.13420) and insightface's arcface_torch.
 
-112x112 input, patch 9 (12x12 = 144 tokens; the last 4 pixels at the right and bottom are never seen), no class token,
-qkv without bias, ReLU6 MLP of ratio 4, LayerNorm eps 1e-5; all tokens flattened into Linear -> BatchNorm -> Linear ->
-BatchNorm. Parameter names are those of arcface_torch, so its and LVFace's weights load as they are. The blocks are
-timm's, attention is torch's SDPA.
+- input 112x112, patch 9: 12x12 = 144 tokens. The last 4 pixels at the right and bottom are never seen.
+- no class token; qkv without bias; MLP of ratio 4 with ReLU6; LayerNorm eps 1e-5.
+- all tokens are flattened into Linear -> BatchNorm -> Linear -> BatchNorm, which gives the embedding.
+
+Parameter names are those of arcface_torch, so its weights and LVFace's load as they are. The blocks are timm's.
 """
 
 from __future__ import annotations
@@ -32,10 +33,9 @@ TOKEN_TILE = 16  # kept tokens are a multiple of this: attention and matmul kern
 
 
 def kept_tokens(num_tokens: int, mask_ratio: float) -> int:
-    """How many tokens go through the blocks in training: `num_tokens` less the masked share, rounded down to a tile.
+    """Tokens that go through the blocks in training: what is not masked, rounded down to a multiple of 16.
 
-    A ratio of 0.05 or 0.1 keeps 128 of 144 (arcface_torch keeps 129 for both, since it ignores the configured ratio;
-    129 tiles badly).
+    A ratio of 0.05 or 0.1 keeps 128 of 144. arcface_torch ignores the configured ratio and keeps 129.
     """
     if mask_ratio == 0:
         return num_tokens
@@ -52,14 +52,14 @@ def kept_tokens(num_tokens: int, mask_ratio: float) -> int:
 class VisionTransformer(Backbone):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, not normalised.
 
-    dim, depth, heads, mlp_ratio, patch: the transformer's shape; the MLP's hidden width is `dim * mlp_ratio`.
-    drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-    mask_ratio: share of the tokens dropped before the blocks in training (see `kept_tokens`); learnt mask tokens
-        stand in their places before the head. Which are dropped is drawn from torch's default generator of the
-        device, so `torch.manual_seed` decides.
-    checkpoint_blocks, checkpoint_every: what is recomputed in the backward pass, see `lvtrain.backbones.memory`.
+    Args:
+        dim, depth, heads, patch, mlp_ratio: the transformer's shape; the MLP is `dim * mlp_ratio` wide.
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        mask_ratio: share of the tokens that are dropped before the blocks in training (see `kept_tokens`). Before the
+            head, a learnt mask token takes their places. The draw is from torch's default generator of the device.
 
-    Every parameter is used in its own module's forward, as ZeRO-3 needs; call the module, never its parts.
+    Raises:
+        UserError: `dim` is not a multiple of `heads`, or the image is smaller than a patch.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class VisionTransformer(Backbone):
         self.num_tokens = self.patch_embed.num_patches
         self.kept_tokens = kept_tokens(self.num_tokens, mask_ratio)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, dim))
-        # always there, for arcface_torch's key names; not trained where it is not used
+        # arcface_torch's files always have it; it is not trained where it is not used
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim), requires_grad=self.kept_tokens < self.num_tokens)
         norm: Any = partial(nn.LayerNorm, eps=1e-5)
         block = partial(Block, dim, heads, mlp_ratio, qkv_bias=False, act_layer=ReLU6, norm_layer=norm)
@@ -100,14 +100,14 @@ class VisionTransformer(Backbone):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """arcface_torch's: truncated normal of 0.02 for linears and positions, normal of 0.02 for the mask token."""
+        """As arcface_torch: truncated normal of 0.02 for linears and positions, normal of 0.02 for the mask token."""
         trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
         self.init_linears()
 
     def forward(self, images: torch.Tensor, return_tokens: bool = False) -> Any:
         """Embeddings `[B, embedding_dim]`, or with `return_tokens` `(patch tokens [B, N, dim], embeddings)`."""
-        # channels-last lets the patch convolution read each patch's pixels in one run
+        # in channels-last the patch convolution reads the pixels of a patch in one run
         x = self.patch_embed(images.contiguous(memory_format=torch.channels_last)) + self.pos_embed
         masked = self.training and self.kept_tokens < self.num_tokens
         if masked:

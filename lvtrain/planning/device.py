@@ -1,4 +1,4 @@
-"""What the formulas need to know of an accelerator and its links."""
+"""The figures of a GPU and its links that the formulas use."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """matmul: bfloat16 flop/s a large matmul reaches (measured, not the brochure's); bandwidth: copy, bytes/s;
-    memory: bytes.
+    """One kind of GPU.
 
-    link: bytes/s a GPU sends and receives to other nodes at once; node_link: likewise within a node of `per_node`
-    GPUs. latency: seconds before a collective's first byte.
+    Attributes:
+        name: for tables.
+        matmul: bfloat16 flop/s of a large matmul, measured.
+        bandwidth: of a copy in its memory, bytes/s.
+        memory: bytes.
+        link: bytes/s that a GPU sends to other nodes, and receives at the same time.
+        node_link: likewise inside a node.
+        per_node: GPUs of a node.
+        latency: seconds before the first byte of a collective.
     """
 
     name: str
@@ -24,5 +30,5 @@ class Device:
     latency: float = 3e-5
 
 
-# matmul and copy as measured on one; links as data sheets and usual clusters have them (400 Gbit/s a GPU, NVLink 4)
+# matmul and copy are measured; links are those of data sheets and usual clusters (400 Gbit/s a GPU, NVLink 4)
 H200 = Device("H200", matmul=790e12, bandwidth=4.3e12, memory=149e9)

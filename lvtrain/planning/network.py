@@ -1,6 +1,4 @@
-"""A backbone's cost, measured without memory or arithmetic: it is built and run on fake tensors, and what it would do
-is counted.
-"""
+"""What one image costs a network. It runs on fake tensors, which have no memory, and its operations are counted."""
 
 from __future__ import annotations
 
@@ -26,13 +24,18 @@ _BATCH = 2
 
 @dataclass(frozen=True)
 class Network:
-    """parameters: all of them; largest: elements of the largest single module's own parameters, which ZeRO-3 gathers
-    whole.
+    """A network, measured.
 
-    forward_flops, train_flops: of one image (2 a multiply-add), the second with backward and whatever is recomputed.
-    saved: bytes an image that autograd keeps from forward to backward in bfloat16 autocast, weight copies left out.
-    recomputed: bytes a whole micro-batch's image adds while one block is recomputed. unrecomputed: `saved` with
-    nothing recomputed.
+    Attributes:
+        name: for tables.
+        parameters: elements of all parameters.
+        largest: elements of the largest single module's own parameters, which ZeRO-3 gathers whole.
+        forward_flops: of one image; a multiply-add is 2.
+        train_flops: likewise, with the backward pass and what it recomputes.
+        saved: bytes an image that autograd keeps for the backward pass, in bfloat16 autocast, without copies of weights.
+        recomputed: further bytes an image while one block is recomputed.
+        unrecomputed: `saved` if nothing were recomputed.
+        image_size: side of the image, pixels.
     """
 
     name: str
@@ -47,8 +50,7 @@ class Network:
 
 
 def measure_network(name: str, build: Callable[[], Backbone], *, image_size: int = 112) -> Network:
-    """`build()` must return the backbone, `[B, 3, image_size, image_size]` -> `[B, d]`; it is called under fake
-    tensors, so any size will do.
+    """Measures the backbone that `build()` returns; a network of any size takes no memory.
 
     Example: `measure_network("vit_h", lambda: create_backbone("vit_h"))`.
     """
@@ -78,8 +80,10 @@ def _fake(build: Callable[[], Module]) -> Iterator[Module]:
 
 
 def forward_peak(build: Callable[[], nn.Module], *, image_size: int = 112) -> float:
-    """Bytes an image that are alive at the fullest moment of a forward pass without a backward one, in bfloat16 autocast;
-    weights, their copies and the pixels left out. `build` as for `measure_network`."""
+    """Bytes an image at the fullest moment of a forward pass that has no backward pass, in bfloat16 autocast.
+
+    Weights, copies of weights and the image itself are left out. `build` is as for `measure_network`.
+    """
     with _fake(build) as module, torch.no_grad():
         module.eval().requires_grad_(False)
         images, alive = torch.randn(_BATCH, 3, image_size, image_size), _Alive(_shapes(module))
@@ -89,7 +93,7 @@ def forward_peak(build: Callable[[], nn.Module], *, image_size: int = 112) -> fl
 
 
 def _train_step(module: Backbone, image_size: int, with_flops: bool = False) -> tuple[float, tuple[float, float]]:
-    """Bytes an image kept for the backward pass, and (forward, total) flops of `_BATCH` images."""
+    """Bytes an image that are kept for the backward pass, and (forward, total) flops of `_BATCH` images."""
     weights = _shapes(module)
     counter, flops, kept = FlopCounterMode(display=False), (0.0, 0.0), _Kept()
     sizes: dict[int, int] = {}
@@ -106,7 +110,7 @@ def _train_step(module: Backbone, image_size: int, with_flops: bool = False) -> 
     with counter:
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks, kept, torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
-            # that selective checkpointing passes the hooks by is known: `kept` counts what they do not see
+            # selective checkpointing bypasses the hooks; `kept` counts what they do not see
             warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
             embedding = module(images)
         forward = counter.get_total_flops()
@@ -118,15 +122,13 @@ def _train_step(module: Backbone, image_size: int, with_flops: bool = False) -> 
 
 
 def _shapes(module: nn.Module) -> set[tuple[int, ...]]:
-    """Of weights, their copies and transposes: what does not grow with the batch."""
+    """Shapes of weights, and of their copies and transposes, which do not grow with the batch."""
     weights = {tuple(p.shape) for p in module.parameters()}
     return weights | {shape[::-1] for shape in weights}
 
 
 class _Kept(TorchDispatchMode):
-    """Adds up what selective checkpointing keeps, which saved-tensor hooks do not see: results of matmuls inside
-    blocks.
-    """
+    """Counts what selective checkpointing keeps and saved-tensor hooks do not see: results of matmuls inside blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +144,7 @@ class _Kept(TorchDispatchMode):
 
 
 class _Alive(TorchDispatchMode):
-    """The most bytes that results of operations held at one time, those of a shape in `left_out` not counted."""
+    """The most bytes that results of operations held at one time. Shapes in `left_out` do not count."""
 
     def __init__(self, left_out: set[tuple[int, ...]]) -> None:
         super().__init__()

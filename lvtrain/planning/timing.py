@@ -1,4 +1,4 @@
-"""Seconds a step, from counted flops and bytes: a roofline with the efficiencies stated, not a promise."""
+"""Seconds of a step, from counted flops and bytes: a roofline with stated efficiencies, not a measurement."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from lvtrain.planning.device import Device
 from lvtrain.planning.network import Network
 from lvtrain.planning.setup import ClassCentres, Setup
 
-MATMUL_EFFICIENCY = (
-    0.75  # of the rate of one large matmul, at these shapes (dim 256 to 1024) with launches between them
-)
-CLASSIFIER_EFFICIENCY = 0.85  # longer matmuls
-# bytes moved by everything that is not a matmul, for each byte kept for backward: norms, casts, residual sums,
-# activation functions, forward and backward. Counted for one block: 175 bytes x dim a token in eager mode, 85
-# compiled, at 28 kept.
+# share of the rate of one large matmul: the network's have dim 256 to 1024 and launches between them
+MATMUL_EFFICIENCY = 0.75
+CLASSIFIER_EFFICIENCY = 0.85  # larger matmuls
+# bytes that everything besides matmuls moves (norms, casts, residual sums, activation functions, forward and backward),
+# for each byte kept for the backward pass. Counted for one block: 175 bytes x dim a token in eager mode, 85 compiled,
+# where 28 are kept.
 TRAFFIC_EAGER, TRAFFIC_COMPILED = 6.2, 3.0
 LOGIT_BYTES = 14  # read and written for each logit by two passes of matmul + fused elementwise kernels
 KEPT_LOGIT_BYTES = 10  # the same where the second pass finds the exponentials of the first
