@@ -182,7 +182,7 @@ def test_a_stopped_run_goes_on_with_its_teacher_and_with_no_other(tiny_faces: Pa
     another = weights(tmp_path / "another.safetensors", 2)
     assert run(stopped, f"method.distill.teacher={another}") == 2
     (refusal,) = (line for line in output(stopped).splitlines() if "lvtrain: error:" in line)
-    assert "another.safetensors is another network than the one this run was begun with" in refusal
+    assert "method.distill.teacher" in refusal and "another.safetensors" in refusal
 
     moved = shutil.move(teacher, tmp_path / "moved.safetensors")
     assert run(stopped, f"method.distill.teacher={moved}", ranks=2) == 0, output(stopped)

@@ -1,27 +1,32 @@
 """DINO: self-distillation without labels (Caron et al., ICCV 2021), as LAFS (CVPR 2024) uses it on faces.
 
-A student sees all views of an image, a teacher the two global ones; the student's distribution over K prototypes is pulled to the teacher's for
-every pair of different views:
+A student sees all views of an image, a teacher the two global ones. The student's distribution over K prototypes follows
+the teacher's, for every pair of different views:
 
     L = mean over pairs (t, s), t != s, and over the batch, of  - softmax((T_t - c) / tau_t) . log softmax(S_s / tau_s)
 
-The teacher is the exponential moving average of the student and gets no gradient. It is no part of what DeepSpeed shards: every rank keeps it
-whole in float32 and updates it alike at the step's end, from the student's gathered weights (under ZeRO-3 they are gathered for that moment),
-so a teacher forward needs no communication. The centre c is the moving average of the teacher's mean output over all V micro-batches of
-the step, added up in their order, so it does not depend on the number of ranks.
+- The teacher is the exponential moving average of the student, and gets no gradient. Every rank keeps it whole in float32
+  and updates it at the end of a step, from the student's whole weights. So its forward pass needs no communication.
+- The centre c is the moving average of the teacher's mean output. It is summed over all micro-batches of the step in their
+  order, so it does not depend on the number of ranks.
+- The loss keeps the student's logits, their log-softmax and the teacher's targets: about 3.4 x views x batch x K x 4
+  bytes, 0.9 GB for 64 images, 10 views and K = 100,000. `--dry-run` lists it as "prototype logits". If it does not fit,
+  use more micro-batches.
+- In the first `freeze_last_layer` epochs the prototypes get no gradient, as in DINO's code.
 
-The loss keeps the student's logits, their log-softmax and the teacher's targets, about 3.4 x views x batch x K x 4 bytes at its peak: 0.9 GB for
-64 images, 10 views and K = 100,000, which `--dry-run` lists as "prototype logits". So it is not cut into chunks; a smaller micro-batch (more
-micro-batches) is the way where it does not fit.
+Our readings:
 
-In the first `freeze_last_layer` epochs the prototypes get no gradient, as in DINO's code. Our readings: their optimizer moments stay zero
-meanwhile (DINO's begin afterwards) and weight decay, which a unit-length prototype does not feel, goes on; the gradient is clipped by its norm
-over all weights (DINO: each weight's own); position embeddings and the class token are not decayed; the teacher's temperature rises step by step
-(DINO: by the epoch).
+- While the prototypes are frozen, their optimizer moments stay zero (in DINO's code they begin afterwards), and weight
+  decay goes on, which a prototype of unit length does not notice.
+- The gradient is clipped by its norm over all weights (DINO: each weight's own).
+- Position embeddings and the class token get no weight decay.
+- The teacher's temperature rises with every step (DINO: with every epoch).
 
-Collapse is watched, and a collapsed run says so. In the telemetry are `teacher_entropy`, of the sharpened teacher for an image (nats; near log K is
-collapse to uniform), `prototype_entropy`, of its mean over a micro-batch (near 0 is collapse of all images to one prototype), and `feature_std` of
-the student's unit embeddings over the micro-batch (near 0 is collapse to a point).
+Three figures show a collapse, and the log warns of it:
+
+- `teacher_entropy`: of the sharpened teacher for an image, in nats. Near log K, the teacher is uniform.
+- `prototype_entropy`: of the teacher's mean over a micro-batch. Near 0, all images are on one prototype.
+- `feature_std`: of the student's unit embeddings over a micro-batch. Near 0, all embeddings are equal.
 """
 
 from __future__ import annotations
@@ -55,9 +60,9 @@ LOGIT_COPIES = 3.4
 
 
 class ProjectionHead(nn.Module):
-    """`[B, d]` embeddings -> `[B, K]` prototype logits: a three-layer GELU MLP, unit length, then K weight-normalised prototypes.
+    """Embeddings `[B, d]` -> prototype logits `[B, K]`: an MLP of three layers with GELU, unit length, then K prototypes.
 
-    The prototypes' norms are fixed at 1 (DINO's `norm_last_layer`), so a logit is a cosine. While `frozen` they get a gradient of zero.
+    The prototypes have unit length (DINO's `norm_last_layer`), so a logit is a cosine. While `frozen`, their gradient is 0.
     """
 
     def __init__(self, embedding_dim: int, prototypes: int, *, hidden: int = 2048, bottleneck: int = 256) -> None:
@@ -80,13 +85,13 @@ class ProjectionHead(nn.Module):
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         x = functional.normalize(self.mlp(embeddings), dim=-1)
         weight = self.prototypes.weight
-        if self.frozen:  # a gradient of zero and not none: every ZeRO stage waits for one of each weight
+        if self.frozen:  # a gradient of zero, not None: ZeRO waits for a gradient of each weight
             weight = weight.detach() + 0 * weight
         return functional.linear(x, functional.normalize(weight, dim=-1))
 
 
 class Student(nn.Module):
-    """Backbone and head as one module: views in, `(logits [views, B, K], embeddings of the first view [B, d])` out.
+    """Backbone and head as one module: views -> `(logits [views, B, K], embeddings of the first view [B, d])`.
 
     Views of one size go through the backbone together.
     """
@@ -105,7 +110,7 @@ class Student(nn.Module):
 
 
 def view_names(batch: Batch) -> list[str]:
-    """The student's views, global ones first; a landmark CNN's twins (LAFS) are none."""
+    """The student's views, global ones first. What only the landmark CNN sees (LAFS) is left out."""
     return sorted(name for name in batch.views if not name.endswith("_landmarks"))  # "global" sorts before "local"
 
 
@@ -118,13 +123,14 @@ def dino_loss(
     teacher_temperature: float,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Mean over the pairs of different views and over the samples.
+    """Scalar: the mean over the pairs of different views, and over the images.
 
     Args:
-        student: logits `[views, B, K]`, the teacher's views first.
-        teacher: logits `[teacher views, B, K]`, no gradient.
-        centre: `[K]`.
-        weights: `[B]`, 0 for a sample that could not be decoded; the divisor stays B.
+        student: float32 logits `[views, B, K]`, the teacher's views first.
+        teacher: float32 logits `[teacher views, B, K]`, without gradient.
+        centre: float32 `[K]`.
+        student_temperature, teacher_temperature: tau_s and tau_t.
+        weights: `[B]`, 0 for an image that could not be decoded; the divisor stays B.
     """
     target = functional.softmax((teacher - centre) / teacher_temperature, dim=-1)
     loss = student.new_zeros(())
@@ -169,8 +175,9 @@ class DinoMethod(Method):
         sizes = {view.size for view in augmentation(recipe.data.augmentation)} - {None, recipe.backbone.image_size}
         if sizes and not getattr(backbone, "takes_any_size", False):
             raise UserError(
-                f"backbone {recipe.backbone.name} takes pictures of {recipe.backbone.image_size} pixels only, and data.augmentation="
-                f"{recipe.data.augmentation} has views of {sizes.pop()}; use a fvit, part_fvit or dino_vit, or data.augmentation: lafs"
+                f"backbone {recipe.backbone.name} takes images of {recipe.backbone.image_size} pixels only, and "
+                f"data.augmentation={recipe.data.augmentation} has views of {sizes.pop()}; "
+                "use a fvit, part_fvit or dino_vit, or data.augmentation: lafs"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.torch_seed(recipe.seed, "projection-head"))
@@ -209,7 +216,7 @@ class DinoMethod(Method):
         return {view.name: ((view.size or size) / size) ** 2 for view in views if view.twin is None}
 
     def prepare(self) -> None:
-        """Changes the student before the teacher is copied from it (LAFS freezes its landmark CNN)."""
+        """Checks or changes the student, before the teacher is copied from it."""
 
     def after_initial_weights(self) -> None:
         """The teacher starts as the student."""
@@ -281,7 +288,7 @@ class DinoMethod(Method):
             dist.all_gather(parts, sums)
             sums = torch.cat(parts)
         total = torch.zeros_like(self.centre)
-        for row in sums:  # one by one, in the order of the micro-batches
+        for row in sums:  # one by one, in the order of the micro-batches: the same bits on any number of ranks
             total += row
         self.centre.lerp_(total / len(sums), 1.0 - self.settings.centre_momentum)
         self._sums = []
@@ -303,7 +310,7 @@ class DinoMethod(Method):
         )
 
     def warnings(self, metrics: dict[str, Any], now: Now) -> list[str]:
-        """What the telemetry says of collapse, in words."""
+        """A collapse, where the figures show one."""
         said = []
         most = math.log(self.settings.prototypes)
         if metrics["feature_std"] < 1e-3:
@@ -346,7 +353,7 @@ def _same_size(views: tuple[Any, ...]) -> list[list[Any]]:
 
 
 def _join(group: list[Any]) -> tuple[torch.Tensor, ...]:
-    """Images, or (images, landmarks) pairs, of several views as one batch."""
+    """Several views as one batch: images, or tuples that begin with images."""
     if isinstance(group[0], tuple):
         return tuple(torch.cat(parts) for parts in zip(*group))
     return (torch.cat(group),)

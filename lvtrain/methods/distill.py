@@ -1,13 +1,12 @@
-"""Distillation of a large recogniser into a small one, beside the classification of any supervised method.
+"""Distillation of a large network into a small one, beside the classification of any supervised method.
 
-    L = (1 - w) L_method + w mean_i (1 - cos(s_i, t_i))        s, t: embeddings that student and teacher give of the same picture
+    L = (1 - w) L_method + w mean_i (1 - cos(s_i, t_i))      s, t: embeddings of student and teacher of the same image
 
-The mean is over the global micro-batch, as that of the classification: a sample that could not be decoded (label -1) counts as one of it and adds
-nothing. The teacher is frozen and whole on every rank; it is no part of what the engine trains and of what a checkpoint holds, but for its
-fingerprint, so that a resumed run has the same one.
+The mean is over the micro-batches of all ranks, as that of the classification. An image that could not be decoded (label
+-1) counts in the divisor and adds nothing.
 
-Cosine between embeddings that are L2-normalised first, mixed with the classification by one weight, is how users of the field's trainers do it;
-it compares directions only, which is all that recognition compares.
+The teacher is frozen, and whole on every rank. A checkpoint holds only its fingerprint, so that a resumed run refuses
+another teacher.
 """
 
 from __future__ import annotations
@@ -70,20 +69,26 @@ class Distillation:
         self.bfloat16 = bfloat16
 
     def mixed(self, own: LossOutput, embeddings: torch.Tensor, batch: Batch) -> LossOutput:
-        """The method's loss of a micro-batch with the teacher's part of it. `embeddings` float [B, d]: the student's, not normalised."""
+        """The method's own loss of a micro-batch, mixed with the teacher's part.
+
+        Args:
+            own: the method's loss and metrics.
+            embeddings: the student's, float `[B, d]`, not normalised.
+            batch: the same micro-batch.
+        """
         term = self.distance(embeddings, batch)
         return LossOutput(
             (1 - self.weight) * own.loss + self.weight * term, own.metrics | {"loss_distillation": term.detach()}
         )
 
     def distance(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Scalar: mean of 1 - cos over this rank's micro-batch; the gradient goes to `embeddings`."""
+        """Scalar: the mean of 1 - cos over this rank's micro-batch. Its gradient goes to `embeddings`."""
         images, valid = batch.images, batch.labels >= 0
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
-            wanted = self.backbone(images)
-        # an ignored sample may hold anything, even what is not a number: masked first, so that no gradient comes back either
-        own, wanted = (torch.where(valid.unsqueeze(1), each.float(), 0.0) for each in (embeddings, wanted))
-        cosine = (F.normalize(own) * F.normalize(wanted)).sum(dim=1)
+            target = self.backbone(images)
+        # an image that could not be decoded may give NaN: masked before the cosine, so that its gradient is 0 and not NaN
+        own, target = (torch.where(valid.unsqueeze(1), each.float(), 0.0) for each in (embeddings, target))
+        cosine = (F.normalize(own) * F.normalize(target)).sum(dim=1)
         return torch.where(valid, 1 - cosine, 0.0).mean()
 
     def state(self) -> State:
@@ -93,6 +98,6 @@ class Distillation:
         """Raises UserError where the checkpoint was distilled from another teacher."""
         if bytes(reader.replicated(_FINGERPRINT).tolist()) != self.teacher.fingerprint:
             raise UserError(
-                f"method.distill.teacher: {self.path} is another network than the one this run was begun with (its weights' fingerprint differs); "
-                "name that one, or begin anew with another name=... and init_from"
+                f"method.distill.teacher: {self.path} has other weights than the teacher this run began with; "
+                "give that teacher, or start a new run (name=..., init_from)"
             )

@@ -1,11 +1,14 @@
-"""Fine-tuning pretrained backbones with CosFace, as LAFS does (CVPR 2024, section 3.5 and supplement 8.2).
+"""Fine-tuning of a pretrained backbone with CosFace, as LAFS does it (CVPR 2024, section 3.5 and supplement 8.2).
 
-The backbone's weights come from the recipe's `init_from`; layer-wise decay, rates and schedule are the recipe's. What the landmark CNN of a Part
-fViT does is the paper's options: (a) `fixed`; (b) `trained` with the rest; (c) `anchored`: trained, plus
-beta * mean ||r_hat - r||_2 that holds its points r_hat near those of a frozen copy, r.
+The weights come from the recipe's `init_from`. For the landmark CNN of a Part fViT there are the paper's options:
 
-Our reading of equation 7: the mean over the images and landmarks of the distance of a point to its frozen one, in pixels (the released code: the
-mean squared distance in shares of the picture, with a weight that falls over the epochs); the frozen copy is the landmark CNN fine-tuning starts from.
+- (a) `fixed`: not trained;
+- (b) `trained`: with the rest;
+- (c) `anchored`: trained, with + beta * mean ||r_hat - r||_2, which keeps its points r_hat near those of a frozen copy, r.
+
+Our reading of equation 7: the mean, over images and landmarks, of the distance in pixels; and the frozen copy is the
+landmark CNN that fine-tuning starts from. The released code has the mean squared distance in shares of the image, with a
+weight that falls over the epochs.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from lvtrain.recipe.sections import Recipe
 
 
 class WithLandmarks(nn.Module):
-    """`[B, 3, H, W]` -> (embeddings, landmarks): what the anchored option needs of one forward."""
+    """`[B, 3, H, W]` -> embeddings `[B, d]` and landmarks `[B, N, 2]`, which the anchored option needs both."""
 
     def __init__(self, backbone: PartFViT) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class WithLandmarks(nn.Module):
 
 
 class FinetuneSection(SupervisedSection):
-    """What becomes of the landmark CNN of a Part fViT."""
+    """What happens to the landmark CNN of a Part fViT."""
 
     landmarks: Literal["fixed", "trained", "anchored"] = Field("trained", description="the paper's options a, b, c")
     beta: float = Field(
@@ -79,7 +82,7 @@ class FinetuneMethod(SupervisedMethod):
         if self.settings.landmarks == "anchored":
             self.module = WithLandmarks(self.backbone)
             self.anchor = copy.deepcopy(self.backbone).eval().requires_grad_(False)
-            self.anchor.transformer = nn.Identity()  # type: ignore[assignment]  # only its landmark CNN is asked
+            self.anchor.transformer = nn.Identity()  # only its landmark CNN is used
 
     def after_initial_weights(self) -> None:
         """The anchor is the landmark CNN fine-tuning starts from."""

@@ -1,15 +1,24 @@
-"""LAFS: landmark-based self-supervised pretraining (CVPR 2024, arXiv 2403.08161), DINO over landmarks instead of crops.
+"""LAFS: landmark-based self-supervised pretraining (CVPR 2024, arXiv 2403.08161): DINO over landmarks instead of crops.
 
-A frozen landmark CNN, taken from a supervised Part fViT, places R = 196 patches. The teacher sees all of them, the student `landmarks` (36)
-drawn ones; the loss is DINO's (equation 5). Two augmentations act on landmarks (section 3.3): coordinates are perturbed, r <- r + alpha u,
-u ~ N(0, 1), alpha = 2 pixels (equation 6), and their order is shuffled. The landmark CNN looks at each view's twin, which saw the same flip and
-crop but no colour (supplement 8.1.3).
+A frozen landmark CNN, from a supervised Part fViT, places R = 196 patches. The teacher sees all of them, the student
+`landmarks` (36) of them; the loss is DINO's (equation 5). Two augmentations act on landmarks (section 3.3):
 
-Our readings: every student view is a subset, those of the global crops too (section 3.2, supplement 8.1.3; the released code gives the student
-those two whole). The 36 are different ones (the released code draws with replacement and gives them the first 36 positions). Shuffling hands
-landmark pi(k) to position k, the position embeddings staying in place; without it a landmark keeps its own position, in a subset too. Teacher
-landmarks are augmented like the student's (algorithm 1, line 7). Draws are a function of (seed, step, sample, view), so they do not depend on the
-number of ranks.
+- perturbation: r <- r + alpha u, u ~ N(0, 1), alpha = 2 pixels (equation 6);
+- shuffling their order.
+
+The landmark CNN looks at a twin of each view, which had the same flip and crop, but no colour augmentation (supplement
+8.1.3).
+
+Our readings:
+
+- Every view of the student is a subset, those of the global crops too (section 3.2, supplement 8.1.3). The released code
+  gives the student those two whole.
+- The 36 landmarks are distinct. The released code draws with replacement, and gives them the first 36 positions.
+- Shuffling gives landmark pi(k) to position k; position embeddings stay in place. Without it a landmark keeps its own
+  position, in a subset too.
+- The teacher's landmarks are augmented like the student's (algorithm 1, line 7).
+
+Every draw is a function of (seed, step, sample, view), so it does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -31,13 +40,12 @@ from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Recipe
 from lvtrain.weights.runs import read_initial, shapes_of
 
-View = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor
-]  # images [B, 3, H, W], landmarks [B, N, 2] pixels, positions [B, N]
+# images [B, 3, H, W], landmarks [B, N, 2] in pixels, positions [B, N]
+View = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class LafsSection(DinoSection):
-    """DINO on landmarks: the teacher sees all of them, the student a subset."""
+    """The teacher sees all landmarks, the student a subset."""
 
     landmarks: int = Field(36, gt=0, description="landmarks the student sees")
     shuffle: bool = True
@@ -162,9 +170,19 @@ def landmark_view(
     step: int,
     sample_ids: torch.Tensor,
 ) -> View:
-    """`count` of the `[B, N, 2]` landmarks of each sample, perturbed, and the position `[B, count]` each is given.
+    """Some landmarks of each image, perturbed, and the position of each.
 
-    With `count = N`, `perturbation = 0` and `shuffle` off these are the landmarks themselves, in place.
+    Args:
+        images: `[B, 3, H, W]`, returned as they are.
+        landmarks: `[B, N, 2]`, (x, y) in pixels.
+        count: landmarks to draw, at most N.
+        shuffle: whether their order changes.
+        perturbation: alpha, pixels.
+        seed, purpose, step, sample_ids: the draw is a function of these; sample_ids int64 `[B]`.
+
+    Returns:
+        Images, landmarks `[B, count, 2]` and positions int64 `[B, count]`. With `count = N`, no shuffle and no
+        perturbation, the landmarks themselves.
     """
     number = landmarks.shape[1]
     slot = torch.arange(number, device=landmarks.device)[None]
