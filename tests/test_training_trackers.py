@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,79 @@ def test_a_tracker_whose_package_is_missing_is_refused() -> None:
 def test_an_unknown_tracker_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"logging\.trackers\.0.*'tensorboard'"):
         resolve(TINY | {"data": {"path": "x"}, "logging": {"trackers": ["tensorbord"]}})
+
+
+def track_two_starts(name: str, folder: Path, **settings: Any) -> None:
+    """Steps 1 to 3, then a second start with steps 4 and 5, each ending with an evaluation."""
+    tracker = TRACKERS.get(name)
+    run = TrackedRun(folder, "a1b2c3d4e5f60718", {"name": "tiny", "optimizer": {"lr": 1e-3}})
+    for steps in ((1, 2, 3), (4, 5)):
+        opened = tracker(tracker.section(name=name, **settings), run)
+        opened.begin(steps[0] - 1)
+        for step in steps:
+            opened.metrics({"step": step, "phase": "one", "loss": step / 2, "cos2": None})
+        opened.event({"event": "evaluation", "step": steps[-1], "figures": {"lfw": steps[-1] / 10}})
+        opened.close()
+
+
+def leveldb_records(data: bytes, first: int) -> Iterator[bytes]:
+    """Records of a LevelDB log, which a `.wandb` file is after its header of `first` bytes (blocks of 32 KiB)."""
+    at, whole = 0, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - (at + first) % 32768) < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield whole
+            whole = b""
+
+
+def test_wandb_offline_holds_the_rows_and_the_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    track_two_starts("wandb", tmp_path, mode="offline")
+    rows: list[dict[str, Any]] = []
+    ids, config = set(), {}
+    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+        for data in leveldb_records(path.read_bytes()[7:], first=7):
+            record = Record.FromString(data)
+            kind = record.WhichOneof("record_type")
+            if kind == "history":
+                items = record.history.item
+                rows.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+            elif kind == "run":
+                ids.add(record.run.run_id)
+                config |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
+    assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == [
+        (s, s / 2) for s in range(1, 6)
+    ]
+    assert [(row["step"], row["evaluation/lfw"]) for row in rows if "evaluation/lfw" in row] == [(3, 0.3), (5, 0.5)]
+    assert ids == {"a1b2c3d4e5f60718"} and config["optimizer"] == {"lr": 1e-3}
+
+
+def test_mlflow_holds_the_rows_of_both_starts_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder: the package's server needs a database
+    uri = f"file:{tmp_path}/store"
+    track_two_starts("mlflow", tmp_path, uri=uri)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("lvtrain")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted((m.step, m.value) for m in history) == [(step, step / 2) for step in range(1, 6)]
+    assert run.data.metrics["evaluation/lfw"] == 0.5
+
+
+def test_trackio_holds_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackio = pytest.importorskip("trackio", reason="trackio needs an older Pillow than lvtrain's pinned one")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    track_two_starts("trackio", tmp_path)
+    (run,) = trackio.Api().runs("lvtrain")
+    assert run.name == "tiny-a1b2c3d4"

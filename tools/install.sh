@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-what=".[tools,align,test]" pins=(--constraint constraints.txt)
+what=".[tools,align,trackers,test]" pins=(--constraint constraints.txt)
 for option in "$@"; do
     case $option in
         --train) what="." ;;

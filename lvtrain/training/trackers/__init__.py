@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from lvtrain.recipe.trackers import TRACKERS, TrackerSection
 
-__all__ = ["TRACKERS", "TrackedRun", "Tracker", "TrackerSection"]
+__all__ = ["TRACKERS", "TrackedRun", "Tracker", "TrackerSection", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,12 @@ class Tracker(ABC):
         """One row of `metrics.jsonl`: has `step`; values are numbers, strings or None."""
 
     def event(self, row: dict[str, Any]) -> None:
-        """One row of `events.jsonl`: has `event`. An "evaluation" has `step` and `accuracy`, a number per benchmark."""
+        """One row of `events.jsonl`: has `event`. An "evaluation" has `step` and `figures`, a number per benchmark."""
 
     def close(self) -> None:
         """Called once, at the end of the start."""
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row of metrics, without `step` and `time`."""
+    return {n: v for n, v in row.items() if isinstance(v, (int, float)) and n not in ("time", "step")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSection
+from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSection, numbers
 
 
 @TRACKERS.register("tensorboard")
@@ -24,9 +24,8 @@ class TensorBoard(Tracker):
         self._writer = SummaryWriter(str(self.run.folder / "tensorboard"), flush_secs=30, purge_step=step + 1)
 
     def metrics(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name not in ("time", "step"):
-                self._writer.add_scalar(f"train/{name}", value, row["step"])
+        for name, value in numbers(row).items():
+            self._writer.add_scalar(f"train/{name}", value, row["step"])
 
     def event(self, row: dict[str, Any]) -> None:
         if row["event"] == "evaluation":
