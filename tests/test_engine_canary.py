@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lvtrain.engine.engine import Engine, resolve_ds_config
-from lvtrain.recipe.sections import Optimizer
+from lvtrain.engine.optimizers.adamw import AdamWSection
 from tests.ranks import run_ranks
 
 
@@ -27,7 +27,7 @@ class Two(nn.Module):
 
 def engine(stage: int, precision: str = "bfloat16") -> Engine:
     torch.manual_seed(0)
-    optimizer = Optimizer.model_validate({"precision": precision})
+    optimizer = AdamWSection.model_validate({"precision": precision})
     config = resolve_ds_config({"zero_optimization": {"stage": stage}}, optimizer=optimizer)
     return Engine(
         Two(), ds_config=config, micro_batch=4, accumulation=1, optimizer=optimizer, device=torch.device("cpu")

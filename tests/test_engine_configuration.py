@@ -12,9 +12,10 @@ from torch import nn
 
 from lvtrain.backbones import Backbone, create_backbone
 from lvtrain.engine.ds_config import resolve_ds_config
+from lvtrain.engine.optimizers.adamw import AdamWSection
 from lvtrain.engine.parameter_groups import parameter_groups
 from lvtrain.errors import UserError
-from lvtrain.recipe.sections import Optimizer, Phase
+from lvtrain.recipe.sections import Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASE = Phase(name="one", global_batch=48, micro_batches=6)
@@ -22,7 +23,7 @@ PHASE = Phase(name="one", global_batch=48, micro_batches=6)
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_the_files_of_the_project_resolve(path: Path) -> None:
-    config = resolve_ds_config(path, optimizer=Optimizer(clip=2.0), phases=[PHASE], world_size=2)
+    config = resolve_ds_config(path, optimizer=AdamWSection(clip=2.0), phases=[PHASE], world_size=2)
     assert config["zero_optimization"]["stage"] == int(path.stem[4])
     assert config["gradient_clipping"] == 0.0 and config["timers"]["throughput"]["enabled"] is False
     assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -30,7 +31,7 @@ def test_the_files_of_the_project_resolve(path: Path) -> None:
 
 def test_precision_and_communication_are_the_recipes() -> None:
     def resolve(**optimizer: Any) -> dict[str, Any]:
-        return resolve_ds_config({"zero_optimization": {}}, optimizer=Optimizer(**optimizer))
+        return resolve_ds_config({"zero_optimization": {}}, optimizer=AdamWSection(**optimizer))
 
     assert "lower_precision_safe_modules" not in resolve(gradient_communication="bfloat16")["torch_autocast"]
     assert "torch_autocast" not in resolve(precision="float32")
@@ -58,7 +59,7 @@ def test_precision_and_communication_are_the_recipes() -> None:
 )
 def test_a_disagreement_is_refused(says: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        resolve_ds_config(says, optimizer=Optimizer(), phases=[PHASE], world_size=2)
+        resolve_ds_config(says, optimizer=AdamWSection(), phases=[PHASE], world_size=2)
 
 
 def test_agreement_and_auto_are_accepted(tmp_path: Path) -> None:
@@ -74,14 +75,14 @@ def test_agreement_and_auto_are_accepted(tmp_path: Path) -> None:
             }
         )
     )
-    config = resolve_ds_config(path, optimizer=Optimizer(), phases=[PHASE], world_size=2)
+    config = resolve_ds_config(path, optimizer=AdamWSection(), phases=[PHASE], world_size=2)
     assert not config.keys() & {"train_batch_size", "gradient_accumulation_steps", "bf16"}
     assert config["zero_optimization"]["stage"] == 1
     path.write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
-        resolve_ds_config(path, optimizer=Optimizer())
+        resolve_ds_config(path, optimizer=AdamWSection())
     with pytest.raises(UserError, match="does not exist; ds_configs has"):
-        resolve_ds_config(tmp_path / "none.json", optimizer=Optimizer())
+        resolve_ds_config(tmp_path / "none.json", optimizer=AdamWSection())
 
 
 class Tiny(Backbone):
@@ -97,16 +98,16 @@ class Tiny(Backbone):
 
 
 def test_decay_is_by_name() -> None:
-    decay, rest = parameter_groups(Tiny(), Optimizer(weight_decay=0.3))
+    decay, rest = parameter_groups(Tiny(), AdamWSection(weight_decay=0.3))
     assert decay.parameters == ("patch_embed.weight", "blocks.0.weight", "blocks.1.weight", "head.weight")
     assert decay.decayed and not rest.decayed
     assert {"pos_embed", "mask_token", "norm.weight", "norm.bias", "blocks.0.bias"} <= set(rest.parameters)
-    (everything,) = parameter_groups(Tiny(), Optimizer(weight_decay=0.3, decay_norms=True))
+    (everything,) = parameter_groups(Tiny(), AdamWSection(weight_decay=0.3, decay_norms=True))
     assert len(everything.parameters) == 11 and everything.decayed
 
 
 def test_layer_decay_scales_with_depth() -> None:
-    groups = parameter_groups(Tiny(), Optimizer(layer_decay=0.5))
+    groups = parameter_groups(Tiny(), AdamWSection(layer_decay=0.5))
     scales = {name: group.lr_scale for group in groups for name in group.parameters}
     assert {scales[name] for name in ("patch_embed.weight", "patch_embed.bias", "pos_embed", "mask_token")} == {0.125}
     assert (scales["blocks.0.weight"], scales["blocks.1.bias"]) == (0.25, 0.5)
@@ -117,7 +118,7 @@ def test_layer_decay_of_part_fvit() -> None:
     """The powers of LAFS's released code: 12 blocks, the landmark CNN before them; wrapped as the anchored option wraps it."""
     with torch.device("meta"):
         backbone = nn.ModuleDict({"backbone": create_backbone("part_fvit_tiny", embedding_dim=512)})
-    groups = parameter_groups(backbone, Optimizer(layer_decay=0.58))
+    groups = parameter_groups(backbone, AdamWSection(layer_decay=0.58))
     scales = {name.removeprefix("backbone."): group.lr_scale for group in groups for name in group.parameters}
     first = {"cls_token", "pos_embedding"}
     for name, scale in scales.items():
@@ -134,7 +135,9 @@ def test_layer_decay_of_part_fvit() -> None:
 def test_layer_decay_counts_the_blocks_of_a_cnn_through_its_stages() -> None:
     with torch.device("meta"):
         backbone = create_backbone("iresnet18")
-    scales = {name: g.lr_scale for g in parameter_groups(backbone, Optimizer(layer_decay=0.5)) for name in g.parameters}
+    scales = {
+        name: g.lr_scale for g in parameter_groups(backbone, AdamWSection(layer_decay=0.5)) for name in g.parameters
+    }
     expected = {
         "conv1.weight": 9,
         "layer1.0.conv1.weight": 8,
@@ -146,7 +149,7 @@ def test_layer_decay_counts_the_blocks_of_a_cnn_through_its_stages() -> None:
 
 
 def test_layer_decay_sees_blocks_of_a_wrapped_backbone() -> None:
-    groups = parameter_groups(nn.ModuleDict({"backbone": Tiny()}), Optimizer(layer_decay=0.5))
+    groups = parameter_groups(nn.ModuleDict({"backbone": Tiny()}), AdamWSection(layer_decay=0.5))
     scales = {name: group.lr_scale for group in groups for name in group.parameters}
     assert scales["backbone.blocks.0.weight"] == 0.25 and scales["backbone.pos_embed"] == 0.125
 
@@ -154,4 +157,4 @@ def test_layer_decay_sees_blocks_of_a_wrapped_backbone() -> None:
 def test_nothing_trainable_is_an_error() -> None:
     module = Tiny().requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter"):
-        parameter_groups(module, Optimizer())
+        parameter_groups(module, AdamWSection())

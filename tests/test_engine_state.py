@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lvtrain.engine.engine import Engine, resolve_ds_config
+from lvtrain.engine.optimizers.adamw import AdamWSection
 from lvtrain.engine.precision import at_precision
-from lvtrain.recipe.sections import Optimizer
 from tests.ranks import run_ranks
 
 MICRO = 6  # samples a micro-batch; V = 6 of them a step, so 1, 2, 3 and 6 ranks are possible
@@ -51,7 +51,7 @@ def build(
     stage: int, world_size: int, precision: str = "float32", zero: dict[str, Any] | None = None, **changes: Any
 ) -> Engine:
     torch.manual_seed(0)
-    optimizer = Optimizer.model_validate({"lr": 1e-2, "clip": 1.0, "precision": precision} | changes)
+    optimizer = AdamWSection.model_validate({"lr": 1e-2, "clip": 1.0, "precision": precision} | changes)
     config = resolve_ds_config({"zero_optimization": {"stage": stage} | (zero or {})}, optimizer=optimizer)
     return Engine(
         Net(),

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from lvtrain.engine.optimizers.adamw import AdamWSection
 from lvtrain.errors import UserError
 from lvtrain.recipe.base import Duration
-from lvtrain.recipe.sections import Optimizer, Phase, PhaseEnd, Schedule
+from lvtrain.recipe.sections import Phase, PhaseEnd, Schedule
 from lvtrain.training.schedule import (
     CosineStage,
     Position,
@@ -55,13 +56,15 @@ def test_warmup_equals_torchs_linear_warmup() -> None:
 
 def test_weight_decay_rises_as_dinos() -> None:
     """The table DINO's training reads at every iteration: final + (base - final) (1 + cos(pi i / n)) / 2."""
-    optimizer = Optimizer(weight_decay=0.04, weight_decay_end=0.4)
+    optimizer = AdamWSection(weight_decay=0.04, weight_decay_end=0.4)
     table = 0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * np.arange(80) / 80))
     assert [optimizer.weight_decay_at(step * 16 / 1280) for step in range(80)] == pytest.approx(
         table.tolist(), rel=1e-12
     )
     assert optimizer.weight_decay_at(1.0) == 0.4
-    assert {Optimizer(weight_decay=0.3).weight_decay_at(step / 7) for step in range(8)} == {0.3}, "constant to the bit"
+    assert {AdamWSection(weight_decay=0.3).weight_decay_at(step / 7) for step in range(8)} == {0.3}, (
+        "constant to the bit"
+    )
 
 
 def test_steps_are_refused_where_batches_differ() -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lvtrain.errors import UserError
-from lvtrain.recipe.sections import Optimizer, Phase
+from lvtrain.recipe.optimizer import Optimizer
+from lvtrain.recipe.sections import Phase
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _NOT_HERE = {

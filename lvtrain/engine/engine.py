@@ -28,7 +28,7 @@ from lvtrain.engine.batch_statistics import BatchStatistics
 from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.engine.parameter_groups import parameter_groups
 from lvtrain.errors import UserError
-from lvtrain.recipe.sections import Optimizer
+from lvtrain.recipe.optimizer import OPTIMIZERS, Optimizer
 
 __all__ = ["Engine", "StateReader", "resolve_ds_config"]
 
@@ -85,32 +85,35 @@ class Engine:
             for parameter in parameters.values():
                 if parameter.requires_grad:
                     parameter.register_hook(lambda gradient: gradient / accumulation)
-        self._adam: Any = torch.optim.AdamW(
-            [
-                {
-                    "params": [parameters[name] for name in group.parameters],
-                    "weight_decay": optimizer.weight_decay if group.decayed else 0.0,
-                    "decayed": group.decayed,
-                    "name": group.name,
-                    "lr_scale": group.lr_scale,
-                }
-                for group in self.groups
-            ],
-            lr=0.0,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            fused=True,
-        )
+        kind = OPTIMIZERS.get(optimizer.name)
+        self._state_names, self._step_name = kind.state_names(optimizer), kind.step_name
+        groups = [
+            {
+                "params": [parameters[name] for name in group.parameters],
+                "weight_decay": optimizer.weight_decay if group.decayed else 0.0,
+                "decayed": group.decayed,
+                "name": group.name,
+                "lr_scale": group.lr_scale,
+            }
+            for group in self.groups
+        ]
+        self._optimizer: Any = kind.create(groups, optimizer)
+        # DeepSpeed warns of every optimizer that it does not know; the tests of the engine cover ours
+        config["zero_allow_untested_optimizer"] = True
+        deepspeed_logger.setLevel(logging.ERROR)
         try:
             self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=self._adam, config=config, dist_init_required=False
+                model=module, optimizer=self._optimizer, config=config, dist_init_required=False
             )
         except ValidationError as error:  # only DeepSpeed knows all its own settings
             told = error.errors()[0]
             raise UserError(
                 f"the DeepSpeed JSON: {'.'.join(map(str, told['loc']))}: {told['msg']}; correct or remove it"
             ) from error
-        self._state = zero_state.create(self._engine, self.stage)
+        finally:
+            deepspeed_logger.setLevel(logging.WARNING)
+        self._state = zero_state.create(self._engine, self.stage, self._state_names, counts_steps=bool(self._step_name))
+        self._state.prepare_state(0.0)  # at once: a first step that is skipped must not leave what was never written
         self._check()
 
     # ------------------------------------------------------------------------------------------------------------- training
@@ -155,11 +158,11 @@ class Engine:
         norm = self._state.gradient_norm().to(self.device, torch.float32)
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         self._verdict.send(finite)
-        place = self._state.adam_device()
+        place = self._state.optimizer_device()
         # torch's fused optimizers divide gradients by `grad_scale`, and change nothing, their step count included, where `found_inf` is 1
-        self._adam.found_inf = (~finite).to(place, torch.float32)
+        self._optimizer.found_inf = (~finite).to(place, torch.float32)
         if self._clip:
-            self._adam.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0).to(place)
+            self._optimizer.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0).to(place)
         self._engine.step()
         self._micro = 0
         self._skipped = not self._verdict.receive()
@@ -214,8 +217,8 @@ class Engine:
     def export_state(self, keep: Callable[[int], bool] = lambda position: True) -> State:
         """The backbone's whole state by parameter name, on the host, a copy. A collective.
 
-        `backbone.param.NAME`, `backbone.buffer.NAME`, `backbone.exp_avg.NAME`, `backbone.exp_avg_sq.NAME` (trained parameters only) and
-        `backbone.adam_step`, a float32 scalar. Of the tensors, numbered in this order, the rank keeps those `keep` says; the others come back
+        `backbone.param.NAME`, `backbone.buffer.NAME`, of trained parameters the optimizer's `backbone.KEY.NAME` (such as `exp_avg`), and
+        its step count (`backbone.adam_step`), a float32 scalar. Of the tensors, numbered in this order, the rank keeps those `keep` says; the others come back
         empty, of dtype and shape only (on the meta device), so that a rank holds no more on the host than it writes.
         """
         if self._micro:
@@ -229,11 +232,12 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             add(f"param.{name}", self._state.weight(parameter))
             if parameter.requires_grad:
-                for moment in zero_state.MOMENTS:
-                    add(f"{moment}.{name}", self._state.moment(parameter, moment))
+                for key in self._state_names:
+                    add(f"{key}.{name}", self._state.moment(parameter, key))
         for name, buffer in self._persistent_buffers():
             add(f"buffer.{name}", buffer)
-        add("adam_step", torch.tensor(float(self._state.adam_step())))
+        if self._step_name:
+            add(self._step_name, torch.tensor(float(self._state.step_count())))
         return state
 
     def import_state(self, reader: StateReader) -> None:
@@ -242,16 +246,13 @@ class Engine:
         Raises:
             UserError: a tensor is missing, or its shape or dtype differs.
         """
-        step = float(reader.replicated(PREFIX + "adam_step"))
-        self._state.prepare_moments(step)
+        self._state.prepare_state(float(reader.replicated(PREFIX + self._step_name)) if self._step_name else 0.0)
         for name, parameter in self.module.named_parameters():
             shape = zero_state.full_shape(parameter)
             self._state.set_weight(parameter, _checked(reader, f"param.{name}", shape, torch.float32))
             if parameter.requires_grad:
-                for moment in zero_state.MOMENTS:
-                    self._state.set_moment(
-                        parameter, moment, _checked(reader, f"{moment}.{name}", shape, torch.float32)
-                    )
+                for key in self._state_names:
+                    self._state.set_moment(parameter, key, _checked(reader, f"{key}.{name}", shape, torch.float32))
         for name, buffer in self._persistent_buffers():
             buffer.copy_(_checked(reader, f"buffer.{name}", buffer.shape, buffer.dtype))
         self._state.finish_import()
@@ -260,15 +261,11 @@ class Engine:
 
     def state_names(self) -> set[str]:
         """The names `export_state` gives, without communication."""
-        names = (
-            {f"param.{name}" for name in self._names}
-            | {"adam_step"}
-            | {f"buffer.{name}" for name, _ in self._persistent_buffers()}
-        )
+        names = {f"param.{name}" for name in self._names}
+        names |= {f"buffer.{name}" for name, _ in self._persistent_buffers()}
+        names |= {self._step_name} if self._step_name else set()
         trained = {name for group in self.groups for name in group.parameters}
-        return {
-            PREFIX + name for name in names | {f"{moment}.{name}" for moment in zero_state.MOMENTS for name in trained}
-        }
+        return {PREFIX + name for name in names | {f"{key}.{name}" for key in self._state_names for name in trained}}
 
     def _persistent_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         for prefix, module in self.module.named_modules():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lvtrain.backbones import Backbone
-from lvtrain.recipe.sections import Optimizer
+from lvtrain.recipe.optimizer import Optimizer
 
 
 @dataclass(frozen=True)

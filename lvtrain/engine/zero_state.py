@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps a parameter's weight and Adam moments under each ZeRO stage, read and written whole and bit for bit.
+"""Where DeepSpeed keeps a parameter's weight and optimizer state under each ZeRO stage, read and written whole and bit for bit.
 
 DeepSpeed's own accessors are not used: its universal checkpoint loses buffers and frozen parameters and shares one Adam step between groups,
 `safe_get_full_optimizer_state` fails on the second group under ZeRO-1/2, and `safe_set_full_optimizer_state` on odd sizes under ZeRO-3.
@@ -15,28 +15,28 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """The parameter's own shape, also when ZeRO-3 has put an empty tensor in its place."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def create(engine: Any, stage: int) -> ZeroState:
+def create(engine: Any, stage: int, state_names: Sequence[str], *, counts_steps: bool) -> ZeroState:
+    """The state of `engine`'s optimizer, which keeps the tensors `state_names` of every weight, and a `step` if it counts."""
     kinds: dict[int, type[ZeroState]] = {0: Unsharded, 1: FlatPartitions, 2: FlatPartitions, 3: ShardedParameters}
-    return kinds[stage](engine)
+    return kinds[stage](engine, state_names, counts_steps=counts_steps)
 
 
 class ZeroState(ABC):
-    """Common to all stages: AdamW's state hangs on one or more tensors (`_owners`), each with its own step."""
+    """Common to all stages: the optimizer's state hangs on one or more tensors (`_owners`), each with its own step."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, state_names: Sequence[str], *, counts_steps: bool) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
+        self.state_names, self.counts_steps = tuple(state_names), counts_steps
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.size = dist.get_world_size() if dist.is_initialized() else 1
 
-    def _adam(self) -> torch.optim.Optimizer:
+    def _inner(self) -> torch.optim.Optimizer:
         return self.engine.basic_optimizer
 
     @abstractmethod
@@ -66,39 +66,41 @@ class ZeroState(ABC):
     def finish_import(self) -> None:
         """What a stage must do after all moments have been set."""
 
-    def adam_device(self) -> torch.device:
-        """Where AdamW works: the host under `offload_optimizer`."""
+    def optimizer_device(self) -> torch.device:
+        """Where the optimizer works: the host under `offload_optimizer`."""
         return self._owners()[0].device
 
-    def adam_step(self) -> int:
-        steps = {int(state["step"]) for owner in self._owners() if (state := self._adam().state.get(owner))}
+    def step_count(self) -> int:
+        steps = {int(state["step"]) for owner in self._owners() if (state := self._inner().state.get(owner))}
         if len(steps) > 1:
-            raise RuntimeError(f"the parameter groups' Adam steps differ: {sorted(steps)}")
+            raise RuntimeError(f"the parameter groups' optimizer steps differ: {sorted(steps)}")
         return steps.pop() if steps else 0
 
     def check_steps(self) -> None:
         """One step tensor for each owner, none shared: a shared one advances once for each group."""
-        steps = [id(state["step"]) for owner in self._owners() if (state := self._adam().state.get(owner))]
+        if not self.counts_steps:
+            return
+        steps = [id(state["step"]) for owner in self._owners() if (state := self._inner().state.get(owner))]
         if len(set(steps)) != len(steps):
-            raise RuntimeError("Adam's step tensor is shared between parameter groups")
+            raise RuntimeError("the optimizer's step tensor is shared between parameter groups")
 
-    def prepare_moments(self, step: float) -> None:
-        """Makes AdamW's state as it would itself, with a step of its own for each owner."""
+    def prepare_state(self, step: float) -> None:
+        """Makes the optimizer's state as it would itself: zeros, and a step of its own for each owner."""
         for owner in self._owners():
-            self._adam().state[owner] = {
-                "step": torch.tensor(step, dtype=torch.float32, device=owner.device),
-                **{key: torch.zeros_like(owner, requires_grad=False) for key in MOMENTS},
-            }
+            state = {key: torch.zeros_like(owner, requires_grad=False) for key in self.state_names}
+            if self.counts_steps:
+                state["step"] = torch.tensor(step, dtype=torch.float32, device=owner.device)
+            self._inner().state[owner] = state
 
 
 class Unsharded(ZeroState):
-    """Stage 0: plain AdamW on the module's own parameters."""
+    """Stage 0: the plain optimizer on the module's own parameters."""
 
     def _owners(self) -> Sequence[torch.Tensor]:
-        return [parameter for group in self._adam().param_groups for parameter in group["params"]]
+        return [parameter for group in self._inner().param_groups for parameter in group["params"]]
 
     def group_members(self) -> list[list[torch.nn.Parameter]]:
-        return [group["params"] for group in self._adam().param_groups]
+        return [group["params"] for group in self._inner().param_groups]
 
     def weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         return parameter.detach()
@@ -107,11 +109,11 @@ class Unsharded(ZeroState):
         parameter.data.copy_(whole)
 
     def moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-        state = self._adam().state.get(parameter)
+        state = self._inner().state.get(parameter)
         return state[key] if state else torch.zeros_like(parameter)
 
     def set_moment(self, parameter: torch.nn.Parameter, key: str, whole: torch.Tensor) -> None:
-        self._adam().state[parameter][key].copy_(whole)
+        self._inner().state[parameter][key].copy_(whole)
 
     def gradient_norm(self) -> torch.Tensor:
         gradients = [parameter.grad for parameter in self._owners() if parameter.grad is not None]
@@ -141,7 +143,7 @@ class FlatPartitions(ZeroState):
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             return None
-        state = self._adam().state.get(self._owners()[mapping.param_group_index])
+        state = self._inner().state.get(self._owners()[mapping.param_group_index])
         if not state:
             return None
         address = mapping.hp_fragment_address
@@ -185,7 +187,7 @@ class ShardedParameters(ZeroState):
         return self.optimizer.fp32_partitioned_groups_flat
 
     def group_members(self) -> list[list[torch.nn.Parameter]]:
-        members: list[list[torch.nn.Parameter]] = [[] for _ in self._adam().param_groups]
+        members: list[list[torch.nn.Parameter]] = [[] for _ in self._inner().param_groups]
         for sub_group, parameters in enumerate(self.optimizer.fp16_groups):
             members[self.optimizer.sub_group_to_group_id[sub_group]] += parameters
         return members
@@ -222,14 +224,14 @@ class ShardedParameters(ZeroState):
 
     def moment(self, parameter: Any, key: str) -> torch.Tensor:
         group, offset, numel = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        state = self._adam().state.get(self._owners()[group])
+        state = self._inner().state.get(self._owners()[group])
         piece = state[key].narrow(0, offset, numel) if state else torch.zeros(numel, dtype=torch.float32)
         return self._gather(parameter, piece)
 
     def set_moment(self, parameter: Any, key: str, whole: torch.Tensor) -> None:
         group, offset, numel = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         piece = self._piece(parameter, whole)
-        self._adam().state[self._owners()[group]][key].narrow(0, offset, numel)[: len(piece)].copy_(piece)
+        self._inner().state[self._owners()[group]][key].narrow(0, offset, numel)[: len(piece)].copy_(piece)
 
     def gradient_norm(self) -> torch.Tensor:
         return combine_grad_norm_groups(self.optimizer._get_norm_groups())

@@ -36,8 +36,8 @@ def create_classifier(recipe: Recipe, *, num_classes: int, device: torch.device,
         "optimizer": {
             "name": rows.name,
             "mode": rows.mode,
-            "betas": backbone.betas,
-            "eps": backbone.eps,
+            "betas": getattr(backbone, "betas", (0.9, 0.999)),  # a backbone under SGD has none
+            "eps": getattr(backbone, "eps", 1e-8),
             "momentum": rows.momentum,
             "moments": rows.moments,
             "kernel": rows.kernel,

@@ -6,13 +6,13 @@ recipes, and `REFERENCE.md` is generated from these fields (`python tools/recipe
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from lvtrain.recipe.base import REQUIRED, Duration, NamedSection, Section, in_steps_or_epochs, setting
+from lvtrain.recipe.optimizer import AnyOptimizer
 from lvtrain.recipe.registry import METHODS, named_section
 from lvtrain.recipe.trackers import AnyTracker, TrackerSection
 
@@ -192,45 +192,6 @@ class Phase(Section):
         return self
 
 
-class Optimizer(Section):
-    """AdamW of the backbone."""
-
-    lr: float = setting(1e-3, "peak learning rate of the backbone", resume="reported", gt=0)
-    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's decay of its two moments", because=LOSS)
-    eps: float = setting(1e-8, "AdamW's epsilon", because=LOSS)
-    weight_decay: float = setting(0.1, "decoupled weight decay", because=LOSS, ge=0)
-    weight_decay_end: float | None = setting(
-        None,
-        "weight decay at the end of schedule.total, reached by a cosine, as in DINO; absent: constant",
-        because=LOSS,
-        ge=0,
-    )
-    decay_norms: bool = setting(
-        False,
-        "weight decay on norms, biases and position embeddings too, as arcface_torch does",
-        because="it decides the optimizer's parameter groups",
-    )
-    layer_decay: float | None = setting(
-        None,
-        "layer-wise learning-rate decay: the factor from a block to the one before it",
-        because="it decides the optimizer's parameter groups",
-        gt=0,
-        le=1,
-    )
-    clip: float = setting(5.0, "largest gradient norm of the backbone", because=LOSS, gt=0)
-    precision: Literal["float32", "bfloat16"] = setting(
-        "bfloat16", "arithmetic of the backbone; its weights are float32 in both", because=LOSS
-    )
-    gradient_communication: Literal["float32", "bfloat16"] = setting(
-        "float32", "type in which gradients are summed over GPUs", because=LOSS
-    )
-
-    def weight_decay_at(self, progress: float) -> float:
-        """Weight decay where a share `progress` in [0, 1] of the schedule is behind: a half cosine (Caron et al., ICCV 2021)."""
-        first, last = self.weight_decay, self.weight_decay_end
-        return first if last is None else last + (first - last) * (1.0 + math.cos(math.pi * progress)) / 2.0
-
-
 class Schedule(Section):
     total: Duration = setting(REQUIRED, "length of the run")
     warmup: Duration = setting(lambda: Duration("0 steps"), "the learning rate rises from 0 over this long")
@@ -305,7 +266,7 @@ class Recipe(Section):
     classifier: Classifier | None = setting(Classifier, "embedding and label to loss; null for self-supervision")
     method: MethodSection = setting(REQUIRED, "what is trained, after which paper; a name, or a section with a name")
     phases: list[Phase] = setting(REQUIRED, "phases of training, in order", min_length=1)
-    optimizer: Optimizer = setting(Optimizer, "optimizer of the backbone")
+    optimizer: AnyOptimizer = setting(dict, "optimizer of the backbone; a name, or a section with a name")
     schedule: Schedule = setting(REQUIRED, "length of the run and learning rate over it", resume="reported")
     checkpoint: Checkpoint = setting(Checkpoint, "when checkpoints are written and kept", resume="free")
     init_from: InitFrom | None = setting(

@@ -20,7 +20,7 @@ from lvtrain.backbones import create_backbone
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.classifier.margins import create_margin
 from lvtrain.distributed import world as worlds
-from lvtrain.recipe.sections import Optimizer
+from lvtrain.engine.optimizers.adamw import AdamWSection
 from tools.benchmarks import backbone as backbone_benchmark
 from tools.benchmarks.measure import Clock, describe, machine_rates, median, peak_memory, profile
 from tools.benchmarks.waits import host_waits
@@ -183,7 +183,7 @@ class _Step:
         self.others = torch.randn(others, self.dim, device=device)
         self.other_labels = torch.randint(self.local_classes, (others,), device=device)
         self.host_labels = torch.randint(self.local_classes, (batch,))
-        optimizer = Optimizer(precision=precision)  # type: ignore[arg-type]
+        optimizer = AdamWSection(precision=precision)  # type: ignore[arg-type]
         config = resolve_ds_config({"zero_optimization": {"stage": stage}}, optimizer=optimizer)
         self.engine = Engine(
             module,

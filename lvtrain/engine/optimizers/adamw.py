@@ -1,0 +1,37 @@
+"""AdamW (Loshchilov and Hutter, ICLR 2019): torch's fused kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lvtrain.engine.optimizers import OPTIMIZERS, BackboneOptimizer
+from lvtrain.recipe.base import setting
+from lvtrain.recipe.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AdamWSection(Optimizer):
+    # Malladi et al., NeurIPS 2022: the square root rule for adaptive optimizers
+    batch_power: ClassVar[float] = 0.5
+
+    name: Literal["adamw"] = setting("adamw", "AdamW", because="the checkpoints hold its state")
+    betas: tuple[float, float] = setting((0.9, 0.999), "decay of the two moments", because="the moments depend on it")
+    eps: float = setting(1e-8, "added to the root of the second moment", because="the run has learned with it", gt=0)
+
+
+@OPTIMIZERS.register("adamw")
+class AdamW(BackboneOptimizer):
+    section = AdamWSection
+    step_name = "adam_step"
+
+    @staticmethod
+    def state_names(section: AdamWSection) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+    @staticmethod
+    def create(groups: list[dict[str, Any]], section: AdamWSection) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.AdamW(groups, lr=0.0, betas=section.betas, eps=section.eps, fused=True)
