@@ -20,7 +20,7 @@ class UserError(Exception):
     """A mistake that the user can fix. Its text is one line: what, where, and how to fix it."""
 
 
-def told(error: Exception, where: object) -> str:
+def error_line(error: Exception, where: object) -> str:
     """One line for a UserError or an OSError. `where` is named when an OSError names no file."""
     return (
         f"{error.filename or where}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
@@ -38,5 +38,5 @@ def one_line_errors(program: str, where: object = "a file", *, debug: bool = Fal
     except (UserError, OSError) as error:
         if debug:
             raise
-        print(f"{program}: error: {told(error, where)}", file=sys.stderr)
+        print(f"{program}: error: {error_line(error, where)}", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None

@@ -23,7 +23,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lvtrain import signals
-from lvtrain.errors import EXIT_DONE, EXIT_ERROR, UserError, told
+from lvtrain.errors import EXIT_DONE, EXIT_ERROR, UserError, error_line
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if options.debug:
             traceback.print_exc()
-        _print_once(f"lvtrain: error: {told(error, 'a file of the run')}")
+        _print_once(f"lvtrain: error: {error_line(error, 'a file of the run')}")
         # a disk that fails may work again: a chain of jobs repeats code 1, as after a crash, and stops at EXIT_ERROR
         return EXIT_ERROR if isinstance(error, UserError) else 1
     finally:

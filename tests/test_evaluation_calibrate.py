@@ -83,7 +83,7 @@ def test_people_interval_is_wider_and_holds() -> None:
 
 def test_refusals() -> None:
     embeddings, labels = population(0, people=10)
-    with pytest.raises(UserError, match="from 10 people"):
+    with pytest.raises(UserError, match="from 10 identities"):
         calibrate.from_people(embeddings, labels)
     with pytest.raises(UserError, match="both genuine and impostor"):
         calibrate.from_pairs(np.zeros(10), np.ones(10, bool))

@@ -212,7 +212,7 @@ def test_a_disk_that_is_full_is_one_line_and_tried_again(door: FrontDoor, tiny_f
     arguments = ["--recipe", str(recipe_file(tmp_path, tiny_faces / "train")), "--ds_config", "ds_configs/zero2.json"]
     assert main(arguments) == 1
     assert door.capfd.readouterr().err == "lvtrain: error: a file of the run: No space left on device\n"
-    assert errors.told(OSError(errno.EACCES, "Permission denied", "a.txt"), "b") == "a.txt: Permission denied"
+    assert errors.error_line(OSError(errno.EACCES, "Permission denied", "a.txt"), "b") == "a.txt: Permission denied"
 
 
 def test_unknown_phase(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:

@@ -85,4 +85,4 @@ def test_report_of_a_part_fvit_run(tiny_faces: Path, tmp_path: Path) -> None:
 
     shutil.rmtree(data)
     page = write_report(folder).read_text()
-    assert pictures(page) == [] and "No pictures with faces" in page
+    assert pictures(page) == [] and "No faces are drawn" in page

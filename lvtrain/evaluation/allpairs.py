@@ -75,7 +75,7 @@ def all_pairs(
     sizes = np.bincount(groups)
     positives = int((sizes * (sizes - 1) // 2).sum())
     if positives == 0 or positives == total:
-        raise UserError("all-pairs verification needs people with several images, and several people")
+        raise UserError("all-pairs verification needs identities with several images, and several identities")
     resolved = [target for target in sorted(targets, reverse=True) if target * (total - positives) >= 1]
     share = 1.5 * max(resolved, default=1.0)
     floor = _floor(rows, groups, share, seed) if total > _SMALL and share < 0.5 else -1.0
@@ -122,7 +122,7 @@ def count_pairs(
             scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).tril_(), -2.0)
             pairs = height * (height - 1) // 2
         if groups[first.stop - 1] >= groups[second.start]:
-            # people stand together, so only tiles near the diagonal hold positive pairs
+            # identities stand together, so only tiles near the diagonal hold positive pairs
             same = person[first][:, None] == person[second][None, :]
             same &= scores > -1.5
             positive = scores[same]
@@ -158,7 +158,7 @@ def _figures(counts: Counts, targets: list[float]) -> Iterator[dict[str, float]]
 
 
 def _prepared(embeddings: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-    """Normalised float32 rows and dense labels, people together."""
+    """Normalised float32 rows and dense labels, identities together."""
     labels = np.asarray(labels)
     if embeddings.ndim != 2 or labels.shape != (len(embeddings),):
         raise UserError(

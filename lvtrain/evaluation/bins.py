@@ -29,7 +29,7 @@ def read_bin(path: str | Path, *, strict: bool = True) -> tuple[list[bytes], np.
     A sidecar `<path>.json` as `write_bin` leaves it is checked when it is there: a changed byte is noticed.
 
     Args:
-        strict: also refuse a set that is no multiple of ten pairs, or whose folds hold unequal numbers of positive pairs (a fold is missing, or
+        strict: also refuse a set whose pairs are not a multiple of ten, or whose folds hold unequal numbers of positive pairs (a fold is missing, or
             pairs were shuffled). The published sets are recognised by name and count instead.
 
     Raises:

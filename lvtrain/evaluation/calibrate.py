@@ -1,10 +1,10 @@
-"""Which cosine to accept: the threshold at a wished-for false match rate (FMR), and how sure one can be of it.
+"""The cosine threshold at a false match rate f, with an interval.
 
-The threshold at FMR f is the lowest score at which at most a share f of the impostor pairs is accepted. Its interval is found in one of two ways:
-- `pairs`: order statistics. If n impostor pairs are independent, the number of them above the true threshold is Binomial(n, f), so the scores at its
-  quantiles bound the threshold, whatever the distribution of scores.
-- `people`: a bootstrap over people. Pairs of a labelled set share images and people and are not independent; people are, so people are drawn
-  (with replacement, Poisson weights), a pair weighing the product of its two people's weights. This interval is wider, and honest.
+- From pairs alone (a `.bin` set): the number of impostor scores above the true threshold is Binomial(n, f), so two order
+  statistics of the scores enclose it.
+- From a labelled set: a bootstrap over identities. Pairs share images and identities, so they are not independent;
+  identities are. Identities are drawn with replacement (Poisson weights), and a pair weighs the product of its two
+  identities' weights. This interval is wider.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lvtrain.errors import UserError
 from lvtrain.evaluation.verification import normalise
 
 TARGETS = (1e-3, 1e-4, 1e-5, 1e-6)
-# a labelled set larger than this is cut to whole people: the bootstrap looks at single pairs
+# a labelled set larger than this is cut to whole identities: the bootstrap looks at single pairs
 MAX_IMAGES = 20_000
 
 
@@ -56,35 +56,37 @@ def from_people(
     replicates: int = 400,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Thresholds from all pairs of a labelled set, [N, d] and [N], with an interval from a bootstrap over people.
+    """Thresholds from all pairs of a labelled set, [N, d] and [N], with an interval from a bootstrap over identities.
 
-    Sets above MAX_IMAGES images are cut to a random choice of whole people; the result says how many images were used.
+    Sets above MAX_IMAGES images are cut to a random choice of whole identities; the result says how many images were used.
 
     Raises:
-        UserError: NaN embeddings, fewer than 20 people, no positive pair, too few impostor pairs for any target.
+        UserError: NaN embeddings, fewer than 20 identities, no positive pair, too few impostor pairs for any target.
     """
     generator = np.random.default_rng(seed)
-    _, people = np.unique(labels, return_inverse=True)
-    if people.max() + 1 < 20:
-        raise UserError(f"a threshold's interval cannot be found from {people.max() + 1} people; 20 or more are needed")
-    kept = _whole_people(people, generator)
-    rows, people = normalise(embeddings[kept]).astype(np.float32), people[kept]
-    order = np.argsort(people, kind="stable")
-    rows, people = rows[order], people[order]
-    impostors, genuine, first, second, negatives = _tails(rows, people, 3 * max(targets))
+    _, identities = np.unique(labels, return_inverse=True)
+    if identities.max() + 1 < 20:
+        raise UserError(
+            f"a threshold's interval cannot be found from {identities.max() + 1} identities; 20 or more are needed"
+        )
+    kept = _whole_identities(identities, generator)
+    rows, identities = normalise(embeddings[kept]).astype(np.float32), identities[kept]
+    order = np.argsort(identities, kind="stable")
+    rows, identities = rows[order], identities[order]
+    impostors, genuine, first, second, negatives = _tails(rows, identities, 3 * max(targets))
     _check(negatives, genuine, targets)
-    results = _head(impostors, genuine, targets, "bootstrap over people", confidence)
-    results.update(impostor_pairs=negatives, images=len(rows), people=len(np.unique(people)))
+    results = _head(impostors, genuine, targets, "bootstrap over identities", confidence)
+    results.update(impostor_pairs=negatives, images=len(rows), people=len(np.unique(identities)))
     resolved = _resolved(targets, negatives)
     results["unresolved"] = [f"{target:.0e}" for target in targets if target not in resolved]
     order = np.argsort(-impostors, kind="stable")
     impostors, first, second = impostors[order], first[order], second[order]
-    sizes = np.bincount(people, minlength=people.max() + 1).astype(np.float64)
+    sizes = np.bincount(identities, minlength=identities.max() + 1).astype(np.float64)
     thresholds = np.empty((replicates, len(resolved)))
     for replicate in range(replicates):
         weight = generator.poisson(1.0, len(sizes)).astype(np.float64)
         above = np.cumsum(weight[first] * weight[second])
-        # all impostor pairs of the drawn people: half of (sum of weighted sizes) squared less each person with himself
+        # all impostor pairs of the drawn identities: half of (sum of weighted sizes) squared minus each identity with itself
         all_pairs = ((weight * sizes).sum() ** 2 - ((weight * sizes) ** 2).sum()) / 2
         positions = np.searchsorted(above, np.array(resolved) * all_pairs * (1 + 1e-12), side="right")
         thresholds[replicate] = [_after(impostors, int(position)) for position in positions]
@@ -139,19 +141,19 @@ def _check(impostors: int, genuine: np.ndarray, targets: tuple[float, ...]) -> N
         )
 
 
-def _whole_people(people: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Positions of the images of randomly chosen people, at most MAX_IMAGES."""
-    sizes = np.bincount(people)
+def _whole_identities(identities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Positions of the images of randomly chosen identities, at most MAX_IMAGES."""
+    sizes = np.bincount(identities)
     chosen = generator.permutation(len(sizes))
     chosen = chosen[np.cumsum(sizes[chosen]) <= MAX_IMAGES]
-    return np.flatnonzero(np.isin(people, chosen))
+    return np.flatnonzero(np.isin(identities, chosen))
 
 
 def _tails(
-    rows: np.ndarray, people: np.ndarray, share: float, tile: int = 2048
+    rows: np.ndarray, identities: np.ndarray, share: float, tile: int = 2048
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    """The highest `share` of impostor scores with the people of each, all genuine scores, and the number of impostor pairs."""
-    sizes = np.bincount(people)
+    """The highest `share` of impostor scores with the identities of each, all genuine scores, and the number of impostor pairs."""
+    sizes = np.bincount(identities)
     total = len(rows) * (len(rows) - 1) // 2 - int((sizes * (sizes - 1) // 2).sum())
     wanted = max(1000, int(share * total))
     impostors, genuine = np.empty(0, np.float32), []
@@ -160,11 +162,11 @@ def _tails(
     for start in range(0, len(rows), tile):
         scores = rows[start : start + tile] @ rows[start:].T
         later = np.arange(start, len(rows))[None, :] > np.arange(start, min(start + tile, len(rows)))[:, None]
-        same = people[start : start + tile, None] == people[None, start:]
+        same = identities[start : start + tile, None] == identities[None, start:]
         genuine.append(scores[later & same])
         one, two = np.nonzero(later & ~same & (scores > floor))
         impostors = np.concatenate([impostors, scores[one, two]])
-        ends = np.concatenate([ends, np.stack([people[start + one], people[start + two]], axis=1)])
+        ends = np.concatenate([ends, np.stack([identities[start + one], identities[start + two]], axis=1)])
         if len(impostors) > 2 * wanted:
             best = np.argpartition(-impostors, wanted)[:wanted]
             impostors, ends = impostors[best], ends[best]

@@ -31,7 +31,7 @@ def cluster(
     min_samples: int = 2,
     seed: int = 0,
 ) -> np.ndarray:
-    """Cluster of every embedding, int64 [N]; DBSCAN's unclustered images (noise) each become a cluster of their own.
+    """Cluster of every embedding, int64 [N]; DBSCAN's unclustered images (noise) each become one cluster.
 
     Args:
         clusters: how many, for kmeans (required) and agglomerative (or else `cosine` decides).
@@ -68,23 +68,23 @@ def cluster(
 
 
 def scores(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
-    """Pairwise and BCubed precision, recall and F, and NMI (arithmetic mean), of clusters `found` [N] against people `labels` [N].
+    """Pairwise and BCubed precision, recall and F, and NMI (arithmetic mean), of clusters `found` [N] against identities `labels` [N].
 
-    A clustering without any pair has pairwise precision 1 (nothing it said was wrong), and so has recall without a pair to find.
+    A clustering without any pair has pairwise precision 1 (nothing it predicted was wrong), and so has recall without a pair to find.
     """
     table = contingency_matrix(labels, found, sparse=True).astype(np.int64)
     together = int((table.data.astype(np.int64) ** 2).sum())
-    people = np.asarray(table.sum(axis=1)).ravel()
+    sizes_true = np.asarray(table.sum(axis=1)).ravel()
     sizes = np.asarray(table.sum(axis=0)).ravel()
     count = len(labels)
     right = (together - count) / 2
-    said, true = (int((sizes**2).sum()) - count) / 2, (int((people**2).sum()) - count) / 2
-    precision, recall = (right / said if said else 1.0), (right / true if true else 1.0)
+    predicted, true = (int((sizes**2).sum()) - count) / 2, (int((sizes_true**2).sum()) - count) / 2
+    precision, recall = (right / predicted if predicted else 1.0), (right / true if true else 1.0)
     cells = table.tocoo()
     squares = cells.data.astype(np.float64) ** 2
     b_precision, b_recall = (
         float((squares / sizes[cells.col]).sum() / count),
-        float((squares / people[cells.row]).sum() / count),
+        float((squares / sizes_true[cells.row]).sum() / count),
     )
     return {
         "pairwise_precision": precision,
@@ -100,7 +100,7 @@ def scores(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
 def run(
     embeddings: np.ndarray, labels: np.ndarray, *, cosine: float = 0.4, algorithms: tuple[Algorithm, ...] = ALGORITHMS
 ) -> dict[str, Any]:
-    """Every algorithm's scores; kmeans is told the true number of people, as the literature does, the others the cosine threshold."""
+    """Every algorithm's scores; kmeans gets the true number of identities, as in the literature, the others the cosine threshold."""
     people = len(np.unique(labels))
     results: dict[str, Any] = {"images": len(labels), "people": people, "cosine": cosine}
     for algorithm in algorithms:

@@ -1,8 +1,9 @@
 """Images through a model on all ranks, in order.
 
-Two properties decide the shape of this file. Every rank makes the same number of forward calls, because a ZeRO-3 forward is a collective. And
-image i stands in the same padded batch whatever the number of ranks, so the embeddings are the same to the bit on 1, 2 or 64 of them, if each has
-as many threads (another number of threads may add in another order).
+Two properties decide the shape of this file:
+- Every rank makes the same number of forward calls, because a ZeRO-3 forward is a collective.
+- Image i is in the same padded batch on any number of ranks. So embeddings are the same bits on 1, 2 or 64 ranks, if each has
+  the same number of threads.
 """
 
 from __future__ import annotations
@@ -51,17 +52,17 @@ def decode(image: Any, image_size: int | None, name: str = "an image") -> np.nda
         name = str(image)
     try:
         if isinstance(image, np.ndarray):
-            picture = Image.fromarray(image)
+            opened = Image.fromarray(image)
         elif isinstance(image, Image.Image):
-            picture = image
+            opened = image
         else:
-            picture = open_image(image)
+            opened = open_image(image)
     except (ImageError, OSError) as error:
         raise UserError(f"{name} cannot be decoded: {error}") from error
-    picture = picture.convert("RGB")
-    if image_size is not None and picture.size != (image_size, image_size):
-        picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(picture)
+    opened = opened.convert("RGB")
+    if image_size is not None and opened.size != (image_size, image_size):
+        opened = opened.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(opened)
 
 
 def embed_views(

@@ -109,9 +109,9 @@ class AlignedCrops:
         return len(self.release.files)
 
     def __getitem__(self, position: int, /) -> np.ndarray:
-        picture = extract.decode(self.release.crops / self.release.files[position], None)
+        opened = extract.decode(self.release.crops / self.release.files[position], None)
         matrix = self._align.similarity(self.release.points[position], self._align.template(self.image_size))
-        return self._align.warp(picture, matrix, self.image_size)
+        return self._align.warp(opened, matrix, self.image_size)
 
 
 def run(
@@ -205,7 +205,7 @@ def _rows(path: Path, columns: int) -> list[list[str]]:
     try:
         rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text; copy it again") from error
+        raise UserError(f"{path} is not text; copy it again") from error
     for number, row in enumerate(rows, start=1):
         if len(row) != columns:
             raise UserError(

@@ -61,8 +61,8 @@ def read_features(folder: str | Path, *, labelled: bool) -> tuple[np.ndarray, np
         raise UserError(
             f"{folder} holds features of different lengths {sorted(lengths)}; they come from different models"
         )
-    people = {person: number for number, person in enumerate(sorted({file.parent for file in files}))}
-    labels = [people[file.parent] if labelled else -1 for file in files]
+    numbers = {folder: number for number, folder in enumerate(sorted({file.parent for file in files}))}
+    labels = [numbers[file.parent] if labelled else -1 for file in files]
     return np.stack(features), np.array(labels, dtype=np.int64)
 
 
@@ -78,7 +78,7 @@ def score(
 
     Args:
         probes: [P, d], any norm; labels: int [P].
-        distractors: [D, d], of people who are no probe.
+        distractors: [D, d], of identities that are not among the probes.
         tile: distractors scored at once.
 
     Raises:
@@ -93,7 +93,7 @@ def score(
     rows = torch.from_numpy(normalise(probes[order]).astype(np.float32)).to(device)
     first, second = _mates(labels)
     if len(first) == 0:
-        raise UserError("identification needs people with at least two probe images")
+        raise UserError("identification needs identities with at least two probe images")
     pair_scores = (rows[torch.from_numpy(first).to(device)] * rows[torch.from_numpy(second).to(device)]).sum(1)
 
     keep = max(RANKS)
@@ -132,7 +132,7 @@ def score(
 
 
 def _tar(positive: torch.Tensor, highest: torch.Tensor, allowed: float) -> float:
-    """Share of positives above every negative but the `allowed` highest; a tie with the first negative too many is no accept."""
+    """Share of positives above every negative but the `allowed` highest; a tie with the next negative is rejected."""
     refused = highest[min(int(allowed * (1 + 1e-12)), len(highest) - 1)]
     return float((positive > refused).double().mean())
 

@@ -1,4 +1,4 @@
-"""Pictures of results: ROC over a logarithmic FAR, histograms of pair cosines, the hardest pairs side by side."""
+"""Plots of results: ROC over a logarithmic FAR, histograms of pair cosines, the hardest pairs side by side."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def cosines(name: str, result: dict[str, Any]) -> Figure:
 
 
 def hardest(name: str, result: dict[str, Any], path: Path, image_size: int = 112) -> Figure:
-    """Same people that look most different above, different people that look most alike below, each with its cosine."""
+    """Pairs of one identity with the lowest cosines above, pairs of two identities with the highest below."""
     images, _ = read_bin(path)
     kinds = (
         ("positive", "same person, lowest cosines", _TEAL),

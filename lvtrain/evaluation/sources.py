@@ -1,4 +1,4 @@
-"""Labelled images to embed: a dataset's shards, a subset manifest, or a folder with one folder a person."""
+"""Labelled images to embed: a dataset's shards, a subset manifest, or a folder with one folder per identity."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def labelled_images(path: str | Path) -> tuple[Images, np.ndarray]:
     """Images and their labels int64 [N].
 
     Args:
-        path: folder with `dataset.json`, a subset manifest (.json), or a folder whose folders are people.
+        path: folder with `dataset.json`, a subset manifest (.json), or a folder with one folder per identity.
 
     Raises:
         UserError: none of these, or no image in it.
@@ -51,10 +51,10 @@ def labelled_images(path: str | Path) -> tuple[Images, np.ndarray]:
         return shards, shards.labels()
     if not path.is_dir():
         raise UserError(
-            f"{path} is no folder; a labelled set is a dataset folder, a subset manifest or a folder of people"
+            f"{path} is not a folder; a labelled set is a dataset folder, a subset manifest, or a folder with one folder per identity"
         )
     files = sorted(file for file in path.glob("*/*") if is_image_name(file.name))
     if not files:
-        raise UserError(f"{path} holds no images of people; PERSON/IMAGE.jpg is expected, or a dataset.json")
-    people = {folder: label for label, folder in enumerate(sorted({file.parent for file in files}))}
-    return files, np.array([people[file.parent] for file in files], dtype=np.int64)
+        raise UserError(f"{path} holds no images; IDENTITY/IMAGE.jpg is expected, or a dataset.json")
+    numbers = {folder: label for label, folder in enumerate(sorted({file.parent for file in files}))}
+    return files, np.array([numbers[file.parent] for file in files], dtype=np.int64)

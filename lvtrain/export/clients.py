@@ -63,7 +63,9 @@ def check(path: str | Path) -> list[Verdict]:
     if not model.graph.input or not model.graph.output:
         raise UserError(f"{path} has no input or no output")
     if len(_shape(model.graph.input[0])) != 4:
-        raise UserError(f"{path} takes {_shape(model.graph.input[0])}, not images [N, 3, H, W]; it is no recogniser")
+        raise UserError(
+            f"{path} takes {_shape(model.graph.input[0])}, not images [N, 3, H, W]; it is not a face recogniser"
+        )
     file = _File(
         path, model, path.stat().st_size, _shape(model.graph.input[0]), _shape(model.graph.output[0]), session(path)
     )
@@ -81,9 +83,9 @@ def _shape(value: Any) -> list[int | str]:
 def _one_in_one_out(file: _File) -> list[str]:
     reasons = []
     if len(file.graph.input) != 1:
-        reasons.append(f"{len(file.graph.input)} inputs, it wants 1")
+        reasons.append(f"{len(file.graph.input)} inputs, it takes 1")
     if len(file.graph.output) != 1:
-        reasons.append(f"{len(file.graph.output)} outputs, it wants 1")
+        reasons.append(f"{len(file.graph.output)} outputs, it takes 1")
     return reasons
 
 
@@ -134,13 +136,13 @@ def _insightface(file: _File) -> list[str]:
 def _lvface(file: _File) -> list[str]:
     reasons = _one_in_one_out(file) + _float_input(file) + _external(file)
     if len(file.output_shape) != 2:
-        return [*reasons, f"the output has shape {file.output_shape}, it wants [N, 512]"]
+        return [*reasons, f"the output has shape {file.output_shape}, it takes [N, 512]"]
     if file.output_shape[1] not in (512, "?") and isinstance(file.output_shape[1], int):
-        reasons.append(f"the embedding has {file.output_shape[1]} numbers, it wants 512")
+        reasons.append(f"the embedding has {file.output_shape[1]} numbers, it takes 512")
     if isinstance(file.input_shape[0], str) and isinstance(file.output_shape[0], int):
         reasons.append("the batch is dynamic in the input but fixed in the output")
     if list(file.input_shape[1:]) != [3, 112, 112]:
-        reasons.append(f"the input is {file.input_shape[1:]}, it wants [3, 112, 112]")
+        reasons.append(f"the input is {file.input_shape[1:]}, it takes [3, 112, 112]")
     if _normalised_inside(file):
         reasons.append("the graph normalises, and so does it: embeddings would be wrong")
     return reasons
@@ -162,7 +164,7 @@ def _mfr(file: _File) -> list[str]:
     if isinstance(file.input_shape[0], int):
         reasons.append("the batch is not dynamic")
     if list(file.input_shape[1:]) != [3, 112, 112]:
-        reasons.append(f"the input is {file.input_shape[1:]}, it wants [3, 112, 112]")
+        reasons.append(f"the input is {file.input_shape[1:]}, it takes [3, 112, 112]")
     if file.size > _MFR_BYTES:
         reasons.append(f"{file.size / 2**20:.0f} MB, at most 1024 MB are taken")
     if len(file.graph.node) < 8:

@@ -1,4 +1,4 @@
-"""Conversions from files to files, as `tools/convert_checkpoint.py` offers them. `tell` is given every line that people should read."""
+"""Conversions from files to files, as `tools/convert_checkpoint.py` offers them. `tell` gets every line that is meant for the user."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def write_card(path: str | Path, card: Card) -> None:
         "## Intended use and limits",
         "",
         "Face embeddings are biometric data. Use them only with a lawful basis and within the licence of the training data; not for covert "
-        "surveillance, and not as the only ground of a decision about a person. Accuracy differs between groups of people; measure it on yours. "
+        "surveillance, and not as the only ground of a decision about a person. Accuracy differs between groups; measure it on yours. "
         "Inputs must be aligned with the five-point template; unaligned faces give much worse figures.",
     ]
     if card.recipe:
@@ -208,7 +208,7 @@ def _thresholds(card: Card) -> list[str]:
     if not card.calibration:
         return [card.stale or "none found; `tools/evaluate.py MODEL --benchmark NAME:calibration:PATH` finds them"]
     lines = [
-        "Cosine of two single images (no mirror image) at or above which a share FMR of pairs of different people is accepted.",
+        "Cosine of two single images (no mirror image) at or above which a share FMR of impostor pairs is accepted.",
         "",
         "| calibrated on | FMR | cosine at least | interval | pairs of one person refused, % |",
         "|---|---|---|---|---|",

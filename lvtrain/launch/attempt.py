@@ -82,7 +82,9 @@ class Attempt:
         environment = task_environment(self.slurm.first_address(self.nodes))
         code, messages = self.tasks(command, environment, self.interrupted)
         after, found = outcomes.committed_step(self.run_folder), outcomes.read(self.run_folder)
-        suspect = decisions.suspect_node(messages) if found is None else None  # who leaves first with 75 is no culprit
+        suspect = (
+            decisions.suspect_node(messages) if found is None else None
+        )  # a node that ends first with 75 was asked to stop, so it is not blamed
         if found is not None and found.outcome == "done":
             self.chain.mark_done(self.phase, found)
         decision = decisions.decide(

@@ -117,7 +117,7 @@ def _advice(chain: Chain, queue: list[Queued] | None, stopped: str | None) -> st
     if chain.first_open_phase() is None:
         return f"all phases are done; report: python tools/report.py {chain.run_folder}"
     if stopped is not None:
-        return "mend the reason, then submit the same script again: it goes on from the last checkpoint"
+        return "fix the reason, then submit the same script again: it goes on from the last checkpoint"
     if queue is None:
         return "Slurm cannot be asked here; this is what the run folder says"
     if not queue:

@@ -46,14 +46,14 @@ def run_tasks(command: list[str], environment: dict[str, str], interrupted: Call
         assert child.stderr is not None
         listener = threading.Thread(target=_pass_on, args=(child.stderr, messages), daemon=True)
         listener.start()
-        told = False
+        forwarded = False
         while True:
             try:
                 code = child.wait(timeout=0.5)
                 break
             except subprocess.TimeoutExpired:
-                if asked.is_set() and not told:
-                    told = True
+                if asked.is_set() and not forwarded:
+                    forwarded = True
                     interrupted()
         listener.join(timeout=5)
     finally:

@@ -60,7 +60,7 @@ def face_pictures(run: RunFiles, *, any_dataset: bool = False) -> tuple[list[dic
         moments = [_moment(recipe, path) for path in _spread(kept, MOMENTS)]
         return _figures(images, moments, recipe.backbone.image_size), ""
     except (UserError, ReadError, OSError) as error:  # a report must be possible of a run whose data lies elsewhere
-        return [], f"No pictures with faces: {error}"
+        return [], f"No faces are drawn: {error}"
 
 
 def _figures(images: list[np.ndarray], moments: list[Moment], size: int) -> list[dict[str, str]]:
@@ -133,7 +133,7 @@ def _with_points(image: np.ndarray, points: torch.Tensor, size: int) -> Image.Im
 def _with_attention(
     image: np.ndarray, weights: torch.Tensor, points: torch.Tensor, patch: int, size: int
 ) -> Image.Image:
-    """The picture, darker where little attention goes: each patch adds its weight where it stands, blurred to half a patch."""
+    """The image, darker where little attention goes: each patch adds its weight where it stands, blurred to half a patch."""
     scale = CELL / size
     y, x = np.mgrid[0:CELL, 0:CELL].astype(np.float32)
     heat, cover = np.zeros((CELL, CELL), np.float32), np.full((CELL, CELL), 1e-6, np.float32)

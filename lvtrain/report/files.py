@@ -95,7 +95,7 @@ def read_run(folder: str | Path) -> RunFiles:
         raise UserError(f"run folder {folder} does not exist")
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
-        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+        raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
     text = recipe.read_text()
     evaluations = {
         path.stem: _json(path) for path in sorted((folder / "evaluation").glob("*.json")) if path.stem != "evaluation"

@@ -1,4 +1,4 @@
-"""A run's files -> one self-contained HTML page: no script, no font, no picture is fetched from anywhere."""
+"""A run's files -> one self-contained HTML page: no script, no font, no image is fetched from anywhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lvtrain.report import beside, faces, figures, protocols
 from lvtrain.report.files import PhaseSpan, Row, RunFiles, read_run
 
 _SHOWN_EVENTS = 200
-# columns of metrics.jsonl that have a figure of their own, or are no curve
+# columns of metrics.jsonl that have their own figure, or are not a curve
 _KNOWN = {"time", "step", "samples_seen", "epoch", "loss", "cos2", "cos2_window", "lr", "grad_norm"}
 _KNOWN |= {"images_per_second", "data_wait", "nonfinite", "memory_gb", "phi_mean", "phi_std", "phi_min", "phi_max"}
 _REASONS = {
@@ -62,7 +62,7 @@ def render(run: RunFiles, others: Sequence[RunFiles] = (), *, any_faces: bool = 
     fars = sorted(
         {far for row in run.evaluations.values() for b in row["benchmarks"].values() for far in b["tar_at_far"]}
     )
-    pictures, without_pictures = faces.face_pictures(run, any_dataset=any_faces)
+    drawn_faces, without_faces = faces.face_pictures(run, any_dataset=any_faces)
     return page.render(
         name=run.name,
         state=run.state,
@@ -78,8 +78,8 @@ def render(run: RunFiles, others: Sequence[RunFiles] = (), *, any_faces: bool = 
         evaluation=_evaluation(run),
         tables=protocols.tables(run),
         headlines=protocols.headlines(run),
-        pictures=pictures,
-        without_pictures=without_pictures,
+        drawn_faces=drawn_faces,
+        without_faces=without_faces,
         events=events,
         hidden_events=hidden,
         recipe=run.recipe_text,
@@ -202,9 +202,9 @@ def _evaluation(run: RunFiles) -> list[Row]:
                 {"title": "Accuracy over training", "note": "ten folds, mean", "svg": figures.accuracy(steps, series)}
             )
         shown = [(names[0], first.get(name)), (names[-1], result)] if several else [(names[-1], result)]
-        pictures = [(moment, one) for moment, one in shown if one]
-        limit = figures.span([one["histogram"] for _, one in pictures])
-        for moment, one in pictures:
+        results = [(moment, one) for moment, one in shown if one]
+        limit = figures.span([one["histogram"] for _, one in results])
+        for moment, one in results:
             means = (one["positive_mean"], one["negative_mean"])
             note = f"means {means[0]:.3f} (same person) and {means[1]:.3f} (different people), {means[0] - means[1]:.3f} apart"
             title = f"Pair cosines, {name}, {_moment(moment)}"

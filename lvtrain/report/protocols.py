@@ -7,7 +7,7 @@ from lvtrain.report.files import Row, RunFiles
 
 
 def tables(run: RunFiles) -> dict[str, list[Row]]:
-    """Rows of every protocol that has a table of its own, by the protocol's title."""
+    """Rows of every protocol that has its own table, by the protocol's title."""
     found: dict[str, list[Row]] = {}
     for benchmark, result in _results(run):
         protocol = PROTOCOLS.get(result["kind"])
@@ -17,7 +17,7 @@ def tables(run: RunFiles) -> dict[str, list[Row]]:
 
 
 def headlines(run: RunFiles) -> list[Row]:
-    """What `tools/evaluate.py` prints of the protocols without a table of their own."""
+    """What `tools/evaluate.py` prints of the protocols without their own table."""
     rows: list[Row] = []
     for benchmark, result in _results(run):
         protocol = PROTOCOLS.get(result["kind"])
