@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lvtrain.datasets.importers import KINDS, POLICIES, PackOptions, Policies, pack
-from lvtrain.datasets.importers.pack import REPORT, SHEET
-from lvtrain.errors import one_line_errors
+from lvtrain.datasets.importer import IMPORTERS
+from lvtrain.datasets.packing import POLICIES, PackOptions, Policies, pack
+from lvtrain.datasets.packing.pack import REPORT, SHEET
+from lvtrain.errors import UserError, one_line_errors
 
 
 def _policy(kind: str) -> Any:
@@ -22,10 +23,27 @@ def _policy(kind: str) -> Any:
     return typer.Option(help=f"{text} ({'|'.join(allowed)})", rich_help_panel="Policies")
 
 
+def _options_of_kinds() -> str:
+    lines = [
+        f"{kind}: "
+        + ", ".join(f"{name} ({field.description})" for name, field in entry.options_class.model_fields.items())
+        for kind, entry in IMPORTERS.entries().items()
+        if entry.options_class.model_fields
+    ]
+    return "; ".join(lines)
+
+
+def _options(given: list[str]) -> dict[str, str]:
+    for text in given:
+        if "=" not in text:
+            raise UserError(f"--option {text}: write it as NAME=VALUE")
+    return dict(text.split("=", 1) for text in given)
+
+
 def main(
     source: Annotated[Path, typer.Argument(metavar="SRC")],
     out: Annotated[Path, typer.Argument(metavar="OUT")],
-    kind: Annotated[str, typer.Option(help=" | ".join(KINDS))],
+    kind: Annotated[str, typer.Option(help=" | ".join(IMPORTERS.names()))],
     workers: Annotated[int, typer.Option(min=1, help="processes; the result does not depend on it")] = os.cpu_count()
     or 1,
     seed: Annotated[int, typer.Option(help="of the shuffle")] = 0,
@@ -40,8 +58,9 @@ def main(
     label_order: Annotated[str, typer.Option(help="natural (id2 before id10) or lexicographic")] = "natural",
     align: Annotated[bool, typer.Option("--align", help="raw photographs: find the largest face and align it")] = False,
     licence: Annotated[str, typer.Option(help="terms of the images; carried into runs and model cards")] = "unknown",
-    image_column: Annotated[str, typer.Option(help="parquet")] = "image",
-    label_column: Annotated[str, typer.Option(help="parquet")] = "label",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help=f"of the kind of source; {_options_of_kinds()}")
+    ] = None,
     wrong_size: Annotated[str, _policy("wrong_size")] = "fix",
     undecodable: Annotated[str, _policy("undecodable")] = "skip",
     grey: Annotated[str, _policy("grey")] = "keep",
@@ -49,13 +68,18 @@ def main(
     duplicate: Annotated[str, _policy("duplicate")] = "keep",
     label_gap: Annotated[str, _policy("label_gap")] = "fix",
     no_face: Annotated[str, _policy("no_face")] = "skip",
+    unlabelled: Annotated[str, _policy("unlabelled")] = "fail",
+    mismatch: Annotated[str, _policy("mismatch")] = "fail",
 ) -> None:
     """Brings a face dataset in: SRC to WebDataset shards, index and manifest in OUT. Killed, it goes on where it was when started again."""
     with one_line_errors("pack_dataset", out):
         options = PackOptions(
             kind=kind, seed=seed, shuffle=shuffle, samples_per_shard=samples_per_shard, size=size or None, quality=quality,
-            label_order=label_order, align=align, licence=licence, image_column=image_column, label_column=label_column,
-            policies=Policies(wrong_size, undecodable, grey, empty_identity, duplicate, label_gap, no_face),
+            label_order=label_order, align=align, licence=licence, options=_options(option or []),
+            policies=Policies(
+                wrong_size=wrong_size, undecodable=undecodable, grey=grey, empty_identity=empty_identity, duplicate=duplicate,
+                label_gap=label_gap, no_face=no_face, unlabelled=unlabelled, mismatch=mismatch,
+            ),
         )  # fmt: skip
         columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as bar:
@@ -78,8 +102,10 @@ def _summary(report: dict[str, Any], out: Path) -> None:
     for name, trouble in report["troubles"].items():
         if trouble["count"]:
             typer.echo(f"  {name}: {trouble['count']} ({trouble['policy']}), first: {trouble['list'][0]}")
-    for reason, count in report["ignored"].items():
-        typer.echo(f"  ignored: {count} x {reason}")
+    typer.echo(f"  {report['reconciliation']['line']}")
+    for heading in ("left_out", "ignored"):
+        for reason, tally in report[heading].items():
+            typer.echo(f"  {heading.replace('_', ' ')}: {tally['count']} x {reason}, first: {tally['names'][0]}")
     typer.echo(f"  {report['contact_sheet']}")
     typer.echo(f"  to look at: {out / SHEET}; every image that was in trouble: {out / REPORT}")
 

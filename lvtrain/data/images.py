@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
 MAX_SIDE = 8192  # pixels: 200 MB as RGB
-MAX_BYTES = 1 << 28  # of a file
+MAX_BYTES = 1 << 26  # of an encoded image: 64 MiB
 
 
 class ImageError(ValueError):

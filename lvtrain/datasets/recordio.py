@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from lvtrain.data.images import MAX_BYTES
 from lvtrain.errors import UserError
+from lvtrain.files import atomic
+from lvtrain.files.checked import check_length, check_regular
 
 MAGIC = 0xCED7230A
 LARGEST_LABEL = 1 << 24  # labels are float32: from here on neighbouring integers are one
@@ -147,33 +151,29 @@ class RecordFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise UserError(f"{self.path} does not exist; give the folder or the .rec file itself") from None
-        except ValueError:
-            raise UserError(f"{self.path} is empty; download it again") from None
+        check_regular(self.path)
+        with open(self.path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
         """Bytes of the file."""
         return len(self._map)
 
-    def payload(self, offset: int) -> tuple[bytes, int]:
-        """The joined payload of the record at `offset`, and the offset behind it.
+    def parts(self, offset: int) -> Iterator[tuple[int, int, int]]:
+        """(start, length, offset behind it) of each part of the record at `offset`.
 
         Raises:
             UserError: no record starts there, or the file ends inside it.
         """
-        parts: list[bytes] = []
+        first = True
         while True:
-            if offset + _PART.size > len(self._map):
+            if offset < 0 or offset + _PART.size > len(self._map):
                 raise UserError(
                     f"{self.path} ends inside a record at byte {offset}; it was cut short: download it again"
                 )
             magic, lrec = _PART.unpack_from(self._map, offset)
             flag, length = lrec >> _LENGTH_BITS, lrec & _LENGTH_MASK
-            if magic != MAGIC or (flag in (0, 1)) != (not parts):
+            if magic != MAGIC or (flag in (0, 1)) != first:
                 raise UserError(
                     f"{self.path}: no record starts at byte {offset}; the .idx belongs to another file or the file is damaged"
                 )
@@ -183,9 +183,20 @@ class RecordFile:
                 raise UserError(
                     f"{self.path} ends inside a record at byte {start}; it was cut short: download it again"
                 )
-            parts.append(self._map[start : start + length])
+            yield start, length, offset
+            first = False
             if flag in (0, 3):
-                return (parts[0] if flag == 0 else _MAGIC_BYTES.join(parts)), offset
+                return
+
+    def payload(self, offset: int) -> tuple[bytes, int]:
+        """The joined payload of the record at `offset`, and the offset behind it.
+
+        Raises:
+            UserError: no record starts there, the file ends inside it, or it has more bytes than an image may have.
+        """
+        found = list(self.parts(offset))
+        check_length(sum(length for _, length, _ in found), MAX_BYTES, f"{self.path}: the record at byte {offset}")
+        return _MAGIC_BYTES.join(self._map[start : start + length] for start, length, _ in found), found[-1][2]
 
     def record(self, offset: int) -> Record:
         """The unpacked record at `offset`; raises UserError when it is damaged."""
@@ -202,7 +213,7 @@ class RecordFile:
         offset = 0
         while offset < len(self._map):
             yield offset
-            _, offset = self.payload(offset)
+            *_, (_, _, offset) = self.parts(offset)
 
 
 def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -212,35 +223,64 @@ def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         UserError: missing, or a line which is not `key<TAB>offset`.
     """
     try:
-        table = np.fromstring(Path(path).read_text(), dtype=np.int64, sep=" ")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except ValueError:  # not numbers, or not text
+        check_regular(Path(path))
+        text = Path(path).read_text(encoding="ascii")
+        table = np.array([] if re.search(r"[^0-9\s-]", text) else text.split(), dtype=np.int64)
+    except (ValueError, OverflowError):  # not text, not numbers, or beyond 2^63
         table = np.empty(0, dtype=np.int64)
     if len(table) % 2 or not len(table):
         raise UserError(
             f"{path} is not a RecordIO index (lines of key, tab, offset); remove it to have the .rec scanned"
         )
-    return table[0::2], table[1::2]
+    keys, offsets = table[0::2], table[1::2]
+    if int(table.min()) < 0:
+        raise UserError(
+            f"{path} holds a negative number; it is damaged: copy it again, or remove it to have the .rec scanned"
+        )
+    for what, values in (("key", keys), ("offset", offsets)):
+        if len(np.unique(values)) < len(values):
+            raise UserError(
+                f"{path} holds a {what} twice; it is damaged: copy it again, or remove it to have the .rec scanned"
+            )
+    return keys, offsets
 
 
 def write_index(path: str | Path, keys: Iterable[int], offsets: Iterable[int]) -> None:
     """An `.idx` of any choice of records beside an untouched `.rec`: this is how a subset is handed to DALI's `fn.readers.mxnet`."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.writelines(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets))
-    os.replace(temporary, path)
+    atomic.write_text(Path(path), "".join(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets)))
+
+
+def read_property(path: Path) -> int | None:
+    """The number of identities in insightface's `property` file (`C,height,width`); None without a readable one."""
+    try:
+        if check_regular(path) > 4096:
+            return None
+        return int(path.read_bytes().split(b"\n")[0].split(b",")[0])
+    except (UserError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
 class RecordCatalogue:
-    """Which records are images: keys and offsets int64 [n], labels int64 [n], and identities that own no image (by label)."""
+    """Which records are images, and how many were announced.
+
+    Attributes:
+        keys, offsets, labels: int64 [n] of the image records.
+        empty: labels of identities that own no image.
+        announced: images by the header, or more where the .rec holds image records that the index does not name.
+        announced_by: the file that says so.
+        announced_identities: by the header; None without one.
+        identity_records: found.
+    """
 
     keys: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
     empty: tuple[int, ...]
+    announced: int
+    announced_by: str
+    announced_identities: int | None
+    identity_records: int
 
 
 def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
@@ -249,8 +289,9 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
     Raises:
         UserError: a damaged record, a bad label, an `.idx` that does not belong to the file, or no image at all.
     """
-    if index is not None and Path(index).exists():
-        keys, offsets = read_index(index)
+    indexed = index is not None and Path(index).exists()
+    if indexed:
+        keys, offsets = read_index(Path(str(index)))
         if int(offsets.max()) >= len(file):
             raise UserError(
                 f"{index} points behind the end of {file.path}; it belongs to another file, or the .rec was cut short"
@@ -262,10 +303,17 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
     header = file.record(int(offsets[first[0]])) if len(first) else None
     images = np.ones(len(keys), dtype=bool)
     identity_rows: np.ndarray = np.empty(0, dtype=np.int64)
+    stated: tuple[int, int] | None = None
     if header is not None and header.flag > 0 and not header.image:
+        if not np.isfinite(header.labels).all() or header.labels[0] < 1:
+            raise UserError(
+                f"{file.path}: its header counts {header.labels.tolist()} records; it is damaged: copy it again"
+            )
         start = _first_identity(file, keys, offsets, header.labels[0])
         images = (keys > 0) & (keys < start)
         identity_rows = np.flatnonzero(keys >= start)
+        if header.flag > 1 and header.labels[0] <= header.labels[1] < LARGEST_LABEL:  # larger ones are rounded
+            stated = start - 1, int(header.labels[1]) - start
     chosen = np.flatnonzero(images)
     labels = np.empty(len(chosen), dtype=np.int64)
     for row, at in enumerate(chosen):
@@ -277,7 +325,31 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
         ranges = file.record(int(offsets[at])).labels
         if len(ranges) >= 2 and ranges[0] >= ranges[1]:
             empty.append(int(keys[at]) - start)
-    return RecordCatalogue(keys[chosen], offsets[chosen], labels, tuple(empty))
+    announced, by = len(chosen), str(file.path)
+    if indexed:
+        announced += _unnamed_images(file, offsets)
+    if stated is not None:
+        announced, by = max(announced, stated[0]), f"{file.path} (its header)"
+    return RecordCatalogue(
+        keys[chosen], offsets[chosen], labels, tuple(empty), announced, by,
+        None if stated is None else stated[1], len(identity_rows),
+    )  # fmt: skip
+
+
+def _unnamed_images(file: RecordFile, offsets: np.ndarray) -> int:
+    """Image records that lie in the file and not in its index."""
+    count = at = 0
+    for offset in [*np.sort(offsets).tolist(), len(file)]:
+        while at < offset:
+            count += len(file.record(at).image) > 0
+            *_, (_, _, at) = file.parts(at)
+        if offset < at and offset < len(file):
+            raise UserError(
+                f"{file.path}: no record starts at byte {offset}, which the index names; it belongs to another file"
+            )
+        if offset < len(file):
+            *_, (_, _, at) = file.parts(offset)
+    return count
 
 
 def _first_identity(file: RecordFile, keys: np.ndarray, offsets: np.ndarray, stated: np.float32) -> int:

@@ -7,7 +7,7 @@ import deepspeed
 MODULES = [
     "lvtrain.training.trainer",
     "lvtrain.training.checks",
-    "lvtrain.datasets.importers",
+    "lvtrain.datasets.packing",
     "lvtrain.evaluation.suite",
     "lvtrain.evaluation.plots",
     "tools.evaluate",

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lvtrain.data.shards import ShardDataset
 from lvtrain.datasets import clean
-from lvtrain.datasets.importers import PackOptions, pack
+from lvtrain.datasets.packing import PackOptions, pack
 from lvtrain.datasets.synthetic import DIFFICULTIES
 from lvtrain.datasets.synthetic.dataset import encode_face
 from lvtrain.errors import UserError

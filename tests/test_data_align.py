@@ -9,7 +9,7 @@ from PIL import Image
 
 from lvtrain.data import align
 from lvtrain.data.shards import ShardDataset
-from lvtrain.datasets.importers import PackOptions, Policies, pack
+from lvtrain.datasets.packing import PackOptions, Policies, pack
 
 
 def least_squares(source, target):

@@ -182,7 +182,7 @@ def test_dali_reads_our_records(tmp_path):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    from lvtrain.datasets.importers import PackOptions, pack
+    from lvtrain.datasets.packing import PackOptions, pack
 
     folder = tmp_path_factory.mktemp("export")
     for person in range(4):
@@ -200,7 +200,7 @@ def test_a_dataset_goes_to_recordio_and_back(packed, tmp_path, monkeypatch, flat
     from typer.testing import CliRunner
 
     from lvtrain.data.shards import ShardDataset
-    from lvtrain.datasets.importers import PackOptions, pack
+    from lvtrain.datasets.packing import PackOptions, pack
     from tools.recordio import app
 
     if flat:  # as with more records than float32 counts

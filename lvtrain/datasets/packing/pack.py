@@ -21,12 +21,14 @@ from lvtrain import randomness
 from lvtrain.data import align
 from lvtrain.data.index import IndexWriter, Manifest
 from lvtrain.datasets import contact_sheet
-from lvtrain.datasets.importers import images, work
-from lvtrain.datasets.importers.catalogue import LABEL_ORDERS, Catalogue, CatalogueWriter
-from lvtrain.datasets.importers.policies import Policies, Troubles
-from lvtrain.datasets.importers.sources import open_source
+from lvtrain.datasets.catalogue import LABEL_ORDERS, Catalogue, CatalogueWriter
+from lvtrain.datasets.importer import IMPORTERS, check_options, open_importer
+from lvtrain.datasets.packing import images, work
+from lvtrain.datasets.packing.policies import Policies, Troubles
+from lvtrain.datasets.packing.reconcile import reconcile
 from lvtrain.datasets.parallel import ordered_map
 from lvtrain.errors import UserError
+from lvtrain.files import atomic
 
 Progress = Callable[[str, int, int], None]
 REPORT = "pack_report.json"
@@ -42,6 +44,7 @@ class PackOptions:
         quality: of a JPEG that has to be encoded (PNG and WebP, fixes, alignment); other JPEGs are passed through.
         shuffle: write the samples in an order drawn from `seed`, so that shards are not sorted by identity.
         label_order: how identity names are numbered: natural (id2 before id10, as CVLface) or lexicographic (as torchvision's ImageFolder).
+        options: of the kind of source, by name; see the classes of `lvtrain/datasets/importers/`.
     """
 
     kind: str
@@ -53,11 +56,11 @@ class PackOptions:
     label_order: str = "natural"
     align: bool = False
     licence: str = "unknown"
-    image_column: str = "image"
-    label_column: str = "label"
     policies: Policies = field(default_factory=Policies)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "options", check_options(self.kind, self.options).model_dump())
         if self.label_order not in LABEL_ORDERS:
             raise UserError(f"--label-order {self.label_order!r} is unknown; choose one of {', '.join(LABEL_ORDERS)}")
         if (
@@ -95,16 +98,16 @@ def pack(
     except OSError as error:
         reason = f"{error.filename or out}: {error.strerror or error}"
         raise UserError(
-            f"{reason}; mend that and start again with the same options, which goes on where it was"
+            f"{reason}; fix that and start again with the same options, which goes on where it was"
         ) from error
 
 
 def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers: int, tell: Progress) -> dict[str, Any]:
     job = work.Job(
-        options.kind, source, out, scratch, options.image_column, options.label_column, images.Target(options.size, options.quality),
+        options.kind, source, out, scratch, options.options, images.Target(options.size, options.quality),
         options.align, options.policies.wrong_size == "fix", options.policies.grey == "fix",
     )  # fmt: skip
-    opened = open_source(options.kind, source, image_column=options.image_column, label_column=options.label_column)
+    opened = open_importer(options.kind, source, options.options)
     if options.align:
         align.Detector()  # refused here, before the listing, where it is not installed
     if not (scratch / "rows.bin").exists():
@@ -115,14 +118,14 @@ def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers:
     catalogue = Catalogue.open(scratch)
     _inspect(job, len(catalogue.rows), workers, tell)
     inspection = np.memmap(scratch / work.INSPECTION_FILE, dtype=job.inspection_dtype, mode="r")
-    plan = _decide(catalogue, inspection, opened.grains(catalogue), options)
+    plan = _decide(catalogue, inspection, opened.read_groups(catalogue), options)
     np.save(scratch / "order.npy", plan.order)
     np.save(scratch / "labels.npy", plan.labels[catalogue.rows["identity"][plan.order]])
     _write(job, plan.bounds, workers, tell)
     manifest, encoded = _commit(job, plan, options)
     report = _report(job, catalogue, inspection, plan, manifest, encoded, options)
     report["contact_sheet"] = _sheet(out, manifest)
-    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    atomic.write_json(out / REPORT, report, indent=1)
     shutil.rmtree(scratch)
     return report
 
@@ -131,7 +134,7 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
     """The scratch folder, new or of the pack that is continued."""
     if (out / "dataset.json").exists() and not (out / ".pack").exists():
         raise UserError(f"{out} is a finished dataset; choose another folder or remove it")
-    if options.kind in ("folder", "webface") and source.resolve() in (out.resolve(), *out.resolve().parents):
+    if IMPORTERS.get(options.kind).lists_folders and source.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(
             f"{out} lies inside {source}, where it would be taken for an identity; choose a folder elsewhere"
         )
@@ -139,7 +142,10 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
     wanted = json.loads(json.dumps({"source": str(source.absolute()), **asdict(options)}))
     path = scratch / "options.json"
     if path.exists():
-        begun = json.loads(path.read_text())
+        try:
+            begun = dict(json.loads(path.read_text()))
+        except ValueError:
+            raise UserError(f"{path} is damaged; remove {scratch} and start again") from None
         differing = sorted(key for key in wanted.keys() | begun.keys() if wanted.get(key) != begun.get(key))
         if differing:
             raise UserError(
@@ -147,7 +153,7 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
             )
     else:
         scratch.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted))
+        atomic.write_json(path, wanted)
     return scratch
 
 
@@ -202,8 +208,10 @@ class _Plan:
     troubles: Troubles
 
 
-def _decide(catalogue: Catalogue, inspection: np.ndarray, grains: np.ndarray | None, options: PackOptions) -> _Plan:
+def _decide(catalogue: Catalogue, inspection: np.ndarray, groups: np.ndarray | None, options: PackOptions) -> _Plan:
     troubles = Troubles(options.policies)
+    for kind, tally in (("mismatch", catalogue.ledger.mismatches), ("unlabelled", catalogue.ledger.unlabelled)):
+        troubles.add(kind, tally.count, tally.names)
     flags = np.asarray(inspection["flags"])
     keep = np.ones(len(flags), dtype=bool)
     for kind, flag in (
@@ -226,7 +234,7 @@ def _decide(catalogue: Catalogue, inspection: np.ndarray, grains: np.ndarray | N
     kept = np.flatnonzero(keep)
     if not len(kept):
         raise UserError("every image would be skipped; look at the policies or the source")
-    order, bounds = _order(kept, grains, options)
+    order, bounds = _order(kept, groups, options)
     return _Plan(order, bounds, labels, label_map, troubles)
 
 
@@ -268,17 +276,17 @@ def _line(name: str) -> str:
     return name.replace("\n", " ").encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def _order(kept: np.ndarray, grains: np.ndarray | None, options: PackOptions) -> tuple[np.ndarray, np.ndarray]:
+def _order(kept: np.ndarray, groups: np.ndarray | None, options: PackOptions) -> tuple[np.ndarray, np.ndarray]:
     """Rows in writing order and the shards' bounds. Sources that are read in runs have their runs shuffled, then the rows within a shard."""
     size = options.samples_per_shard
-    if grains is None or not options.shuffle:
+    if groups is None or not options.shuffle:
         bounds = np.append(np.arange(0, len(kept), size), len(kept))
         if options.shuffle:
             kept = kept[np.argsort(randomness.bits(options.seed, "pack/order", kept), kind="stable")]
         return kept, bounds
-    run = grains[kept].astype(np.int64)
+    run = groups[kept].astype(np.int64)
     kept = kept[np.lexsort((kept, run, randomness.bits(options.seed, "pack/run", run)))]
-    run = grains[kept]
+    run = groups[kept]
     edges = np.flatnonzero(np.append(True, run[1:] != run[:-1]))
     starts = [0]
     for edge in edges.tolist():
@@ -352,6 +360,7 @@ def _report(
     encoded: int,
     options: PackOptions,
 ) -> dict[str, Any]:
+    troubles = plan.troubles.report()
     return {
         "source": str(job.source),
         "options": asdict(options),
@@ -364,8 +373,10 @@ def _report(
         "shards": len(manifest.shards),
         "bytes": sum(shard.size for shard in manifest.shards),
         "fingerprint": manifest.fingerprint,
-        "ignored": catalogue.ignored,
-        "troubles": plan.troubles.report(),
+        "reconciliation": reconcile(catalogue.ledger, len(catalogue.rows), manifest.samples, troubles),
+        "left_out": {reason: asdict(tally) for reason, tally in catalogue.ledger.left_out.items()},
+        "ignored": {reason: asdict(tally) for reason, tally in catalogue.ledger.ignored.items()},
+        "troubles": troubles,
     }
 
 

@@ -1,4 +1,4 @@
-"""What is done about each kind of trouble: keep it, skip the image (or identity), fix it, or fail."""
+"""What is done about each kind of trouble: keep the image (or identity), skip it, fix it, or fail."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ POLICIES = {
         "label numbers nobody has; fix numbers the identities anew, keep leaves them (and empty identities) as classes",
         ("keep", "fix", "fail"),
     ),
+    "unlabelled": ("an image without a label (missing, empty, null, NaN, -1)", ("fail", "skip")),
+    "mismatch": (
+        "a source that does not hold what its header, index or manifest announces; keep packs what is there",
+        ("fail", "keep"),
+    ),
     "no_face": ("with --align: a photograph in which no face was found", ("skip", "fail")),
 }
 
@@ -36,14 +41,14 @@ class Policies:
     duplicate: str = "keep"
     label_gap: str = "fix"
     no_face: str = "skip"
+    unlabelled: str = "fail"
+    mismatch: str = "fail"
 
     def __post_init__(self) -> None:
         for kind, policy in asdict(self).items():
             allowed = POLICIES[kind][1]
             if policy not in allowed:
-                raise UserError(
-                    f"--{kind.replace('_', '-')} {policy} makes no sense; choose one of {', '.join(allowed)}"
-                )
+                raise UserError(f"--{kind.replace('_', '-')} {policy} is unknown; choose one of {', '.join(allowed)}")
 
 
 class Troubles:
@@ -72,7 +77,7 @@ class Troubles:
             others = ", ".join(policy for policy in POLICIES[kind][1] if policy != "fail")
             flag = "--" + kind.replace("_", "-")
             raise UserError(
-                f"{kind}: {count} found, the first is {names[0]}; mend the source or choose {flag} {others}"
+                f"{kind}: {count} found, the first is {names[0]}; fix the source, or choose {flag} {others}"
             )
         self._counts[kind] = self._counts.get(kind, 0) + count
         self._found.setdefault(kind, []).extend(names[: self.LISTED - len(self._found.get(kind, []))])

@@ -6,13 +6,14 @@ import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lvtrain.data import align
-from lvtrain.datasets.importers import images
-from lvtrain.datasets.importers.catalogue import Catalogue
-from lvtrain.datasets.importers.sources import Source, open_source
+from lvtrain.datasets.catalogue import Catalogue
+from lvtrain.datasets.importer import Importer, open_importer
+from lvtrain.datasets.packing import images
 from lvtrain.datasets.shard_writer import ShardWriter
 from lvtrain.errors import UserError
 
@@ -27,8 +28,7 @@ class Job:
     source: Path
     out: Path
     work: Path
-    image_column: str
-    label_column: str
+    options: dict[str, Any]
     target: images.Target
     align: bool
     resize: bool
@@ -42,7 +42,7 @@ class Job:
 @dataclass
 class _Open:
     job: Job
-    source: Source
+    source: Importer
     catalogue: Catalogue
     detector: align.Detector | None
 
@@ -56,7 +56,7 @@ def start(job: Job, inspecting: bool) -> None:
     import cv2
 
     cv2.setNumThreads(1)
-    source = open_source(job.kind, job.source, image_column=job.image_column, label_column=job.label_column)
+    source = open_importer(job.kind, job.source, job.options)
     _open = _Open(job, source, Catalogue.open(job.work), align.Detector() if job.align and inspecting else None)
 
 

@@ -7,23 +7,65 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lvtrain.data.folders import natural_key
 from lvtrain.errors import UserError
+from lvtrain.files import atomic
 
 # container: number of the archive; offset, length: what the source needs to find the bytes; name: offset into names.bin
 ROW = np.dtype([("offset", "<u8"), ("name", "<u8"), ("container", "<u4"), ("length", "<u4"), ("identity", "<u4")])
 LABEL_ORDERS = ("natural", "lexicographic")
+LISTED = 10_000  # names kept of each reason; the count is exact
 
 
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sorts id2 before id10: digits count as numbers; no two names (id1, id01) are equal, or a listing's order would decide."""
-    parts = [(1, int(part), "") if part.isdecimal() else (2, 0, part) for part in re.split(r"(\d+)", name) if part]
-    return [*parts, (0, 0, name)]
+@dataclass
+class Tally:
+    """How many of one kind, and the names of the first `LISTED`."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.names) < LISTED:
+            self.names.append(name)
+
+
+@dataclass
+class Ledger:
+    """What became of everything in a source that is not in the catalogue. Nothing may be left out without being counted here.
+
+    Attributes:
+        left_out: files, members or records that are not packed, by reason.
+        ignored: what belongs to a packed image and holds no image itself (metadata beside it), by kind.
+        unlabelled: images without a label.
+        mismatches: one line for each announcement (header, index, manifest, ...) that does not agree with what was found.
+        missing: images that were announced and not found.
+        unannounced: images that were found beyond an announcement.
+    """
+
+    left_out: dict[str, Tally] = field(default_factory=dict)
+    ignored: dict[str, Tally] = field(default_factory=dict)
+    unlabelled: Tally = field(default_factory=Tally)
+    mismatches: Tally = field(default_factory=Tally)
+    missing: int = 0
+    unannounced: int = 0
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> Ledger:
+        return cls(
+            left_out={reason: Tally(**tally) for reason, tally in body["left_out"].items()},
+            ignored={reason: Tally(**tally) for reason, tally in body["ignored"].items()},
+            unlabelled=Tally(**body["unlabelled"]),
+            mismatches=Tally(**body["mismatches"]),
+            missing=body["missing"],
+            unannounced=body["unannounced"],
+        )
 
 
 class CatalogueWriter:
@@ -38,9 +80,40 @@ class CatalogueWriter:
         self._containers: dict[str, int] = {}
         self._buffer: list[tuple[int, int, int, int, int]] = []
         self._position = 0
-        self.ignored: dict[str, int] = {}
+        self.ledger = Ledger()
         self.class_names: dict[int, str] = {}
         self.count = 0
+
+    @property
+    def found(self) -> int:
+        """Everything found so far that counts as an image or in the place of one."""
+        left_out = sum(tally.count for tally in self.ledger.left_out.values())
+        return self.count + left_out + self.ledger.unlabelled.count
+
+    @property
+    def identities(self) -> int:
+        return len(self._identities)
+
+    def left_out(self, reason: str, name: str) -> None:
+        """Counts a file, member or record that is not packed."""
+        self.ledger.left_out.setdefault(reason, Tally()).add(_printable(name))
+
+    def ignored(self, kind: str, name: str) -> None:
+        """Counts what belongs to a packed image and holds no image itself."""
+        self.ledger.ignored.setdefault(kind, Tally()).add(_printable(name))
+
+    def unlabelled(self, name: str) -> None:
+        """Counts an image without a label; the policy `unlabelled` decides whether that is an error."""
+        self.ledger.unlabelled.add(_printable(name))
+
+    def announced(self, where: str, announced: int, found: int, what: str = "images") -> None:
+        """Compares what the source says it holds with what was found. The policy `mismatch` decides whether a difference is an error."""
+        if announced == found:
+            return
+        self.ledger.mismatches.add(_printable(f"{where} announces {announced:,} {what}, {found:,} were found"))
+        if what == "images":
+            self.ledger.missing += max(0, announced - found)
+            self.ledger.unannounced += max(0, found - announced)
 
     def identity(self, identity: str | int) -> int:
         """Registers an identity; it may stay without an image. Integers are labels of the source, strings its names."""
@@ -56,9 +129,6 @@ class CatalogueWriter:
         if len(self._buffer) >= 65536:
             self._flush()
 
-    def ignore(self, reason: str) -> None:
-        self.ignored[reason] = self.ignored.get(reason, 0) + 1
-
     def _flush(self) -> None:
         self._rows.write(np.array(self._buffer, dtype=ROW).tobytes())
         self._buffer.clear()
@@ -66,13 +136,18 @@ class CatalogueWriter:
     def close(self, label_order: str) -> None:
         """Raises UserError when the source mixes names and numbers, or holds nothing."""
         self._flush()
-        self._rows.close()
-        self._names.close()
+        for file in (self._rows, self._names):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         identities = list(self._identities)
         numeric = all(isinstance(identity, int) for identity in identities)
         if not self.count:
-            left_out = "".join(f"; left out: {count} x {reason}" for reason, count in self.ignored.items())
-            raise UserError(f"the source holds no image{left_out}; check SRC and --kind")
+            left_out = "".join(
+                f"; left out: {tally.count} x {reason}" for reason, tally in self.ledger.left_out.items()
+            )
+            without = f"; {self.ledger.unlabelled.count} without a label" if self.ledger.unlabelled.count else ""
+            raise UserError(f"the source holds no image{left_out}{without}; check SRC and --kind")
         if not numeric and any(isinstance(identity, int) for identity in identities):
             raise UserError("the source has labels that are numbers and labels that are names; use one of both")
         if numeric:
@@ -92,12 +167,11 @@ class CatalogueWriter:
             "numeric": numeric,
             "class_names": {str(label): name for label, name in self.class_names.items()},
             "containers": list(self._containers),
-            "ignored": self.ignored,
+            "ledger": asdict(self.ledger),
         }
-        (self.folder / "catalogue.json").write_text(json.dumps(body))
-        os.replace(
-            self.folder / "rows.tmp", self.folder / "rows.bin"
-        )  # the commit: rows.bin exists only when all is there
+        atomic.write_json(self.folder / "catalogue.json", body)
+        # the commit: rows.bin exists only when everything is there
+        os.replace(self.folder / "rows.tmp", self.folder / "rows.bin")
 
 
 @dataclass(frozen=True)
@@ -109,7 +183,7 @@ class Catalogue:
     numeric: bool
     class_names: dict[int, str]
     containers: list[str]
-    ignored: dict[str, int]
+    ledger: Ledger
     _names: np.ndarray = field(repr=False)
 
     @classmethod
@@ -121,7 +195,7 @@ class Catalogue:
             numeric=body["numeric"],
             class_names={int(label): name for label, name in body["class_names"].items()},
             containers=body["containers"],
-            ignored=body["ignored"],
+            ledger=Ledger.from_dict(body["ledger"]),
             _names=np.memmap(folder / "names.bin", dtype=np.uint8, mode="r"),
         )
 
@@ -129,3 +203,8 @@ class Catalogue:
         start = int(self.rows["name"][row])
         stop = int(self.rows["name"][row + 1]) if row + 1 < len(self.rows) else len(self._names)
         return bytes(self._names[start : stop - 1]).decode(errors="surrogateescape")
+
+
+def _printable(name: str) -> str:
+    """A name as one line that JSON and a terminal take, also where it is not UTF-8."""
+    return " ".join(name.encode(errors="surrogateescape").decode(errors="backslashreplace").split("\n"))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lvtrain.data.index import RECORD, file_sha256
 from lvtrain.data.shards import ShardDataset
 from lvtrain.datasets import contact_sheet
-from lvtrain.datasets.importers import PackOptions, pack
+from lvtrain.datasets.packing import PackOptions, pack
 from lvtrain.datasets.synthetic import DIFFICULTIES, render_face
 from lvtrain.datasets.synthetic.dataset import encode_face
 from lvtrain.datasets.verify import verify

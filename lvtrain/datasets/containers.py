@@ -1,0 +1,63 @@
+"""Files that hold many images: found by suffix, opened once a process, read by position."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lvtrain.data.folders import is_hidden, natural_key
+from lvtrain.data.images import MAX_BYTES
+from lvtrain.errors import UserError
+from lvtrain.files.checked import check_length, check_regular
+
+
+class Containers:
+    """The files of one suffix in a source, which is one such file or a folder of them.
+
+    Args:
+        path: the source.
+        suffix: such as `.tar`; files in hidden and system folders, and `._*`, are not looked at.
+    """
+
+    def __init__(self, path: Path, suffix: str) -> None:
+        self.path, self.suffix = path, suffix
+        self._open: dict[str, int] = {}
+
+    def files(self) -> list[Path]:
+        """In natural order; each is a regular file.
+
+        Raises:
+            UserError: none, or one that is empty, a pipe or a git-LFS pointer.
+        """
+        found = [self.path] if not self.path.is_dir() else []
+        if self.path.is_dir():
+            for folder, below, names in os.walk(self.path, onerror=_raise, followlinks=False):
+                below[:] = [name for name in below if not is_hidden(name)]
+                found += [Path(folder, name) for name in names if name.endswith(self.suffix) and name[0] != "."]
+        if not found:
+            raise UserError(f"{self.path} holds no {self.suffix} file; check SRC and --kind")
+        for file in found:
+            check_regular(file)
+        return sorted(found, key=lambda file: natural_key(str(file)))
+
+    def relative(self, file: Path) -> str:
+        return str(file.relative_to(self.path)) if self.path.is_dir() else file.name
+
+    def absolute(self, name: str) -> Path:
+        return self.path / name if self.path.is_dir() else self.path
+
+    def read_at(self, name: str, offset: int, length: int) -> bytes:
+        """Raises UserError where the file ends before, or `length` is more than an image may have."""
+        check_length(length, MAX_BYTES, f"{self.absolute(name)}: the image at byte {offset}")
+        if name not in self._open:
+            self._open[name] = os.open(self.absolute(name), os.O_RDONLY)
+        data = os.pread(self._open[name], length, offset)
+        if len(data) != length:
+            raise UserError(
+                f"{self.absolute(name)} ends at byte {offset + len(data)}, inside an image; it was cut: copy it again"
+            )
+        return data
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,213 @@
+"""WebDataset tars: key.jpg (or png, webp, ...) with key.cls, or key.json that holds label, cls or class. Also datasets of lvtrain.
+
+The rule of grouping: members of a sample lie side by side. A sample ends where its key ends, or where a suffix comes again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from lvtrain.data.folders import is_hidden
+from lvtrain.data.images import is_image_name
+from lvtrain.data.index import Manifest, read_labels, read_manifest
+from lvtrain.datasets.catalogue import Catalogue, CatalogueWriter
+from lvtrain.datasets.containers import Containers
+from lvtrain.datasets.importer import IMPORTERS, Importer, Options
+from lvtrain.datasets.labels import MAX_JSON, Form, Label, LabelReader
+from lvtrain.errors import UserError
+from lvtrain.files.checked import check_length, reading
+
+_PREFERRED = ("jpg", "jpeg", "png", "webp")
+
+
+class WebDatasetOptions(Options):
+    encoding: str = Field("utf-8", description="of .cls files that are text, such as gbk")
+    labels: Form = Field(
+        "auto", description=".cls files are text, binary (little-endian integers of 1, 2, 4 or 8 bytes), or auto"
+    )
+    image: str | None = Field(None, description="suffix of the image, where a sample has several: png, image.jpg")
+
+
+@dataclass
+class _Sample:
+    """Members of one key by suffix: name, offset and length of their bytes."""
+
+    key: str
+    members: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+
+
+@IMPORTERS.register("webdataset")
+class WebDataset(Importer):
+    """SRC/*.tar, uncompressed."""
+
+    options_class = WebDatasetOptions
+
+    def __init__(self, path: Path, options: WebDatasetOptions) -> None:
+        super().__init__(path, options)
+        self.tars = Containers(path, ".tar")
+
+    def scan(self, out: CatalogueWriter) -> None:
+        ours = self._own_manifest()
+        if ours is not None:
+            out.class_names.update(enumerate(read_labels(self.path)))
+        announced = _announcements(self.path, ours)
+        reader = LabelReader(self.options.encoding, self.options.labels)
+        for file in self.tars.files():
+            before = out.found
+            with (
+                reading(file, "an uncompressed tar"),
+                open(file, "rb") as raw,
+                tarfile.open(fileobj=raw, mode="r:") as tar,
+            ):
+                for run in _runs(tar, self.tars.relative(file), out):
+                    self._add(run, file, raw, reader, out)
+                _check_end(tar, raw, file, out)
+            stated = announced.pop(self.tars.relative(file), None) or _img2dataset(file)
+            if stated is not None:
+                out.announced(*stated, out.found - before)
+        for who, count in announced.values():  # shards that a manifest names and that are gone
+            out.announced(who, count, 0)
+
+    def _own_manifest(self) -> Manifest | None:
+        path = self.path / "dataset.json"
+        if not path.is_file() or b"lvtrain-dataset" not in path.read_bytes()[:4096]:
+            return None
+        return read_manifest(self.path)
+
+    def _add(self, run: list[_Sample], file: Path, raw: Any, reader: LabelReader, out: CatalogueWriter) -> None:
+        """The samples of one key that lie side by side; several are taken only if each is complete, or a label could go to another's image."""
+        relative = self.tars.relative(file)
+        found = [(sample, self._image(sample), self._label(sample, file, raw, reader)) for sample in run]
+        incomplete = len(run) > 1 and any(image is None or label is None for _, image, label in found)
+        for sample, image, label in found:
+            name = f"{relative}: {sample.key}"
+            if image is None:
+                out.left_out("sample without an image that is told apart by its suffix", name)
+                continue
+            for suffix, (member, _, _) in sample.members.items():
+                if suffix == image or suffix == "cls" or (suffix == "json" and "cls" not in sample.members):
+                    continue
+                if is_image_name("x." + suffix):
+                    out.left_out(f"image .{suffix} beside .{image} of a sample", f"{relative}: {member}")
+                else:
+                    out.ignored(f"member .{suffix} of a sample", f"{relative}: {member}")
+            member, offset, size = sample.members[image]
+            if label is None or incomplete:
+                out.unlabelled(f"{relative}: {member}")
+            else:
+                out.add(label, member, container=relative, offset=offset, length=size)
+
+    def _image(self, sample: _Sample) -> str | None:
+        """The suffix of the sample's image: the one asked for, a plain one (jpg), or the only one."""
+        if self.options.image is not None:
+            return self.options.image if self.options.image in sample.members else None
+        images = [suffix for suffix in sample.members if is_image_name("x." + suffix)]
+        plain = [suffix for suffix in images if "." not in suffix]
+        if plain:
+            return min(plain, key=lambda suffix: _PREFERRED.index(suffix) if suffix in _PREFERRED else len(_PREFERRED))
+        return images[0] if len(images) == 1 else None
+
+    def _label(self, sample: _Sample, file: Path, raw: Any, reader: LabelReader) -> Label | None:
+        """From .cls; from .json only where there is no .cls."""
+        for suffix, read in (("cls", reader.of_bytes), ("json", reader.of_json)):
+            if suffix in sample.members:
+                name, offset, size = sample.members[suffix]
+                check_length(size, MAX_JSON, f"{file}: {name}")
+                raw.seek(offset)
+                return read(raw.read(size), f"{file}: {name}")
+        return None
+
+    def read(self, catalogue: Catalogue, row: int) -> bytes:
+        record = catalogue.rows[row]
+        return self.tars.read_at(
+            catalogue.containers[record["container"]], int(record["offset"]), int(record["length"])
+        )
+
+
+def _runs(tar: tarfile.TarFile, relative: str, out: CatalogueWriter) -> Iterator[list[_Sample]]:
+    """Samples of one key that lie side by side: one, or several where a suffix comes again."""
+    run: list[_Sample] = []
+    files: dict[str, tarfile.TarInfo] = {}
+    for member in tar:
+        if member.isdir():
+            continue
+        folder, base = os.path.split(member.name)
+        where = f"{relative}: {member.name}"
+        if base.startswith(".") or any(is_hidden(part) for part in folder.split("/") if part not in ("", ".", "..")):
+            out.left_out("hidden file of a tar", where)
+            continue
+        target = files.get(member.linkname) if member.islnk() else member
+        if target is None or not target.isreg() or target.sparse is not None:
+            out.left_out("link, device or sparse file of a tar", where)
+            continue
+        files[member.name] = target
+        stem, _, suffix = base.partition(".")
+        key, suffix = os.path.join(folder, stem), suffix.lower()
+        if run and run[-1].key != key:
+            yield run
+            run = []
+        if not run or suffix in run[-1].members:
+            run.append(_Sample(key))
+        run[-1].members[suffix] = (member.name, target.offset_data, target.size)
+    if run:
+        yield run
+
+
+def _check_end(tar: tarfile.TarFile, raw: Any, file: Path, out: CatalogueWriter) -> None:
+    """tarfile ends without a word at a damaged header and at a block of zeros; what lies behind would be lost.
+
+    Raises:
+        UserError: a damaged header.
+    """
+    end = tar.offset
+    raw.seek(end)
+    block = raw.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        out.ledger.mismatches.add(f"{file} has no end-of-archive mark; it may have been cut at byte {end + len(block)}")
+    elif block.strip(b"\0"):
+        raise UserError(f"{file} is damaged at byte {end}, where a member should begin; copy it again")
+    while block := raw.read(1 << 20):
+        if block.strip(b"\0"):
+            out.ledger.mismatches.add(
+                f"{file} has data behind its end-of-archive mark at byte {end}; were two tars joined? they are not read"
+            )
+            return
+
+
+def _announcements(path: Path, ours: Manifest | None) -> dict[str, tuple[str, int]]:
+    """What manifests beside the tars say, by the tar's name relative to the source: (who says it, images)."""
+    if not path.is_dir():
+        return {}
+    found = {}
+    if ours is not None:
+        found = {shard.name: (f"{path / 'dataset.json'} ({shard.name})", shard.samples) for shard in ours.shards}
+    for file in (
+        sorted(path.glob("*.json")) if ours is None else ()
+    ):  # webdataset's own index: {"shardlist": [{"url", "nsamples"}]}
+        if file.stat().st_size <= MAX_JSON:
+            try:
+                listed = json.loads(file.read_bytes())["shardlist"]
+                for shard in listed:
+                    found[os.path.basename(shard["url"])] = (f"{file} ({shard['url']})", int(shard["nsamples"]))
+            except (KeyError, TypeError, ValueError, RecursionError):
+                continue
+    return found
+
+
+def _img2dataset(file: Path) -> tuple[str, int] | None:
+    """What img2dataset's 00000_stats.json beside 00000.tar counts as written."""
+    stats = file.with_name(f"{file.stem}_stats.json")
+    if not stats.is_file() or stats.stat().st_size > MAX_JSON:
+        return None
+    try:
+        return str(stats), int(json.loads(stats.read_bytes())["successes"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None

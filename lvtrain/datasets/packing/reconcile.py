@@ -1,0 +1,56 @@
+"""The sum at the end of a pack: announced + unannounced = packed + skipped + refused. It must add up, or something was lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lvtrain.datasets.catalogue import Ledger
+
+_SKIPPED = ("wrong_size", "grey", "duplicate", "no_face")  # sound images that a policy leaves out
+
+
+def reconcile(ledger: Ledger, listed: int, packed: int, troubles: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The sum with its parts and as a `line`.
+
+    Args:
+        listed: images of the catalogue.
+        packed: images written.
+        troubles: of the report, by kind, with policy and count.
+
+    Returns:
+        `announced`: what the source says it holds (its header, index or manifest), or what was found in it where it says nothing.
+        `unannounced`: images found beyond that. `skipped` and `refused`: counts by reason; what is refused cannot be taken, what is
+        skipped was left out by a rule or policy.
+
+    Raises:
+        RuntimeError: the sum does not add up, which is a fault of lvtrain.
+    """
+    skipped = {reason: tally.count for reason, tally in ledger.left_out.items()}
+    skipped |= {kind: troubles[kind]["count"] for kind in _SKIPPED if troubles[kind]["policy"] == "skip"}
+    refused = {
+        "undecodable": troubles["undecodable"]["count"] if troubles["undecodable"]["policy"] == "skip" else 0,
+        "unlabelled": ledger.unlabelled.count,
+        "announced but not found": ledger.missing,
+    }
+    skipped, refused = ({reason: count for reason, count in part.items() if count} for part in (skipped, refused))
+    found = listed + sum(tally.count for tally in ledger.left_out.values()) + ledger.unlabelled.count
+    announced = found + ledger.missing - ledger.unannounced
+    if announced + ledger.unannounced != packed + sum(skipped.values()) + sum(refused.values()):
+        raise RuntimeError(
+            f"{announced} + {ledger.unannounced} announced, {packed} packed, {skipped} skipped, {refused} refused"
+        )
+    extra = f" + unannounced {ledger.unannounced:,}" if ledger.unannounced else ""
+    line = f"announced {announced:,}{extra} = packed {packed:,} + skipped {_sum(skipped)} + refused {_sum(refused)}"
+    return {
+        "announced": announced,
+        "unannounced": ledger.unannounced,
+        "packed": packed,
+        "skipped": skipped,
+        "refused": refused,
+        "line": line,
+    }
+
+
+def _sum(parts: dict[str, int]) -> str:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in parts.items())
+    return f"{sum(parts.values()):,}" + (f" ({reasons})" if reasons else "")
