@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+import typer
+from PIL import Image
+from pydantic import Field
 from torch import nn
+from typer.testing import CliRunner
 
 from lvtrain.backbones import Backbone, register
+from lvtrain.data.shards import ShardDataset
+from lvtrain.datasets import importer
 from lvtrain.errors import UserError
 from lvtrain.methods import METHODS, LossOutput, Method, MethodSection
 from lvtrain.methods.base import initial_backbone
@@ -122,3 +131,50 @@ def test_a_method_and_a_backbone_are_one_class_each(tiny_faces: Path, tmp_path: 
     losses = [row["loss"] for row in metrics(tmp_path / "runs" / "tiny") if "loss" in row]
     assert len(losses) == 12 and losses[-1] < losses[0] / 2
     assert found["embedding"] == (2, 6)
+
+
+class StripOptions(importer.Options):
+    identities: int = Field(2, description="in equal parts of the strip")
+
+
+class Strip(importer.Importer):
+    """One picture of many faces side by side."""
+
+    options_class = StripOptions
+
+    def scan(self, out: Any) -> None:
+        faces = Image.open(self.path).width // 112
+        for number in range(faces):
+            out.add(f"person{number * self.options.identities // faces}", f"face{number}", offset=number)
+
+    def read(self, catalogue: Any, row: int) -> bytes:
+        left = 112 * int(catalogue.rows[row]["offset"])
+        face = io.BytesIO()
+        Image.open(self.path).crop((left, 0, left + 112, 112)).save(face, "JPEG")
+        return face.getvalue()
+
+
+@pytest.fixture
+def strip() -> Iterator[None]:
+    importer.IMPORTERS.register("strip")(Strip)
+    yield
+    importer.IMPORTERS.unregister("strip")
+
+
+def test_an_importer_is_packed_by_name(strip: None, tmp_path: Path) -> None:
+    from tools.pack_dataset import main
+
+    pixels = np.random.default_rng(0).integers(0, 255, (112, 6 * 112, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "strip.png")
+    app = typer.Typer()
+    app.command()(main)
+
+    def packed(out: str, option: str) -> Any:
+        arguments = [str(tmp_path / "strip.png"), str(tmp_path / out), "--kind", "strip", "--workers", "1"]
+        return CliRunner().invoke(app, [*arguments, "--option", option])
+
+    assert packed("out", "identities=3").exit_code == 0
+    dataset = ShardDataset(tmp_path / "out")
+    assert dataset.label_names() == ["person0", "person1", "person2"]
+    assert np.bincount(dataset.labels(np.arange(6))).tolist() == [2, 2, 2]
+    assert packed("other", "people=3").exit_code == packed("another", "identities=many").exit_code == 2
