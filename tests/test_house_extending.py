@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,72 @@ def test_an_importer_is_packed_by_name(strip: None, tmp_path: Path) -> None:
     assert dataset.label_names() == ["person0", "person1", "person2"]
     assert np.bincount(dataset.labels(np.arange(6))).tolist() == [2, 2, 2]
     assert packed("other", "people=3").exit_code == packed("another", "identities=many").exit_code == 2
+
+
+def toy_protocol() -> None:
+    from lvtrain.evaluation.protocol import PROTOCOLS, Options, Protocol
+    from lvtrain.evaluation.sources import labelled_images
+
+    class ToyOptions(Options):
+        power: int = 1
+
+    @PROTOCOLS.register("toy_norm")
+    class ToyNorm(Protocol):
+        """Mean norm of the embeddings of a folder whose name ends in `.toy`."""
+
+        title = "norms"
+        options_class = ToyOptions
+
+        @classmethod
+        def matches(cls, path: Path) -> bool:
+            return path.suffix == ".toy"
+
+        def run(self, forward: Any, paths: tuple[Path, ...], setting: Any) -> dict[str, Any]:
+            rows = setting.embed(forward, labelled_images(paths[0])[0], mirror=False)
+            return {"norm": float((rows**2).sum(1).mean() ** (self.options.power / 2)), "images": len(rows)}
+
+        @classmethod
+        def figure(cls, result: dict[str, Any]) -> float:
+            return float(result["norm"])
+
+        @classmethod
+        def headline(cls, result: dict[str, Any]) -> list[tuple[str, str]]:
+            return [("mean norm", f"{result['norm']:.3f}")]
+
+
+def _evaluate_with_the_toy(rank: int, ranks: int, recipe: str, folder: str) -> dict[str, Any]:
+    from lvtrain.evaluation import suite
+    from lvtrain.main import main
+
+    toy_protocol()
+    code = main(["--recipe", recipe, "--ds_config", str(ROOT / "ds_configs" / "zero2.json")])
+    task = suite.parse(f"own:{folder}", {"toy_norm": {"power": 2}})
+    return {
+        "code": code,
+        "kind": task.kind,
+        "power": task.options.power,
+        "named": suite.parse(f"a:toy_norm:{folder}").kind,
+    }
+
+
+def test_a_protocol_is_one_class(tiny_faces: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "faces.toy"
+    (folder / "one").mkdir(parents=True)
+    data = ShardDataset(tiny_faces / "train")
+    for sample in range(3):
+        (folder / "one" / f"{sample}.jpg").write_bytes(data.read(sample)[0])
+    benchmarks = {
+        "norms": {"protocol": "toy_norm", "path": str(folder), "power": 0},
+        "pairs": str(tiny_faces / "heldout.bin"),
+    }
+    recipe = recipe_file(
+        tmp_path,
+        tiny_faces / "train",
+        phases=[{"name": "only", "global_batch": 16, "micro_batches": 4}],
+        schedule={"total": "1 steps", "warmup": "0 steps"},
+        evaluation={"benchmarks": benchmarks},
+    )
+    (found,) = run_ranks(1, _evaluate_with_the_toy, str(recipe), str(folder))
+    assert found == {"code": 0, "kind": "toy_norm", "power": 2, "named": "toy_norm"}
+    final = json.loads((tmp_path / "runs" / "tiny" / "evaluation" / "final.json").read_text())["benchmarks"]
+    assert final["norms"] == {"kind": "toy_norm", "norm": 1.0, "images": 3} and final["pairs"]["kind"] == "verification"

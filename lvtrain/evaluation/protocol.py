@@ -66,12 +66,14 @@ class Protocol(ABC):
         title: what tables call it.
         options_class: its options, a recipe section.
         paths: how many paths a benchmark of it has.
+        fallback: it recognises paths in general, so any other protocol that recognises one is preferred.
         own_columns: columns of a table of its own in the report, or empty: then the report shows its headline.
     """
 
     title: ClassVar[str]
     options_class: ClassVar[type[Options]] = Options
     paths: ClassVar[int] = 1
+    fallback: ClassVar[bool] = False
     own_columns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Any) -> None:
@@ -79,7 +81,7 @@ class Protocol(ABC):
 
     @classmethod
     def matches(cls, path: Path) -> bool:
-        """Whether a benchmark at `path` is of this protocol when none is named. At most one protocol may say yes."""
+        """Whether a benchmark at `path` is of this protocol, when none is named."""
         return False
 
     @abstractmethod

@@ -32,7 +32,8 @@ def create_task(name: str, path: str | Path, kind: str | None = None, options: M
         if not found.exists():
             raise UserError(f"benchmark {name}: {found} does not exist; correct the path")
     if kind is None:
-        fitting = [entry for entry, cls in PROTOCOLS.entries().items() if cls.matches(paths[0])]
+        matching = {entry: cls for entry, cls in PROTOCOLS.entries().items() if cls.matches(paths[0])}
+        fitting = [entry for entry, cls in matching.items() if not cls.fallback] or list(matching)
         if len(fitting) != 1:
             known = ", ".join(PROTOCOLS.names())
             raise UserError(f"benchmark {name}: {path} fits {len(fitting)} protocols; name one of {known}")

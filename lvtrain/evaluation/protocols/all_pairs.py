@@ -12,6 +12,7 @@ from lvtrain.evaluation.sources import is_labelled_set, labelled_images
 @PROTOCOLS.register("all_pairs")
 class AllPairs(Protocol):
     title = "all pairs"
+    fallback = True
     options_class = Flip
 
     @classmethod

@@ -13,6 +13,7 @@ from lvtrain.evaluation.protocol import PROTOCOLS, Protocol, Result, Setting, pe
 @PROTOCOLS.register("verification")
 class Verification(Protocol):
     title = "verification"
+    fallback = True
     own_columns = ("benchmark", "accuracy")  # the report draws this protocol itself: curves, histogram, faces
 
     @classmethod
