@@ -211,7 +211,7 @@ def test_a_teacher_that_cannot_be_is_refused_before_a_start(
     (tmp_path / "model.onnx").write_bytes(b"")
     refused = {
         tmp_path / "nowhere": "does not exist",
-        tmp_path / "model.onnx": "is an ONNX file, which cannot be turned back; give the weights",
+        tmp_path / "model.onnx": "has 0 inputs and 0 outputs; a recogniser has one of each",
         tmp_path / "nan.safetensors": "blocks.1.mlp.fc1.weight holds NaN or infinity",
         weights(
             tmp_path / "wide.safetensors", 1, embedding_dim=48

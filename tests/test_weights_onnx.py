@@ -61,14 +61,14 @@ def network(architecture: Architecture) -> nn.Module:
         elif isinstance(module, nn.PReLU):
             nn.init.uniform_(module.weight, 0.1, 0.4)
     with torch.no_grad():
-        backbone(torch.randn(16, 3, SIDE, SIDE))
+        backbone(torch.randn(16, 3, architecture.image_size, architecture.image_size))
     return backbone.eval()
 
 
-def export(backbone: nn.Module, path: Path, *, batch: int = 1, **options: Any) -> Path:
+def export(backbone: nn.Module, path: Path, *, batch: int = 1, images: torch.Tensor = IMAGES, **options: Any) -> Path:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
-        torch.onnx.export(backbone, (IMAGES[:batch],), str(path), input_names=["data"], **options)
+        torch.onnx.export(backbone, (images[:batch],), str(path), input_names=["data"], **options)
     return path
 
 
@@ -137,7 +137,7 @@ def edited(source: Path, out: Path, change: Callable[[Any], None]) -> Path:
     return out
 
 
-def normalising(mean: float, divisor: float) -> Callable[[Any], None]:
+def normalising(mean: float, divisor: float, epsilon: float | None = 2e-5) -> Callable[[Any], None]:
     """Pixels of 0 to 255 are taken, as MXNet's exports do, with its epsilon."""
 
     def change(graph: Any) -> None:
@@ -149,8 +149,8 @@ def normalising(mean: float, divisor: float) -> Callable[[Any], None]:
         graph.node.insert(0, onnx.helper.make_node("Sub", ["data", "mean"], ["centred"]))
         for node in graph.node:
             for attribute in node.attribute:
-                if attribute.name == "epsilon":
-                    attribute.f = 2e-5
+                if attribute.name == "epsilon" and epsilon is not None:
+                    attribute.f = epsilon
 
     return change
 

@@ -1,4 +1,4 @@
-"""`init_from`: weights of another run, a checkpoint or a safetensors file as the start of a new run; never its schedule or its moments."""
+"""`init_from`: weights of another run, a checkpoint, a safetensors file or an ONNX pack as the start of a new run; never its schedule or its moments."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from lvtrain.errors import UserError
 from lvtrain.evaluation.extract import embed
 from lvtrain.methods import Method
 from lvtrain.recipe.sections import InitFrom, Recipe
+from lvtrain.training.folded_norms import restore_norms
+from lvtrain.weights.architecture import recognise
 from lvtrain.weights.runs import read_initial, shapes_of
 
 IMAGES = 16  # of a class, at most: the mean of more moves little
@@ -30,6 +32,9 @@ def start_weights(method: Method, recipe: Recipe, dataset: ShardDataset, world: 
     told: dict[str, Any] = {}
     if recipe.init_from is not None:
         told = load_initial(recipe.init_from, method)
+        restored = restore_norms(method.evaluated(), dataset, world=world, image_size=recipe.backbone.image_size)
+        if restored:
+            told["norms"] = f"{restored} folded BatchNorms have the statistics of this dataset"
         if recipe.init_from.classifier == "means":
             told["classifier"] = _centres_from_means(method, recipe, dataset, world)
     told |= method.load_start_weights()
@@ -92,11 +97,17 @@ def _fitting(path: Path, weights: dict[str, torch.Tensor], method: Method) -> tu
     parameters = {name for name, _ in module.named_parameters()}
     missing = sorted(parameters.difference(taken))
     if len(missing) == len(parameters):
-        raise UserError(
-            f"init_from.path: {path} has no weight of {type(module).__name__}; give its backbone section to this run, "
-            "or import foreign weights with tools/convert_checkpoint.py"
-        )
+        raise UserError(f"init_from.path: {path} has no weight of {type(module).__name__}; {_whose(shapes)}")
     return taken, missing
+
+
+def _whose(shapes: dict[str, torch.Size]) -> str:
+    """What to do about weights of another network: its backbone section, where it is one of ours."""
+    try:
+        found = recognise({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    except UserError:
+        return "give its backbone section to this run, or import foreign weights with tools/convert_checkpoint.py"
+    return f"set backbone to {{name: {found.name}, embedding_dim: {found.embedding_dim}, overrides: {found.overrides}}}"
 
 
 def _centres_from_means(method: Method, recipe: Recipe, dataset: ShardDataset, world: World) -> str:

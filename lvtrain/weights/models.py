@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from lvtrain.checkpoint.reader import open_weights
 from lvtrain.errors import UserError
 from lvtrain.weights.architecture import Architecture, fit, recognise
 from lvtrain.weights.foreign import swap_colours
+from lvtrain.weights.onnx_graph import read_graph
 from lvtrain.weights.onnx_session import session
 from lvtrain.weights.reading import read_weights
 from lvtrain.weights.runs import evaluated_weights
@@ -88,8 +90,6 @@ def open_backbone(path: Path, *, average: bool = False) -> tuple[Architecture, d
                 return architecture_from(config["lvtrain"]["backbone"]), load_file(path / WEIGHTS), "exported folder"
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{path} is a damaged folder ({type(error).__name__}: {error}); export it again") from error
-    if path.suffix == ".onnx":
-        raise UserError(f"{path} is an ONNX file, which cannot be turned back; give the weights it was made from")
     if (path.is_dir() and not any(path.glob("*.safetensors"))) or (path / "manifest.json").is_file():
         return _run(path, average)
     if average:
@@ -140,7 +140,7 @@ def _onnx(path: Path) -> Model:
     fixed = taken.shape.dim[0].dim_value
 
     def forward(images: torch.Tensor) -> torch.Tensor:
-        array = images.detach().float().cpu().numpy()
+        array = given(images.detach().float().cpu().numpy())
         if not fixed:
             return torch.from_numpy(run(array))
         # a file with a fixed batch: pad the last part
@@ -154,6 +154,13 @@ def _onnx(path: Path) -> Model:
             )
             parts.append(torch.from_numpy(run(padded.numpy()))[: len(part)])
         return torch.cat(parts)
+
+    try:
+        given = read_graph(path).given
+    except UserError:  # not a network that we know the layers of: it takes what nearly all take
+
+        def given(images: np.ndarray) -> np.ndarray:
+            return images
 
     found = forward(torch.zeros(1, 3, side, side))
     if found.ndim != 2:

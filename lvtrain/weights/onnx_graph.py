@@ -51,6 +51,11 @@ class OnnxGraph:
     image_size: int | None
     batch: int | None
 
+    def given(self, images: np.ndarray) -> np.ndarray:
+        """Images normalised as ours, (x - 127.5) / 127.5, as the file takes them: the same, or pixels if it normalises them itself."""
+        factor, summand = next(reversed(self.image.values()))
+        return (images + 1) * half_range(factor, summand) if summand else images
+
     def reachable(self) -> Iterator[Operation]:
         """The operations that the output depends on, in the file's order."""
         needed, waiting = {self.output}, [self.output]
@@ -64,6 +69,11 @@ class OnnxGraph:
     def uses(self) -> Counter[str]:
         """How often each tensor is an input of an operation that the output depends on."""
         return Counter(name for operation in self.reachable() for name in operation.inputs)
+
+
+def half_range(factor: float, summand: float) -> np.float32:
+    """Half of the range of pixels of a file that normalises them by a x + b: of 0 to 255, or of 0 to 1."""
+    return np.float32(127.5 if -summand / factor > 1.5 else 0.5)
 
 
 def read_graph(path: Path) -> OnnxGraph:
@@ -160,7 +170,11 @@ class _Reader:
             [helper.make_value_info(name, unknown) for name in values],
             [helper.make_value_info(name, unknown) for name in node.output],
         )
-        found = ReferenceEvaluator(helper.make_model(graph, opset_imports=self._opsets)).run(None, values)
+        try:
+            found = ReferenceEvaluator(helper.make_model(graph, opset_imports=self._opsets)).run(None, values)
+        except Exception:  # nothing that these networks are made of
+            self.operations[node.output[0]] = Operation(node.op_type, ())
+            return
         self._constants.update(zip(node.output, map(np.asarray, found)))
 
     def _normalise(self, kind: str, data: str, constants: list[np.ndarray], first: bool, out: str) -> None:

@@ -23,7 +23,7 @@ from lvtrain.backbones.iresnet import IResNet
 from lvtrain.backbones.registry import published_sizes
 from lvtrain.errors import UserError
 from lvtrain.weights.architecture import Architecture, fit, recognise
-from lvtrain.weights.onnx_graph import OnnxGraph, Operation, read_graph
+from lvtrain.weights.onnx_graph import OnnxGraph, Operation, half_range, read_graph
 from lvtrain.weights.onnx_session import session
 
 _CLOSE = 1e-4  # largest difference to the file's embeddings, as a share of the largest value where that is above 1
@@ -38,6 +38,10 @@ class OnnxWeights:
     state: dict[str, torch.Tensor]
     folded: list[str]
     difference: float
+
+    def __str__(self) -> str:
+        folded = f", {len(self.folded)} BatchNorms were folded" if self.folded else ""
+        return f"ONNX graph{folded}, embeddings differ from the file's by {self.difference:.0e} of the largest"
 
 
 def read_onnx(path: Path) -> OnnxWeights:
@@ -284,12 +288,13 @@ def _pixel_factor(factor: float, summand: float) -> float:
     """
     if (factor, summand) == (1.0, 0.0):  # normalised outside, as insightface does for such a file
         return 1.0
-    middle = -summand / factor
-    if not any(math.isclose(middle, known, rel_tol=1e-5) for known in (127.5, 0.5)):
+    half = float(half_range(factor, summand))
+    if abs(factor * half + summand) > 1e-5:
+        mean = -summand / factor
         raise _Mismatch(
-            f"normalises pixels itself, with mean {middle:g} and divisor {1 / factor:g}; only a mean of 127.5 can be read"
+            f"normalises pixels itself, with mean {mean:g} and divisor {1 / factor:g}; only a mean of {half:g} can be read"
         )
-    return factor * middle
+    return factor * half
 
 
 def _difference(path: Path, graph: OnnxGraph, architecture: Architecture, match: _Match) -> float:
@@ -297,11 +302,9 @@ def _difference(path: Path, graph: OnnxGraph, architecture: Architecture, match:
     fit(backbone, match.state)
     size, count = architecture.image_size, graph.batch or 2
     images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    factor, summand = next(value for value in reversed(graph.image.values()))
-    given = images if (factor, summand) == (1.0, 0.0) else (images + 1) * (-summand / factor)
     with torch.inference_mode():
         ours = backbone(images)
-    theirs = torch.from_numpy(session(path)(given.numpy()))
+    theirs = torch.from_numpy(session(path, exact=True)(graph.given(images.numpy())))
     if theirs.shape != ours.shape:
         return math.inf
     return float((theirs - ours).abs().max() / ours.abs().max().clamp(min=1))

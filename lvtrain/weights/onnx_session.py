@@ -10,14 +10,19 @@ import numpy as np
 from lvtrain.errors import UserError
 
 
-def session(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """A function float32 `[N, 3, H, W]` -> float32 `[N, d]` over onnxruntime, whatever the file's input and output are called."""
+def session(path: str | Path, *, exact: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    """A function float32 `[N, 3, H, W]` -> float32 `[N, d]` over onnxruntime, whatever the file's input and output are called.
+
+    `exact` keeps to the CPU: on a GPU onnxruntime multiplies in TF32.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
-        running = onnxruntime.InferenceSession(str(path), options, providers=_providers(onnxruntime))
+        running = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"] if exact else _providers(onnxruntime)
+        )
     except Exception as error:
         raise UserError(f"{path} cannot be opened by onnxruntime: {' '.join(str(error).split())[:200]}") from error
     source, target = running.get_inputs()[0].name, running.get_outputs()[0].name

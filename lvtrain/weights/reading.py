@@ -1,7 +1,7 @@
 """Other people's weight files -> a flat state dict with our names, whatever wrapped them. Nothing is unpickled that could run code.
 
 Accepted: arcface_torch `model.pt` and `checkpoint_gpu_{rank}.pt`, its older `rank_{r}_softmax_weight.pt`, LVFace's released `.pt`, CVLface's
-`model.pt` and AdaFace's Lightning `.ckpt`, LAFS's and DINO's `checkpoint*.pth`, safetensors files and folders.
+`model.pt` and AdaFace's Lightning `.ckpt`, LAFS's and DINO's `checkpoint*.pth`, safetensors files and folders, ONNX files of insightface's networks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from lvtrain.errors import UserError
 from lvtrain.weights.foreign import from_ir, is_ir
+from lvtrain.weights.onnx_match import read_onnx
 
 _OUTER = ("teacher", "state_dict_backbone", "state_dict", "backbone", "model", "student")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "net.", "encoder.", "model.")
@@ -46,6 +47,9 @@ def read_weights(path: str | Path, *, branch: str | None = None) -> Weights:
         UserError: no such file, a pickle that holds more than tensors and plain values, or nothing that looks like a backbone or class rows.
     """
     path = Path(path)
+    if path.suffix == ".onnx" and path.is_file():
+        found = read_onnx(path)
+        return Weights(str(found), found.state)
     content = _load(path)
     if isinstance(content, torch.Tensor):
         return Weights("class rows of one rank (arcface_torch, older)", {}, rows=content.float())
@@ -93,8 +97,6 @@ def _load(path: Path) -> Any:
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
     except Exception as error:
-        if path.suffix == ".onnx":
-            raise UserError(f"{path} is an ONNX file, not weights; tools/evaluate.py takes it as it is") from error
         raise UserError(
             f"{path} cannot be read as plain tensors ({type(error).__name__}): damaged, not torch's, or with other objects in it; "
             "if you trust it, save its state_dict with torch.save"

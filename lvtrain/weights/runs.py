@@ -11,13 +11,16 @@ from safetensors.torch import load_file
 
 from lvtrain.checkpoint.reader import Weights, open_shapes, open_weights
 from lvtrain.errors import UserError
+from lvtrain.weights.reading import read_weights
 
 _T = TypeVar("_T")
 _TEACHER = "teacher.backbone."
 
 
 def read_initial(path: Path) -> tuple[Weights | None, dict[str, torch.Tensor]]:
-    """A checkpoint (ours) and its evaluated module's weights, or just weights from a safetensors file or folder."""
+    """A checkpoint (ours) and its evaluated module's weights, or just weights from a safetensors file or folder, or an ONNX file."""
+    if path.suffix == ".onnx":
+        return None, _onnx(path)
     if (file := weights_file(path)) is not None:
         return None, load_file(file)
     source = open_weights(path)
@@ -26,6 +29,8 @@ def read_initial(path: Path) -> tuple[Weights | None, dict[str, torch.Tensor]]:
 
 def shapes_of(path: Path) -> tuple[dict[str, torch.Size], torch.Size | None]:
     """The shapes of `read_initial`'s weights, without reading them, and of the class rows, if there are any."""
+    if path.suffix == ".onnx":
+        return {name: tensor.shape for name, tensor in _onnx(path).items()}, None
     if (file := weights_file(path)) is not None:
         with safe_open(file, "pt") as stored:
             names: list[str] = stored.keys()
@@ -40,13 +45,21 @@ def shapes_of(path: Path) -> tuple[dict[str, torch.Size], torch.Size | None]:
     return _evaluated(backbone, every), every.get("classifier.weight")
 
 
+def _onnx(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return read_weights(path).backbone
+    except UserError as error:
+        raise UserError(f"init_from.path: {error}") from error
+
+
 def weights_file(path: Path) -> Path | None:
-    """The safetensors file that `path` is or holds, its header read; None for a folder without, which is a run or a checkpoint.
+    """The safetensors file that `path` is or holds, its header read; None for a folder without, which is a run or a checkpoint, and for an ONNX
+    file.
 
     Raises:
         UserError: another kind of file, or one that is cut short.
     """
-    if path.is_dir() and not (path / "model.safetensors").exists():
+    if path.suffix == ".onnx" or (path.is_dir() and not (path / "model.safetensors").exists()):
         return None
     file = path / "model.safetensors" if path.is_dir() else path
     if file.suffix != ".safetensors":
