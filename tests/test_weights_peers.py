@@ -249,6 +249,26 @@ def test_arcface_torch(name: str, tmp_path: Path) -> None:
     assert_equal(f"arcface_torch {name}", tmp_path / "checkpoint_gpu_0.pt", expected)
 
 
+@pytest.mark.parametrize("dynamo", [False, True], ids=["as torch2onnx.py", "dynamo"])
+@pytest.mark.parametrize("name", ["r18", "r50", "r100", "mbf", "mbf_large"])
+def test_arcface_torch_onnx(name: str, dynamo: bool, tmp_path: Path) -> None:
+    """ONNX files of their networks, made as their `torch2onnx.py` makes them and by torch's present exporter."""
+    onnx = pytest.importorskip("onnx")
+    seeded()
+    with code_of("insightface", "recognition/arcface_torch") as load:
+        model = settled(load("backbones").get_model(name, dropout=0.0, fp16=False, num_features=512))
+        with torch.no_grad():
+            expected = model(IMAGES)
+        path = str(tmp_path / "model.onnx")
+        opset = 18 if dynamo else 11
+        torch.onnx.export(model, (IMAGES[:1],), path, input_names=["data"], opset_version=opset, dynamo=dynamo)
+    if not dynamo:
+        file = onnx.load(path)
+        file.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "None"
+        onnx.save(file, path)
+    assert_equal(f"arcface_torch {name}, ONNX", Path(path), expected)
+
+
 def test_arcface_torch_vit_h(tmp_path: Path) -> None:
     """3 GB a copy: recognised with two blocks' weights in all 48 places, values compared with two blocks."""
     seeded()

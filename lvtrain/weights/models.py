@@ -162,6 +162,11 @@ def _onnx(path: Path) -> Model:
         def given(images: np.ndarray) -> np.ndarray:
             return images
 
+    if not fixed:
+        try:
+            fixed = 0 if len(run(np.zeros((2, 3, side, side), dtype=np.float32))) == 2 else 1
+        except UserError:  # it promises any batch, but its reshapes were made for one image (arcface_torch's mbf)
+            fixed = 1
     found = forward(torch.zeros(1, 3, side, side))
     if found.ndim != 2:
         raise UserError(

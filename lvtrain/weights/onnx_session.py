@@ -18,7 +18,7 @@ def session(path: str | Path, *, exact: bool = False) -> Callable[[np.ndarray], 
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised as well
     try:
         running = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"] if exact else _providers(onnxruntime)
