@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import resource
 import struct
 from pathlib import Path
 
@@ -176,3 +178,20 @@ def test_missing_pairs_are_noticed(tmp_path: Path) -> None:
         read_bin(path)
     with pytest.raises(UserError, match="does not exist"):
         read_bin(tmp_path / "absent.bin")
+
+
+def test_a_pickle_of_9_bytes_cannot_ask_for_gigabytes(tmp_path: Path) -> None:
+    path = tmp_path / "set.bin"
+    path.write_bytes(b"\x80\x02Nr\xff\xff\xff\x0f.")  # LONG_BINPUT at place 268,435,455
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"set\.bin"):
+        read_bin(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "set.bin")
+    (tmp_path / "lfs.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    for name in ("set.bin", "lfs.bin"):
+        with pytest.raises(UserError, match=name):
+            read_bin(tmp_path / name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import pickletools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,8 +18,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from lvtrain.errors import UserError
+from lvtrain.files import atomic
+from lvtrain.files.checked import check_regular
 
 FOLDS = 10
+_LARGEST_STRING = 1 << 24  # bytes; an encoded face has some thousands
+_FREE_PLACES = 1024  # of the memo that may stay empty (Python 2 counts from 1)
 # pairs of the published sets; a file with such a name and another count has lost some
 KNOWN_PAIRS = {"lfw": 6000, "agedb_30": 6000, "calfw": 6000, "cplfw": 6000, "cfp_fp": 7000, "cfp_ff": 7000}
 
@@ -36,15 +41,13 @@ def read_bin(path: str | Path, *, strict: bool = True) -> tuple[list[bytes], np.
         UserError: no such file, cut short, not such a pickle, a name outside the format, odd counts, a published set with pairs missing.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"verification set {path} does not exist")
+    check_regular(path)
     data = path.read_bytes()
     try:
+        _check_sizes(data)
         content = _Unpickler(data).load()
     except _Refused as error:
-        raise UserError(
-            f"{path} is not a plain verification set: it asks for {error}, which could run code; refused"
-        ) from error
+        raise UserError(f"{path} is not a plain verification set: it asks for {error}; refused") from error
     except Exception as error:
         # a damaged pickle can fail in any way; no part of it has been used
         raise UserError(
@@ -84,9 +87,9 @@ def write_bin(
     # protocol 4 is what insightface's own tools read on every Python 3
     data = pickle.dumps((list(images), flags), protocol=4)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    atomic.write_bytes(path, data)
     sidecar = {"pairs": len(flags), "positive": sum(flags), "sha256": hashlib.sha256(data).hexdigest(), **(about or {})}
-    _sidecar(path).write_text(json.dumps(sidecar, indent=1) + "\n")
+    atomic.write_json(_sidecar(path), sidecar, indent=1)
 
 
 def check_folds(issame: np.ndarray, path: str | Path) -> None:
@@ -159,6 +162,28 @@ def _check_sidecar(path: Path, data: bytes, pairs: int) -> None:
 
 class _Refused(pickle.UnpicklingError):
     pass
+
+
+def _check_sizes(data: bytes) -> None:
+    """Refuses a pickle that would take more memory than its own bytes explain, before it is loaded.
+
+    A number for a place in the memo makes the unpickler reserve all places below it: 9 bytes can ask for gigabytes. Strings that are converted
+    again and again from one place in the memo are the other way.
+    """
+    places = converted = longest = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            if argument is None or int(argument) > places + _FREE_PLACES:
+                raise _Refused(f"the place {argument} of its memo after {places} others")
+            places = max(places, int(argument) + 1)
+        elif opcode.name == "MEMOIZE":
+            places += 1
+        elif isinstance(argument, (str, bytes)):
+            longest = max(longest, len(argument))
+        elif opcode.name in ("REDUCE", "BUILD"):
+            converted += 1
+    if longest > _LARGEST_STRING and longest * converted > 16 * len(data):
+        raise _Refused(f"one string of {longest:,} bytes and {converted:,} conversions")
 
 
 class _Dtype:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lvtrain.data.images import is_image_name
+from lvtrain.data.folders import walk_identities
 from lvtrain.errors import UserError
 from lvtrain.evaluation.extract import Images
 
@@ -49,12 +49,9 @@ def labelled_images(path: str | Path) -> tuple[Images, np.ndarray]:
     if path.suffix == ".json" or (path / "dataset.json").is_file():
         shards = ShardImages(path)
         return shards, shards.labels()
-    if not path.is_dir():
-        raise UserError(
-            f"{path} is not a folder; a labelled set is a dataset folder, a subset manifest, or a folder with one folder per identity"
-        )
-    files = sorted(file for file in path.glob("*/*") if is_image_name(file.name))
-    if not files:
+    found = [(entry.path, entry.identity) for entry in walk_identities(path) if entry.path and not entry.reason]
+    if not found:
         raise UserError(f"{path} holds no images; IDENTITY/IMAGE.jpg is expected, or a dataset.json")
-    numbers = {folder: label for label, folder in enumerate(sorted({file.parent for file in files}))}
-    return files, np.array([numbers[file.parent] for file in files], dtype=np.int64)
+    files = sorted(path / str(image) for image, _ in found)
+    number = {name: label for label, name in enumerate(sorted({str(identity) for _, identity in found}))}
+    return files, np.array([number[file.relative_to(path).parts[0]] for file in files], dtype=np.int64)
