@@ -314,6 +314,7 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
         identity_rows = np.flatnonzero(keys >= start)
         if header.flag > 1 and header.labels[0] <= header.labels[1] < LARGEST_LABEL:  # larger ones are rounded
             stated = start - 1, int(header.labels[1]) - start
+            identity_rows = identity_rows[keys[identity_rows] < start + stated[1]]
     chosen = np.flatnonzero(images)
     labels = np.empty(len(chosen), dtype=np.int64)
     for row, at in enumerate(chosen):
