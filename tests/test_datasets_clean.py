@@ -207,6 +207,13 @@ def test_command_line_writes_a_subset_that_loads(planted, tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "cleaned.report.json").read_text())
     assert report["counts"]["outliers"] == 2 and report["counts"]["same_person_groups"] == 1
+    assert {(row["identity"], row["closest_identity"]) for row in report["outliers"]} == {
+        ("p08", "p03"),
+        ("p02", "p09"),
+    }
+    assert {row["identity"] for row in report["overlaps"]} == {"p14", "p20"}
+    lists = ("outliers", "same_person", "duplicates", "overlaps", "repeated_images", "unusable")
+    assert all(isinstance(row, dict) for name in lists for row in report[name])
     cleaned = ShardDataset(tmp_path / "cleaned.json")
     assert len(cleaned) == report["samples_kept"] and cleaned.num_classes == len(planted.names) - 3
     labels = cleaned.labels(np.arange(len(cleaned)))
@@ -222,6 +229,25 @@ def test_command_line_writes_a_subset_that_loads(planted, tmp_path):
     assert late.exit_code == 2 and "exam.bin beside it is not a subset's" in late.output  # before anything is embedded
 
 
+def test_a_set_that_holds_everybody_is_blamed_and_reported(planted, tmp_path):
+    from tools.clean_dataset import main
+
+    np.save(tmp_path / "all.npy", planted.embeddings)
+    firsts = [int(np.flatnonzero(planted.labels == label)[0]) for label in range(len(planted.names))]
+    firsts += firsts[: len(firsts) % 2]
+    np.save(tmp_path / "exam.npy", planted.embeddings[firsts])
+    write_bin(tmp_path / "exam.bin", [planted.data.read(sample)[0] for sample in firsts], [True] * (len(firsts) // 2))
+    app = typer.Typer()
+    app.command()(main)
+    arguments = [str(planted.folder), str(tmp_path / "cleaned.json"), "--embeddings", str(tmp_path / "all.npy")]
+    arguments += ["--evaluation", str(tmp_path / "exam.bin"), "--evaluation-embeddings", str(tmp_path / "exam.npy")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "--overlap" in result.output and not (tmp_path / "cleaned.json").exists()
+    report = json.loads((tmp_path / "cleaned.report.json").read_text())
+    assert report["samples_kept"] == 0 and report["counts"]["overlapping_identities"] == len(planted.names)
+    assert (tmp_path / "cleaned.png").stat().st_size > 10_000
+
+
 def test_embeddings_that_know_nobody_are_refused(planted):
     noise = np.random.default_rng(3).normal(size=planted.embeddings.shape)
     with pytest.raises(UserError, match="another dataset or of an untrained model"):
@@ -229,5 +255,5 @@ def test_embeddings_that_know_nobody_are_refused(planted):
 
 
 def test_bad_limits_are_one_line():
-    with pytest.raises(UserError, match="no cosine"):
+    with pytest.raises(UserError, match="outlier 3"):
         clean.Limits(outlier=3)

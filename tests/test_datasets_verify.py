@@ -205,3 +205,19 @@ def test_colour_order_is_guessed():
     )
     grey = [np.repeat(face[:, :, :1], 3, axis=2) for face in faces]
     assert contact_sheet.colour_order(contact_sheet.channel_means([*grey, None])).startswith("undecided")
+
+
+def test_names_without_a_font_are_escaped_and_never_boxes(tmp_path, monkeypatch):
+    """What is drawn is compared with a sheet whose names are the escapes themselves."""
+    from matplotlib import font_manager
+
+    name = "王伟 김"
+    fonts = font_manager.findSystemFonts()
+    found = contact_sheet.fonts_for([name, "Müller", "plain"])
+    assert "plain" not in found and (found["Müller"] is None or str(found["Müller"]) in fonts)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+    picture = encode_face(1, 0, 0, DIFFICULTIES["normal"])
+    contact_sheet.draw([(name, [picture])], "title", tmp_path / "a.png")
+    escaped = r"\u738b\u4f1f \uae40"
+    contact_sheet.draw([(escaped, [picture])], "title", tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

@@ -1,4 +1,4 @@
-"""Find strangers inside identities, one person under two labels, repeated pictures and people of test sets; write a subset manifest.
+"""Find wrong labels, identities that are one person, repeated images and identities of test sets; write a subset without them.
 
 The model is a matrix of embeddings (.npy, one row a sample id), or a run, weights or .onnx that `lvtrain.export.load_model` opens. No image is copied
 or deleted: OUT.json is a subset for `data.path`, OUT.report.json the findings, OUT.png examples of each.
@@ -6,9 +6,8 @@ or deleted: OUT.json is a subset for `data.path`, OUT.report.json the findings, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from lvtrain.data.shards import ShardDataset
 from lvtrain.datasets import clean, contact_sheet
 from lvtrain.datasets.subset import check_target, write_subset
 from lvtrain.errors import UserError, one_line_errors
+from lvtrain.files import atomic
 
 _SHOWN = 6
 
@@ -28,7 +28,7 @@ def main(
     out: Annotated[Path, typer.Argument(metavar="OUT.json", help="subset manifest to write")],
     embeddings: Annotated[Path, typer.Option(help=".npy of all samples, or a model: run, weights or .onnx")],
     evaluation: Annotated[
-        list[Path] | None, typer.Option(help="verification set (.bin) whose people must not be trained on")
+        list[Path] | None, typer.Option(help="verification set (.bin) whose identities must not be trained on")
     ] = None,
     evaluation_embeddings: Annotated[
         list[Path] | None, typer.Option(help=".npy of its images, one for each --evaluation")
@@ -36,14 +36,16 @@ def main(
     outlier: Annotated[
         float | None,
         typer.Option(
-            help="cosine below which a sample is a stranger; absent: read off the data (and nearer to another)"
+            help="cosine to its own identity below which an image is an outlier; default: from the data, and only if it is closer to another identity"
         ),
     ] = None,
     same_person: Annotated[
-        float | None, typer.Option(help="cosine of centres from which two identities are one")
+        float | None,
+        typer.Option(help="cosine of centres from which two identities are one person; default: from the data"),
     ] = None,
     overlap: Annotated[
-        float | None, typer.Option(help="cosine from which a test picture shows a training identity")
+        float | None,
+        typer.Option(help="cosine from which an image of a test set shows a training identity; default: from the data"),
     ] = None,
     merges: Annotated[
         str, typer.Option(help="what to do with one person under several labels: merge, drop or keep")
@@ -99,10 +101,24 @@ def _clean(
         parts.append(clean.EvaluationSet(path.stem, theirs, images.__getitem__))
     findings = clean.analyse(vectors, labels, read, limits=limits, evaluation=parts)
     ids, label_of = clean.choose(findings, labels, data.num_classes, same_person=merges, min_images=min_images)
+    names = data.label_names()
+    report = {
+        "samples": len(data),
+        "samples_kept": len(ids),
+        "identities": data.num_classes,
+        "identities_kept": len(np.unique(label_of[label_of != clean.DROPPED])),
+        "counts": findings.counts(),
+        **findings.as_json(names),
+    }
+    path = out.with_name(out.stem + ".report.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_json(path, report)
+    _draw(findings, names, labels, read, {part.name: part.read for part in parts}, out.with_suffix(".png"))
     if not len(ids):
-        raise UserError(
-            "nothing would be left; the embeddings do not belong to this dataset, or the thresholds are too strict"
+        without = clean.choose(
+            replace(findings, overlaps=[]), labels, data.num_classes, same_person=merges, min_images=min_images
         )
+        raise UserError(f"{out}: nothing would be left. {_blame(findings, len(without[0]), min_images)} See {path}")
     criteria = {
         "cleaned_with": model.name,
         "limits": findings.limits,
@@ -111,19 +127,21 @@ def _clean(
         **findings.counts(),
     }
     write_subset(out, data, ids, label_of=label_of, criteria=criteria)
-    _picture(
-        findings, data.label_names(), labels, read, {part.name: part.read for part in parts}, out.with_suffix(".png")
-    )
-    report = {
-        "samples": len(data),
-        "samples_kept": len(ids),
-        "identities": data.num_classes,
-        "identities_kept": int(label_of[label_of != clean.DROPPED].max()) + 1,
-        "counts": findings.counts(),
-        **asdict(findings),
-    }
-    out.with_name(out.stem + ".report.json").write_text(json.dumps(report) + "\n")
     return report
+
+
+def _blame(findings: clean.Findings, left_without_overlap: int, min_images: int) -> str:
+    """Why nothing is left, and what to do."""
+    if left_without_overlap:
+        return (
+            f"{findings.counts()['overlapping_identities']} identities overlap with an evaluation set at a cosine of "
+            f"{findings.limits['overlap']:.2f}: it holds the same people, or the model cannot tell them apart. Raise --overlap, "
+            "or leave --evaluation out."
+        )
+    return (
+        f"{len(findings.outliers)} outliers and --min-images {min_images} leave no identity: the embeddings are of another "
+        "dataset, or --outlier, --same-person or --min-images is too strict."
+    )
 
 
 def _load(path: Path) -> np.ndarray:
@@ -167,7 +185,7 @@ def _model(path: Path, batch: int) -> Callable[[Any], np.ndarray]:
     )
 
 
-def _picture(
+def _draw(
     findings: clean.Findings,
     names: list[str],
     labels: np.ndarray,
@@ -175,7 +193,7 @@ def _picture(
     sets: dict[str, Callable[[int], bytes]],
     path: Path,
 ) -> None:
-    """A row a finding: the picture in question first, then three of its own identity and three of the other."""
+    """One row a finding: the image in question first, then three of its own identity and three of the other."""
 
     def some(label: int, without: int = -1) -> list[bytes]:
         return [read(int(sample)) for sample in np.flatnonzero(labels == label)[:4] if sample != without][:3]
@@ -184,7 +202,7 @@ def _picture(
     for sample, label, cosine, other, _ in findings.outliers[:_SHOWN]:
         rows.append(
             (
-                f"stranger {cosine:.2f} in {names[label]}, like {names[other]}",
+                f"outlier {cosine:.2f} in {names[label]}, like {names[other]}",
                 [read(sample), *some(label, sample), *some(other)],
             )
         )
@@ -197,7 +215,7 @@ def _picture(
     for name, image, label, cosine in findings.overlaps[:_SHOWN]:
         rows.append((f"in {name} {cosine:.2f} {names[label]}", [sets[name](image), *some(label)]))
     for name, image, sample, correlation in findings.repeated_images[:_SHOWN]:
-        rows.append((f"picture of {name} {correlation:.3f}", [sets[name](image), read(sample)]))
+        rows.append((f"image of {name} {correlation:.3f}", [sets[name](image), read(sample)]))
     if rows:
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in findings.counts().items())
         contact_sheet.draw(rows, counts, path)

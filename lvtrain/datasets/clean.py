@@ -1,17 +1,18 @@
-"""What embeddings say about a dataset: strangers inside an identity, one person under two labels, the same picture twice, people of a test set.
+"""What embeddings say about a dataset: wrong labels, one person under two labels, repeated images, identities of a test set.
 
-Thresholds are read off the dataset itself unless given, because cosines of two models cannot be compared:
+Cosines of two models cannot be compared, so thresholds come from the dataset itself unless they are given:
 
-    outlier         three standard deviations above the usual cosine to a stranger's centre: a picture less like its own identity is a stranger
-                    if it is more like another one too (to a stranger its own label is a label like all others), which spares hard pictures
-    same person     half way between what nearest identities hardly ever reach (four standard deviations above their median) and what two halves
-                    of one identity reach nine times in ten
-    overlap         the same for single pictures and centres
-    near duplicate  a cosine of 0.9 makes a candidate; the pixels decide (correlation of 32 x 32 grey thumbnails, also mirrored)
+    outlier         An image is an outlier if its cosine to its own identity is below the threshold (median cosine to a random other
+                    identity plus 3 standard deviations) and it is closer to another identity. The second condition keeps images that
+                    are merely difficult.
+    same person     Half way between two values: what nearest identities hardly ever reach (median plus 4 standard deviations), and what
+                    two halves of one identity reach nine times in ten.
+    overlap         The same for single images and centres.
+    near duplicate  A cosine of 0.9 makes a candidate. The pixels decide: correlation of 32 x 32 grey thumbnails, also mirrored.
 
-Medians and median deviations, not quantiles far out: the faults looked for are themselves the far ends of these distributions.
+Standard deviations are estimated by the median deviation, because the faults looked for are the far ends of these distributions.
 
-Nothing is copied or deleted: the result is lists, and a choice of sample ids and labels for `lvtrain.datasets.subset.write_subset`.
+Nothing is copied or deleted. The result is lists, and a choice of sample ids and labels for `lvtrain.datasets.subset.write_subset`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not -1 <= value <= 1:
-                raise UserError(f"{name.replace('_', ' ')} {value} is no cosine; give a number from -1 to 1")
+                raise UserError(f"{name.replace('_', ' ')} {value} is not a cosine; give a number from -1 to 1")
 
 
 @dataclass
@@ -84,6 +85,34 @@ class Findings:
             "unusable_embeddings": len(self.unusable),
         }
 
+    def as_json(self, names: list[str]) -> dict[str, Any]:
+        """The lists as JSON objects with named values; `names[label]` is an identity's name."""
+        return {
+            "limits": self.limits,
+            "outliers": [
+                {"sample": sample, "label": label, "identity": names[label], "cosine": cosine}
+                | {"closest_label": other, "closest_identity": names[other], "closest_cosine": other_cosine}
+                for sample, label, cosine, other, other_cosine in self.outliers
+            ],
+            "same_person": [
+                {"identities": [{"label": label, "identity": names[label]} for label in group], "cosine": cosine}
+                for group, cosine in self.same_person
+            ],
+            "duplicates": [
+                {"kept_sample": first, "repeated_sample": second, "correlation": correlation}
+                for first, second, correlation in self.duplicates
+            ],
+            "overlaps": [
+                {"evaluation_set": name, "image": image, "label": label, "identity": names[label], "cosine": cosine}
+                for name, image, label, cosine in self.overlaps
+            ],
+            "repeated_images": [
+                {"evaluation_set": name, "image": image, "sample": sample, "correlation": correlation}
+                for name, image, sample, correlation in self.repeated_images
+            ],
+            "unusable": [{"sample": sample} for sample in self.unusable],
+        }
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
@@ -102,10 +131,10 @@ def analyse(
     limits: Limits | None = None,
     evaluation: list[EvaluationSet] | None = None,
 ) -> Findings:
-    """Looks for everything in the module's list.
+    """Finds everything that the module's text lists.
 
     Args:
-        embeddings: float [n, d] of all samples by id, of any scale (a memory map will do); [labels] int [n].
+        embeddings: float [n, d] of all samples by id, of any scale (a memory map is fine); [labels] int [n].
         read: sample id to encoded image.
 
     Raises:
@@ -118,25 +147,23 @@ def analyse(
         )
     classes = int(labels.max()) + 1
     if classes < 3:
-        raise UserError(
-            f"{classes} identities are too few to tell a stranger from a relative; cleaning needs at least 3"
-        )
+        raise UserError(f"{classes} identities are too few for statistics; cleaning needs at least 3")
     unit, usable = _unit(embeddings)
     sums, counts = _sums(unit, labels, classes, usable)
     own = _own_cosine(unit, labels, sums, counts, member=usable)
-    outlier_limit = given.outlier if given.outlier is not None else _stranger_limit(unit, labels, sums, usable)
+    outlier_limit = given.outlier if given.outlier is not None else _outlier_limit(unit, labels, sums, usable)
     lost = int((own < outlier_limit).sum())
     if lost > usable.sum() / 2:
         raise UserError(
-            f"{lost} of {len(labels)} samples are no more like their identity than strangers are; these embeddings are of another "
+            f"{lost} of {len(labels)} samples are as far from their own identity as from others; the embeddings are of another "
             f"dataset or of an untrained model (or give a lower --outlier than {outlier_limit:.2f})"
         )
-    # an identity's centre is taken again without its strangers, so that many of them do not hide each other
+    # centres are computed again without the outliers, so that many outliers of one identity do not hide each other
     member = usable & ~(own < outlier_limit)
     core, core_counts = _sums(unit, labels, classes, member)
     own = _own_cosine(unit, labels, core, core_counts, member=member)
-    strangers = usable & (own < outlier_limit)
-    member = usable & ~strangers
+    outlying = usable & (own < outlier_limit)
+    member = usable & ~outlying
     core, core_counts = _sums(unit, labels, classes, member)
     centres = _normalised(core)
     alive = np.flatnonzero(core_counts > 0)
@@ -153,7 +180,7 @@ def analyse(
     }
     findings = Findings(used, unusable=np.flatnonzero(~usable).tolist())
     _find_outliers(
-        findings, unit, labels, own, np.flatnonzero(strangers), centres, alive, at_any=given.outlier is not None
+        findings, unit, labels, own, np.flatnonzero(outlying), centres, alive, at_any=given.outlier is not None
     )
     _find_same_person(findings, centres, alive, same_limit)
     thumbnails = _Thumbnails(read)
@@ -257,7 +284,7 @@ def _own_cosine(
     return cosine
 
 
-def _stranger_limit(unit: np.ndarray, labels: np.ndarray, sums: np.ndarray, usable: np.ndarray) -> float:
+def _outlier_limit(unit: np.ndarray, labels: np.ndarray, sums: np.ndarray, usable: np.ndarray) -> float:
     rows = np.flatnonzero(usable)
     picked = rows[(randomness.uniform(0, "clean/rows", np.arange(_SAMPLED)) * len(rows)).astype(np.int64)]
     other = (
@@ -281,10 +308,10 @@ def _usual(cosines: np.ndarray, deviations: float) -> float:
     return middle + deviations * 1.4826 * float(np.median(np.abs(cosines - middle)))
 
 
-def _between(strangers: np.ndarray, relatives: np.ndarray) -> float:
-    """A limit above what `strangers` reach, and half way to what nine in ten `relatives` reach where that is higher."""
-    guard = _usual(strangers, 4)
-    return max(guard, (guard + float(np.quantile(relatives, 0.1))) / 2)
+def _between(different: np.ndarray, same: np.ndarray) -> float:
+    """A limit above the cosines of different identities, and half way to what nine in ten of the same identity reach where that is higher."""
+    guard = _usual(different, 4)
+    return max(guard, (guard + float(np.quantile(same, 0.1))) / 2)
 
 
 def _same_person_limit(
@@ -297,7 +324,7 @@ def _same_person_limit(
     halves = (_normalised(one[both]) * _normalised(two[both])).sum(axis=1)
     if not len(halves):
         raise UserError(
-            "no identity has four images, so what one person looks like cannot be read off; give --same-person"
+            "no identity has four images, so the limit for one person cannot be computed; give --same-person"
         )
     return _between(neighbours(centres, centres, 2)[0][:, 1], halves)
 
@@ -420,7 +447,7 @@ def _find_overlap(
 
 
 class _Thumbnails:
-    """Grey 32 x 32 pictures with mean 0 and length 1, made when asked for."""
+    """Grey 32 x 32 thumbnails with mean 0 and length 1, made when asked for."""
 
     def __init__(self, read: Read) -> None:
         self._read = read

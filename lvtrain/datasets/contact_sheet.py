@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lvtrain.data import images
+from lvtrain.files import atomic
 
 _CELL = 112
 _MARGIN = 92
+_SIZE = 12  # of letters, in pixels
 
 
 def decode(data: bytes) -> np.ndarray | None:
@@ -32,18 +35,69 @@ def colour_order(means: np.ndarray) -> str:
     return "undecided (grey images, or strong light colours)"
 
 
-def channel_means(pictures: Sequence[np.ndarray | None]) -> np.ndarray:
-    """Mean of red, green, blue over the middle half of each picture, float64 [3]; zeros without a picture."""
+def channel_means(decoded: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Mean of red, green, blue over the middle half of each image, float64 [3]; zeros without an image."""
     middles = []
-    for picture in pictures:
-        if picture is not None:
-            height, width = picture.shape[:2]
+    for pixels in decoded:
+        if pixels is not None:
+            height, width = pixels.shape[:2]
             middles.append(
-                picture[height // 4 : 3 * height // 4 or 1, width // 4 : 3 * width // 4 or 1]
-                .reshape(-1, 3)
-                .mean(axis=0)
+                pixels[height // 4 : 3 * height // 4 or 1, width // 4 : 3 * width // 4 or 1].reshape(-1, 3).mean(axis=0)
             )
     return np.mean(middles, axis=0) if middles else np.zeros(3)
+
+
+def fonts_for(texts: Iterable[str]) -> dict[str, Path | None]:
+    """A font of this system that has every letter of a text, for each text that is not plain ASCII; None where there is none."""
+    missing = {text for text in texts if not text.isascii()}
+    found: dict[str, Path | None] = dict.fromkeys(missing)
+    if not missing:
+        return found
+    from matplotlib import font_manager, ft2font
+
+    for path in sorted(font_manager.findSystemFonts()):
+        try:
+            letters = set(ft2font.FT2Font(path).get_charmap())
+        except (RuntimeError, OSError, ValueError):  # a font that cannot be opened
+            continue
+        for text in list(missing):
+            if {ord(letter) for letter in text if not letter.isspace()} <= letters:
+                found[text] = Path(path)
+                missing.remove(text)
+        if not missing:
+            break
+    return found
+
+
+class _Pen:
+    """Draws text in a font that has its letters; where no font has them, their code points (\\u738b), never empty boxes."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._fonts = fonts_for(texts)
+        self._plain = ImageFont.load_default(_SIZE)
+
+    def prepared(self, text: str) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+        """The text as it is drawn, and its font."""
+        path = self._fonts.get(text)
+        if path is not None:
+            return text, ImageFont.truetype(str(path), _SIZE)
+        return text.encode("ascii", "backslashreplace").decode(), self._plain
+
+    def width(self, text: str) -> int:
+        shown, font = self.prepared(text)
+        return int(font.getlength(shown))
+
+    def lines(
+        self, text: str, width: int, count: int
+    ) -> tuple[list[str], ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+        """The text cut into at most `count` lines of `width` pixels."""
+        shown, font = self.prepared(text)
+        lines = [""]
+        for letter in shown:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+        return lines[:count], font
 
 
 def draw(rows: Sequence[tuple[str, Sequence[bytes]]], title: str, path: str | Path) -> str:
@@ -53,30 +107,34 @@ def draw(rows: Sequence[tuple[str, Sequence[bytes]]], title: str, path: str | Pa
     """
     columns = max(len(encoded) for _, encoded in rows)
     decoded = [[decode(image) for image in encoded] for _, encoded in rows]
-    means = channel_means([picture for row in decoded for picture in row])
+    means = channel_means([pixels for row in decoded for pixels in row])
     line = f"channel means of the middle: R {means[0]:.1f}  G {means[1]:.1f}  B {means[2]:.1f}; colour order: {colour_order(means)}"
     head = 40
-    font = ImageFont.load_default(12)
-    width = max(_MARGIN + columns * _CELL, *(12 + int(font.getlength(text)) for text in (title, line)))
+    pen = _Pen([title, *(name for name, _ in rows)])
+    width = max(_MARGIN + columns * _CELL, *(12 + pen.width(text) for text in (title, line)))
     sheet = Image.new("RGB", (width, head + len(rows) * _CELL), (250, 250, 250))
-    pen = ImageDraw.Draw(sheet)
-    pen.text((6, 4), title, fill=(20, 20, 20), font=font)
-    pen.text((6, 21), line, fill=(160, 20, 20) if "BGR" in line else (90, 90, 90), font=font)
-    for number, ((name, _), pictures) in enumerate(zip(rows, decoded)):
+    canvas = ImageDraw.Draw(sheet)
+    for text, top, colour in (
+        (title, 4, (20, 20, 20)),
+        (line, 21, (160, 20, 20) if "BGR" in line else (90, 90, 90)),
+    ):
+        shown, font = pen.prepared(text)
+        canvas.text((6, top), shown, fill=colour, font=font)
+    for number, ((name, _), images_of_row) in enumerate(zip(rows, decoded)):
         top = head + number * _CELL
-        for part in range(0, min(len(name), 52), 13):
-            pen.text((4, top + 36 + part), name[part : part + 13], fill=(60, 60, 60), font=font)
-        for column, picture in enumerate(pictures):
+        lines, font = pen.lines(name, _MARGIN - 8, 5)
+        for at, part in enumerate(lines):
+            canvas.text((4, top + 24 + 14 * at), part, fill=(60, 60, 60), font=font)
+        for column, pixels in enumerate(images_of_row):
             left = _MARGIN + column * _CELL
-            if picture is None:
-                pen.rectangle((left + 2, top + 2, left + _CELL - 3, top + _CELL - 3), outline=(200, 30, 30))
-                pen.line((left + 2, top + 2, left + _CELL - 3, top + _CELL - 3), fill=(200, 30, 30))
+            if pixels is None:
+                canvas.rectangle((left + 2, top + 2, left + _CELL - 3, top + _CELL - 3), outline=(200, 30, 30))
+                canvas.line((left + 2, top + 2, left + _CELL - 3, top + _CELL - 3), fill=(200, 30, 30))
             else:
-                sheet.paste(Image.fromarray(picture).resize((_CELL - 2, _CELL - 2)), (left + 1, top + 1))
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    sheet.save(temporary, "PNG")
-    temporary.replace(path)
+                sheet.paste(Image.fromarray(pixels).resize((_CELL - 2, _CELL - 2)), (left + 1, top + 1))
+    encoded = io.BytesIO()
+    sheet.save(encoded, "PNG")
+    atomic.write_bytes(Path(path), encoded.getvalue())
     return line
 
 
