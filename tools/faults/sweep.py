@@ -6,13 +6,12 @@ aside; and when the same command, given again, ends with the same bits and leave
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,11 +133,12 @@ class Sweep:
             if any(codes):
                 return f"ended with {codes}: {_lines(said)[-1:]}"
             differing = _differing(operation, self.work, expected)
-            left = [path.name for pattern in LEFT_BEHIND for path in self.work.rglob(pattern)]
+            # a start removes what the one before it could not
+            left = [path.name for pattern in LEFT_BEHIND for path in self.work.rglob(pattern) if mode is None]
             return f"other bits: {differing[:4]}" if differing else f"left behind {left[:3]}" if left else None
         killed = mode is not None and mode.is_kill
         if not killed:
-            errors = [line for line in _lines(said) if "error:" in line]
+            errors = [line for line in _lines(said) if re.match(rf"(rank \d+: )?{operation.tool}: error: ", line)]
             if not 1 <= len(errors) <= len(codes):
                 return f"{len(errors)} lines of error, {codes}"
             if not any(code in CODES[operation.tool] and code for code in codes):
@@ -149,12 +149,9 @@ class Sweep:
 
 
 def plain(path: str) -> str:
-    """A path without what is drawn anew at every start."""
-    return (
-        re.sub(r"\.(\d+)\.", ".N.", re.sub(r"[0-9a-f]{8,32}(?![0-9])", "HEX", path))
-        if not re.search(r"step_\d{9}$", path)
-        else path
-    )
+    """A path without what is drawn anew at every start: tokens, and numbers of processes."""
+    path = re.sub(r"(?<=_\d{9}_)[0-9a-f]{8}|[0-9a-f]{32}", "X", path)
+    return re.sub(r"(?<=[.\w])\.\d+(?=\.|$)", ".N", path)
 
 
 def _differing(operation: Operation, work: Path, expected: dict[str, Any]) -> list[str]:
@@ -173,13 +170,13 @@ def _tail(said: str) -> str:
     return " / ".join(_lines(said)[-4:])[-900:]
 
 
-# ------------------------------------------------------------------------------------------------------------------- which trials
+# -------------------------------------------------------------------------------------------------- which trials
 
 
-def whole(sites: list[Site], visits: int) -> list[tuple[Site, Mode]]:
-    """All modes at all calls, of the calls of one kind on one file the first `visits` and the last."""
+def all_of(sites: list[Site], visits: int) -> list[tuple[Site, Mode]]:
+    """All modes at all calls; of the calls of one kind on one file the first `visits` and the last (0: every one)."""
     last = {(site.call, site.path): site.visit for site in sites}
-    chosen = [site for site in sites if site.visit <= visits or site.visit == last[site.call, site.path]]
+    chosen = [site for site in sites if not visits or site.visit <= visits or site.visit == last[site.call, site.path]]
     return [(site, mode) for site in chosen for mode in MODES if mode.applies(site.call)]
 
 
@@ -193,19 +190,30 @@ def sample(pairs: list[tuple[Site, Mode]], count: int, seed: int) -> list[tuple[
     return list(itertools.islice((pair for pair in turns if pair), count))
 
 
-def carry_out(bench: Bench, pairs: Iterable[tuple[Site, Mode]], jobs: int) -> Iterator[Trial]:
-    """The trials, `jobs` at a time."""
+def carry_out(bench: Bench, pairs: list[tuple[Site, Mode]], jobs: int, log: Path) -> Iterator[Trial]:
+    """The trials, `jobs` at a time. Each goes to `log`; what is there from before is not made again."""
+    done = {(trial.site, trial.mode): trial for trial in read_log(log)}
     free = [Sweep(bench, bench.folder / f"work{job}") for job in range(jobs)]
 
     def one(pair: tuple[Site, Mode]) -> Trial:
+        if before := done.get((pair[0], pair[1].name)):
+            return before
         sweep = free.pop()
         try:
-            return sweep.trial(*pair)
+            trial = sweep.trial(*pair)
         finally:
             free.append(sweep)
+        with log.open("a") as file:
+            file.write(json.dumps(asdict(trial)) + "\n")
+        return trial
 
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(one, pairs)
+
+
+def read_log(log: Path) -> list[Trial]:
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [Trial(Site(**one.pop("site")), **one) for one in map(json.loads, lines)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the table
@@ -236,9 +244,8 @@ def _cell(counts: Counter[str]) -> str:
 def keep(results: Path, trials: list[Trial], conditions: dict[str, Any]) -> None:
     """Writes syscalls.json and syscalls.md; groups (operation, ranks, victim) that were not swept now stay as they were."""
     path = results / "syscalls.json"
-    old: list[Trial] = []
-    with contextlib.suppress(OSError, ValueError):
-        old = [Trial(Site(**one.pop("site")), **one) for one in json.loads(path.read_text())["trials"]]
+    before = json.loads(path.read_text())["trials"] if path.exists() else []
+    old = [Trial(Site(**one.pop("site")), **one) for one in before]
     swept = {(trial.site.operation, trial.site.size, trial.site.victim) for trial in trials}
     together = [
         trial for trial in old if (trial.site.operation, trial.site.size, trial.site.victim) not in swept
