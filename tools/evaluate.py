@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lvtrain.errors import UserError, one_line_errors
+from lvtrain.files.atomic import write_json
 
 
 def main(
@@ -135,7 +135,7 @@ def _write(name, results, tasks, out: Path, image_size: int) -> None:
     from lvtrain.evaluation.protocol import PROTOCOLS
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.json").write_text(json.dumps({"model": name, "benchmarks": results}, indent=1) + "\n")
+    write_json(out / "evaluation.json", {"model": name, "benchmarks": results}, indent=1)
     drawn = plots.roc_of(results)
     for task in tasks:
         if (result := results.get(task.name)) is not None:

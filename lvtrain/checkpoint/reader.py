@@ -175,6 +175,28 @@ def open_shapes(path: str | Path) -> dict[str, torch.Size]:
     return {name: torch.Size(entry["shape"]) for name, entry in content["tensors"].items()}
 
 
+@dataclass(frozen=True)
+class Summary:
+    """Whose a checkpoint is, and what `save` was given besides tensors."""
+
+    path: Path
+    run_id: str
+    meta: dict[str, Any]
+
+
+def newest_summary(run_folder: Path) -> Summary | None:
+    """Of a run's newest checkpoint whose manifest and `state.json` are whole; None if there is none."""
+    for path in layout.committed(run_folder / "checkpoints"):
+        try:
+            content = files.read_manifest(path)
+        except files.Damaged:
+            continue
+        if files.check_file(path, files.STATE, content["files"][files.STATE]["sha256"]) is None:
+            meta = json.loads(patiently((path / files.STATE).read_text))["meta"]
+            return Summary(path, content["run_id"], meta)
+    return None
+
+
 def _newest(path: Path, *, verify: bool) -> tuple[Path, dict[str, Any]]:
     """The checkpoint folder and its manifest."""
     folder = path if patiently((path / files.MANIFEST).exists) or files.step_of(path) is not None else None

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from lvtrain.errors import UserError
+from lvtrain.files.atomic import commit, write_json, write_text
 
 SCHEMA = 2
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("shard", "<u4")])
@@ -128,10 +128,9 @@ class IndexWriter:
             raise UserError(f"{self.folder}: an identity's name holds a line break; rename it")
         self._file.seek(0)
         self._file.write(_HEADER.pack(_MAGIC, SCHEMA, RECORD.itemsize, self.samples, self._digest.digest()))
-        _flush_and_close(self._file)
-        os.replace(self._temporary, self.folder / "index.bin")
+        commit(self._file, self.folder / "index.bin")
         text = "".join(f"{name}\n" for name in label_map)
-        _write(self.folder / "labels.txt", text)
+        write_text(self.folder / "labels.txt", text)
         manifest = Manifest(
             samples=self.samples,
             num_classes=len(label_map),
@@ -144,7 +143,7 @@ class IndexWriter:
             image_size=image_size,
         )
         body = {"format": "lvtrain-dataset", "schema": SCHEMA, "fingerprint": manifest.fingerprint, **asdict(manifest)}
-        _write(self.folder / "dataset.json", json.dumps(body, indent=1) + "\n")
+        write_json(self.folder / "dataset.json", body, indent=1)
         return manifest
 
 
@@ -245,17 +244,3 @@ def read_labels(folder: str | Path) -> list[str]:
     return (
         (Path(folder) / "labels.txt").read_bytes().decode().split("\n")[:-1]
     )  # as text, a carriage return would end a name
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    file = open(temporary, "wb")  # noqa: SIM115  (closed by _flush_and_close)
-    file.write(text.encode())
-    _flush_and_close(file)
-    os.replace(temporary, path)
-
-
-def _flush_and_close(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

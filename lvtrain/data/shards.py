@@ -19,13 +19,14 @@ from lvtrain.data.index import RECORD, Manifest, open_index, read_labels, read_m
 from lvtrain.data.shard_files import OpenFiles, Originals, Warn
 from lvtrain.data.subset import DROPPED, read_subset
 from lvtrain.errors import UserError
+from lvtrain.files.reading import pread
 
 _OPEN_FILES = 128
 _CHUNK = 1 << 20
 
 
 class ReadError(UserError):
-    """One sample's bytes could not be read: the shard was cut short, or the file system kept failing."""
+    """One sample's bytes are not there: the shard was cut short."""
 
 
 class ShardDataset:
@@ -150,6 +151,7 @@ class ShardDataset:
 
         Raises:
             ReadError: the bytes are not there; `IndexError` if the id is not in [0, len).
+            OSError: every attempt to read failed.
         """
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} is not in [0, {len(self)})")
@@ -157,7 +159,11 @@ class ShardDataset:
         return self.read_record(records[0]), int(self._labels(records)[0])
 
     def read_batch(self, records: np.ndarray) -> list[bytes | ReadError]:
-        """JPEG bytes of index records [k]; a `ReadError` stands in the place of one that cannot be read."""
+        """JPEG bytes of index records [k]; a `ReadError` stands in the place of one that its shard does not hold whole.
+
+        Raises:
+            OSError: every attempt to read failed.
+        """
         batch: list[bytes | ReadError] = []
         handles: dict[int, Any] = {}
         columns = (records["shard"].tolist(), records["offset"].tolist(), records["length"].tolist())
@@ -165,7 +171,7 @@ class ShardDataset:
         for row, (shard, offset, length) in enumerate(zip(*columns)):
             try:
                 file = handles.get(shard) or handles.setdefault(shard, self._file(shard))
-                data = os.pread(file.fileno(), length, offset)
+                data = pread(file.fileno(), length, offset)
             except OSError:
                 data = b""
             if len(data) == length and data:
@@ -184,7 +190,8 @@ class ShardDataset:
         """JPEG bytes of one index record, retried with doubling waits while the file system fails.
 
         Raises:
-            ReadError: the shard ends before the sample does, or every attempt failed.
+            ReadError: the shard ends before the sample does.
+            OSError: every attempt failed. That says nothing of the sample, which must not be left out of training for it.
         """
         shard, offset, length = int(record["shard"]), int(record["offset"]), int(record["length"])
         attempt = 0
@@ -193,7 +200,7 @@ class ShardDataset:
             file = None
             try:
                 file = self._file(shard)
-                data = os.pread(file.fileno(), length, offset)
+                data = pread(file.fileno(), length, offset)
             except OSError as error:
                 if self.files.distrust(shard, str(file.name if file else error.filename), error.strerror or str(error)):
                     continue
@@ -201,7 +208,8 @@ class ShardDataset:
                 self.forget(shard)
                 name = self.manifest.shards[shard].name
                 if attempt == self.attempts:
-                    raise ReadError(f"{name}: {error.strerror or error} after {attempt} attempts") from error
+                    failed = f"{error.strerror or error} after {attempt} attempts"
+                    raise OSError(error.errno, failed, str(self.folder / name)) from error
                 wait = self.pause * 2 ** (attempt - 1)
                 self.warn(
                     f"reading {name} failed ({error.strerror or error}); attempt {attempt + 1} of {self.attempts} in {wait:g} s"
@@ -227,7 +235,7 @@ class ShardDataset:
         record = self.records(np.array([sample_id]))[0]
         name = self.manifest.shards[int(record["shard"])].name
         try:
-            header = os.pread(self._file(int(record["shard"])).fileno(), 512, int(record["offset"]) - 512)
+            header = pread(self._file(int(record["shard"])).fileno(), 512, int(record["offset"]) - 512)
         except OSError:
             header = b""
         key = header[:100].split(b"\0")[0].decode("utf-8", "replace")

@@ -11,6 +11,7 @@ import numpy as np
 from lvtrain import randomness
 from lvtrain.datasets import recordio
 from lvtrain.errors import UserError
+from lvtrain.files.atomic import write_text
 
 if TYPE_CHECKING:
     from lvtrain.data.shards import ShardDataset
@@ -52,7 +53,7 @@ def write_recordio(
             for label in range(dataset.num_classes):
                 writer.write(count + 1 + label, recordio.pack_record([int(edges[label]), int(edges[label + 1])]))
     size = dataset.manifest.image_size or (112, 112)
-    path.with_name("property").write_text(f"{dataset.num_classes},{size[0]},{size[1]}\n{count}\n")
+    write_text(path.with_name("property"), f"{dataset.num_classes},{size[0]},{size[1]}\n{count}\n")
     return count
 
 

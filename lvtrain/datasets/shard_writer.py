@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from lvtrain.errors import UserError
+from lvtrain.files.atomic import commit
 
 
 @dataclass
@@ -84,10 +84,8 @@ class ShardWriter:
         try:
             if kind is None:
                 self._tar.close()
-                self._file.flush()
-                os.fsync(self._file.fileno())
                 self.written.size, self.written.sha256 = self._hashing.position, self._hashing.digest.hexdigest()
-                os.replace(self._temporary, self.path)
+                commit(self._file, self.path)
         finally:
             with contextlib.suppress(OSError):  # on a full disk what is still buffered cannot be written
                 self._file.close()

@@ -5,7 +5,6 @@ Choices are by hash of (seed, identity) and (seed, sample): with one seed, 1% of
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from lvtrain.data.index import file_sha256
 from lvtrain.data.shards import ShardDataset
 from lvtrain.data.subset import DROPPED, HEADER, MAGIC, SCHEMA
 from lvtrain.errors import UserError
+from lvtrain.files.atomic import commit, write_json
 
 
 def choose(
@@ -129,9 +129,7 @@ def write_subset(
         file.write(label_of.tobytes())
         file.write(bytes(-len(label_of) * 4 % 8))  # ids start on a multiple of 8
         file.write(ids.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{binary}.tmp", binary)
+        commit(file, binary)
     body = {
         "format": "lvtrain-subset",
         "schema": SCHEMA,
@@ -144,9 +142,7 @@ def write_subset(
         "criteria": criteria or {},
         "seed": seed,
     }
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(body, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, body, indent=1)
     return path
 
 

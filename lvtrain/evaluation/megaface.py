@@ -15,6 +15,7 @@ import torch
 
 from lvtrain.errors import UserError
 from lvtrain.evaluation.verification import normalise
+from lvtrain.files.reading import find
 
 RANKS = (1, 10)
 TARGETS = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -52,7 +53,7 @@ def read_features(folder: str | Path, *, labelled: bool) -> tuple[np.ndarray, np
     Raises:
         UserError: no file, or features of different lengths.
     """
-    files = sorted(Path(folder).rglob("*.bin"))
+    files = sorted(find(Path(folder), ".bin"))
     if not files:
         raise UserError(f"{folder} holds no MegaFace feature files (*.bin)")
     features = [read_feature(file) for file in files]

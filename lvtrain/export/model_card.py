@@ -14,6 +14,7 @@ import torch
 from lvtrain.data.index import read_manifest
 from lvtrain.data.subset import read_subset
 from lvtrain.errors import UserError
+from lvtrain.files.atomic import write_json, write_text
 from lvtrain.methods import method_title
 from lvtrain.recipe import files as recipes
 from lvtrain.weights.architecture import Architecture
@@ -121,9 +122,12 @@ def keep_calibration(model: Path, weights: str, found: dict[str, Any]) -> Path |
     """
     if (model / "recipe.yaml").is_file():
         path = model / CALIBRATION
-        before = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            before = json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError:
+            raise UserError(f"{path} cannot be read; remove it, and calibrate again what it held") from None
         sets = before["sets"] if before.get("weights") == weights else {}
-        path.write_text(json.dumps({"weights": weights, "sets": {**sets, **found}}, indent=1) + "\n")
+        write_json(path, {"weights": weights, "sets": {**sets, **found}}, indent=1)
         return path
     card = from_folder(model) if model.is_dir() else None
     if card is None:
@@ -131,7 +135,7 @@ def keep_calibration(model: Path, weights: str, found: dict[str, Any]) -> Path |
     card.calibration.update(found)
     config = json.loads((model / CONFIG).read_text())
     config["lvtrain"]["card"] = asdict(card)
-    (model / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_json(model / CONFIG, config, indent=2)
     write_card(model / "README.md", card)
     return model / "README.md"
 
@@ -186,7 +190,7 @@ def write_card(path: str | Path, card: Card) -> None:
     ]
     if card.recipe:
         lines += ["", "## Recipe", "", "```yaml", card.recipe.rstrip(), "```"]
-    Path(path).write_text("\n".join(lines) + "\n")
+    write_text(Path(path), "\n".join(lines) + "\n")
 
 
 def _figures(card: Card) -> list[str]:

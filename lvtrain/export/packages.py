@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 
 from lvtrain.errors import UserError
 from lvtrain.export.model_card import Card, write_card
+from lvtrain.files.atomic import write_json, write_text
 from lvtrain.weights.architecture import Architecture
 from lvtrain.weights.models import CONFIG, WEIGHTS
 
@@ -52,7 +52,7 @@ def write_folder(
             "aligned": "five points, insightface",
         },
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / CONFIG, config, indent=2)
     save_file(
         {name: tensor.contiguous().clone() for name, tensor in state.items()},
         str(folder / WEIGHTS),
@@ -105,9 +105,9 @@ def write_insightface(
             }
         },
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(folder / "manifest.json", manifest, indent=2)
     inherited = f"Licence of the training data, which these weights inherit: {licence or 'not stated'}"
-    (folder / "MODEL.LICENSE").write_text(inherited + "\n")
+    write_text(folder / "MODEL.LICENSE", inherited + "\n")
     return folder
 
 

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lvtrain.files.patience import patiently
 
@@ -47,6 +47,15 @@ def write_text(path: Path, text: str, *, writer: str = "") -> None:
 def write_json(path: Path, value: Any, *, indent: int | None = None, writer: str = "") -> None:
     """`write_text` of a value as JSON, with a newline at its end."""
     write_text(path, json.dumps(value, indent=indent) + "\n", writer=writer)
+
+
+def commit(file: IO[Any], path: Path) -> None:
+    """Gives a file that was written beside, too large to hold in memory, its final name; closes it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(file.name, path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lvtrain.errors import UserError
+from lvtrain.files.atomic import write_json
+from lvtrain.files.patience import patiently
 from lvtrain.launch.site import Site
 from lvtrain.training.outcome import Outcome
 
@@ -51,9 +53,7 @@ class Chain:
         """Leaves the mark that makes every later start of this phase a no-op."""
         folder = Path(self.run_folder) / "phase_done"
         folder.mkdir(exist_ok=True)
-        beside = folder / f".{phase}.json.new"
-        beside.write_text(json.dumps(asdict(outcome)) + "\n")
-        beside.replace(folder / f"{phase}.json")
+        write_json(folder / f"{phase}.json", asdict(outcome))
 
     def first_open_phase(self) -> str | None:
         return next((phase for phase in self.phases if not self.is_done(phase)), None)
@@ -66,9 +66,7 @@ class Chain:
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        beside = self.folder / ".chain.json.new"
-        beside.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        beside.replace(self.folder / "chain.json")
+        write_json(self.folder / "chain.json", asdict(self), indent=2)
 
 
 def load_chain(run_folder: Path) -> Chain:
@@ -79,7 +77,7 @@ def load_chain(run_folder: Path) -> Chain:
             f"{run_folder} has no Slurm chain ({path} is missing); submit one with sbatch slurm/<script>.sh"
         )
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(patiently(path.read_text))
         values["site"] = Site(**values["site"])
         values["phases"], values["overrides"] = tuple(values["phases"]), tuple(values["overrides"])
         return Chain(**values)

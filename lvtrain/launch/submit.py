@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.errors import UserError
+from lvtrain.files.atomic import write_bytes, write_text
 from lvtrain.launch.attempt import stopped_path, submit_phase
 from lvtrain.launch.chain import Chain
 from lvtrain.launch.ledger import Ledger
@@ -42,10 +42,10 @@ def submit_chain(
     chain = plan_chain(recipe_path, ds_config, overrides, site, home=home, slurm=slurm, main=main)
     chain.save()
     # copies, because somebody will edit the originals in the weeks a chain takes
-    shutil.copyfile(_absolute(home, recipe_path), chain.recipe)
-    shutil.copyfile(_absolute(home, ds_config), chain.ds_config)
+    write_bytes(Path(chain.recipe), Path(_absolute(home, recipe_path)).read_bytes())
+    write_bytes(Path(chain.ds_config), Path(_absolute(home, ds_config)).read_bytes())
     for phase in chain.phases:
-        chain.script(phase).write_text(sbatch_text(chain, phase))
+        write_text(chain.script(phase), sbatch_text(chain, phase))
     stopped_path(chain).unlink(missing_ok=True)
     ledger = Ledger(chain.folder, clock)
     ledger.add("chain", mode=site.chain, nodes=site.nodes, ranks=site.ranks)

@@ -14,6 +14,7 @@ import numpy as np
 
 import lvtrain
 from lvtrain.errors import UserError
+from lvtrain.files.atomic import write_text
 from lvtrain.methods import method_title
 from lvtrain.report import beside, faces, figures, protocols
 from lvtrain.report.files import PhaseSpan, Row, RunFiles, read_run
@@ -50,7 +51,7 @@ def write_report(
     together = [run, *map(read_run, others)]
     path = Path(out) if out else run.folder / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(run, together[1:], any_faces=any_faces))
+    write_text(path, render(run, together[1:], any_faces=any_faces))
     return path
 
 

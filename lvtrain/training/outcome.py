@@ -63,8 +63,11 @@ def read(run_folder: Path) -> Outcome | None:
 
 
 def committed_step(run_folder: Path) -> int:
-    """The step of the newest committed checkpoint, 0 if there is none."""
-    found = (
-        re.fullmatch(r"step_(\d+)", path.parent.name) for path in Path(run_folder).glob("checkpoints/*/manifest.json")
-    )
+    """The step of the newest committed checkpoint, 0 if there is none: the measure of a run's progress."""
+    folder = Path(run_folder) / "checkpoints"
+    try:
+        names = patiently(os.listdir, folder)  # not glob, to which a folder that cannot be read is empty
+    except FileNotFoundError:
+        return 0
+    found = (re.fullmatch(r"step_(\d+)", name) for name in names if patiently((folder / name / "manifest.json").exists))
     return max((int(match[1]) for match in found if match), default=0)

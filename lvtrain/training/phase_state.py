@@ -179,9 +179,10 @@ class PhaseState:
         return state | self.average.state() if self.average else state
 
     def meta(self) -> dict[str, Any]:
-        """The numbers that a resumed run needs besides, as JSON. A collective."""
+        """What a resumed run needs besides, as JSON: numbers, and the recipe for a run folder that has lost its own. A collective."""
         position = {name: value for name, value in asdict(self.position).items() if name not in _IN_MANIFEST}
-        return {"position": position, "stage": self.stage.state(), "meter": self.meter.state()}
+        recipe = self.setup.recipe.model_dump(mode="json")
+        return {"position": position, "stage": self.stage.state(), "meter": self.meter.state(), "recipe": recipe}
 
     def load(self, reader: Reader, stored: Position) -> None:
         """Takes over a checkpoint of this phase, or of the end of the phase before. A collective.

@@ -7,7 +7,6 @@ the collectives that a training step consists of.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import socket
@@ -25,6 +24,7 @@ import torch.distributed as dist
 
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
+from lvtrain.files.atomic import write_json
 from lvtrain.planning import H200
 
 _PACKAGES = ("torch", "deepspeed", "timm", "nvidia-dali-cuda120")
@@ -249,7 +249,7 @@ def preflight(
                 f"  note: tools/plan.py assumes {H200.link / 1e9:.0f} GB/s a GPU between nodes; plan with --link {fastest:.1f}"
             )
         if report:
-            report.write_text(json.dumps({"ranks": ranks, "collectives": rows, "problems": problems}, indent=1) + "\n")
+            write_json(report, {"ranks": ranks, "collectives": rows, "problems": problems}, indent=1)
         if not problems:
             same = f"{data} is the same dataset" if data else "no --data was given"
             print(f"preflight: nothing found that would stop a run: one software, {shared} is shared, {same}")

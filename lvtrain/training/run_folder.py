@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from lvtrain.checkpoint.lease import ELSEWHERE
+from lvtrain.checkpoint.reader import newest_summary
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
@@ -24,6 +26,7 @@ from lvtrain.recipe import files as recipes
 from lvtrain.recipe.resume import resume_reason, resume_rule
 from lvtrain.recipe.sections import Recipe
 
+RECIPE, IDENTITY = "recipe.yaml", "run.json"
 _PACKAGES = (
     "torch",
     "deepspeed",
@@ -69,33 +72,70 @@ def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World, *, lice
 def _open(
     folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World, licence: str
 ) -> tuple[str, int, list[str]]:
-    identity: dict[str, Any] = {"run_id": uuid.uuid4().hex, "attempt": 0}
     try:
         patiently(folder.mkdir, parents=True, exist_ok=True)
         reported = changes(folder, recipe)
-        if patiently((folder / "run.json").exists):
-            identity = json.loads(patiently((folder / "run.json").read_text))
+        identity = _identity(folder)
         identity["attempt"] += 1
-        atomic.write_text(folder / "recipe.yaml", recipes.dump(recipe))
+        atomic.write_text(folder / RECIPE, recipes.dump(recipe))
         atomic.write_json(folder / "ds_config.json", ds_config, indent=2)
         atomic.write_json(folder / "environment.json", {**environment(world), "data_licence": licence}, indent=2)
-        atomic.write_json(folder / "run.json", identity)
+        atomic.write_json(folder / IDENTITY, identity)
     except OSError as error:
-        raise in_words(error, folder, "choose another run folder with runs=PATH", users=FORBIDDEN) from error
+        raise in_words(error, folder, ELSEWHERE, users=FORBIDDEN) from error
     return identity["run_id"], identity["attempt"], reported
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    """Run id and number of starts so far: of `run.json`; where that was lost, of the newest checkpoint (starts are counted anew); or new."""
+    path = folder / IDENTITY
+    try:
+        found = json.loads(patiently(path.read_text))
+        return {"run_id": str(found["run_id"]), "attempt": int(found["attempt"])}
+    except FileNotFoundError:
+        lost = "is missing" if patiently((folder / RECIPE).exists) else None
+    except (ValueError, KeyError, TypeError):
+        lost = "cannot be read"
+    newest = newest_summary(folder) if lost else None
+    if newest is None:
+        return {"run_id": uuid.uuid4().hex, "attempt": 0}
+    print(f"warning: {path} {lost}; made again from {newest.path}", file=sys.stderr, flush=True)
+    return {"run_id": newest.run_id, "attempt": 0}
 
 
 def changes(folder: Path, recipe: Recipe) -> list[str]:
     """What another start with `recipe` changes of the run in `folder` that is allowed and reported.
 
     Raises:
-        UserError: it changes something that is fixed for the run.
+        UserError: it differs in something that is learned from; or the run has trained and its recipe is lost.
     """
-    trained = (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("*"))
-    if not (trained and (folder / "run.json").exists()):
-        return []  # a start that was refused before its first step may be repeated with a corrected recipe
-    before = _in_todays_keys(patiently((folder / "recipe.yaml").read_text))
-    return compare(before, yaml.safe_load(recipes.dump(recipe)), str(folder))
+    checkpoints = folder / "checkpoints"
+    trained = patiently((folder / "metrics.jsonl").exists) or (
+        patiently(checkpoints.is_dir) and patiently(os.listdir, checkpoints)
+    )
+    known = patiently((folder / RECIPE).exists) or patiently((folder / IDENTITY).exists)
+    if not (trained and known):
+        return []  # a start refused before its first step has left nothing that the corrected recipe could spoil
+    return compare(_recipe_before(folder), yaml.safe_load(recipes.dump(recipe)), str(folder))
+
+
+def _recipe_before(folder: Path) -> dict[str, Any]:
+    """The recipe of the last start: of `recipe.yaml`, or where that was lost of the newest checkpoint."""
+    path = folder / RECIPE
+    try:
+        text = patiently(path.read_text)
+        if isinstance(yaml.safe_load(text), dict):
+            return _in_todays_keys(text)
+        lost = "is empty"
+    except FileNotFoundError:
+        lost = "is missing"
+    except (ValueError, yaml.YAMLError):
+        lost = "cannot be read"
+    newest = newest_summary(folder)
+    if newest is None or "recipe" not in newest.meta:
+        raise UserError(f"{path} {lost}, and no checkpoint holds the recipe; put the recipe of this run there")
+    print(f"warning: {path} {lost}; made again from {newest.path}", file=sys.stderr, flush=True)
+    return _in_todays_keys(yaml.safe_dump(newest.meta["recipe"]))
 
 
 def _in_todays_keys(text: str) -> dict[str, Any]:

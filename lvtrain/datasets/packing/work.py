@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from lvtrain.datasets.importer import Importer, open_importer
 from lvtrain.datasets.packing import images
 from lvtrain.datasets.shard_writer import ShardWriter
 from lvtrain.errors import UserError
+from lvtrain.files.atomic import commit, write_bytes
 
 INSPECTION_FILE = "inspection.bin"
 
@@ -85,9 +87,7 @@ def inspect_chunk(task: tuple[Path, int, int]) -> int:
         record["hash"], record["width"], record["height"], record["flags"] = digest, width, height, flags
         if matrix is not None:
             record["matrix"] = matrix
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(records.tobytes())
-    os.replace(temporary, path)
+    write_bytes(path, records.tobytes())
     return stop - first
 
 
@@ -108,15 +108,20 @@ def write_shard(task: tuple[int, int, int]) -> int:
         for position, (row, label) in enumerate(zip(order.tolist(), labels.tolist()), start=first):
             shard.add(f"{position:09d}-{_safe(state.catalogue.name(row))}", finished.pop(row), label)
     written = shard.written
-    part = part_path(job.work, number)
-    temporary = part.with_name(part.name + ".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(
-            file, offsets=np.array(written.offsets, np.uint64), lengths=np.array(written.lengths, np.uint32),
-            labels=np.array(written.labels, np.uint32), size=written.size, sha256=written.sha256, encoded=encoded,
-        )  # fmt: skip
-    os.replace(temporary, part)
+    part = io.BytesIO()
+    np.savez(
+        part, offsets=np.array(written.offsets, np.uint64), lengths=np.array(written.lengths, np.uint32),
+        labels=np.array(written.labels, np.uint32), size=written.size, sha256=written.sha256, encoded=encoded,
+    )  # fmt: skip
+    write_bytes(part_path(job.work, number), part.getvalue())
     return encoded
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    """`numpy.save`, whole or not at all."""
+    with open(path.with_name(path.name + ".tmp"), "wb") as file:
+        np.save(file, array)
+        commit(file, path)
 
 
 def shard_name(number: int) -> str:
