@@ -24,6 +24,8 @@ def main(
     ] = 1,
     count: Annotated[int, typer.Option(help="a sample of so many trials of each operation; 0: all")] = 0,
     seed: Annotated[int, typer.Option(help="of the sample")] = 0,
+    paths: Annotated[str, typer.Option(help="only calls on files whose path has this in it")] = "",
+    modes: Annotated[str, typer.Option(help="only these ways of failing; all if empty")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="trials at a time")] = 1,
     folder: Annotated[
         Path | None, typer.Option(help="work here, keep it, and go on where an earlier sweep was ended")
@@ -37,6 +39,8 @@ def main(
         visits=visits,
         count=count,
         seed=seed,
+        paths=paths,
+        modes=modes,
         jobs=jobs,
         folder=folder,
         results=results,
@@ -52,6 +56,8 @@ def sweep(
     visits: int,
     count: int,
     seed: int,
+    paths: str = "",
+    modes: str = "",
     jobs: int,
     folder: Path | None,
     results: Path,
@@ -66,6 +72,7 @@ def sweep(
             if name not in operations or size not in sizes:
                 continue
             pairs = all_of(Sweep(bench, work / "counting").sites(OPERATIONS[name], size, victim), visits)
+            pairs = [(site, mode) for site, mode in pairs if paths in site.path and (not modes or mode.name in modes)]
             if count:
                 pairs = sample(pairs, count, seed)
             print(f"{name}, {size} ranks, fault on {victim}: {len(pairs)} trials", flush=True)

@@ -6,11 +6,13 @@ They run in processes forked from one that has everything imported, which makes 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -121,10 +123,14 @@ class Bench:
             if not failed and any(process.exitcode not in (None, 0, 75) for process in processes):
                 failed, limit = True, min(limit, time.monotonic() + GRACE)
             time.sleep(0.01)
-        codes = [None if process.is_alive() and not failed else process.exitcode for process in processes]
+        hung = [process for process in processes if process.is_alive() and not failed]
+        for process in hung:
+            os.kill(process.pid or 0, signal.SIGUSR1)  # its stacks go to the log
+            time.sleep(0.5)
         for process in processes:
             process.kill()
             process.join()
+        codes = [None if process in hung else process.exitcode for process in processes]
         return codes, log.read_text(errors="replace") if log.exists() else ""
 
     def fresh(self, operation: Operation, work: Path, size: int) -> None:
@@ -264,6 +270,7 @@ def _enter(tool: str, arguments: list[str], environment: dict[str, Any], log: st
     os.dup2(handle, 2)
     os.environ.update({name: str(value) for name, value in environment.items()})
     os.chdir(ROOT)
+    faulthandler.register(signal.SIGUSR1)
     if plan:
         shim.attach(Path(plan))
     with contextlib.suppress(KeyboardInterrupt):

@@ -4,6 +4,9 @@ import importlib
 
 import deepspeed
 
+from lvtrain.data.shards import ShardDataset
+from lvtrain.files import patience
+
 MODULES = [
     "lvtrain.training.trainer",
     "lvtrain.training.checks",
@@ -26,3 +29,6 @@ MODULES = [
 for name in MODULES:
     importlib.import_module(name)
 deepspeed.ops.__compatible_ops__  # noqa: B018 (compiles trial programs on first access)
+# a sweep has no time for the waits of a disk that fails
+patience.WAITS = (0.01, 0.01, 0.01)
+ShardDataset.__init__.__kwdefaults__["pause"] = 0.01  # type: ignore[index]
