@@ -54,9 +54,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if options.debug:
             traceback.print_exc()
-        _print_once(f"lvtrain: error: {error_line(error, 'a file of the run')}")
+        _report(error, error_line(error, "a file of the run"))
         # a disk that fails may work again: a chain of jobs repeats code 1, as after a crash, and stops at EXIT_ERROR
         return EXIT_ERROR if isinstance(error, UserError) else 1
+    except RuntimeError as error:
+        from lvtrain.distributed.world import is_lost_rank
+
+        if options.debug or not is_lost_rank(error):
+            raise
+        _report(error, "another rank is gone; its own line, or the log of its node, says why")
+        return 1
     finally:
         signals.restore()
 
@@ -92,17 +99,19 @@ def _run(options: argparse.Namespace) -> int:
     return train(recipe, ds_config, dataset, **limits).exit_code
 
 
-def _print_once(line: str) -> None:
-    """Ranks that fail alike print one line together; once they work together, each prints its own."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank == "0" or _ranks_have_met():
+def _report(error: Exception, text: str) -> None:
+    """One line. Ranks that fail alike print it once: before they have met, only rank 0 reports what the user got wrong."""
+    rank, line = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), f"lvtrain: error: {text}"
+    if "torch" not in sys.modules:
+        is_mine = rank == "0" or isinstance(error, OSError)
+    else:
+        from lvtrain.distributed import world as worlds
+
+        is_mine = (
+            worlds.is_first_to_say(line, error) if worlds.have_met() else rank == "0" or isinstance(error, OSError)
+        )
+    if is_mine:
         print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr, flush=True)
-
-
-def _ranks_have_met() -> bool:
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,12 @@ import torch.distributed as dist
 
 from lvtrain.errors import UserError
 
+_store: Any = None
+# in the words of gloo, of torch's store and of NCCL
+_GONE = re.compile(
+    "closed by peer|reset by peer|Broken pipe|Connection was likely closed|remote process exited|Timed out waiting|Read timeout"
+)
+
 
 @dataclass(frozen=True)
 class World:
@@ -132,7 +138,34 @@ def start(timeout_seconds: float = 1800.0) -> World:
                 f"port {os.environ['MASTER_PORT']} of this node is in use, perhaps by another run; "
                 "give the launcher another (deepspeed and torchrun: --master_port)"
             ) from error
+    global _store
+    _store = dist.distributed_c10d._get_default_store()  # outlives the process group, which an error closes
     return World(started.rank, started.size, started.local_rank, device)
+
+
+def have_met() -> bool:
+    """Whether the ranks of this start have found each other."""
+    return _store is not None
+
+
+def is_first_to_say(line: str, error: BaseException) -> bool:
+    """Whether this rank is to print `line`: ranks that fail alike print it once. A rank that cannot ask the others prints it."""
+    if getattr(error, "is_on_every_rank", False):
+        return int(os.environ.get("RANK", "0")) == 0
+    try:
+        _store.set_timeout(timedelta(seconds=5))
+        return bool(_store.add(f"said/{line}", 1) == 1)
+    except RuntimeError:  # rank 0, who keeps the store, is gone
+        return True
+
+
+def is_lost_rank(error: BaseException | None) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and _GONE.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def device_index(started: Launch, visible: int, environment: Mapping[str, str] = os.environ) -> int:
@@ -221,6 +254,7 @@ def on_first(action: Callable[[], Any]) -> Any:
             answer = (None, error)
     value, failure = broadcast_object(answer)
     if failure is not None:
+        failure.is_on_every_rank = True  # type: ignore[attr-defined]
         raise failure
     return value
 

@@ -13,6 +13,7 @@ the watchdog too; the timer of `faulthandler`, which needs no lock, then ends th
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -23,6 +24,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from lvtrain.files.patience import patiently
 
 EXIT_HUNG = 70
 
@@ -62,9 +65,9 @@ class Heartbeat:
         self._warned = False
 
     def __enter__(self) -> Heartbeat:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._stacks = self.log.open("a")
+        patiently(self.folder.mkdir, parents=True, exist_ok=True)
+        patiently(self.log.parent.mkdir, parents=True, exist_ok=True)
+        self._stacks = patiently(self.log.open, "a")
         self.beat(0, "start")
         self._arm()
         self._thread.start()
@@ -74,10 +77,11 @@ class Heartbeat:
         self._end.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._stacks.close()
-        if self.log.stat().st_size == 0:
-            self.log.unlink()
-        (self.folder / _file_name(self.rank)).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what stays there is in nobody's way
+            self._stacks.close()
+            if self.log.stat().st_size == 0:
+                self.log.unlink()
+            (self.folder / _file_name(self.rank)).unlink(missing_ok=True)
 
     def _watch(self) -> None:
         while True:

@@ -75,8 +75,11 @@ class Telemetry:
         print(f"warning: rank {self.world.rank}: {text}", flush=True)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(self.folder / name, "ab+") as file:
+            end = file.tell()
+            file.seek(max(0, end - 1))
+            cut = end > 0 and file.read(1) != b"\n"  # by a crash; the row must not be glued to what it left
+            file.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
 
     def _track(self, method: str, *arguments: Any) -> None:
         for name, tracker in list(self._trackers.items()):
