@@ -1,7 +1,8 @@
 """Ill-treats a small quick-start run in every way we know and counts what it cost: python tools/torture.py [--kills 50] [--only kill,flip]
 
 (a) `kill`: kill -9 at random instants, also inside saves, until done; (b) `elastic`: a chain of world sizes; (c) `flip`: a byte of the newest
-checkpoint; (d) `disk`: the disk fills up (a small tmpfs; needs root); (e) `nan`: outputs that are not finite; (f) `freeze`: a rank stands still.
+checkpoint; (d) `disk`: the disk fills up (a small tmpfs; needs root); (e) `nan`: outputs that are not finite; (f) `freeze`: a rank stands still;
+(g) `syscalls`: system calls that fail, tear or kill in a save, a resume, a pack and an evaluation (`tools/faults`, results/syscalls.md).
 Each ends with a finished run whose checkpoint is compared, tensor by tensor and byte by byte, with that of a run left in peace.
 
 Results go to tools/results/torture.json and torture.md. The run, on 2 gloo ranks, is tools/trial.py's.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ if str(ROOT) not in sys.path:
 
 import typer  # noqa: E402 - the path must be set first
 
+from tools.faults.sweep import read_log  # noqa: E402
 from tools.trial import EVERY, TOTAL, Bench, end, last_step, newest_committed, rows, run_folder  # noqa: E402
 
 RESULTS = ROOT / "tools" / "results"
@@ -38,7 +41,7 @@ HEADING = """# Torture
 final state is compared with that of a run left in peace, tensor by tensor, byte by byte, and so is what every step logged.
 
 """
-CASES = ("kill", "elastic", "flip", "disk", "nan", "freeze")
+CASES = ("kill", "elastic", "flip", "disk", "nan", "freeze", "syscalls")
 POINTS = (
     "save.after_mkdir",
     "save.mid_file",
@@ -230,6 +233,18 @@ def freeze(bench: Bench, case: Case) -> None:
     case.survived = int(ended and case.wrong_bits == 0)
 
 
+def syscalls(bench: Bench, case: Case, count: int, results: Path) -> None:
+    """(g) `count` trials of each operation (0: all), in a process of their own, whose children have a library preloaded."""
+    sweep = [sys.executable, "-m", "tools.faults", "--count", str(count), "--results", str(results)]
+    subprocess.run([*sweep, "--folder", str(bench.folder / "syscalls")], cwd=ROOT, check=False)
+    verdicts = Counter(trial.verdict for trial in read_log(bench.folder / "syscalls" / "trials.jsonl"))
+    case.faults = verdicts["survived"] + verdicts["refused"] + verdicts["wrong"]
+    case.survived, case.wrong_bits = case.faults - verdicts["wrong"], verdicts["wrong"]
+    case.note = (
+        f"{verdicts['survived']} ended well, {verdicts['refused']} with one line or killed and then well; syscalls.md"
+    )
+
+
 def table(cases: list[Case]) -> str:
     lines = [
         "| case | faults injected | survived | lost samples (trained again) | wrong bits | seconds | note |",
@@ -246,6 +261,7 @@ def table(cases: list[Case]) -> str:
 def main(
     kills: int = typer.Option(50, help="kill -9s of case (a)"),
     only: str = typer.Option(",".join(CASES), help="cases to run"),
+    trials: int = typer.Option(50, help="trials of each operation of case (g); 0: all, which takes hours"),
     zero: int = typer.Option(2, help="ZeRO stage"),
     seed: int = typer.Option(0, help="of the random instants"),
     folder: Path = typer.Option(None, help="work here and keep it; a temporary folder otherwise"),  # noqa: B008
@@ -269,6 +285,7 @@ def main(
             "disk": lambda case: disk(bench, case),
             "nan": lambda case: nan(bench, case),
             "freeze": lambda case: freeze(bench, case),
+            "syscalls": lambda case: syscalls(bench, case, trials, results),
         }
         for name in chosen:
             case = Case(name)
