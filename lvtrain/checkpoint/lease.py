@@ -123,11 +123,9 @@ def hold(folder: Path, world: World) -> Iterator[Lease | None]:
     def take() -> None:
         nonlocal mine
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            patiently(folder.mkdir, parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot make the run folder {folder}: {error.strerror}; choose another with runs=PATH"
-            ) from error
+            raise in_words(error, folder, ELSEWHERE, users=FORBIDDEN) from error
         mine = Lease(folder)
 
     worlds.on_first(take)
