@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if options.debug:
             traceback.print_exc()
-        _report(error, error_line(error, "a file of the run"))
+        text = error_line(error, "a file of the run")
+        if _is_first_to_say(text, error):
+            _print(text)
         # a disk that fails may work again: a chain of jobs repeats code 1, as after a crash, and stops at EXIT_ERROR
         return EXIT_ERROR if isinstance(error, UserError) else 1
     except RuntimeError as error:
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if options.debug or not is_lost_rank(error):
             raise
-        _report(error, "another rank is gone; its own line, or the log of its node, says why")
+        _print("another rank is gone; its own line, or the log of its node, says why")
         return 1
     finally:
         signals.restore()
@@ -99,19 +101,24 @@ def _run(options: argparse.Namespace) -> int:
     return train(recipe, ds_config, dataset, **limits).exit_code
 
 
-def _report(error: Exception, text: str) -> None:
-    """One line. Ranks that fail alike print it once: before they have met, only rank 0 reports what the user got wrong."""
-    rank, line = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), f"lvtrain: error: {text}"
-    if "torch" not in sys.modules:
-        is_mine = rank == "0" or isinstance(error, OSError)
-    else:
+def _is_first_to_say(text: str, error: Exception) -> bool:
+    """Ranks that fail alike print one line together."""
+    if "torch" in sys.modules:
         from lvtrain.distributed import world as worlds
 
-        is_mine = (
-            worlds.is_first_to_say(line, error) if worlds.have_met() else rank == "0" or isinstance(error, OSError)
-        )
-    if is_mine:
-        print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr, flush=True)
+        if worlds.have_met():
+            return worlds.is_first_to_say(text, error)
+    # what the user got wrong is wrong on all ranks; a disk may fail on this one alone
+    return _rank() == "0" or isinstance(error, OSError)
+
+
+def _print(text: str) -> None:
+    who = "" if _rank() == "0" else f"rank {_rank()}: "
+    print(f"{who}lvtrain: error: {text}", file=sys.stderr, flush=True)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.files.atomic import write_json
+from lvtrain.files.atomic import clear, write_json
 from lvtrain.files.patience import FORBIDDEN, in_words, patiently
 
 NAME = "lease.json"
@@ -127,6 +127,8 @@ def hold(folder: Path, world: World) -> Iterator[Lease | None]:
         except OSError as error:
             raise in_words(error, folder, ELSEWHERE, users=FORBIDDEN) from error
         mine = Lease(folder)
+        with contextlib.suppress(OSError):
+            clear(folder)
 
     worlds.on_first(take)
     try:

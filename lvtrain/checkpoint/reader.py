@@ -127,11 +127,11 @@ class Reader:
 
 
 def _open(path: Path) -> Any:
-    """safetensors says a disk's failure in words of its own."""
+    """safetensors, and torch for it, say a disk's failure in words of their own."""
     try:
         return safe_open(str(path), framework="pt", device="cpu")
-    except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):
+    except (SafetensorError, RuntimeError) as error:
+        if number := re.search(r"(?:os error |\()(\d+)\)$", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
 

@@ -49,6 +49,14 @@ def write_json(path: Path, value: Any, *, indent: int | None = None, writer: str
     write_text(path, json.dumps(value, indent=indent) + "\n", writer=writer)
 
 
+def clear(folder: Path) -> None:
+    """Removes what writers that were killed left beside the files of a folder. Nobody may be writing there."""
+    for name in patiently(os.listdir, folder):
+        if name.startswith(".") and name.endswith(".new"):
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+
+
 def commit(file: IO[Any], path: Path) -> None:
     """Gives a file that was written beside, too large to hold in memory, its final name; closes it."""
     file.flush()

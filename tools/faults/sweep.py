@@ -125,7 +125,7 @@ class Sweep:
         """What is wrong with how it ended; `expected` is the result where it must have one, `mode` the fault it was given."""
         if None in codes:
             return "did not end"
-        if "Traceback (most recent call last)" in said or "terminate called" in said:
+        if any(sign in said for sign in ("Traceback (most recent call last)", "terminate called", "frame #0")):
             return f"a traceback, {codes}"
         if aside := list(self.work.rglob("damaged_*")):
             return f"put aside {aside[0].name}"
