@@ -41,11 +41,13 @@ def ordered_map(
     remaining = iter(items)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(initializer, initargs)) as pool:
-        waiting: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(remaining, 3 * workers))
+        waiting: deque[Future[Result]] = deque(
+            pool.submit(_call, function, item) for item in islice(remaining, 3 * workers)
+        )
         try:
             while waiting:
                 result = waiting.popleft().result()
-                waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
+                waiting.extend(pool.submit(_call, function, item) for item in islice(remaining, 1))
                 yield result
         except BrokenProcessPool:
             raise UserError(
@@ -56,10 +58,23 @@ def ordered_map(
                 future.cancel()
 
 
+_refusal: Exception | None = None  # of this worker's initializer
+
+
 def _start(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+    global _refusal
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if initializer:
-        initializer(*initargs)
+    try:
+        if initializer:
+            initializer(*initargs)
+    except Exception as error:  # raised here, it would be a traceback and a pool that is broken without a reason
+        _refusal = error
+
+
+def _call(function: Callable[[Item], Result], item: Item) -> Result:
+    if _refusal is not None:
+        raise _refusal
+    return function(item)
 
 
 def _end_with_parent() -> None:
