@@ -172,6 +172,7 @@ class CatalogueWriter:
         atomic.write_json(self.folder / "catalogue.json", body)
         # the commit: rows.bin exists only when everything is there
         os.replace(self.folder / "rows.tmp", self.folder / "rows.bin")
+        atomic.sync_folder(self.folder)
 
 
 @dataclass(frozen=True)

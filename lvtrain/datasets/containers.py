@@ -9,6 +9,7 @@ from lvtrain.data.folders import is_hidden, natural_key
 from lvtrain.data.images import MAX_BYTES
 from lvtrain.errors import UserError
 from lvtrain.files.checked import check_length, check_regular
+from lvtrain.files.reading import pread
 
 
 class Containers:
@@ -51,7 +52,7 @@ class Containers:
         check_length(length, MAX_BYTES, f"{self.absolute(name)}: the image at byte {offset}")
         if name not in self._open:
             self._open[name] = os.open(self.absolute(name), os.O_RDONLY)
-        data = os.pread(self._open[name], length, offset)
+        data = pread(self._open[name], length, offset)
         if len(data) != length:
             raise UserError(
                 f"{self.absolute(name)} ends at byte {offset + len(data)}, inside an image; it was cut: copy it again"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import re
 import struct
 from collections.abc import Iterable, Iterator
@@ -108,11 +107,8 @@ class RecordWriter:
         files: tuple[IO[Any], ...] = (self._rec, self._idx)
         try:
             if kind is None:
-                for file in files:
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(self._temporary[0], self.path)
-                os.replace(self._temporary[1], self.index_path)
+                atomic.commit(self._rec, self.path)
+                atomic.commit(self._idx, self.index_path)
         finally:
             for file, path in zip(files, self._temporary):
                 with contextlib.suppress(OSError):  # on a full disk what is still buffered cannot be written

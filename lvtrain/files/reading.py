@@ -6,11 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-from lvtrain.files.patience import patiently
 
 
 def pread(handle: int, length: int, offset: int) -> bytes:
@@ -28,33 +24,15 @@ def pread(handle: int, length: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def walk(folder: str | Path, *, key: Callable[[str], Any] = str) -> Iterator[tuple[str, list[str]]]:
-    """A folder and the names of its files, then the same of each folder below, in the order of `key`. Links to folders are not followed.
-
-    Raises:
-        OSError: a folder cannot be read.
-    """
-
-    def look() -> tuple[list[str], list[str]]:
-        files, folders = [], []
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.is_dir():
-                    files.append(entry.name)
-                elif not entry.is_symlink():
-                    folders.append(entry.name)
-        return sorted(files, key=key), sorted(folders, key=key)
-
-    files, folders = patiently(look)
-    yield str(folder), files
-    for name in folders:
-        yield from walk(os.path.join(folder, name), key=key)
-
-
 def find(folder: Path, suffix: str) -> list[Path]:
     """All files below `folder` whose name ends with `suffix`.
 
     Raises:
         OSError: a folder cannot be read.
     """
-    return [Path(place, name) for place, names in walk(folder) for name in names if name.endswith(suffix)]
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    places = os.walk(folder, onerror=fail)
+    return [Path(place, name) for place, _, names in places for name in names if name.endswith(suffix)]

@@ -29,9 +29,11 @@ from lvtrain.datasets.packing.reconcile import reconcile
 from lvtrain.datasets.parallel import ordered_map
 from lvtrain.errors import UserError
 from lvtrain.files import atomic
+from lvtrain.files.patience import patiently
 
 Progress = Callable[[str, int, int], None]
 REPORT = "pack_report.json"
+FINISHED = ".pack_finished"  # the scratch folder of a pack that is done, to be removed
 SHEET = "contact_sheet.png"
 
 
@@ -119,19 +121,22 @@ def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers:
     _inspect(job, len(catalogue.rows), workers, tell)
     inspection = np.memmap(scratch / work.INSPECTION_FILE, dtype=job.inspection_dtype, mode="r")
     plan = _decide(catalogue, inspection, opened.read_groups(catalogue), options)
-    np.save(scratch / "order.npy", plan.order)
-    np.save(scratch / "labels.npy", plan.labels[catalogue.rows["identity"][plan.order]])
+    work.save(scratch / "order.npy", plan.order)
+    work.save(scratch / "labels.npy", plan.labels[catalogue.rows["identity"][plan.order]])
     _write(job, plan.bounds, workers, tell)
     manifest, encoded = _commit(job, plan, options)
     report = _report(job, catalogue, inspection, plan, manifest, encoded, options)
     report["contact_sheet"] = _sheet(out, manifest)
     atomic.write_json(out / REPORT, report, indent=1)
-    shutil.rmtree(scratch)
+    # renamed first: a scratch folder that was removed in part would be gone on from
+    finished = patiently(scratch.rename, out / FINISHED)
+    shutil.rmtree(finished, ignore_errors=True)
     return report
 
 
 def _begin(source: Path, out: Path, options: PackOptions) -> Path:
     """The scratch folder, new or of the pack that is continued."""
+    shutil.rmtree(out / FINISHED, ignore_errors=True)
     if (out / "dataset.json").exists() and not (out / ".pack").exists():
         raise UserError(f"{out} is a finished dataset; choose another folder or remove it")
     if IMPORTERS.get(options.kind).lists_folders and source.resolve() in (out.resolve(), *out.resolve().parents):
@@ -160,7 +165,7 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
 @contextlib.contextmanager
 def _alone(scratch: Path) -> Iterator[None]:
     """Two packs in one folder would write over each other. The lock goes with the process, however that ends."""
-    with open(scratch / "options.json") as file:
+    with open(scratch / "lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -188,11 +193,10 @@ def _inspect(job: work.Job, count: int, workers: int, tell: Progress) -> None:
     ):
         done += looked
         tell("looking", done, count)
-    temporary = job.work / (work.INSPECTION_FILE + ".tmp")
-    with open(temporary, "wb") as file:
+    with open(job.work / (work.INSPECTION_FILE + ".tmp"), "wb") as file:
         for path, _, _ in tasks:
-            file.write(path.read_bytes())
-    temporary.replace(final)
+            file.write(patiently(path.read_bytes))
+        atomic.commit(file, final)
     for path, _, _ in tasks:
         path.unlink()
 
