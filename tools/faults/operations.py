@@ -206,15 +206,14 @@ def _packed(work: Path) -> dict[str, Any]:
 
 
 def _evaluated(work: Path) -> dict[str, Any]:
-    run = work / "runs" / "tiny"
-    found = {name: json.loads((run / name).read_text()) for name in ("evaluated/evaluation.json", "calibration.json")}
-    found["evaluated/evaluation.json"].pop("model")
+    found = json.loads((work / "runs" / "tiny" / "evaluated" / "evaluation.json").read_text())
+    found.pop("model")
     return found
 
 
 def _evaluate(bench: Bench, work: Path, size: int) -> list[str]:
     pairs = bench.faces / "heldout.bin"
-    tasks = ["--benchmark", f"heldout:{pairs}", "--benchmark", f"thresholds:calibration:{pairs}"]
+    tasks = ["--benchmark", f"heldout:{pairs}", "--benchmark", f"pairs:all_pairs:{bench.faces / 'heldout'}"]
     return [str(work / "runs" / "tiny"), *tasks, "--batch", "16", "--cpu"]
 
 
