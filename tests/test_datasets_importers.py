@@ -441,3 +441,35 @@ def test_a_file_cut_or_changed_anywhere_is_one_line_or_adds_up(
         return
     total = report["reconciliation"]
     assert total["packed"] + sum(total["refused"].values()) + sum(total["skipped"].values()) >= 6
+
+
+# ------------------------------------------------------------------------------------------------------------------- all kinds
+
+
+@pytest.mark.parametrize("label", [(1 << 63) - 1, 1 << 40])
+def test_kept_numbers_do_not_ask_for_billions_of_classes(tmp_path: Path, label: int) -> None:
+    write_table(tmp_path / "src" / "0.parquet", [0, 1, label])
+    packed("parquet", tmp_path / "src", tmp_path / "fixed")
+    assert people(tmp_path / "fixed") == {"0": 1, "1": 1, str(label): 1}
+    with pytest.raises(UserError, match="label-gap keep"):
+        packed("parquet", tmp_path / "src", tmp_path / "kept", Policies(label_gap="keep"))
+
+
+def test_two_names_that_print_alike_are_refused(tmp_path: Path) -> None:
+    for number, name in enumerate((b"\xff", b"\\xff")):
+        folder = os.path.join(os.fsencode(tmp_path / "src"), name)
+        os.makedirs(folder)
+        with open(os.path.join(folder, b"0.jpg"), "wb") as file:
+            file.write(jpeg(number))
+    with pytest.raises(UserError, match=r"xff"):
+        packed("folder", tmp_path / "src", tmp_path / "out")
+
+
+def test_archives_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "src" / ".old").mkdir(parents=True)
+    for name in ("0.TAR", "._0.tar", "1.tar.gz", "2.tar.part", "3.tgz"):
+        with tarfile.open(tmp_path / "src" / name, "w") as tar:
+            add(tar, "a.jpg", jpeg(0))
+            add(tar, "a.cls", b"ann")
+    report = packed("webdataset", tmp_path / "src", tmp_path / "out")
+    assert report["reconciliation"]["packed"] == 1 and sum(report["reconciliation"]["skipped"].values()) == 4

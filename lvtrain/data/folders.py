@@ -88,8 +88,8 @@ def _check_level(root: Path) -> None:
     if parts:
         shown = ", ".join(f"{name}/" for name in parts[:3]) + (", …" if len(parts) > 3 else "")
         raise UserError(
-            f"{root} holds {shown}, which look like parts of a dataset and not like identities; give {root / parts[0]}, "
-            "or say where the identities' folders lie: --option level=2 (inside these) or --option level=1 (these are identities)"
+            f"{root} holds {shown}, which look like parts of a dataset and not like identities; give {root / parts[0]} alone, "
+            "or pack with --option level=2 (the identities lie inside these) or --option level=1 (these are the identities)"
         )
 
 

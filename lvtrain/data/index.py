@@ -240,7 +240,15 @@ def open_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
 
 
 def read_labels(folder: str | Path) -> list[str]:
-    """The identity names, by label."""
-    return (
-        (Path(folder) / "labels.txt").read_bytes().decode().split("\n")[:-1]
-    )  # as text, a carriage return would end a name
+    """The identity names, by label.
+
+    Raises:
+        UserError: labels.txt is missing, or not UTF-8.
+    """
+    path = Path(folder) / "labels.txt"
+    try:
+        return path.read_bytes().decode().split("\n")[:-1]  # as text, a carriage return would end a name
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; restore it, or pack again") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; it is damaged: restore it, or pack again") from None

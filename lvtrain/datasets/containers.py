@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lvtrain.data.folders import is_hidden, natural_key
 from lvtrain.data.images import MAX_BYTES
+from lvtrain.datasets.catalogue import CatalogueWriter
 from lvtrain.errors import UserError
 from lvtrain.files.checked import check_length, check_regular
 from lvtrain.files.reading import pread
@@ -24,17 +25,24 @@ class Containers:
         self.path, self.suffix = path, suffix
         self._open: dict[str, int] = {}
 
-    def files(self) -> list[Path]:
-        """In natural order; each is a regular file.
+    def files(self, out: CatalogueWriter) -> list[Path]:
+        """In natural order; each is a regular file. Files that look like containers and are not read are counted in `out`.
 
         Raises:
             UserError: none, or one that is empty, a pipe or a git-LFS pointer.
         """
         found = [self.path] if not self.path.is_dir() else []
         if self.path.is_dir():
-            for folder, below, names in os.walk(self.path, onerror=_raise, followlinks=False):
+            for folder, below, names in os.walk(self.path, onerror=_raise):
                 below[:] = [name for name in below if not is_hidden(name)]
-                found += [Path(folder, name) for name in names if name.endswith(self.suffix) and name[0] != "."]
+                for name in (name for name in names if self.suffix in name.lower() or name.lower().endswith(".tgz")):
+                    path = Path(folder, name)
+                    if name.startswith("."):
+                        out.left_out(f"hidden {self.suffix} file", str(path))
+                    elif name.lower().endswith(self.suffix):
+                        found.append(path)
+                    else:
+                        out.left_out(f"file that is a {self.suffix} inside another format, or part of one", str(path))
         if not found:
             raise UserError(f"{self.path} holds no {self.suffix} file; check SRC and --kind")
         for file in found:

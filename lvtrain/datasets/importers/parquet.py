@@ -47,7 +47,7 @@ class Parquet(Importer):
         self._groups: OrderedDict[str, Any] = OrderedDict()
 
     def scan(self, out: CatalogueWriter) -> None:
-        files = self.tables.files()
+        files = self.tables.files(out)
         classes = {file: self._class_names(file) for file in files}
         named = list(classes.values())
         by_name = any(names != named[0] for names in named)

@@ -60,7 +60,7 @@ class WebDataset(Importer):
             out.class_names.update(enumerate(read_labels(self.path)))
         announced = _announcements(self.path, ours)
         reader = LabelReader(self.options.encoding, self.options.labels)
-        for file in self.tars.files():
+        for file in self.tars.files(out):
             before = out.found
             with (
                 reading(file, "an uncompressed tar"),
@@ -192,7 +192,7 @@ def _announcements(path: Path, ours: Manifest | None) -> dict[str, tuple[str, in
     for file in (
         sorted(path.glob("*.json")) if ours is None else ()
     ):  # webdataset's own index: {"shardlist": [{"url", "nsamples"}]}
-        if file.stat().st_size <= MAX_JSON:
+        if file.is_file() and file.stat().st_size <= MAX_JSON:
             try:
                 listed = json.loads(file.read_bytes())["shardlist"]
                 for shard in listed:

@@ -26,7 +26,7 @@ class WebFaceZip(Importer):
         self.zips = Containers(path, ".zip")
 
     def scan(self, out: CatalogueWriter) -> None:
-        for file in self.zips.files():
+        for file in self.zips.files(out):
             with reading(file, "a zip"), zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
             for entry in sorted(entries, key=lambda entry: natural_key(entry.filename)):

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ Progress = Callable[[str, int, int], None]
 REPORT = "pack_report.json"
 FINISHED = ".pack_finished"  # the scratch folder of a pack that is done, to be removed
 SHEET = "contact_sheet.png"
+_LARGEST_KEPT = 1 << 26  # labels; each costs a line of labels.txt and a class centre
 
 
 @dataclass(frozen=True)
@@ -264,15 +266,27 @@ def _labels(catalogue: Catalogue, keep: np.ndarray, troubles: Troubles) -> tuple
             troubles.add("label_gap", gaps, [next(examples) for _ in range(min(gaps, 100))])
     numbers_stay = catalogue.numeric and troubles.policy("label_gap") == "keep"
     if numbers_stay:  # the source's own numbers: an identity without images cannot be dropped from the middle
+        if int(numbers.max()) >= _LARGEST_KEPT:
+            raise UserError(
+                f"--label-gap keep would make {int(numbers.max()) + 1:,} classes for {len(numbers):,} identities; choose fix"
+            )
         troubles.overrule("empty_identity", "keep")
     empty = np.flatnonzero(images_left == 0)
     troubles.add("empty_identity", len(empty), [names[i] for i in empty[: Troubles.LISTED].tolist()])
     if numbers_stay:
         label_map = [catalogue.class_names.get(n, str(n)) for n in range(int(numbers.max()) + 1)]
-        return numbers.astype(np.uint32), [_line(name) for name in label_map]
+        return numbers.astype(np.uint32), _distinct([_line(name) for name in label_map])
     stays = images_left > 0 if troubles.policy("empty_identity") == "skip" else np.ones(len(identities), dtype=bool)
     labels = (np.cumsum(stays) - 1).clip(0).astype(np.uint32)
-    return labels, [name for name, stay in zip(names, stays) if stay]
+    return labels, _distinct([name for name, stay in zip(names, stays) if stay])
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Raises UserError where two identities would have one name in labels.txt: choices by name could not tell them apart."""
+    if len(set(names)) < len(names):
+        twice, count = Counter(names).most_common(1)[0]
+        raise UserError(f"{count} identities would be written as {twice!r}; rename them in the source")
+    return names
 
 
 def _line(name: str) -> str:
