@@ -21,10 +21,10 @@ def main(
     fraction: Annotated[float, typer.Option(help="share of the identities")] = 1.0,
     shots: Annotated[int | None, typer.Option(help="at most so many images an identity")] = None,
     min_images: Annotated[int, typer.Option(help="leave out identities with fewer")] = 1,
-    identities: Annotated[Path | None, typer.Option(help="file of identity names, one a line, to keep to")] = None,
+    identities: Annotated[Path | None, typer.Option(help="file of identity names to keep, one a line")] = None,
     without_identities: Annotated[Path | None, typer.Option(help="file of identity names to leave out")] = None,
     without_samples: Annotated[Path | None, typer.Option(help="file of sample ids to leave out")] = None,
-    seed: Annotated[int, typer.Option(help="with one seed smaller subsets lie inside larger ones")] = 0,
+    seed: Annotated[int, typer.Option(help="with the same seed, a smaller subset is part of a larger one")] = 0,
 ) -> None:
     """Writes a subset of a dataset as a manifest (no image is copied); use it as data.path."""
     with one_line_errors("make_subset", out):
@@ -66,7 +66,7 @@ def _lines(path: Path | None) -> list[str] | None:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; correct the path of the list") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no UTF-8 text; write the list with the names of labels.txt, one a line") from None
+        raise UserError(f"{path} is not UTF-8 text; write names of labels.txt, one a line") from None
 
 
 def _numbers(path: Path | None) -> list[int]:

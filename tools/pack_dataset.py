@@ -1,6 +1,6 @@
-"""Bring a face dataset in: SRC (image folders, WebFace, RecordIO, Parquet, tars) to WebDataset shards with an index in OUT.
+"""Pack a face dataset: SRC (image folders, WebFace, RecordIO, Parquet, tars) to WebDataset shards with an index in OUT.
 
-Killed, it goes on where it was when started again with the same options. JPEGs are passed through byte for byte.
+A pack that was killed goes on when it is started again with the same options. JPEGs are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ def main(
     kind: Annotated[str, typer.Option(help=" | ".join(IMPORTERS.names()))],
     workers: Annotated[int, typer.Option(min=1, help="processes; the result does not depend on it")] = os.cpu_count()
     or 1,
-    seed: Annotated[int, typer.Option(help="of the shuffle")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the shuffle")] = 0,
     shuffle: Annotated[
         bool, typer.Option(help="write in random order, so that shards are not sorted by identity")
     ] = True,
     samples_per_shard: int = 8192,
-    size: Annotated[int, typer.Option(help="pixels of a side; 0 takes images as they are")] = 112,
+    size: Annotated[int, typer.Option(help="pixels a side; 0 accepts every size")] = 112,
     quality: Annotated[
-        int, typer.Option(help="JPEG quality of what must be encoded: PNG, WebP, fixes, alignment")
+        int, typer.Option(help="JPEG quality where an image must be encoded: PNG, WebP, fixes, alignment")
     ] = 95,
     label_order: Annotated[str, typer.Option(help="natural (id2 before id10) or lexicographic")] = "natural",
     align: Annotated[bool, typer.Option("--align", help="raw photographs: find the largest face and align it")] = False,
-    licence: Annotated[str, typer.Option(help="terms of the images; carried into runs and model cards")] = "unknown",
+    licence: Annotated[str, typer.Option(help="licence of the images; copied into runs and model cards")] = "unknown",
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help=f"of the kind of source; {_options_of_kinds()}")
     ] = None,
@@ -71,7 +71,7 @@ def main(
     unlabelled: Annotated[str, _policy("unlabelled")] = "fail",
     mismatch: Annotated[str, _policy("mismatch")] = "fail",
 ) -> None:
-    """Brings a face dataset in: SRC to WebDataset shards, index and manifest in OUT. Killed, it goes on where it was when started again."""
+    """Packs SRC into WebDataset shards with an index in OUT. A pack that was killed goes on when it is started again."""
     with one_line_errors("pack_dataset", out):
         options = PackOptions(
             kind=kind, seed=seed, shuffle=shuffle, samples_per_shard=samples_per_shard, size=size or None, quality=quality,
@@ -107,7 +107,7 @@ def _summary(report: dict[str, Any], out: Path) -> None:
         for reason, tally in report[heading].items():
             typer.echo(f"  {heading.replace('_', ' ')}: {tally['count']} x {reason}, first: {tally['names'][0]}")
     typer.echo(f"  {report['contact_sheet']}")
-    typer.echo(f"  to look at: {out / SHEET}; every image that was in trouble: {out / REPORT}")
+    typer.echo(f"  look at {out / SHEET}; every image with a problem is listed in {out / REPORT}")
 
 
 if __name__ == "__main__":

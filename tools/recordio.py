@@ -1,4 +1,4 @@
-"""RecordIO for others: `write DATASET OUT.rec` (insightface's arrangement), `filter TRAIN.rec OUT.idx` (a choice of records, for DALI)."""
+"""RecordIO for other trainers: write a dataset as train.rec, or choose records of a train.rec for DALI."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(
 def filter_(
     rec: Annotated[Path, typer.Argument(help="existing .rec; it is not changed")],
     out: Annotated[Path, typer.Argument(help="OUT.idx")],
-    identities: Annotated[Path | None, typer.Option(help="file of labels to keep to, one a line")] = None,
+    identities: Annotated[Path | None, typer.Option(help="file of labels to keep, one a line")] = None,
     without_keys: Annotated[Path | None, typer.Option(help="file of record keys to leave out, one a line")] = None,
     min_images: Annotated[int, typer.Option(help="leave out identities with fewer")] = 1,
     shots: Annotated[int | None, typer.Option(help="at most so many images an identity")] = None,
@@ -41,7 +41,7 @@ def filter_(
 ) -> None:
     """Write an .idx of some image records beside an untouched .rec."""
     with one_line_errors("recordio", out):
-        images, people = filter_index(
+        images, found = filter_index(
             rec,
             out,
             identities=_numbers(identities),
@@ -51,7 +51,7 @@ def filter_(
             seed=seed,
         )
     typer.echo(
-        f"{out}: {images} images of {people} identities; read it with fn.readers.mxnet(path=[{str(rec)!r}], index_path=[{str(out)!r}])"
+        f"{out}: {images} images of {found} identities; read it with fn.readers.mxnet(path=[{str(rec)!r}], index_path=[{str(out)!r}])"
     )
 
 

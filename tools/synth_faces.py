@@ -1,4 +1,4 @@
-"""Make generated identities: OUT/train (shards to train on), OUT/heldout (unseen people) and OUT/heldout.bin (their verification pairs)."""
+"""Generate faces: OUT/train (shards to train on), OUT/heldout (identities not trained on) and OUT/heldout.bin (their verification pairs)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lvtrain.errors import one_line_errors
 
 def main(
     out: Annotated[Path, typer.Argument(help="folder to write")],
-    identities: Annotated[int, typer.Option(help="people to train on")] = 500,
-    images: Annotated[int, typer.Option(help="pictures a person")] = 16,
-    heldout: Annotated[int, typer.Option(help="unseen people")] = 60,
+    identities: Annotated[int, typer.Option(help="identities to train on")] = 500,
+    images: Annotated[int, typer.Option(help="images of each identity")] = 16,
+    heldout: Annotated[int, typer.Option(help="identities not trained on")] = 60,
     pairs: Annotated[int, typer.Option(help="verification pairs, a multiple of 20")] = 3000,
     seed: int = 0,
     difficulty: Annotated[str, typer.Option(help="normal or hard")] = "normal",

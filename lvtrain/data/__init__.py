@@ -1,4 +1,4 @@
-"""Shards on disk to batches on the device, in an order that is a pure function. `Loader` and `Batch` need torch, the rest does not."""
+"""Serves a dataset during training: from shards on disk to batches on the device. Only `Loader` and `Batch` need torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faces in photographs brought to the five-point template every recogniser of this family expects.
+"""Aligns faces in photographs to the five-point template that insightface's models expect.
 
 The similarity is Umeyama's least-squares one (S. Umeyama, 1991, eqs. 34 to 43), not OpenCV's robust estimate, which differs.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from lvtrain.errors import UserError
 
 TEMPLATE_SIZE = 112
-# eyes, nose, mouth corners in a 112 x 112 crop, x then y: the table published with insightface, in use everywhere
+# eyes, nose, mouth corners in a 112 x 112 crop, x then y: the table published with insightface
 _TEMPLATE = np.array(
     [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
 )
@@ -69,7 +69,7 @@ class Detector:
         self.longest_side, self.confidence = longest_side, confidence
 
     def largest_face(self, image: np.ndarray) -> np.ndarray | None:
-        """Five points float64 [5, 2] of the largest face of an RGB image uint8 [h, w, 3], as the template orders them; None without a face."""
+        """Five points float64 [5, 2] of the largest face of an RGB image uint8 [h, w, 3], in the template's order; None without a face."""
         shrink = min(1.0, self.longest_side / max(image.shape[:2]))
         small = image if shrink == 1.0 else cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
         if min(small.shape[:2]) < 24:

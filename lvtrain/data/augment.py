@@ -1,9 +1,9 @@
 """What may happen to an image: named sets of views, and the draw of every parameter as a function of (seed, epoch, sample).
 
-A set is a list of views; a view is a name, an output size and a list of operations with their ranges. Nothing is random in the backends:
-`draw` turns (seed, epochs, sample ids) into arrays, one row a sample, and a backend (`dali`, `torch_backend`) applies them in one fixed
-order: crop and resize, affine, colour, posterise, solarise, resize-down, blur, erase, flip. So a sample looks the same in whatever batch, on
-whatever rank, after whatever restart.
+A set is a list of views. A view is a name, an output size and a list of operations with their ranges. Nothing is random in the backends:
+`draw` turns (seed, epochs, sample ids) into arrays, one row a sample. A backend (`dali`, `torch_backend`) applies them in one fixed order:
+crop and resize, affine, colour, posterise, solarise, resize-down, blur, erase, flip. So a sample looks the same in every batch, on every rank
+and after every restart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Uniform = Callable[..., np.ndarray]
 
 @dataclass(frozen=True)
 class Draws:
-    """Parameters of one view for k samples; what is None is not done to any of them.
+    """Parameters of one view for k samples; an operation whose field is None is not applied.
 
     Attributes:
         crop: float32 [k, 4]: x0, y0, x1, y1 as shares of width and height.
@@ -131,7 +131,7 @@ Op = Crop | Flip | Jitter | Grey | Blur | Down | Solarise | Erase | RandAugment
 
 @dataclass(frozen=True)
 class View:
-    """One picture of a sample, `[3, size, size]`; `size=None` is the recipe's image size.
+    """One image of a sample, `[3, size, size]`; `size=None` is the recipe's image size.
 
     `twin` names the view whose draws this one shares, operation by operation: a landmark view sees the crop and flip of its colour twin.
     """
@@ -239,7 +239,7 @@ def draw(view: View, seed: int, epochs: np.ndarray, ids: np.ndarray) -> Draws:
 
 
 class _Parts:
-    """Operations may touch the same parameter (jitter and grey the saturation), so all start neutral and are then changed."""
+    """All parameters start neutral, because several operations may change the same one (jitter and grey change the saturation)."""
 
     def __init__(self, k: int) -> None:
         self.k = k

@@ -1,8 +1,9 @@
 """Copies of shards on a local disk, up to a size, for datasets on a slow shared file system.
 
-A shard is copied when it is first read, in the background and under a temporary name; until the copy is complete, reads go to the original.
-When the bound is reached the copies read longest ago are deleted, of whatever dataset. Ranks of one machine may share a cache folder. The
-cache never changes what is read: a copy is used only if it has the recorded size, and no longer once reading it has failed.
+A shard is copied in the background when it is first read. Until the copy is complete, reads use the original. When the bound is reached, the
+copies that were read longest ago are deleted, whichever dataset they belong to. Ranks of one machine may share a cache folder.
+
+The cache never changes what is read: a copy is used only if it has the recorded size, and never again after a failed read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lvtrain.data.index import Manifest
 from lvtrain.data.shard_files import Forget, OpenFiles, Originals, Warn
 from lvtrain.errors import UserError
 
-_ABANDONED = 3600.0  # seconds after which a copy nobody writes to is nobody's
+_ABANDONED = 3600.0  # seconds without a write after which an unfinished copy is abandoned
 
 
 def cached(folder: str | Path, max_bytes: int) -> OpenFiles:
@@ -73,7 +74,7 @@ class ShardCache:
             if copy.stat().st_size == self.manifest.shards[shard].size:
                 os.utime(copy)  # read just now
                 return copy
-        except OSError:  # not there, or the local disk fails
+        except OSError:  # missing, or the local disk fails
             pass
         if shard not in self._asked:
             self._asked.add(shard)
@@ -125,7 +126,7 @@ class ShardCache:
         self._asked.discard(shard)
 
     def _make_room(self, size: int) -> None:
-        # other ranks add and delete too: what is gone is gone
+        # other ranks add and delete at the same time
         found = []
         for path in self.folder.parent.glob("*/*.tar"):  # another dataset's too: the bound is on the disk
             try:

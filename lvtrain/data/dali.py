@@ -1,7 +1,7 @@
 """Decoding and augmenting with DALI: nvJPEG and kernels on a GPU (`mixed`), libjpeg-turbo on a CPU, one graph for both.
 
-The pipeline reads nothing and draws nothing: JPEG bytes and every parameter are fed per sample, so it holds no state worth saving. A failed
-sample costs a rebuilt pipeline, never the run.
+The pipeline reads no file and draws no number: JPEG bytes and all parameters are fed per sample. So it has no state to save. A sample that
+fails costs a new pipeline, never the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lvtrain.data.augment import Draws, View
 from lvtrain.data.job import Decoded, Job, Wanted
 from lvtrain.data.pixels import Memory, mirror_and_normalise
 
-fn: Any = dali_fn  # its stubs know less than it does
+fn: Any = dali_fn  # its type stubs are incomplete
 types: Any = dali_types
 MID_GREY = 128
 
@@ -94,7 +94,7 @@ class DaliBackend:
         job.encoded[row] = rescued or self._black
 
     def _recover(self, error: RuntimeError) -> None:
-        """A new pipeline after a failed sample. Every sample in flight is tried alone, so what happens to one never depends on its company."""
+        """A new pipeline after a failed sample. Each sample in flight is decoded alone first, so one result never depends on the others."""
         if all(job.probed for job in self._flying):
             raise error
         for job in self._flying:
@@ -146,7 +146,7 @@ class DaliBackend:
 
 
 def _as_list(encoded: list[bytes]) -> Any:
-    """The batch as DALI's own list: having it look at every array costs more."""
+    """The batch as DALI's own list, which is cheaper than a list of arrays."""
     longest = max(map(len, encoded))
     if longest * len(encoded) > 4 * sum(map(len, encoded)):  # a few large ones among small ones
         return TensorListCPU([TensorCPU(np.frombuffer(data, dtype=np.uint8)) for data in encoded])
@@ -214,8 +214,8 @@ def _decode(on_gpu: bool) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     if not on_gpu:
         return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-    # The hardware decoder would take a share of each batch and rounds otherwise than the kernels: a sample's pixels would depend on its
-    # company. Fancy upsampling of the colours is what libjpeg does, on a CPU and in Pillow.
+    # The hardware decoder takes a share of each batch and rounds differently: a sample's pixels would depend on the rest of the batch.
+    # Fancy upsampling of the colours is what libjpeg does, on a CPU and in Pillow.
     return fn.decoders.image(
         encoded, device="mixed", output_type=types.RGB, hw_decoder_load=0.0, jpeg_fancy_upsampling=True
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a backend is to make of every job, and with what.
+    """What a backend makes of every job, and with which resources.
 
     Attributes:
         views: made of each image, in this order; `image_size` pixels a side where a view does not fix its own.
@@ -46,7 +46,7 @@ class Job:
         encoded: JPEG bytes [m].
         draws: parameters by view name.
         bad: row -> what is wrong with it; backends add to it.
-        probed: each of its samples has been decoded once by itself.
+        probed: each of its samples has been decoded once alone.
     """
 
     ids: np.ndarray

@@ -1,8 +1,7 @@
-"""Is this a JPEG a fast decoder can be trusted with? A look at the markers, without decoding.
+"""Decides from a JPEG's markers, without decoding, whether a fast decoder may see it.
 
-DALI 2.4's CPU decoder ends the process (segmentation fault) on bytes without a readable JPEG header, and its pipeline is lost when a sample
-fails; simplejpeg knows nothing but JPEG and does not turn a picture upright. So what is not a whole, upright, baseline or progressive JPEG of
-grey or of colours is kept away from both and read by Pillow instead.
+DALI 2.4's CPU decoder crashes the process on bytes without a readable JPEG header, and a sample that fails costs its pipeline. simplejpeg reads
+only JPEG and ignores the EXIF rotation. So both get only whole, upright, baseline or progressive JPEGs in grey or colour. Pillow reads the rest.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def _turned(exif: bytes) -> bool:
     try:
         tags.load(exif)
         return tags.get(ExifTags.Base.Orientation, 1) != 1
-    except Exception:  # whatever is wrong with it, Pillow will say
+    except Exception:  # Pillow reports what is wrong
         return True
 
 
@@ -106,7 +105,7 @@ def with_pillow(data: bytes, size: tuple[int, int] | None) -> np.ndarray | None:
 
 
 def rescue(data: bytes, size: tuple[int, int] | None) -> bytes | None:
-    """What Pillow reads, as PNG; None if it cannot."""
+    """The image as PNG, read by Pillow; None if it cannot be decoded."""
     from PIL import Image
 
     pixels = with_pillow(data, size)
@@ -118,7 +117,7 @@ def rescue(data: bytes, size: tuple[int, int] | None) -> bytes | None:
 
 
 def black(height: int, width: int) -> bytes:
-    """A black JPEG to stand in a lost sample's place."""
+    """A black JPEG that takes the place of a lost sample."""
     from PIL import Image
 
     out = io.BytesIO()

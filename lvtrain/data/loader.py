@@ -60,7 +60,7 @@ class BadSample:
 
 
 class Loader:
-    """Iterates `Batch`es of this rank's micro-batches without end; never ahead of what is yielded as far as counts go.
+    """Iterates `Batch`es of this rank's micro-batches without end. Its counts cover only what it has yielded.
 
     Args:
         dataset: opened in this process.
@@ -70,12 +70,11 @@ class Loader:
         start: samples_seen at the first batch.
         augmentation: a set's name (`lvtrain.data.augment.SETS`).
         image_size: pixels of the views that do not fix their own.
-        device: where the views are wanted.
+        device: where the views are delivered.
         backend: `dali`, `torch`, or `auto` (DALI where it can be imported).
         threads: decoding threads; prefetch: micro-batches decoded ahead.
-        read_ahead: micro-batches being read from the shards at once, ahead of those being decoded: what a file system with a long way to its
-            disks answers slowly it answers side by side.
-        warn: told when data is waited for unusually long, and what the dataset has to say.
+        read_ahead: micro-batches read at the same time, ahead of those being decoded. It hides the latency of a distant file system.
+        warn: called with a line when data is late or a read failed.
 
     Raises:
         UserError: R does not divide V (the allowed R are listed), unknown set or backend.
@@ -227,7 +226,7 @@ class Loader:
                 decoded = backend.collect()
                 collected += 1
                 self._put(self._finish(decoded))
-        except BaseException as error:  # handed to the consumer, whoever it was meant for
+        except BaseException as error:  # the consumer raises it
             self._put(error)
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
@@ -243,7 +242,7 @@ class Loader:
                 continue
 
     def _stream(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Positions and sample ids int64 [m] of one micro-batch after the other; the order is asked for several at once, which costs less."""
+        """Positions and sample ids int64 [m] of one micro-batch after the other. The order is computed for several at once, which is cheaper."""
         for first in itertools.count(0, _ASKED_AT_ONCE):
             positions = np.stack([self.positions(number) for number in range(first, first + _ASKED_AT_ONCE)])
             yield from zip(positions, self.order.at(positions.ravel()).reshape(positions.shape))

@@ -1,12 +1,12 @@
-"""Which sample stands at position p of the endless stream: a pure function of (n, seed, block, p), computed, never stored.
+"""Which sample stands at position p of the endless stream. It is computed from (n, seed, block, p), never stored.
 
-An epoch is n positions. The n samples are cut into blocks of `block` neighbours (the last may be shorter). The blocks are shuffled; a
-window of shuffled blocks (about 2^18 samples) is then shuffled sample by sample. So reading touches one window of whole blocks at a time,
-which a parallel file system or its cache can follow, while neighbours in the stream come from all over the data. `block=1` is a full shuffle.
+An epoch is n positions. The n samples are cut into blocks of `block` neighbours (the last may be shorter), and the blocks are shuffled.
+Then each window of shuffled blocks (about 2^18 samples) is shuffled sample by sample. So reading touches one window of whole blocks at a time,
+which suits a parallel file system, while neighbours in the stream come from all over the data. `block=1` is a full shuffle.
 
-Both shuffles are keyed bijections of [0, 2^k): twelve rounds of `x -> (x + a) * odd mod 2^k`, `x -> x ^ (x >> k/2)`, each of which can be undone,
-walked along their cycle until they land below the wanted size (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
-Nothing of size n exists. `tests/test_data_order.py` freezes the values: changing them changes every run ever started.
+Both shuffles are keyed bijections of [0, 2^k): twelve rounds of `x -> (x + a) * odd mod 2^k` and `x -> x ^ (x >> k/2)`. Values that land at or
+above the size are mapped again until they lie below it (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+No array of size n exists. `tests/test_data_order.py` freezes the values: changing them changes every run ever started.
 """
 
 from __future__ import annotations

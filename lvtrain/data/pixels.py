@@ -1,6 +1,6 @@
-"""From decoded pictures to a batch: mirrored, channels apart, normalised, in memory that is used again.
+"""From decoded images to a batch: mirrored, channels first, normalised, in memory that is reused.
 
-Fresh memory costs a page fault every 4 KB, more than what is written there: what leaves is lent by `Memory`, what stays is `scratch`.
+Fresh memory costs a page fault every 4 KB, which is more than writing it. So batches are lent by `Memory`, and intermediate results use `scratch`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the bytes of a shard are read from: its own file, or whatever stands in for it (`lvtrain.data.cache`)."""
+"""Where the bytes of a shard are read from: its own file, or a local copy (`lvtrain.data.cache`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ShardFiles(Protocol):
         """Called when reading `path` failed. True: it is not used again, and `locate` gives another file."""
 
     def close(self) -> None:
-        """Stops what works in the background."""
+        """Stops the background work."""
 
 
 # folder of the dataset, manifest, forget, warn

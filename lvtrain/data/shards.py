@@ -1,7 +1,7 @@
-"""Samples by id: `ShardDataset` reads JPEG bytes straight out of the tars, and says at start-up what is wrong with the folder.
+"""Samples by id: `ShardDataset` reads JPEG bytes directly from the tars, and reports at the start what is wrong with the folder.
 
-Bytes are read with `pread`, not through a memory map: a failing disk is then an exception that can be retried, not a signal that kills the
-rank, and reads of several threads share no file position.
+Bytes are read with `pread`, not through a memory map. So a failing disk raises an exception that can be retried (a map would kill the rank),
+and threads share no file position.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHUNK = 1 << 20
 
 
 class ReadError(UserError):
-    """One sample's bytes are not there: the shard was cut short."""
+    """The bytes of a sample are missing: the shard was cut."""
 
 
 class ShardDataset:
@@ -34,9 +34,9 @@ class ShardDataset:
 
     Args:
         path: folder with `dataset.json`, or a manifest written by `lvtrain.datasets.subset`.
-        warn: told about reads that failed and were retried, or took long; prints nothing itself.
+        warn: called with a line about reads that failed and were retried, or were slow; nothing is printed here.
         attempts: reads of one sample before it counts as unreadable; the waits between them double from `pause` seconds.
-        slow_seconds: a read that takes longer is told.
+        slow_seconds: a read that takes longer is reported.
         files: where the shards are read from; `lvtrain.data.cache.cached` reads local copies.
 
     Raises:
@@ -252,7 +252,7 @@ class ShardDataset:
             if file is not None:
                 self._files.move_to_end(shard)
                 return file
-        # opening may stall: not under the lock. An evicted file closes when its last reader lets go of it.
+        # opening may stall: not under the lock. An evicted file closes when its last reader is done.
         file = open(self.files.locate(shard), "rb", buffering=0)  # noqa: SIM115
         with self._lock:
             file = self._files.setdefault(shard, file)
@@ -274,7 +274,7 @@ class ShardDataset:
             except FileNotFoundError:
                 raise UserError(f"shard {path} is missing; restore it or pack again") from None
             if not os.access(path, os.R_OK):  # else found sample after sample, each after all attempts
-                raise UserError(f"shard {path} may not be read by this user; mend its permissions")
+                raise UserError(f"shard {path} may not be read by this user; correct its permissions")
             if size != shard.size:
                 kind = "cut short" if size < shard.size else "longer than recorded"
                 raise UserError(

@@ -85,11 +85,11 @@ class TorchBackend:
             normalise(planes, batch)
 
     def _decode(self, job: Job, rows: slice) -> list[np.ndarray]:
-        """uint8 [h, w, 3] each; what nobody can read is bad, and black."""
+        """uint8 [h, w, 3] each; what cannot be decoded is marked bad and is black."""
         stored = self._wanted.stored_size
         room = scratch("decoded", TOGETHER, *stored, 3) if stored else [None] * TOGETHER
         encoded, numbers = job.encoded[rows], range(rows.start, rows.stop)
-        # all headers first: threads alternate in the interpreter at every picture, and find its memory in the other's cache
+        # all headers first: alternating with decoding makes threads compete for the interpreter and its caches
         problems = [job.bad.get(row) or self._check.problem(data) for row, data in zip(numbers, encoded)]
         images: list[np.ndarray] = []
         for row, data, into, problem in zip(numbers, encoded, room, problems):

@@ -1,4 +1,4 @@
-"""One PNG to look at before a month of training: identities x images, mean of each channel, and whether red and blue look swapped."""
+"""One PNG to look at before training: some images of some identities, channel means, and whether red and blue look swapped."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def of_index(
     """Rows for `draw` from a dataset: identities spread evenly over the labels of the samples looked at.
 
     Args:
-        labels: int [n] of all samples; at most the first two million are looked at, so that a huge index is not read for a picture.
+        labels: int [n] of all samples; at most the first two million are looked at, so that a huge index is not read for a few images.
         read: sample id to encoded image.
     """
     labels = np.asarray(labels[:2_000_000])

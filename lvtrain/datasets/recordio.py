@@ -1,12 +1,13 @@
 """MXNet RecordIO (`train.rec`, `train.idx`), read and written without mxnet.
 
-A record is `uint32 magic | uint32 lrec | payload | zero pad to 4 bytes`, little-endian; `lrec >> 29` says whole (0) or first, middle, last part
-(1, 2, 3) and the low 29 bits give the part's length. A payload that holds the magic at a 4-byte-aligned place is cut there, the magic dropped,
-and the parts are joined with it again. The payload begins with `<IfQQ`: flag, label, id, id2; flag k > 0 puts k float32 labels behind it.
+A record is `uint32 magic | uint32 lrec | payload | zero pad to 4 bytes`, little-endian. `lrec >> 29` is 0 for a whole record and 1, 2, 3 for the
+first, a middle and the last part. The low 29 bits are the part's length. A payload that holds the magic at a multiple of 4 bytes is cut there:
+the magic is dropped, and put back when the parts are joined. A payload begins with `<IfQQ`: flag, label, id, id2. With flag k > 0, k float32
+labels follow.
 
-insightface's files begin with a header record (key 0, flag 2, labels [N+1, N+1+C]): images have the keys 1..N, identity records, with the
-half-open range of their image keys as labels, N+1..N+C. Other tools' files hold images only, from key 0. The header's numbers are float32 too:
-from 2^24 on they are rounded.
+insightface's files begin with a header record (key 0, flag 2, labels [N+1, N+1+C]). Images have the keys 1..N. Identity records have the keys
+N+1..N+C, and their labels are the half-open range of their image keys. Files of other tools hold images only, from key 0. The header's numbers
+are float32 too: from 2^24 on they are rounded.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def pack_record(label: float | Iterable[float], image: bytes = b"", *, id: int =
 def unpack_record(payload: bytes) -> Record:
     """Raises ValueError when the payload is shorter than its header says."""
     if len(payload) < _HEADER.size:
-        raise ValueError(f"{len(payload)} bytes are no record header")
+        raise ValueError(f"{len(payload)} bytes are too few for a record header")
     flag, label, id_, id2 = _HEADER.unpack_from(payload)
     end = _HEADER.size + 4 * flag
     if len(payload) < end:
@@ -134,7 +135,7 @@ def integer_label(record: Record, where: str) -> int:
     """
     label = float(record.labels[0])
     if not label.is_integer() or label < 0:
-        raise UserError(f"{where} has label {label}, which is no identity number; write the file again")
+        raise UserError(f"{where} has label {label}, which is not an identity's number; write the file again")
     if label >= LARGEST_LABEL:
         raise UserError(
             f"{where} has label {label:.0f}; RecordIO labels are float32 and lose identities from {LARGEST_LABEL} on: pack from images"
@@ -242,7 +243,7 @@ def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_index(path: str | Path, keys: Iterable[int], offsets: Iterable[int]) -> None:
-    """An `.idx` of any choice of records beside an untouched `.rec`: this is how a subset is handed to DALI's `fn.readers.mxnet`."""
+    """Writes an `.idx` of chosen records. The `.rec` stays as it is; DALI's `fn.readers.mxnet` reads a subset this way."""
     atomic.write_text(Path(path), "".join(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets)))
 
 

@@ -1,4 +1,4 @@
-"""From a dataset to RecordIO, and choices of records of an existing `.rec` as an `.idx`, for trainers and readers that know nothing else."""
+"""Writes a dataset as RecordIO, and an `.idx` of chosen records of an existing `.rec`, for trainers that read only RecordIO."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One WebDataset shard, written once: `key.jpg` and `key.cls` a sample, under a temporary name until it is complete.
+"""Writes one WebDataset shard: `key.jpg` and `key.cls` for each sample. It has a temporary name until it is complete.
 
-The bytes are a pure function of the samples (no clock, no owner, no umask), so the same input gives the same sha256 on every machine.
+The bytes depend on the samples only, not on clock, owner or umask. So the same input gives the same sha256 on every machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Is a dataset folder what its `dataset.json` says? Structure in seconds, every byte on request; each fault is named.
+"""Checks that a dataset folder is what its `dataset.json` says; each fault is named.
 
-The fast mode reads no image: manifest, label map, index (whose sha256 is checked, 850 MB for 42 million samples) and the sizes of all shards.
-The full mode reads everything: sha256 of each shard, tar headers against the index, labels in the tar against labels in the index, and a decode.
+The fast mode takes seconds and reads no image: manifest, label map, index (with its sha256; 850 MB for 42 million samples) and shard sizes.
+The full mode reads everything: the sha256 of each shard, tar headers and labels against the index, and it decodes every image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lvtrain.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 _CHUNK = 1 << 20
-_NAMED = 20  # faults of one kind that are spelt out per shard; the rest is counted
+_NAMED = 20  # faults of one kind listed for each shard; the rest is counted
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Verdict:
 
 
 def verify(folder: str | Path, *, full: bool = False, workers: int = 1, progress: Progress | None = None) -> Verdict:
-    """Checks a dataset folder; faults are collected, not raised (only a folder that is no dataset at all ends the check at once)."""
+    """Checks a dataset folder. Faults are collected, not raised; a folder that is not a dataset ends the check at once."""
     folder = Path(folder)
     verdict = Verdict()
     tell = progress or (lambda stage, done, total: None)
@@ -100,7 +100,7 @@ def _check_label_map(folder: Path, manifest: Manifest, verdict: Verdict) -> None
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        verdict.faults.append(Fault("label-map", str(path), "missing; restore it, without it the labels have no names"))
+        verdict.faults.append(Fault("label-map", str(path), "missing; restore it: without it the labels have no names"))
         return
     if hashlib.sha256(data).hexdigest() != manifest.labels_sha256:
         lines = data.count(b"\n")
@@ -118,7 +118,7 @@ def _check_sizes(folder: Path, manifest: Manifest, verdict: Verdict) -> list[int
         path = folder / shard.name
         if not path.is_file():
             verdict.faults.append(
-                Fault("missing-shard", str(path), f"its {shard.samples} samples are gone; restore it or pack again")
+                Fault("missing-shard", str(path), f"missing, with {shard.samples} samples; restore it or pack again")
             )
             continue
         present.append(number)
@@ -150,7 +150,7 @@ def _check_index(folder: Path, manifest: Manifest, verdict: Verdict) -> bool:
         digest.update(part.tobytes())
         expected = np.searchsorted(bounds, np.arange(start, start + len(part)), side="right")
         problems = (
-            ("bad-label", part["label"] >= manifest.num_classes, "has a label which is no identity"),
+            ("bad-label", part["label"] >= manifest.num_classes, "has a label beyond the last identity"),
             ("stale-index", part["shard"] != expected, "is said to lie in another shard than dataset.json counts"),
             (
                 "stale-index",

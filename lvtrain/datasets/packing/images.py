@@ -1,7 +1,7 @@
 """One image of a source: what is wrong with it, and the JPEG that goes into the shard.
 
-A JPEG that needs nothing is passed through byte for byte. Whatever else (PNG, WebP, a fix, an alignment) is encoded once, without chroma
-subsampling, at the stated quality.
+A JPEG that needs no change is copied byte for byte. Everything else (PNG, WebP, a fix, an alignment) is encoded once, without chroma
+subsampling, at the quality asked for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Target:
 def inspect(
     data: bytes, target: Target, detector: align.Detector | None
 ) -> tuple[int, int, int, int, np.ndarray | None]:
-    """(hash of the bytes, width, height, flags, alignment matrix [2, 3]); never raises for bad bytes, that is a flag."""
+    """(hash of the bytes, width, height, flags, alignment matrix [2, 3]); bad bytes are a flag, never an exception."""
     digest = int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
     try:
         picture = open_image(data, upright=detector is not None)

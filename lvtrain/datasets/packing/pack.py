@@ -1,7 +1,7 @@
-"""Packs any source into a dataset folder: list, look, decide, write.
+"""Packs any source into a dataset folder: list, inspect, decide, write.
 
-Every stage leaves files in `OUT/.pack`, so a pack that was killed goes on where it was when it is started again with the same options; shards
-get their final names only when complete, and `dataset.json`, written last, makes the folder a dataset. Nothing depends on the number of workers.
+Every stage leaves files in `OUT/.pack`. So a pack that was killed goes on when it is started again with the same options. A shard gets its final
+name when it is complete. `dataset.json` is written last and makes the folder a dataset. The result does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -140,11 +140,9 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
     """The scratch folder, new or of the pack that is continued."""
     shutil.rmtree(out / FINISHED, ignore_errors=True)
     if (out / "dataset.json").exists() and not (out / ".pack").exists():
-        raise UserError(f"{out} is a finished dataset; choose another folder or remove it")
+        raise UserError(f"{out} is a finished dataset; choose another folder, or remove it")
     if IMPORTERS.get(options.kind).lists_folders and source.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UserError(
-            f"{out} lies inside {source}, where it would be taken for an identity; choose a folder elsewhere"
-        )
+        raise UserError(f"{out} lies inside {source}, where it would become an identity; choose a folder elsewhere")
     scratch = out / ".pack"
     wanted = json.loads(json.dumps({"source": str(source.absolute()), **asdict(options)}))
     path = scratch / "options.json"
@@ -239,7 +237,7 @@ def _decide(catalogue: Catalogue, inspection: np.ndarray, groups: np.ndarray | N
     labels, label_map = _labels(catalogue, keep, troubles)
     kept = np.flatnonzero(keep)
     if not len(kept):
-        raise UserError("every image would be skipped; look at the policies or the source")
+        raise UserError("every image would be skipped; check the policies and the source")
     order, bounds = _order(kept, groups, options)
     return _Plan(order, bounds, labels, label_map, troubles)
 

@@ -9,18 +9,21 @@ from lvtrain.errors import UserError
 # kind: (what it is, policies that make sense)
 POLICIES = {
     "wrong_size": (
-        "an image that is not of the asked size; fix resizes it and encodes it anew",
+        "an image of another size; fix resizes and encodes it again",
         ("keep", "skip", "fix", "fail"),
     ),
-    "undecodable": ("an image no decoder reads; kept, training ignores its slot and says so", ("keep", "skip", "fail")),
-    "grey": ("an image without colour; fix writes it with three equal channels", ("keep", "skip", "fix", "fail")),
+    "undecodable": (
+        "an image that cannot be decoded; kept, it keeps its place and training ignores it",
+        ("keep", "skip", "fail"),
+    ),
+    "grey": ("an image without colour; fix writes three equal channels", ("keep", "skip", "fix", "fail")),
     "empty_identity": (
-        "an identity without an image left; kept, it is a class that is never positive",
+        "an identity without an image; kept, it is a class without samples",
         ("keep", "skip", "fail"),
     ),
     "duplicate": ("the same bytes as an earlier image; skip keeps the first", ("keep", "skip", "fail")),
     "label_gap": (
-        "label numbers nobody has; fix numbers the identities anew, keep leaves them (and empty identities) as classes",
+        "label numbers without an identity; fix renumbers the identities, keep makes classes of the gaps",
         ("keep", "fix", "fail"),
     ),
     "unlabelled": ("an image without a label (missing, empty, null, NaN, -1)", ("fail", "skip")),

@@ -1,4 +1,4 @@
-"""What one worker process of a pack does: look into a chunk of images, or write one shard. Both leave a file that says they are done."""
+"""What a worker process of a pack does: inspect a chunk of images, or write one shard. Each leaves a file when it is done."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INSPECTION_FILE = "inspection.bin"
 
 @dataclass(frozen=True)
 class Job:
-    """All a worker needs to know; `work` is the pack's scratch folder inside `out`."""
+    """What a worker needs. `work` is the pack's scratch folder inside `out`."""
 
     kind: str
     source: Path
@@ -77,7 +77,7 @@ def inspect_chunk(task: tuple[Path, int, int]) -> int:
         try:
             data = state.source.read(state.catalogue, row)
         except images.UNREADABLE as error:
-            # a disk that fails or a forbidden file says nothing of the image: not to be skipped among the damaged ones
+            # a failing disk or a forbidden file does not mean a damaged image, so it must not be skipped as one
             if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
                 raise OSError(error.errno, error.strerror, error.filename or state.catalogue.name(row)) from None
             records[row - first]["flags"] = images.UNDECODABLE
@@ -101,7 +101,7 @@ def write_shard(task: tuple[int, int, int]) -> int:
     inspection = np.memmap(job.work / INSPECTION_FILE, dtype=job.inspection_dtype, mode="r")
     finished: dict[int, bytes] = {}
     encoded = 0
-    for row in np.sort(order).tolist():  # read in the source's order, so that a disk's head or a row group moves once
+    for row in np.sort(order).tolist():  # in the source's order: sequential reads, and each row group once
         finished[row], again = _image(state, row, inspection[row])
         encoded += again
     with ShardWriter(job.out, shard_name(number)) as shard:
@@ -135,7 +135,7 @@ def part_path(work: Path, number: int) -> Path:
 def _image(state: _Open, row: int, record: np.void) -> tuple[bytes, bool]:
     """The bytes for the shard, and whether they were encoded anew."""
     flags, job = int(record["flags"]), state.job
-    if flags & images.UNDECODABLE:  # kept on request: the slot stays, training leaves it out of the loss
+    if flags & images.UNDECODABLE:  # kept on request: it keeps its place, and training ignores it
         try:
             return state.source.read(state.catalogue, row), False
         except images.UNREADABLE:
@@ -150,7 +150,7 @@ def _image(state: _Open, row: int, record: np.void) -> tuple[bytes, bool]:
         return images.jpeg(data, job.target, resize=resize, widen=widen, matrix=matrix), True
     except images.UNREADABLE as error:
         raise UserError(
-            f"{state.catalogue.name(row)} was readable a moment ago and is not now ({error}); check the disk, then start again"
+            f"{state.catalogue.name(row)} was readable before and is not now ({error}); check the disk, then start again"
         ) from None
 
 

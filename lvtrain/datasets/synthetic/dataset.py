@@ -1,6 +1,6 @@
-"""Generated identities on disk: a dataset folder to train on, one of unseen people, and their verification pairs.
+"""Generated identities on disk: a dataset to train on, one of identities that are not trained on, and verification pairs of these.
 
-A picture is a pure function of (seed, identity, image), and so is the order in the shards: the number of processes changes only the time.
+An image depends on (seed, identity, image) only, and so does the order in the shards. The number of processes changes only the time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class FacesWritten:
-    """What `write_faces` left: manifests of both dataset folders, and the encoded pictures [image] of each held-out identity."""
+    """What `write_faces` left: manifests of both dataset folders, and the encoded images of each held-out identity."""
 
     train: Manifest
     heldout: Manifest
@@ -47,7 +47,7 @@ def encode_face(seed: int, identity: int, image: int, difficulty: Difficulty) ->
 
 
 def _encode_chunk(tasks: list[tuple[int, int]], seed: int, difficulty: Difficulty) -> list[bytes]:
-    cv2.setNumThreads(1)  # one process a core is faster than threads inside 112 x 112 pictures
+    cv2.setNumThreads(1)  # one process a core is faster than threads inside 112 x 112 images
     return [encode_face(seed, identity, image, difficulty) for identity, image in tasks]
 
 
@@ -72,12 +72,12 @@ def write_faces(
     """Writes `folder/train` (identities 0 .. identities-1) and `folder/heldout` (the next `heldout` people, never seen in training).
 
     Args:
-        images: pictures a person.
+        images: of each identity.
         difficulty: a name in `DIFFICULTIES`.
-        progress: called with (pictures done, pictures in all).
+        progress: called with (images done, images in all).
 
     Raises:
-        UserError: a count below one (two pictures are needed for a pair) or an unknown difficulty.
+        UserError: a count below one (a pair needs two images) or an unknown difficulty.
     """
     if identities < 1 or heldout < 2 or images < 2:
         raise UserError(
@@ -134,7 +134,7 @@ def heldout_pairs(identities: int, images: int, pairs: int, seed: int) -> tuple[
         (pairs, 2, 2) int64 of (identity, image), no pair twice; (pairs,) bool, True where both pictures show one person.
 
     Raises:
-        UserError: `pairs` no multiple of 20, or more than the pictures allow.
+        UserError: `pairs` is not a multiple of 20, or more than the images allow.
     """
     if pairs <= 0 or pairs % (2 * FOLDS):
         raise UserError(f"--pairs {pairs} must be a positive multiple of {2 * FOLDS}: ten folds, half of each genuine")

@@ -1,4 +1,4 @@
-"""Who a generated person is and how one picture of them differs from the next: named numbers, each from (seed, identity[, image]).
+"""What a generated identity looks like, and how its images differ: named numbers, each from (seed, identity[, image]).
 
 Every number is uniform in [0, 1) unless its helper says otherwise; the renderer gives it its meaning. The order of the names is part of the
 format: a name appended at the end changes no other number, a name inserted changes every face.
@@ -56,7 +56,7 @@ def identity_numbers(seed: int, identity: int, difficulty: Difficulty) -> dict[s
 
 
 def image_numbers(seed: int, identity: int, image: int) -> dict[str, float]:
-    """The numbers of one picture of that person, float in [0, 1)."""
+    """The numbers of one image of that identity, float in [0, 1)."""
     draws = randomness.uniform(seed, "synthetic/image", identity, image, np.arange(len(IMAGE_NAMES)))
     return dict(zip(IMAGE_NAMES, draws.tolist()))
 

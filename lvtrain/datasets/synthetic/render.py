@@ -368,7 +368,7 @@ def _hair_front(canvas: np.ndarray, head: _Head, who: dict[str, float], hair: np
 
 
 def _glasses(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[str, float]) -> None:
-    """Some people wear glasses, mostly; now and then they are off, and now and then others wear some."""
+    """Some identities wear glasses in most images; others wear them now and then."""
     wears = who["glasses"] > 0.75
     if (how["glasses worn"] > 0.85) == wears:
         return
@@ -384,7 +384,7 @@ def _glasses(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[s
 
 
 def _occlusion(canvas: np.ndarray, head: _Head, how: dict[str, float], nuisance: float) -> None:
-    """A quarter of the pictures: a hand or object, dark glasses, a mask over mouth and nose, or a cap."""
+    """In a quarter of the images: a hand or object, dark glasses, a mask over mouth and nose, or a cap."""
     if how["occlusion"] > 0.25 * nuisance:
         return
     colour = _hue(how["occlusion colour"], how["occlusion shade"], 0.6)
