@@ -141,14 +141,14 @@ def test_cut_and_foreign_files_are_named(tmp_path):
         writer.write(1, recordio.pack_record(1, b"image" * 30))
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match=r"train\.rec"):
         recordio.catalogue(recordio.RecordFile(path), path.with_suffix(".idx"))
     path.write_bytes(whole)
     recordio.write_index(path.with_suffix(".idx"), [0, 1], [0, 12])
-    with pytest.raises(UserError, match="no record starts at byte 12"):
+    with pytest.raises(UserError, match="byte 12"):
         recordio.catalogue(recordio.RecordFile(path), path.with_suffix(".idx"))
     path.with_suffix(".idx").write_text("not an index\n")
-    with pytest.raises(UserError, match="is not a RecordIO index"):
+    with pytest.raises(UserError, match=r"train\.idx"):
         recordio.catalogue(recordio.RecordFile(path), path.with_suffix(".idx"))
 
 
