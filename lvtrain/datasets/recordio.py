@@ -222,8 +222,9 @@ def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         check_regular(Path(path))
         text = Path(path).read_text(encoding="ascii")
-        table = np.array([] if re.search(r"[^0-9\s-]", text) else text.split(), dtype=np.int64)
-    except (ValueError, OverflowError):  # not text, not numbers, or beyond 2^63
+        damaged = re.search(r"[^0-9\s-]|[0-9-]-|-(?![0-9])", text)
+        table = np.empty(0, dtype=np.int64) if damaged else np.fromstring(text, dtype=np.int64, sep=" ")
+    except ValueError:  # not text
         table = np.empty(0, dtype=np.int64)
     if len(table) % 2 or not len(table):
         raise UserError(
