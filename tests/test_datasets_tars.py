@@ -154,3 +154,17 @@ def test_archives_that_are_not_read_are_counted(tmp_path: Path) -> None:
             add(tar, "a.cls", b"ann")
     report = packed("webdataset", tmp_path / "src", tmp_path / "out")
     assert report["reconciliation"]["packed"] == 1 and sum(report["reconciliation"]["skipped"].values()) == 4
+
+
+def test_masks_do_not_stand_in_for_images_that_are_missing(tmp_path: Path) -> None:
+    """Found by looking at a messy import: 3 images and 3 masks are not the 6 images that were announced."""
+    (tmp_path / "src").mkdir()
+    with tarfile.open(tmp_path / "src" / "0.tar", "w") as tar:
+        for number in range(3):
+            add(tar, f"{number}.jpg", jpeg(number))
+            add(tar, f"{number}.mask.png", jpeg(10 + number))
+            add(tar, f"{number}.cls", b"ann")
+    (tmp_path / "src" / "0_stats.json").write_text('{"successes": 6}')
+    total = packed("webdataset", tmp_path / "src", tmp_path / "out")["reconciliation"]
+    assert (total["announced"], total["unannounced"], total["packed"]) == (6, 3, 3)
+    assert total["refused"] == {"announced but not found": 3} and sum(total["skipped"].values()) == 3

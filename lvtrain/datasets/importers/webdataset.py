@@ -61,7 +61,7 @@ class WebDataset(Importer):
         announced = _announcements(self.path, ours)
         reader = LabelReader(self.options.encoding, self.options.labels)
         for file in self.tars.files(out):
-            before = out.found
+            before, images_before = out.found, out.count + out.ledger.unlabelled.count
             with (
                 reading(file, "an uncompressed tar"),
                 open(file, "rb") as raw,
@@ -72,7 +72,9 @@ class WebDataset(Importer):
                 _check_end(tar, raw, file, out)
             stated = announced.pop(self.tars.relative(file), None) or _img2dataset(file)
             if stated is not None:
-                out.announced(*stated, out.found - before)
+                images = out.count + out.ledger.unlabelled.count - images_before
+                out.announced(*stated, images)
+                out.ledger.unannounced += out.found - before - images  # masks, hidden files
         for who, count in announced.values():  # shards that a manifest names and that are gone
             out.announced(who, count, 0)
 
