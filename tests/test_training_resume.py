@@ -180,6 +180,14 @@ def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path, peaceful:
     assert not [name for name in differing(peaceful(2, 2), thrice) if not name.startswith("metrics")]
 
 
+def test_outputs_that_are_not_finite_right_after_a_phase_change(tiny_faces: Path, tmp_path: Path) -> None:
+    """The checkpoint from before them is that of the phase's end, which is there already."""
+    recipe = make(tmp_path, tiny_faces)
+    assert go(recipe, 1, 2, ";".join(f"loop.outputs:0:{step}:nan" for step in (4, 5, 6))) == [2], said(recipe)[-2000:]
+    ended = outcome.read(folder_of(recipe))
+    assert ended is not None and (ended.outcome, ended.step) == ("fatal", 4)
+
+
 def _blinded(rank: int, size: int, arguments: list[str], stop_after: int | None) -> int:
     """A rank whose outputs are not finite in three steps from step 10, but not when it comes there again."""
     last, came_back = 0, False

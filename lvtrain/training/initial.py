@@ -1,4 +1,7 @@
-"""`init_from`: weights of another run, a checkpoint, a safetensors file or an ONNX pack as the start of a new run; never its schedule or its moments."""
+"""The weights a new run starts from: `init_from`, and what a method reads itself.
+
+`init_from` takes weights of a run, a checkpoint, a safetensors file or an ONNX file. It never takes a schedule or optimizer state.
+"""
 
 from __future__ import annotations
 
@@ -23,57 +26,68 @@ from lvtrain.training.folded_norms import restore_norms
 from lvtrain.weights.architecture import recognise
 from lvtrain.weights.runs import read_initial, shapes_of
 
-IMAGES = 16  # of a class, at most: the mean of more moves little
-_TOGETHER = 65_536  # embeddings a rank holds at once
+IMAGES = 16  # per class, at most: more images change the mean little
+_TOGETHER = 65_536  # embeddings that a rank holds at once
 
 
 def start_weights(method: Method, recipe: Recipe, dataset: ShardDataset, world: World) -> dict[str, Any]:
-    """Everything a fresh run starts from besides its seed; the fields of an event, empty when there is nothing. Every rank calls it."""
-    told: dict[str, Any] = {}
+    """Loads everything that a new run starts from besides its seed. A collective.
+
+    Returns:
+        What was loaded, as fields of an event; empty if nothing was.
+    """
+    loaded: dict[str, Any] = {}
     if recipe.init_from is not None:
-        told = load_initial(recipe.init_from, method)
+        loaded = load_initial(recipe.init_from, method)
         restored = restore_norms(method.evaluated(), dataset, world=world, image_size=recipe.backbone.image_size)
         if restored:
-            told["norms"] = f"{restored} folded BatchNorms have the statistics of this dataset"
+            loaded["norms"] = f"{restored} folded BatchNorms have the statistics of this dataset"
         if recipe.init_from.classifier == "means":
-            told["classifier"] = _centres_from_means(method, recipe, dataset, world)
-    told |= method.load_start_weights()
-    if told:
+            images = start_from_means(_classifier(method, "means"), method.evaluated(), dataset, recipe, world)
+            loaded["classifier"] = f"means of {images} images"
+    loaded |= method.load_start_weights()
+    if loaded:
         method.after_initial_weights()
-    return told
+    return loaded
 
 
 def check_start_weights(recipe: Recipe, method: Method) -> None:
-    """Refuses what `start_weights` would, by names and shapes alone; `method` may be on the meta device.
+    """Refuses what `start_weights` would refuse, by names and shapes alone.
+
+    Args:
+        method: may be on the meta device.
 
     Raises:
-        UserError: weights that fit nowhere, or class rows of another number or width.
+        UserError: weights that do not fit, or class centres of another number or width.
     """
     if (section := recipe.init_from) is not None:
-        shapes, rows = shapes_of(section.path)
+        shapes, centres = shapes_of(section.path)
         weights = _adopted({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, method)
         _fitting(section.path, weights, method)
         if section.classifier == "load":
-            _check_centres(section.path, rows, method)
+            _check_centres(section.path, centres, method)
         if section.classifier == "means":
             _classifier(method, "means")
     method.check_start_weights()
 
 
 def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
-    """Puts the weights in place and says what was taken, as fields of an event. Reads on every rank, without communication.
+    """Loads `init_from`'s backbone, and class centres where the recipe asks for them. Every rank reads for itself.
+
+    Returns:
+        What was loaded, as fields of an event.
 
     Raises:
-        UserError: the weights fit nowhere, or class rows are asked for whose number or width differs.
+        UserError: the weights do not fit, or the class centres have another number or width.
     """
     source, weights = read_initial(section.path)
     weights = _adopted(weights, method)
     taken, missing = _fitting(section.path, weights, method)
     method.evaluated().load_state_dict({name: weights[name] for name in taken}, strict=False)
-    told: dict[str, Any] = {"path": str(section.path), "tensors": len(taken), "left_fresh": missing[:8]}
+    loaded: dict[str, Any] = {"path": str(section.path), "tensors": len(taken), "left_fresh": missing[:8]}
     if section.classifier == "load":
-        told["classifier"] = _load_centres(section.path, source, method)
-    return told
+        loaded["classifier"] = _load_centres(section.path, source, method)
+    return loaded
 
 
 def _adopted(weights: dict[str, torch.Tensor], method: Method) -> dict[str, torch.Tensor]:
@@ -110,26 +124,22 @@ def _whose(shapes: dict[str, torch.Size]) -> str:
     return f"set backbone to {{name: {found.name}, embedding_dim: {found.embedding_dim}, overrides: {found.overrides}}}"
 
 
-def _centres_from_means(method: Method, recipe: Recipe, dataset: ShardDataset, world: World) -> str:
-    images = start_from_means(_classifier(method, "means"), method.evaluated(), dataset, recipe, world)
-    return f"rows from the means of {images} images"
-
-
 def _classifier(method: Method, choice: str) -> ShardedClassifier:
     classifier: ShardedClassifier | None = getattr(method, "classifier", None)
     if classifier is None:
-        raise UserError(f"init_from.classifier={choice}: this method has no class rows; use classifier=fresh")
+        raise UserError(f"init_from.classifier={choice}: this method has no class centres; use classifier=fresh")
     return classifier
 
 
-def _check_centres(path: Path, rows: torch.Size | None, method: Method) -> ShardedClassifier:
+def _check_centres(path: Path, centres: torch.Size | None, method: Method) -> ShardedClassifier:
     classifier = _classifier(method, "load")
-    if rows is None:
+    if centres is None:
         raise UserError(f"init_from.classifier=load: {path} holds a backbone only; use classifier=fresh")
-    if tuple(rows) != (classifier.num_classes, classifier.embedding_dim):
+    needed = (classifier.num_classes, classifier.embedding_dim)
+    if tuple(centres) != needed:
         raise UserError(
-            f"init_from.classifier=load: {path} has class rows {tuple(rows)}, this run needs {(classifier.num_classes, classifier.embedding_dim)}; "
-            "classifier=means starts them from its embeddings, classifier=fresh anew"
+            f"init_from.classifier=load: {path} has class centres {tuple(centres)}, this run needs {needed}; "
+            "use classifier=means to compute them from its embeddings, or classifier=fresh for random ones"
         )
     return classifier
 
@@ -140,7 +150,7 @@ def _load_centres(path: Path, source: Weights | None, method: Method) -> str:
     assert source is not None
     with torch.no_grad():
         classifier.weight.copy_(source.reader.rows("classifier.weight", *classifier.rows))
-    return f"{classifier.num_classes} rows loaded"
+    return f"{classifier.num_classes} loaded"
 
 
 class _Encoded:
@@ -157,7 +167,11 @@ class _Encoded:
 
 
 def first_of_each(labels: np.ndarray, most: int) -> np.ndarray:
-    """Positions of the first `most` samples of every label, int64, ascending. `labels` int64 [N]."""
+    """Positions of the first `most` samples of every label, int64, ascending.
+
+    Args:
+        labels: int64 [N].
+    """
     order = np.argsort(labels, kind="stable")
     ordered = labels[order]
     before = np.searchsorted(ordered, ordered, side="left")
@@ -173,8 +187,17 @@ def start_from_means(
     world: World,
     batch: int = 128,
 ) -> int:
-    """Turns this rank's class rows into the directions of their classes' mean unit embeddings, at the length they have; the number of images that
-    were embedded. A class without an image keeps its row. Every rank calls it; the same rows on any number of ranks.
+    """Points this rank's class centres in the directions of their classes' mean unit embeddings.
+
+    Their lengths stay. A class without an image keeps its centre. The result does not depend on the number of ranks.
+    A collective.
+
+    Args:
+        backbone: `[B, 3, S, S]` -> `[B, d]`, pretrained.
+        batch: images in a forward.
+
+    Returns:
+        The number of images that were embedded.
 
     Raises:
         UserError: an image that cannot be read or decoded.
@@ -182,10 +205,8 @@ def start_from_means(
     labels = dataset.labels(np.arange(len(dataset)))
     chosen = first_of_each(labels, IMAGES)
     start, stop = classifier.rows
-    sums = torch.zeros(
-        stop - start, classifier.embedding_dim
-    )  # on the host, where the order of additions is always the same
-
+    # on the host, where the order of additions is always the same
+    sums = torch.zeros(stop - start, classifier.embedding_dim)
     forward = at_precision(backbone, recipe.optimizer.precision, world.device)
     was_training = backbone.training
     backbone.eval()

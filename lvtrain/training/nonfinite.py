@@ -57,9 +57,9 @@ def note_batch(
             .transpose(1, 0, 2)
             .ravel()
         )
-    virtual = np.arange(batch) // loader.micro_batch
+    micro_batch = np.arange(batch) // loader.micro_batch
     # first images without a finite cosine, then those of micro-batches without a finite loss, then those far from their class
-    suspects = np.lexsort((np.nan_to_num(found), np.isfinite(each[virtual]), np.isfinite(found)))[:_SAMPLES]
+    suspects = np.lexsort((np.nan_to_num(found), np.isfinite(each[micro_batch]), np.isfinite(found)))[:_SAMPLES]
     ids, labels = loader.order.at(range(first, first + batch)), loader.global_labels(first, batch)
     samples = []
     for i in suspects:
@@ -69,7 +69,7 @@ def note_batch(
             "label": int(labels[i]),
             "shard": shard,
             "key": key,
-            "micro_batch": int(virtual[i]),
+            "micro_batch": int(micro_batch[i]),
         }
         samples.append(said | ({"cosine": _number(found[i])} if cosines else {}))
     counted = {"samples_in_batch": batch} | (

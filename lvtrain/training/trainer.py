@@ -153,7 +153,7 @@ class Trainer:
             reason = f"{complete} since an earlier start, so nothing is left to train"
             return self._outcome("done", position.step, self.only_phase, reason)
         self._report_start(found, position)
-        gone_back_to: list[int] = []
+        rolled_back_to: list[int] = []
         while True:
             if complete := self._complete(position):
                 return self._outcome("done", position.step, self.only_phase, complete)
@@ -169,9 +169,10 @@ class Trainer:
                     raise UserError(f"{self.folder.path}/checkpoints lost the checkpoint of the end of phase {name}")
                 position = _position_of(found)
             except RollBack as back:
-                found, position = self.roll_back(back.position, gone_back_to)
+                found, position = self.roll_back(back.position, rolled_back_to)
             finally:
                 phase.close()
+                del phase  # or its weights would be in memory beside those of the next phase
 
     def open_phase(self, found: Found | None, position: Position) -> PhaseState:
         """Builds the phase that is trained next, from a checkpoint or, if there is none, from its first weights."""
@@ -193,12 +194,12 @@ class Trainer:
             self._event(phase, "phase_start", world_size=self.world.size, accumulation=phase.accumulation)
         return phase
 
-    def roll_back(self, after: Position, gone_back_to: list[int]) -> tuple[Found, Position]:
+    def roll_back(self, after: Position, rolled_back_to: list[int]) -> tuple[Found, Position]:
         """The newest checkpoint, and its position moved past the stretch of data that was not finite.
 
         Args:
             after: where that stretch ends.
-            gone_back_to: steps of the roll-backs so far; this one is added.
+            rolled_back_to: steps of the roll-backs so far; this one is added.
 
         Raises:
             UserError: there is no checkpoint, or going back to it has not helped.
@@ -208,12 +209,12 @@ class Trainer:
             raise UserError(
                 "the loss is not finite and there is no checkpoint to go back to; lower optimizer.lr or lengthen schedule.warmup"
             )
-        if gone_back_to.count(found.step) == _ROLLBACKS:
+        if rolled_back_to.count(found.step) == _ROLLBACKS:
             raise UserError(
                 f"the loss is not finite whatever data is skipped: {_ROLLBACKS} roll-backs to step {found.step} did not get past it; "
                 "lower optimizer.lr, or go on from an earlier checkpoint by removing later ones"
             )
-        gone_back_to.append(found.step)
+        rolled_back_to.append(found.step)
         stored = _position_of(found)
         position = replace(stored, data_skip=after.stream - stored.samples_seen)
         self.telemetry.event("rollback", step=after.step, to_step=position.step, data_skip=position.data_skip)
@@ -379,12 +380,12 @@ class Trainer:
         bad, seen = (sum(column) for column in zip(*counts))
         if bad > phase.bad_reported:
             self.telemetry.say(
-                f"warning: {bad} of {seen} samples could not be decoded so far and weigh nothing; events.jsonl names them"
+                f"warning: {bad} of {seen} images could not be decoded so far and are skipped; events.jsonl lists them"
             )
             phase.bad_reported = bad
         if seen >= 1000 and bad > limit * seen:
             raise UserError(
-                f"{bad} of {seen} samples could not be decoded, more than data.max_bad_fraction={limit}; "
+                f"{bad} of {seen} images could not be decoded, more than data.max_bad_fraction={limit}; "
                 f"see {self.folder.path}/events.jsonl, and run tools/verify_dataset.py on the dataset"
             )
 
