@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,7 +19,7 @@ from lvtrain.engine.ds_config import resolve_ds_config
 from lvtrain.errors import UserError
 from lvtrain.evaluation import suite
 from lvtrain.evaluation.protocol import PROTOCOLS
-from lvtrain.methods import create_method, method_title
+from lvtrain.methods import MethodSection, create_method, method_title
 from lvtrain.planning import plan_phases
 from lvtrain.recipe.sections import Recipe
 from lvtrain.recipe.trackers import TRACKERS
@@ -188,7 +188,7 @@ def dry_run(
         lines.append("planned for 1 rank; add --ranks N for N ranks")
     if rate.warning:
         lines.append(f"warning: {rate.warning}")
-    for key, path in recipe.method.sources().items():
+    for key, path in cast(MethodSection, recipe.method).sources().items():
         absent = "" if path.exists() else ", which is not here, so the plan leaves it out"
         lines.append(f"method.{key}: {path}{absent}")
     start = 0
