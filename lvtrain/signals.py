@@ -1,6 +1,7 @@
-"""The signals that ask a run to stop, heard from the first moment: one that comes while torch is still being imported must not kill the rank.
+"""The signals that ask a run to stop.
 
-Standard library only, so that `main.py` can listen before it imports anything that takes time. A handler only sets a flag; `training.stopping` reads it.
+`main.py` listens before it imports torch, so that a signal that comes meanwhile does not kill the rank. That is why this
+file needs only the standard library. A handler only sets a flag, which `training.stopping` reads after every step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _listeners = 0
 
 
 def listen() -> None:
-    """From now on, until as many calls of `restore`, the signals are noted; main thread only."""
+    """Notes the signals from now on, until `restore` was called as often as `listen`. Main thread only."""
     global _listeners
     if _listeners == 0:
         for number in SIGNALS:
@@ -26,12 +27,12 @@ def listen() -> None:
 
 
 def received() -> int | None:
-    """The first such signal since `listen`: a launcher that is interrupted sends SIGTERM after it."""
+    """The first signal since `listen`, None if there was none. (An interrupted launcher sends SIGTERM after it.)"""
     return _received
 
 
 def restore() -> None:
-    """The last of those who listened gives the signals back to whoever had them, and forgets what was noted."""
+    """The last call restores the former handlers and forgets what was noted."""
     global _received, _listeners
     _listeners -= 1
     if _listeners == 0:

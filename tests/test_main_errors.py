@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -243,3 +245,14 @@ def test_an_error_after_the_start_is_printed_once_by_two_ranks(tiny_faces: Path,
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert said.count("lvtrain: error:") == 1 and "checkpoint.resume=must" in said and "Traceback" not in said, said
+
+
+def test_three_ways_to_the_same_command(tiny_faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--recipe", str(recipe_file(tmp_path, tiny_faces / "train")), "--ds_config", "unused"]
+    assert main([*arguments, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    for start in (["-m", "lvtrain"], ["lvtrain/main.py"]):
+        command = [sys.executable, *start, *arguments, "--print-config"]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == printed
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert pkgutil.resolve_name(project["scripts"]["lvtrain"]) is main
