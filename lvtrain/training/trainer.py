@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -172,7 +173,9 @@ class Trainer:
                 found, position = self.roll_back(back.position, rolled_back_to)
             finally:
                 phase.close()
-                del phase  # or its weights would be in memory beside those of the next phase
+                # DeepSpeed's engine refers to itself; uncollected, these weights would stay beside those of the next phase
+                del phase
+                gc.collect()
 
     def open_phase(self, found: Found | None, position: Position) -> PhaseState:
         """Builds the phase that is trained next, from a checkpoint or, if there is none, from its first weights."""
