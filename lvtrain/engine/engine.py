@@ -197,8 +197,10 @@ class Engine:
             self._engine.train(training)
 
     def close(self) -> None:
-        """Lets go of DeepSpeed's hooks and buffers; the module is of no use afterwards."""
+        """Frees DeepSpeed's hooks and buffers. The module cannot be used afterwards."""
         self._statistics.release()
+        if self.stage == 3:
+            zero_state.forget_zero3(self.module)
         self._engine.destroy()
 
     # ---------------------------------------------------------------------------------------------------------------- state

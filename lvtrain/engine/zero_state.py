@@ -7,6 +7,7 @@ Tests named *canary* in `tests/test_engine_canary.py` fail when an upgrade moves
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+
+def forget_zero3(module: torch.nn.Module) -> None:
+    """Removes `module` from where ZeRO-3 keeps it for as long as the process lives, and with it weights and moments.
+
+    These are a list of modules, and a cache of the method that says which parameters to release.
+    """
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [entry for entry in stack if entry is not module]
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
