@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lvtrain.classifier import ShardedClassifier
-from lvtrain.classifier.aside import Aside
-from lvtrain.classifier.margins import create_margin
+from lvtrain.classifier import OptimizerSettings, ShardedClassifier
+from lvtrain.classifier.margins import CosFace
+from lvtrain.classifier.optimizer import SideStream
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.runs import recipe_file
@@ -20,7 +20,7 @@ from tools.trial import contents
 CLASSES, DIM, BATCH = 53, 16, 12
 
 
-class Late(Aside):
+class Late(SideStream):
     """A second stream at its slowest, on any device: the work begins when somebody waits for it."""
 
     work: Callable[[], None] | None = None
@@ -67,7 +67,7 @@ def _steps(head: ShardedClassifier, device: str) -> list[torch.Tensor]:
     for number in range(6):
         step(number)
         if number == 1:
-            head.enter_phase(sample_rate=1.0, expectation="frozen")  # starts from the rows
+            head.enter_phase(sample_rate=1.0)
             kept = look()
         if number == 4:
             for name, tensor in head._saved().items():
@@ -82,17 +82,13 @@ def _steps(head: ShardedClassifier, device: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("mode", ["dense", "row_sparse"])
 def test_every_reader_waits_for_the_update(device: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def head() -> ShardedClassifier:
-        margin, optimizer = create_margin("cosface"), {"mode": mode}
-        made = ShardedClassifier(
-            CLASSES, DIM, margin=margin, expectation_margin=margin, optimizer=optimizer, device=device
-        )
-        made.enter_phase(sample_rate=0.4)
-        return made
+        optimizer = OptimizerSettings(mode=mode)  # type: ignore[arg-type]
+        return ShardedClassifier(CLASSES, DIM, margin=CosFace(), optimizer=optimizer, sample_rate=0.4, device=device)
 
     at_once, aside = head(), head()
-    at_once.aside._stream = None
+    at_once.side_stream._stream = None
     if device == "cpu":
-        aside.aside = Late(torch.device("cpu"))
+        aside.side_stream = Late(torch.device("cpu"))
     expected = _steps(at_once, device)
     if device == "cuda":  # a slow second stream
 
@@ -110,7 +106,7 @@ def _trained(rank: int, world_size: int, recipe: str, name: str) -> None:
     from lvtrain.classifier import sharded
 
     if name == "late":
-        sharded.Aside = Late  # type: ignore[misc]
+        sharded.SideStream = Late  # type: ignore[misc]
     arguments = ["--recipe", recipe, "--ds_config", str(ROOT / "ds_configs" / "zero1.json"), f"name={name}"]
     assert main.main(arguments) == 0
 

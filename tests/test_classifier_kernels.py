@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the import below
 
 pytest.importorskip("triton")
-from lvtrain.classifier import negative_logsumexp
+from lvtrain.classifier import Numerics, negative_logsumexp
 from lvtrain.classifier.logsumexp_triton import coefficients, exponentials, row_gradients, unit_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,10 +99,8 @@ def test_the_whole_primitive_with_the_kernels(precision, threshold):
             weight,
             labels,
             scale=64.0,
-            chunk=40,
             threshold=threshold,
-            precision=precision,
-            kernel=kernel,
+            numerics=Numerics(precision, kernel, chunk=40),
         )
         loss = (torch.logaddexp(torch.zeros_like(n), n - 64 * cosine + 25) * (labels >= 0)).mean()
         answers.append((n, *torch.autograd.grad(loss, (x, weight))))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lvtrain.classifier import negative_logsumexp
+from lvtrain.classifier import Numerics, negative_logsumexp
 from lvtrain.classifier.classes import Classes
 from lvtrain.classifier.margins import AdaFace, ArcFace, ClusterGuided, Combined, CosFace
 from lvtrain.classifier.passes import forward_pass
@@ -27,8 +27,13 @@ def data(seed=0, dtype=torch.float64, classes=CLASSES, batch=BATCH, dim=DIM, lat
     return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
 
 
-def ours(x, weight, labels, margin, context=None, **options):
-    n, cosine = negative_logsumexp(F.normalize(x), weight, labels, scale=margin.scale, **options)
+def lean(**settings):
+    """Nothing is kept for backward beyond what the gradient's memory holds."""
+    return Numerics(**{"keep_mb": 0.0} | settings)
+
+
+def ours(x, weight, labels, margin, context=None, **settings):
+    n, cosine = negative_logsumexp(F.normalize(x), weight, labels, scale=margin.scale, numerics=lean(**settings))
     target = margin.target_logit(cosine, labels, x.detach().norm(dim=1), **(context or {}))
     return torch.logaddexp(torch.zeros_like(n), n - target).mean()
 
@@ -67,14 +72,16 @@ def test_every_margin_equals_cross_entropy_on_materialised_logits(name, chunk):
 
 @pytest.mark.parametrize("keep_mb", [0.0, 250 / 2**20])
 def test_gradcheck(keep_mb):
-    """Two chunks of three on the shelf; the third recomputed, or kept beside it (5 samples x 3 classes x 8 bytes = 120)."""
+    """Two chunks of three in the gradient's memory; the third recomputed, or kept beside it (5 samples x 3 classes x 8 bytes = 120)."""
     x, weight, labels = data(classes=11, batch=5, dim=4)
     labels[2] = -1
     scale = torch.linspace(2.0, 9.0, 11, dtype=torch.float64)
     for s in (7.0, scale):
 
         def primitive(x, weight, s=s):
-            return negative_logsumexp(F.normalize(x), weight, labels, scale=s, chunk=4, keep_mb=keep_mb)
+            return negative_logsumexp(
+                F.normalize(x), weight, labels, scale=s, numerics=Numerics(chunk=4, keep_mb=keep_mb)
+            )
 
         # gradcheck goes backward twice, and the second time nothing is kept any more: equal to rounding
         assert torch.autograd.gradcheck(primitive, (x, weight), nondet_tol=1e-13)
@@ -84,7 +91,7 @@ def test_gradients_of_either_sign_and_of_the_cosine_alone():
     x, weight, labels = data()
     coefficients = torch.linspace(-1.0, 1.0, BATCH, dtype=torch.float64)  # one of them is 0
     assert BATCH % 2 == 1
-    n, cosine = negative_logsumexp(F.normalize(x), weight, labels, scale=64.0, chunk=60)
+    n, cosine = negative_logsumexp(F.normalize(x), weight, labels, scale=64.0, numerics=lean(chunk=60))
     full = F.normalize(x) @ F.normalize(weight).t()
     index = torch.arange(BATCH)
     n_ref = torch.logsumexp((64 * full).index_put((index, labels), torch.tensor(-math.inf, dtype=torch.float64)), dim=1)
@@ -107,7 +114,7 @@ def test_per_class_scale_filtering_mask_and_subset_together():
     indices = keep.nonzero().squeeze(1)
     mask = torch.arange(CLASSES) % 7 != 0
     n, cosine = negative_logsumexp(
-        F.normalize(x), weight, labels, scale=scale, chunk=32, indices=indices, threshold=0.3, mask=mask
+        F.normalize(x), weight, labels, scale=scale, indices=indices, threshold=0.3, mask=mask, numerics=lean(chunk=32)
     )
     full = F.normalize(x) @ F.normalize(weight).t()
     own = F.one_hot(labels.clamp(min=0), CLASSES).bool() & (labels >= 0)[:, None]
@@ -156,11 +163,11 @@ def test_no_negative_at_all():
 
 def test_ignored_samples_change_nothing():
     x, weight, labels = data()
-    n, cosine = negative_logsumexp(F.normalize(x), weight, labels, scale=64.0, chunk=64)
+    n, cosine = negative_logsumexp(F.normalize(x), weight, labels, scale=64.0, numerics=lean(chunk=64))
     wanted = torch.autograd.grad((n - 64 * cosine)[: BATCH - 4].sum(), (x, weight))
     ignored = labels.clone()
     ignored[BATCH - 4 :] = -1
-    n, cosine = negative_logsumexp(F.normalize(x), weight, ignored, scale=64.0, chunk=64)
+    n, cosine = negative_logsumexp(F.normalize(x), weight, ignored, scale=64.0, numerics=lean(chunk=64))
     got = torch.autograd.grad(((n - 64 * cosine) * (ignored >= 0)).sum(), (x, weight))
     for a, b in zip(got, wanted):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -184,12 +191,15 @@ def test_float32_is_no_worse_than_the_materialised_version():
 @pytest.mark.parametrize("scale", [64.0, 300.0])
 @pytest.mark.parametrize("batch", [5, DIM, DIM + 1, 2 * DIM + 7, 40 * DIM])
 def test_kept_exponentials_change_nothing(batch, scale, keep_mb):
-    """All, some or no chunks on the shelf, then some or all in memory of their own; the second time backward recomputes everything. With a fixed shift
-    the same numbers bit for bit, with the running maximum (scale 300) to rounding."""
+    """All, some or no chunks in the gradient's memory, then some or all in memory of their own.
+
+    The second time backward computes everything again: the same numbers bit for bit with a fixed shift, to rounding with
+    the running maximum (scale 300).
+    """
     x, weight, labels = data(dtype=torch.float32, batch=batch)
     labels[2] = -1
     n, cosine = negative_logsumexp(
-        F.normalize(x), weight, labels, scale=scale, chunk=50, threshold=0.6, keep_mb=keep_mb
+        F.normalize(x), weight, labels, scale=scale, threshold=0.6, numerics=Numerics(chunk=50, keep_mb=keep_mb)
     )
     loss = (torch.logaddexp(torch.zeros_like(n), n - scale * cosine) * (labels >= 0)).sum()
     kept = torch.autograd.grad(loss, (x, weight), retain_graph=True)
@@ -217,7 +227,7 @@ class Multiplications(TorchDispatchMode):
 @pytest.mark.parametrize(
     "precision,batch,matmuls", [("float32", 32, 3.0), ("float32", 64, 3.5), ("half", 64, 3.0), ("half", 128, 3.5)]
 )
-def test_exponentials_on_the_shelf_save_a_matmul(precision, batch, matmuls):
+def test_exponentials_in_the_gradients_memory_save_a_matmul(precision, batch, matmuls):
     """B up to d (2 d in 16 bits): three matmuls instead of four; twice that: half of it saved."""
     x, weight, labels = data(dtype=torch.float32, classes=1600, batch=batch, dim=32)
     with Multiplications() as counter:
@@ -228,9 +238,12 @@ def test_exponentials_on_the_shelf_save_a_matmul(precision, batch, matmuls):
 @pytest.mark.parametrize("precision,itemsize", [("float32", 4), ("half", 2), ("bfloat16", 2)])
 def test_kept_exponentials_take_the_memory_they_are_given(precision, itemsize):
     x, weight, labels = data(dtype=torch.float32)
-    classes = Classes(weight.detach(), 64.0, chunk=50, precision=precision, keep_mb=120 * BATCH * itemsize / 2**20)
+    numerics = Numerics(precision, chunk=50, keep_mb=120 * BATCH * itemsize / 2**20)
+    classes = Classes(weight.detach(), 64.0, numerics=numerics)
     running = classes.needs_running_max(CLASSES)
-    part = forward_pass(classes, F.normalize(x.detach()), classes.positions(labels, 0), running=running, need_rows=True)
+    part = forward_pass(
+        classes, F.normalize(x.detach()), classes.positions(labels, 0), running=running, need_weighted=True
+    )
     assert [kept.exponentials.nbytes for kept in part.kept] == [50 * BATCH * itemsize] * 2
 
 

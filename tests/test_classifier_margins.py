@@ -1,6 +1,7 @@
 """Margins against formulas in float64 arccos, finite differences, and what arcface_torch computes."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from lvtrain.classifier.margins import (
     create_margin,
 )
 from lvtrain.errors import UserError
+from lvtrain.recipe.classifier import Classifier
+
+EVERY = {**MARGINS.entries(), "cluster_guided": ClusterGuided}
 
 LABELS = torch.tensor([3, 1, 8, 8, 0, 2, 4, 4, 7])
 COSINES = torch.linspace(-0.99, 0.99, 9, dtype=torch.float64)
@@ -30,10 +34,10 @@ def value_and_slope(margin: torch.nn.Module, cosine: Tensor) -> tuple[Tensor, Te
     return target.detach(), torch.autograd.grad(target.sum(), cosine)[0]
 
 
-@pytest.mark.parametrize("name", sorted(MARGINS))
+@pytest.mark.parametrize("name", EVERY)
 def test_gradient_is_the_derivative(name: str) -> None:
     options = {"m1": 1.35, "m2": 0.3, "m3": 0.1} if name == "combined" else {}
-    margin = create_margin(name, scale=48.0, **options)
+    margin = EVERY[name](scale=48.0, **options)
     cosine = COSINES.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda c: margin.target_logit(c, LABELS, NORMS, **CONTEXT), (cosine,))
 
@@ -82,12 +86,20 @@ def test_straight_through_is_arcface_torch(m2: float, m3: float) -> None:
     labels = torch.randint(0, 5, (9,), generator=generator)
     theirs = arcface_torch_combined(logits, labels, 64.0, 1.0, m2, m3)[torch.arange(9), labels]
     (their_slope,) = torch.autograd.grad(theirs.sum(), logits)
-    margin = create_margin("combined", m2=m2, m3=m3, straight_through=True)
+    margin = Combined(m2=m2, m3=m3, straight_through=True)
     ours = margin.target_logit(logits[torch.arange(9), labels], labels)
     (our_slope,) = torch.autograd.grad(ours.sum(), logits)
     assert torch.allclose(ours, theirs, atol=1e-12)
     assert torch.equal(our_slope, their_slope)
     assert torch.equal(our_slope.sum(1), torch.full((9,), 64.0, dtype=torch.float64))
+
+
+def test_arcface_torch_ignores_m2_beside_m3() -> None:
+    """So the two values differ, as the docstring of `Combined` says."""
+    theirs = arcface_torch_combined(COSINES[:, None], torch.zeros(9, dtype=torch.int64), 1.0, 1.0, 0.3, 0.2)[:, 0]
+    ours = Combined(scale=1.0, m2=0.3, m3=0.2, straight_through=True).target_logit(COSINES, LABELS)
+    assert torch.allclose(theirs, COSINES - 0.2)
+    assert 0.25 < float((ours - theirs).abs().max()) < 0.31
 
 
 def test_straight_through_differs_only_in_slope_below_the_bend() -> None:
@@ -101,12 +113,12 @@ def test_straight_through_differs_only_in_slope_below_the_bend() -> None:
     assert (other_slope == 64).all()
 
 
-@pytest.mark.parametrize("name", sorted(MARGINS))
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_finite_at_and_beyond_one(name: str, dtype: torch.dtype) -> None:
     options = {"m1": 1.2, "m2": 0.5} if name == "combined" else {}
     edge = torch.tensor([-1.0, 1.0, -1.0 - 1e-6, 1.0 + 1e-6, 1.0 - 1e-7, -1.0 + 1e-7], dtype=dtype).requires_grad_()
-    margin = create_margin(name, **options)
+    margin = EVERY[name](**options)
     norms, context = (
         torch.full((6,), 20.0, dtype=dtype),
         {"classes": torch.tensor([0]), "margins": torch.full((1,), 0.5, dtype=dtype)},
@@ -205,29 +217,47 @@ def test_adaface_ignores_an_empty_step_and_the_norms_gradient() -> None:
 def test_a_share_of_a_margin_is_a_smaller_margin(whole: Margin, half: Margin) -> None:
     norms = torch.linspace(1.0, 60.0, len(COSINES), dtype=torch.float64)
     smaller = {"classes": CONTEXT["classes"], "margins": CONTEXT["margins"] / 2}
-    whole.share = 0.5
+    whole.warmup_factor = 0.5
     assert torch.equal(
         whole.target_logit(COSINES, LABELS, norms, **CONTEXT), half.target_logit(COSINES, LABELS, norms, **smaller)
     )
-    whole.share = 0.0
+    whole.warmup_factor = 0.0
     assert torch.allclose(
         whole.target_logit(COSINES, LABELS, norms, **CONTEXT), 64 * COSINES, atol=64e-3
     )  # AdaFace ends at an angle of 1e-3
 
 
-def test_user_mistakes() -> None:
-    with pytest.raises(UserError, match="did you mean 'arcface'"):
-        create_margin("arcfase")
-    with pytest.raises(UserError, match="no option 'm2'"):
-        create_margin("cosface", m2=0.5)
-    with pytest.raises(UserError, match="scale must be positive"):
-        create_margin("cosface", scale=0)
-    with pytest.raises(UserError, match="m1 >= 1"):
-        create_margin("combined", m1=0.5)
-    with pytest.raises(UserError, match="use the same margin"):
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (lambda: CosFace(m2=0.5), "m2"),
+        (lambda: CosFace(scale=0), "scale"),
+        (lambda: Combined(m1=0.5), "m1"),
+        (lambda: ArcFace(m=4.0), "m: "),
+        (lambda: AdaFace(momentum=1.0), "momentum"),
+        (lambda: CosFace(warmup="3 samples"), "warmup"),
+    ],
+)
+def test_a_wrong_parameter_is_named(wrong: Callable[[], Margin], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        wrong()
+
+
+def test_statistics_of_another_margin_are_refused() -> None:
+    with pytest.raises(UserError, match="AdaFace"):
         AdaFace().load_state({})
-    # a recipe section with all its fields, at rest
-    margin = create_margin(
-        "cosface", scale=32.0, m=None, m1=1.0, m2=0.0, m3=0.0, straight_through=False, filter_threshold=0.8
-    )
-    assert (margin.scale, margin.filter_threshold, margin.reads_norms) == (32.0, 0.8, False)
+
+
+def test_every_parameter_of_a_margin_is_a_key_of_its_section() -> None:
+    section = Classifier.model_validate(
+        {"margin": {"name": "adaface", "m": 0.3, "h": 0.2, "momentum": 0.9, "scale": 48, "filter_threshold": 0.7}}
+    ).margin
+    margin = create_margin(section)
+    assert isinstance(margin, AdaFace) and margin.settings == section
+    assert (margin.scale, margin.filter_threshold, margin.settings.h, margin.settings.momentum) == (48.0, 0.7, 0.2, 0.9)
+    # h decides how far the norm moves the margin: at mean + std / h the quality is 1
+    margin.mean.fill_(20.0), margin.std.fill_(10.0)
+    at, beyond = (margin.target_logit(COSINES, LABELS, torch.full((9,), norm)) for norm in (70.01, 90.0))
+    torch.testing.assert_close(at, beyond)
+    assert Classifier.model_validate({"margin": "arcface"}).margin == ArcFace().settings
+    assert Classifier().margin == CosFace().settings

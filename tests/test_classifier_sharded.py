@@ -3,6 +3,7 @@
 import copy
 import functools
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +12,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from lvtrain.checkpoint.state import Rows
-from lvtrain.classifier import ShardedClassifier, class_range
+from lvtrain.classifier import Anchor, Numerics, OptimizerSettings, ShardedClassifier, class_range, negative_logsumexp
 from lvtrain.classifier.banks import ExpectationBank
 from lvtrain.classifier.margins import AdaFace, ArcFace, Combined, CosFace
-from lvtrain.classifier.sampling import chosen_rows
+from lvtrain.classifier.partition import initial_centres, sampled_classes
 from lvtrain.errors import UserError
 from lvtrain.methods import Now, create_method
-from lvtrain.methods.heads import rows_rates
+from lvtrain.methods.heads import centre_rates
 from lvtrain.methods.supervised import batch_cosine
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.base import Duration
@@ -38,35 +39,56 @@ def batch(kind="mixed"):
     return x, labels
 
 
+SECOND = CosFace(scale=32.0, m=0.3)  # the margin on the feature expectations
+
+
 def head_of(**options):
     options = copy.deepcopy(options)  # a margin may carry statistics: each head has its own
-    settings = dict(
-        margin=CosFace(scale=32.0), expectation_margin=CosFace(scale=32.0, m=0.3), dtype=torch.float64, chunk=7, seed=5
-    )
+    numerics = Numerics(**{"chunk": 7} | options.pop("numerics", {}))
+    settings = dict(margin=CosFace(scale=32.0), numerics=numerics, dtype=torch.float64, seed=5)
     return ShardedClassifier(options.pop("classes", CLASSES), DIM, **(settings | options))
+
+
+def bank_of(head, init="weight"):
+    bank = ExpectationBank(head.num_classes, DIM, head.rows, init=init, device=head.weight.device)
+    if init == "weight":
+        bank.start_from(head.weight.detach())
+    return bank
+
+
+def anchors_of(bank, own_negatives=True):
+    """As PCO gives them; the rows are read when the list is made."""
+    if bank is None:
+        return []
+    valid = bank.valid if bank.init == "first_feature" else None
+    return [Anchor(bank.rows_tensor.double(), SECOND, valid, is_unit=True, own_negatives=own_negatives)]
 
 
 def train(rank, ranks, options, phase, kind):
     """STEPS steps with VIRTUAL // ranks micro-steps each, as an engine that averages over ranks would run them."""
     head = head_of(**options)
-    head.enter_phase(**phase)
+    head.enter_phase(sample_rate=phase["sample_rate"])
+    bank = bank_of(head) if "expectation" in phase else None
     x, labels = batch(kind)
     accumulation, m = VIRTUAL // ranks, GLOBAL // VIRTUAL
     losses, gradients, cos2 = [], [], []
     for step in range(STEPS):
-        head.begin_step(step, labels[step], **({"lr": 0.01} if head.in_backward else {}))
-        micro = []
+        head.begin_step(step, labels[step])
+        micro, seen, anchors = [], [], anchors_of(bank, phase.get("own_negatives", True))
         for k in range(accumulation):
             span = slice((rank * accumulation + k) * m, (rank * accumulation + k + 1) * m)
             leaf = x[step, span].clone().requires_grad_()
-            output = head(leaf, labels[step, span], step=step)
+            output = head(leaf, labels[step, span], step=step, anchors=anchors)
             (output.loss / accumulation).backward()
+            seen.append(output)
             losses.append(output.loss.item())
             cos2.append(output.cos2.item())
             micro.append(leaf.grad / ranks)
         head.end_step(lr=0.01)
+        if phase.get("expectation") == "update":
+            bank.update(torch.cat([one.embeddings for one in seen]), torch.cat([one.labels for one in seen]))
         gradients.append(torch.cat(micro))
-    rows = head.expectation.rows_tensor if head.expectation else None
+    rows = bank.rows_tensor if bank else None
     return dict(losses=losses, gradients=torch.stack(gradients), weight=head.weight.detach(), rows=rows, cos2=cos2)
 
 
@@ -76,17 +98,17 @@ def reference(options, phase, kind):
     weight = head.weight.detach().clone().requires_grad_()
     optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.1)
     bank = None
-    if phase.get("expectation", "off") != "off":
+    if "expectation" in phase:
         bank = ExpectationBank(CLASSES, DIM, (0, CLASSES))
         bank.start_from(weight)
-    margins = [head.margin, head.expectation_margin]
+    margins = [head.margin, SECOND]
     x, labels = batch(kind)
     losses, gradients, cos2 = [], [], []
     for step in range(STEPS):
         valid = labels[step] >= 0
         y = labels[step].clamp(min=0)
         leaf = torch.where(valid[:, None], x[step], 0.0).requires_grad_()
-        taking = chosen_rows(5, step, (0, CLASSES), phase["sample_rate"], labels[step])
+        taking = sampled_classes(5, step, (0, CLASSES), phase["sample_rate"], labels[step])
         taking = torch.arange(CLASSES) if taking is None else taking
         own = F.one_hot(y, CLASSES)[:, taking].bool()
         unit = F.normalize(leaf)
@@ -96,7 +118,7 @@ def reference(options, phase, kind):
         out = [cosine > (margin.filter_threshold or 2.0) for cosine, margin in zip(cosines, margins)]
         fractions = []
         for i, cosine in enumerate(cosines):
-            negatives = cosines[0] if options.get("expectation_negatives") == "shared" else cosine
+            negatives = cosines[0] if not phase.get("own_negatives", True) else cosine
             above = torch.where(own | out[i], 0.0, torch.exp(32.0 * negatives)).sum(1)
             fractions.append(
                 above / torch.exp(margins[i].target_logit((cosine * own).sum(1), y, leaf.detach().norm(dim=1)))
@@ -145,13 +167,13 @@ CASES = {
         "mixed",
     ),
     "adaface": (dict(margin=AdaFace(scale=32.0)), dict(sample_rate=1.0), "mixed"),
-    "nothing kept": (dict(keep_mb=0.0), dict(sample_rate=1.0), "mixed"),
-    "one chunk kept": (dict(keep_mb=2e-3), dict(sample_rate=1.0), "mixed"),
+    "nothing kept": (dict(numerics=dict(keep_mb=0.0)), dict(sample_rate=1.0), "mixed"),
+    "one chunk kept": (dict(numerics=dict(keep_mb=2e-3)), dict(sample_rate=1.0), "mixed"),
     "one identity": ({}, dict(sample_rate=0.2), "one identity"),
     "two anchors": ({}, dict(sample_rate=0.3, expectation="update"), "mixed"),
     "two anchors, shared negatives": (
-        dict(expectation_negatives="shared"),
-        dict(sample_rate=1.0, expectation="update"),
+        {},
+        dict(sample_rate=1.0, expectation="update", own_negatives=False),
         "mixed",
     ),
     "two anchors, frozen, all classes": ({}, dict(sample_rate=1.0, expectation="frozen"), "mixed"),
@@ -163,14 +185,10 @@ def everything(rank, ranks):
     answers = {case: train(rank, ranks, *CASES[case]) for case in CASES}
     answers["bf16"] = bf16_gather(rank, ranks)
     if ranks == 2:
-        answers["ragged"] = {first: ragged(rank, ranks, first) for first in (11, 0)}
         answers["counted"] = counted(rank, ranks)
         answers["state"] = half_way(rank, ranks, None)
     if ranks == 4:
         answers["few classes"] = few_classes(rank, ranks)
-        answers["in backward"] = train(
-            rank, ranks, dict(in_backward=True), dict(sample_rate=1.0), "mixed"
-        )  # one micro-step a step
     return answers
 
 
@@ -234,26 +252,6 @@ def test_a_rank_without_classes():
     torch.testing.assert_close(torch.cat([gradient for *_, gradient in answers]) / 4, x.grad, rtol=0, atol=1e-14)
 
 
-def ragged(rank, ranks, first):
-    head = head_of(ragged=True)
-    x, labels = batch()
-    spans = [slice(0, first), slice(first, GLOBAL)]
-    head.begin_step(0, labels[0])
-    leaf = x[0, spans[rank]].clone().requires_grad_()
-    output = head(leaf, labels[0, spans[rank]], step=0)
-    output.loss.backward()
-    return output.loss.item(), leaf.grad, output.labels
-
-
-@pytest.mark.parametrize("first", [11, 0])
-def test_ranks_with_different_numbers_of_samples(first):
-    answers = [answer["ragged"][first] for answer in on(2)]
-    expected = reference({}, dict(sample_rate=1.0), "mixed")
-    assert abs(answers[0][0] - expected["losses"][0]) < 1e-12 and answers[0][0] == answers[1][0]
-    torch.testing.assert_close(torch.cat([g for _, g, _ in answers]) / 2, expected["gradients"][0], rtol=0, atol=1e-12)
-    assert torch.equal(answers[1][2], batch()[1][0])
-
-
 @pytest.mark.parametrize("order", ["a loss of the rows first", "both forwards first", "backward twice"])
 def test_in_whatever_order_backward_is_called_gradients_add_up(order):
     """The rows' gradient has its memory from the forward on; whoever comes to it second adds to what is there."""
@@ -295,57 +293,26 @@ def test_in_whatever_order_backward_is_called_gradients_add_up(order):
     torch.testing.assert_close(gradient(other), gradient(plain), rtol=1e-13, atol=1e-13)
 
 
-def test_the_update_in_backward_is_the_same_update():
-    for answer in on(4):
-        for name in ("weight", "gradients"):
-            assert torch.equal(answer["in backward"][name], answer["cosface"][name])
-
-
-def test_the_update_in_backward_refuses_what_it_cannot_do():
-    with pytest.raises(UserError, match="sample_rate"):
-        head_of(in_backward=True).enter_phase(sample_rate=0.1)
-    head = head_of(in_backward=True)
-    x, labels = batch()
-    with pytest.raises(ValueError, match="lr"):
-        head.begin_step(0, labels[0])
-    head.begin_step(0, labels[0], lr=0.1)
-    head(x[0].clone().requires_grad_(), labels[0], step=0).loss.backward()
-    with pytest.raises(UserError, match="micro-step"):
-        head(x[0].clone().requires_grad_(), labels[0], step=0).loss.backward()
-
-
-def test_the_update_in_backward_survives_what_is_not_finite():
-    """It cannot be discarded afterwards, so such a gradient counts as zero: the rows stay as they are but for decay."""
-    head = head_of(in_backward=True)
-    x, labels = batch()
-    before = head.weight.detach().clone()
-    head.begin_step(0, labels[0], lr=0.1, weight_decay=0.5)
-    output = head(x[0].clone().requires_grad_(), labels[0], step=0)
-    (output.loss * torch.inf).backward()
-    head.end_step(lr=0.1, weight_decay=0.5)
-    torch.testing.assert_close(head.weight.detach(), before * 0.95, rtol=1e-14, atol=0)
-    with pytest.raises(UserError, match="further loss"):
-        head.begin_step(1, labels[1], lr=0.1)
-        head.centres_of(torch.tensor([1]))
-
-
-def test_first_feature_leaves_unknown_classes_out_of_the_second_anchor():
-    """With no class known yet the second anchor adds nothing; then the loss is the one-anchor loss. Afterwards a sample of an unknown class has no
-    second fraction, and unknown classes are no negatives in those of others. The bank goes on into the phase that freezes it."""
+def test_classes_without_a_direction_are_left_out_of_their_anchor():
+    """With no class known yet the second anchor adds nothing. Later a sample of an unknown class has no second fraction, and
+    unknown classes are no negatives in those of others."""
     x, labels = batch()
     losses = []
-    for expectation in ("off", "update"):
-        head = head_of(expectation_init="first_feature")
-        head.enter_phase(sample_rate=1.0, expectation=expectation)
+    for second in (False, True):
+        head = head_of()
+        bank = bank_of(head, init="first_feature")
         for step in range(2):
             head.begin_step(step, labels[step])
-            bank = (head.expectation.rows_tensor.double(), head.expectation.valid.clone()) if head.expectation else None
-            loss = head(x[step].clone().requires_grad_(), labels[step], step=step).loss
-            loss.backward()
-            losses.append(loss.item())
+            before = bank.rows_tensor.double(), bank.valid.clone()
+            output = head(
+                x[step].clone().requires_grad_(), labels[step], step=step, anchors=anchors_of(bank) if second else []
+            )
+            output.loss.backward()
+            losses.append(output.loss.item())
             head.end_step(lr=0.0, weight_decay=0.0)
+            bank.update(output.embeddings, output.labels)
     assert losses[0] == pytest.approx(losses[2], rel=1e-15)
-    rows, known = bank
+    rows, known = before
     unit, valid, y = F.normalize(x[1].nan_to_num()), labels[1] >= 0, labels[1].clamp(min=0)
     own = F.one_hot(y, CLASSES).bool()
     assert 3 < (valid & ~known[y]).sum() < GLOBAL - 3, "samples of either kind"
@@ -359,9 +326,6 @@ def test_first_feature_leaves_unknown_classes_out_of_the_second_anchor():
         )
         fractions = fractions + sums * (known[y] if margin == 0.3 else 1.0)
     assert losses[3] == pytest.approx(((torch.log(1 + fractions) * valid).sum() / GLOBAL).item(), rel=1e-6)
-    moved = head.expectation.rows_tensor.clone()
-    head.enter_phase(sample_rate=1.0, expectation="frozen")
-    assert head.expectation.valid.any() and torch.equal(head.expectation.rows_tensor, moved)
 
 
 class Reader:
@@ -379,8 +343,7 @@ class Reader:
 
 def half_way(rank, ranks, given):
     """Two steps, or (given a state) the third one, with everything that has state switched on."""
-    head = head_of(margin=AdaFace(scale=32.0), optimizer=dict(mode="row_sparse"))
-    head.enter_phase(sample_rate=0.3, expectation="update", first_time=given is None)
+    head = head_of(margin=AdaFace(scale=32.0), optimizer=OptimizerSettings(mode="row_sparse"), sample_rate=0.3)
     if given is not None:
         head.load_state(Reader(given))
     x, labels = batch()
@@ -395,27 +358,16 @@ def half_way(rank, ranks, given):
 
 def test_state_written_on_two_ranks_is_taken_up_by_any_number():
     states = [answer["state"] for answer in on(2)]
-    assert set(states[0]) == {
-        *(
-            "weight",
-            "exp_avg",
-            "exp_avg_sq",
-            "row_step",
-            "expectation",
-            "expectation_valid",
-            "margin.mean",
-            "margin.std",
-        )
-    }
+    assert set(states[0]) == {"weight", "exp_avg", "exp_avg_sq", "row_step", "margin.mean", "margin.std"}
     assert isinstance(states[1]["weight"], Rows) and states[1]["weight"].start == class_range(CLASSES, 1, 2)[0]
     ends = {1: [half_way(0, 1, states)], 4: run_ranks(4, half_way, states)}
-    for name in ("weight", "exp_avg", "row_step", "expectation"):
+    for name in ("weight", "exp_avg", "row_step"):
         one, four = (torch.cat([state[name].tensor for state in ends[ranks]]) for ranks in (1, 4))
-        torch.testing.assert_close(one, four, rtol=0, atol=2e-7 if name == "expectation" else 1e-10)
+        torch.testing.assert_close(one, four, rtol=0, atol=1e-10)
 
 
 def bf16_gather(rank, ranks):
-    head = head_of(gather="bfloat16", dtype=torch.float32)
+    head = head_of(numerics=dict(gather="bfloat16"), dtype=torch.float32)
     x, labels = batch()
     head.begin_step(0, labels[0])
     m = GLOBAL // ranks
@@ -448,12 +400,15 @@ def counted(rank, ranks):
 
         setattr(dist, name, counting)
     head = head_of()
-    head.enter_phase(sample_rate=0.5, expectation="update")
+    head.enter_phase(sample_rate=0.5)
+    bank = bank_of(head)
     x, labels = batch()
     head.begin_step(0, labels[0])
     m = GLOBAL // ranks
     span = slice(rank * m, rank * m + m)
-    head(x[0, span].clone().requires_grad_(), labels[0, span], step=0).loss.backward()
+    output = head(x[0, span].clone().requires_grad_(), labels[0, span], step=0, anchors=anchors_of(bank))
+    output.loss.backward()
+    bank.update(output.embeddings, output.labels)
     head.end_step(lr=0.1)
     for name, original in originals.items():
         setattr(dist, name, original)
@@ -470,14 +425,14 @@ def test_three_collectives_a_step():
     [("cpu", "torch"), *(pytest.param("cuda", kernel, marks=pytest.mark.gpu) for kernel in ("torch", "triton"))],
 )
 def test_the_device_computes_the_step_and_the_host_never_waits_for_it(device, precision, kernel):
-    """Sampled classes, a margin with statistics, two anchors, the row-sparse update. The bank's update is left out: it waits twice, and says so."""
+    """Sampled classes, a margin with statistics, two anchors, the row-sparse update. The bank's update is left out: it
+    waits twice, and says so."""
     options, phase = dict(margin=AdaFace(scale=32.0)), dict(sample_rate=0.3, expectation="frozen")
     expected = reference(options, phase, "mixed")
-    row_optimizer = dict(mode="row_sparse", kernel=kernel)
-    head = head_of(
-        **options, dtype=torch.float32, device=device, precision=precision, kernel=kernel, optimizer=row_optimizer
-    )
-    head.enter_phase(**phase)
+    numerics, optimizer = dict(precision=precision, kernel=kernel), OptimizerSettings(mode="row_sparse")
+    head = head_of(**options, dtype=torch.float32, device=device, numerics=numerics, optimizer=optimizer)
+    head.enter_phase(sample_rate=phase["sample_rate"])
+    anchors = [replace(one, rows=one.rows.float()) for one in anchors_of(bank_of(head))]
     x, labels = batch()
     leaves, there = [one.float().to(device).requires_grad_() for one in x], labels.to(device)
     losses = []
@@ -486,7 +441,7 @@ def test_the_device_computes_the_step_and_the_host_never_waits_for_it(device, pr
             if device == "cuda" and step:  # the first step compiles and allocates
                 torch.cuda.set_sync_debug_mode("error")
             head.begin_step(step, labels[step])  # the labels as the data order knows them, on the host
-            loss = head(leaves[step], there[step], step=step).loss
+            loss = head(leaves[step], there[step], step=step, anchors=anchors).loss
             loss.backward()
             losses.append(loss.detach())
             head.end_step(lr=0.01)
@@ -512,27 +467,11 @@ def test_what_the_recipe_says_reaches_the_classifier():
             "backbone": {"name": "vit_nano", "embedding_dim": DIM},
             "classifier": {
                 "margin": {"name": "arcface", "scale": 24.0, "m": 0.45, "filter_threshold": 0.7, "warmup": "4 steps"},
-                "precision": "bfloat16",
-                "gather": "bfloat16",
-                "chunk": 9,
-                "keep_mb": 3.0,
+                "numerics": {"precision": "bfloat16", "gather": "bfloat16", "keep_mb": 3.0},
                 "optimizer": {"name": "sgd", "mode": "row_sparse", "momentum": 0.0, "lr": 0.3, "moments": "bfloat16"},
             },
-            "method": {
-                "name": "pco",
-                "m2": 0.25,
-                "expectation_negatives": "shared",
-                "expectation_init": "first_feature",
-            },
-            "phases": [
-                {
-                    "name": "only",
-                    "global_batch": GLOBAL,
-                    "micro_batches": 1,
-                    "sample_rate": 0.5,
-                    "expectation": "update",
-                }
-            ],
+            "method": {"name": "pco"},
+            "phases": [{"name": "only", "global_batch": GLOBAL, "micro_batches": 1, "sample_rate": 0.5}],
             "optimizer": {"lr": 0.1, "betas": [0.7, 0.95], "eps": 1e-5, "weight_decay": 0.2, "weight_decay_end": 0.6},
             "schedule": {"total": "10 steps"},
         }
@@ -540,29 +479,12 @@ def test_what_the_recipe_says_reaches_the_classifier():
     method = create_method(recipe, num_classes=CLASSES, device=torch.device("cpu"))
     method.enter_phase(recipe.phases[0], first_time=True)
     head, rows = method.classifier, method.classifier.optimizer
-    assert isinstance(head.margin, ArcFace) and (head.margin.scale, head.margin.m2, head.margin.filter_threshold) == (
-        24.0,
-        0.45,
-        0.7,
-    )
-    assert isinstance(head.expectation_margin, CosFace) and (
-        head.expectation_margin.scale,
-        head.expectation_margin.m,
-    ) == (24.0, 0.25)
-    assert (head.expectation_negatives, head.expectation.init, head.expectation_updates) == (
-        "shared",
-        "first_feature",
-        True,
-    )
-    assert (head.sample_rate, head.seed, head.precision, head.gather, head.chunk, head.keep_mb) == (
-        0.5,
-        9,
-        "bfloat16",
-        "bfloat16",
-        9,
-        3.0,
-    )
-    assert (rows.name, rows.mode, rows.momentum, rows.betas, rows.eps) == ("sgd", "row_sparse", 0.0, (0.7, 0.95), 1e-5)
+    assert isinstance(head.margin, ArcFace) and head.margin.settings == recipe.classifier.margin
+    assert (head.margin.scale, head.margin.settings.m, head.margin.filter_threshold) == (24.0, 0.45, 0.7)
+    assert (head.sample_rate, head.seed) == (0.5, 9)
+    assert head.numerics == Numerics("bfloat16", "torch", keep_mb=3.0, gather="bfloat16")
+    expected = OptimizerSettings("sgd", "row_sparse", (0.7, 0.95), 1e-5, momentum=0.0, moments="bfloat16")
+    assert rows.settings == expected
     x, labels = batch()
     now = Now(
         step=0, lr=0.05, progress=0.5, epoch=0.0
@@ -583,10 +505,10 @@ def test_what_the_recipe_says_reaches_the_classifier():
     ):
         recipe.classifier.margin.warmup = Duration(warmup)
         method.begin_step(Now(step=at, lr=0.05, progress=0.1, epoch=0.75 * at), labels[0])
-        assert head.margin.share == share
+        assert head.margin.warmup_factor == share
     own = recipe.model_copy(deep=True)
     own.classifier.optimizer.weight_decay, own.classifier.optimizer.lr = 0.01, None
-    assert rows_rates(own, now) == {"lr": 0.05, "weight_decay": 0.01}
+    assert centre_rates(own, now) == {"lr": 0.05, "weight_decay": 0.01}
 
 
 def test_a_run_that_learns_nothing_is_told():
@@ -611,21 +533,47 @@ def test_a_run_that_learns_nothing_is_told():
     assert "that of chance" in told(1.0, 0.002, 0.0)[0]
 
 
-def test_wrong_use_is_told():
+def test_wrong_use_is_refused():
     with pytest.raises(UserError, match="label 53"):
         head_of().begin_step(0, torch.tensor([1, 53]))
     with pytest.raises(RuntimeError, match="begin_step"):
         head_of()(torch.zeros(1, DIM), torch.zeros(1, dtype=torch.int64), step=0)
     with pytest.raises(UserError, match="num_classes"):
         head_of(classes=0)
-    with pytest.raises(UserError, match="precision"):
-        head_of(precision="fp8")
+    with pytest.raises(UserError, match="sample_rate"):
+        head_of(sample_rate=1.5)
 
 
-def test_initial_rows_do_not_depend_on_the_split():
-    from lvtrain.classifier.partition import initial_rows
+@pytest.mark.parametrize("name", ["precision", "kernel", "gather"])
+def test_an_unknown_setting_is_refused(name):
+    with pytest.raises(UserError, match=rf"classifier\.numerics\.{name}: 'fp8'"):
+        Numerics(**{name: "fp8"})
 
-    whole = initial_rows((0, 10_007), 8, seed=3)
-    parts = [initial_rows(class_range(10_007, rank, 3), 8, seed=3) for rank in range(3)]
+
+def test_the_kernel_is_chosen_for_the_device(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert Numerics().on(torch.device("cpu")).kernel == "torch"
+    assert Numerics(kernel="triton").on(torch.device("cuda")).kernel == "triton"
+    with pytest.raises(UserError, match=r"classifier\.numerics\.kernel"):
+        head_of(numerics=dict(kernel="triton"))
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([1.0, 2.0]), torch.tensor([1, 2], dtype=torch.uint8), torch.tensor([[1], [2]])]
+)
+def test_labels_that_are_no_class_ids_are_refused(labels):
+    head = head_of()
+    with pytest.raises(UserError, match=r"global_labels .*long"):
+        head.begin_step(0, labels)
+    head.begin_step(0, torch.tensor([1, 2], dtype=torch.int32))
+    with pytest.raises(UserError, match=r"labels .*long"):
+        head(torch.zeros(2, DIM), labels, step=0)
+    with pytest.raises(UserError, match=r"labels .*long"):
+        negative_logsumexp(torch.zeros(2, DIM), torch.zeros(3, DIM), labels, scale=1.0)
+
+
+def test_initial_centres_do_not_depend_on_the_split():
+    whole = initial_centres((0, 10_007), 8, seed=3)
+    parts = [initial_centres(class_range(10_007, rank, 3), 8, seed=3) for rank in range(3)]
     assert torch.equal(torch.cat(parts), whole)
     assert abs(whole.std().item() - 0.01) < 1e-4

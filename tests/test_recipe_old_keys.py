@@ -69,3 +69,54 @@ def test_a_function_moves_a_value_to_several_keys(monkeypatch: pytest.MonkeyPatc
     assert old_keys.translate({"size": 3, "image": {"height": 4}}) == {"image": {"width": 3, "height": 4}}
     with pytest.raises(UserError, match=r"image\.width, image\.height"):
         recipes.load(QUICKSTART, ["size=3"])
+
+
+@pytest.mark.parametrize("key", ["precision", "kernel", "gather", "keep_mb"])
+def test_the_classifiers_old_numerics_are_answered(key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipes.load(QUICKSTART, [f"classifier.{key}=1"])
+    assert f"'classifier.{key}'; it is called classifier.numerics.{key} now" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cosface", "arcface", "combined", "adaface"])
+def test_an_old_run_folder_had_every_key_for_every_margin(name: str, tmp_path: Path) -> None:
+    recipe = recipes.load(QUICKSTART, [f"runs={tmp_path}", f"classifier.margin={name}", "classifier.numerics=fast"])
+    values = yaml.safe_load(recipes.dump(recipe))
+    values["classifier"] = {
+        "margin": {
+            "name": name,
+            "scale": 64.0,
+            "m": None,
+            "m1": 1.0,
+            "m2": 0.0,
+            "m3": 0.0,
+            "straight_through": False,
+            "filter_threshold": None,
+            "warmup": "0 steps",
+        },
+        "precision": "half",
+        "kernel": "torch",
+        "gather": "float32",
+        "chunk": None,
+        "keep_mb": 2048.0,
+        "optimizer": {
+            "name": "adamw",
+            "mode": "dense",
+            "lr": None,
+            "weight_decay": None,
+            "momentum": 0.9,
+            "moments": "float32",
+            "kernel": "torch",
+            "in_backward": False,
+        },
+    }
+    folder = recipe.run_folder
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    for file in ("metrics.jsonl", "run.json"):
+        (folder / file).write_text("{}")
+    assert changes(folder, recipe) == []
+    values["classifier"]["margin"]["m1"] = 1.2
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"classifier\.margin\.m1: 1\.2"):
+        changes(folder, recipe)

@@ -87,7 +87,19 @@ class _Bank:
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Takes back what `state` gave (this rank's rows of it); raises UserError when names or shapes differ."""
-        load_into(self.state(), state, what=f"bank {self._prefix}")
+        own = self.state()
+        if own.keys() != state.keys():
+            raise UserError(
+                f"bank {self._prefix} keeps {sorted(own)} but the checkpoint has {sorted(state)}; "
+                "resume with the recipe that wrote it"
+            )
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise UserError(
+                    f"bank {self._prefix}: {name} has shape {tuple(tensor.shape)}, the checkpoint's is "
+                    f"{tuple(state[name].shape)}"
+                )
+            tensor.copy_(state[name])
 
     def _write(self, classes: Tensor, values: Tensor) -> None:
         self.rows_tensor.index_copy_(0, classes, unit(values).to(torch.float32))
@@ -202,17 +214,3 @@ class CentreBank(_Bank):
 
     def state(self) -> dict[str, Tensor]:
         return {**super().state(), "centre_mean_distance": self.mean_distance, "centre_count": self.count}
-
-
-def load_into(own: dict[str, Tensor], given: dict[str, Tensor], *, what: str) -> None:
-    """Copies tensors by name into `own`; raises UserError, one line, when names or shapes differ."""
-    if own.keys() != given.keys():
-        raise UserError(
-            f"{what}: keeps {sorted(own)} but the checkpoint has {sorted(given)}; resume with the recipe that wrote it"
-        )
-    for name, tensor in own.items():
-        if tensor.shape != given[name].shape:
-            raise UserError(
-                f"{what}: {name} has shape {tuple(tensor.shape)}, the checkpoint's is {tuple(given[name].shape)}"
-            )
-        tensor.copy_(given[name])

@@ -1,4 +1,7 @@
-"""The primitive that carries every classification loss: log-sum-exp over a sample's negatives, classes split over ranks, no logits stored."""
+"""The primitive of every classification loss here: log-sum-exp over a sample's negatives.
+
+The classes are split over ranks, and no logits are stored.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,40 @@ import torch
 import torch.distributed as dist
 
 from lvtrain.classifier.classes import Classes
+from lvtrain.classifier.numerics import EXACT, Numerics
 from lvtrain.classifier.passes import Partial, forward_pass, weight_gradient_pass
 from lvtrain.distributed.collectives import Group, group_size
+from lvtrain.errors import UserError
+
+
+def class_ids(labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
+    """`labels` as int64 [B].
+
+    Raises:
+        UserError: they are not integers of shape [B]. A float tensor cannot index and a uint8 one would be taken for a
+            mask, so neither is converted silently.
+    """
+    if labels.dtype not in (torch.int64, torch.int32) or labels.dim() != 1:
+        found = f"{str(labels.dtype).removeprefix('torch.')} of shape {list(labels.shape)}"
+        raise UserError(
+            f"{name} must be int64 class ids of shape [batch], got {found}; convert them with labels.long()"
+        )
+    return labels.long()
 
 
 def combine(
-    parts: list[Partial], cosines: list[torch.Tensor], *, running: bool, group: Group
+    parts: list[Partial], sums: list[torch.Tensor], *, running: bool, group: Group
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Sums the ranks' partial results: `(N [B] each, cosine [B] each)`, and rescales `parts[i].rows` in place to the weights' common divisor.
+    """Adds up the ranks' partial results: `(N [B] of each part, each of sums [B])`.
 
-    One SUM all-reduce of `[B, 2 * anchors]`; with the running maximum one MAX all-reduce of `[B, anchors]` before it. Afterwards
-    `parts[i].rows` holds this rank's share of `dN/dx`.
+    `parts[i].weighted` is divided in place by the sum of exponentials over all ranks: afterwards it holds this rank's
+    share of `dN/dx`.
+
+    Collectives: one SUM all-reduce of `[B, parts + sums]`; with the running maximum one MAX all-reduce of `[B, parts]`
+    before it.
     """
     distributed = group_size(group) > 1
-    totals = torch.stack([part.total for part in parts] + cosines, dim=1)
+    totals = torch.stack([part.total for part in parts] + sums, dim=1)
     maxima = torch.stack([part.maximum for part in parts], dim=1)
     if running:
         local = maxima
@@ -33,18 +56,16 @@ def combine(
         fade = torch.exp(local - maxima)
         totals[:, : len(parts)] *= fade
         for i, part in enumerate(parts):
-            if part.rows is not None:
-                part.rows.mul_(fade[:, i : i + 1])
+            if part.weighted is not None:
+                part.weighted.mul_(fade[:, i : i + 1])
     if distributed:
         dist.all_reduce(totals, group=group)
-    logsumexps, summed = [], []
+    logsumexps = []
     for i, part in enumerate(parts):
         logsumexps.append(torch.log(totals[:, i]) + maxima[:, i])
-        if part.rows is not None:
-            part.rows.div_(totals[:, i : i + 1].clamp(min=torch.finfo(totals.dtype).tiny))
-    for i in range(len(cosines)):
-        summed.append(totals[:, len(parts) + i])
-    return logsumexps, summed
+        if part.weighted is not None:
+            part.weighted.div_(totals[:, i : i + 1].clamp(min=torch.finfo(totals.dtype).tiny))
+    return logsumexps, [totals[:, len(parts) + i] for i in range(len(sums))]
 
 
 class _NegativeLogSumExp(torch.autograd.Function):
@@ -54,12 +75,11 @@ class _NegativeLogSumExp(torch.autograd.Function):
         embeddings: torch.Tensor,
         weight: torch.Tensor,
         labels: torch.Tensor,
+        classes: Classes,
         start: int,
         total: int,
         group: Group,
-        options: dict[str, Any],
     ) -> Any:
-        classes = Classes(weight.detach(), **options)
         positions = classes.positions(labels, start)
         targets = classes.unit_rows_at(positions)
         running = classes.needs_running_max(total)
@@ -71,8 +91,8 @@ class _NegativeLogSumExp(torch.autograd.Function):
             embeddings.detach(),
             positions,
             running=running,
-            need_rows=ctx.needs_input_grad[0],
-            shelf=ctx.grad_weight,
+            need_weighted=ctx.needs_input_grad[0],
+            gradient_memory=ctx.grad_weight,
         )
         (logsumexp,), (cosine,) = combine(
             [part], [(embeddings.detach() * targets).sum(dim=1)], running=running, group=group
@@ -86,7 +106,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
         embeddings, positions, logsumexp = ctx.saved_tensors
         grad_embeddings = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_embeddings = ctx.part.rows * grad_logsumexp.unsqueeze(1) + ctx.targets * grad_cosine.unsqueeze(1)
+            grad_embeddings = ctx.part.weighted * grad_logsumexp.unsqueeze(1) + ctx.targets * grad_cosine.unsqueeze(1)
         if ctx.needs_input_grad[1]:
             classes = ctx.classes
             arguments = (classes, embeddings.detach(), positions, logsumexp, grad_logsumexp, grad_cosine)
@@ -117,51 +137,47 @@ def negative_logsumexp(
     indices: torch.Tensor | None = None,
     threshold: float | None = None,
     mask: torch.Tensor | None = None,
-    unit: bool = False,
-    chunk: int | None = None,
-    precision: str = "float32",
-    kernel: str = "torch",
-    keep_mb: float = 0.0,
+    is_unit: bool = False,
+    numerics: Numerics = EXACT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`N_i = log sum_{j != y_i} exp(s_j cos_ij)` and the target cosine `cos_{i, y_i}`, both `[B]` and the same on every rank.
+    """`N_i = log sum_{j != y_i} exp(s_j cos_ij)` and the target cosine `cos_{i, y_i}`: both `[B]`, the same on every rank.
 
-    CosFace is then `softplus(N - scale * (cosine - m)).mean()`, and so on: see METHODS in this folder's README.
+    CosFace, for example, is `softplus(N - scale * (cosine - m)).mean()`. If no negative takes part anywhere, N is -inf
+    and its gradient 0.
 
-    embeddings  [B, d], UNIT vectors of the whole (gathered) batch, the same on every rank
-    weight      [stop - start, d], this rank's class rows, of any norm: they are normalised here, chunk by chunk
-    labels      int64 [B], global class ids; -1 = no class: nothing is left out of N and the cosine is 0 (give such samples weight 0)
-    scale       s, or one s_j > 0 per row of `weight`
-    rows        (start, stop): the global ids of `weight`'s rows; None = (0, len(weight)). `num_classes`: of all ranks, default `stop`
-    indices     sorted int64 local rows that take part; None = all. A label whose row does not take part counts as -1
-    threshold   negatives with a larger cosine are left out (inter-class filtering)
-    mask        bool per row of `weight`; False = not a negative
-    unit        rows have norm 1 already (banks)
-    precision   float32 | tf32 (CUDA) | half: float16 operands, float32 cosines and sums, relative gradient error < 1e-3 | bfloat16: likewise, < 1e-2
-                (on a CPU only the gradient's matmuls are bfloat16, < 3e-3)
-    kernel      torch | triton (`logsumexp_triton`: needs CUDA)
-    keep_mb     MB of exponentials that forward leaves for backward beyond what the memory of `weight.grad` holds (all for B <= d, 2 d in 16 bits; none
-                with `indices`); all kept, a quarter of the matmuls is saved. That memory is taken in forward
+    Args:
+        embeddings: UNIT vectors [B, d] of the whole (gathered) batch, the same on every rank.
+        weight: float [stop - start, d], this rank's class centres, of any norm: they are normalised here, in chunks.
+        labels: int64 [B], global class ids. -1 = no class: nothing is left out of N and the cosine is 0 (give such samples
+            weight 0).
+        scale: s, or one s_j > 0 per row of `weight`.
+        rows: (start, stop), the global class ids of `weight`'s rows; None = (0, len(weight)).
+        num_classes: of all ranks; None = stop.
+        indices: sorted int64 local classes that take part; None = all. A label whose class does not take part counts as -1.
+        threshold: negatives with a larger cosine are left out (inter-class filtering).
+        mask: bool per row of `weight`; False = not a negative.
+        is_unit: the rows of `weight` have norm 1 already.
+        numerics: number formats, kernel and memory. What is kept for backward lies in the memory of `weight.grad`, which is
+            allocated in forward (not with `indices`), and in `keep_mb` more.
 
-    Collectives: forward one all-reduce (SUM) of `[B, 2]`; where the number range demands a running maximum (one scale per class, float16, or a scale
-    beyond 60 or so) one more (MAX) of `[B, 1]`. Backward none: `embeddings.grad` is then THIS RANK'S share, from its own classes, to be summed
-    over ranks by whoever gathered the embeddings (`collectives.gather_rows` does); `weight.grad` is complete. No scaling by the number of ranks.
-    If no negative takes part anywhere N is -inf and its gradient 0.
+    Collectives: in forward one SUM all-reduce of `[B, 2]`, and one MAX all-reduce of `[B, 1]` before it where exp may leave
+    the number range (one scale per class, float16, a scale beyond 60 or so). In backward none: `embeddings.grad` is then
+    THIS RANK'S share, from its own classes; whoever gathered the embeddings adds up the ranks' shares
+    (`collectives.gather_rows` does). `weight.grad` is complete. Nothing is scaled by the number of ranks.
+
+    Raises:
+        UserError: labels that are not class ids, or settings of `numerics` that do not exist.
+        ValueError: `rows` does not fit `weight`, or the scale is not finite.
     """
     start, stop = rows if rows is not None else (0, len(weight))
     if stop - start != len(weight):
         raise ValueError(f"rows {start}..{stop} are {stop - start} classes but weight has {len(weight)} rows")
-    options = dict(
-        scale=scale,
-        indices=indices,
-        threshold=threshold,
-        mask=mask,
-        unit=unit,
-        chunk=chunk,
-        precision=precision,
-        kernel=kernel,
-        keep_mb=keep_mb,
-    )
-    total = max(num_classes or stop, 1)
     if isinstance(scale, float | int) and not math.isfinite(scale):
         raise ValueError("scale must be finite")
-    return _NegativeLogSumExp.apply(embeddings, weight, labels, start, total, group, options)
+    labels = class_ids(labels)
+    numerics = numerics.on(weight.device)
+    if not weight.requires_grad:
+        numerics = numerics.without_keeping()
+    classes = Classes(weight.detach(), scale, indices, threshold, mask, is_unit, numerics)
+    total = max(num_classes or stop, 1)
+    return _NegativeLogSumExp.apply(embeddings, weight, labels, classes, start, total, group)

@@ -1,12 +1,15 @@
 """The two passes over class chunks: readable PyTorch, any device, no `[B, C]` tensor.
 
-Pass 1 (`forward_pass`) gives each sample's sum of exponentials over its negatives and, in the same sweep, the sum of the rows weighted by them
-(the embedding gradient up to factors of `[B]`). Pass 2 (`weight_gradient_pass`) hands out the gradient of each chunk's rows, from the exponentials
-pass 1 kept or computes again: three matmuls or four; the embedding gradient is complete before pass 2 begins. The target's own terms are never
-multiplied in 16 bits: late in training they are most of the gradient.
+Pass 1 (`forward_pass`) sums each sample's exponentials over its negatives. In the same sweep it sums the class directions
+weighted by them, which is the embeddings' gradient up to factors of `[B]`.
 
-Where exponentials wait for pass 2: in the memory of the rows' gradient (`Shelf`), which nobody needs before pass 2 writes it. A class has B of them
-and its row's gradient d numbers, so for B up to d (2 d in 16 bits) all find room there.
+Pass 2 (`weight_gradient_pass`) computes the gradient of each chunk's classes. It needs the chunk's exponentials again:
+either pass 1 kept them (three matmuls in all), or pass 2 computes them again (four).
+
+Where pass 1 keeps them: in the memory of the gradient (`KeepingPlace`), which nobody needs before pass 2 writes it. A class
+has B exponentials and its gradient d numbers, so for B up to d (2 d in 16 bits) all of them fit.
+
+The target's own terms are never multiplied in 16 bits: late in training they are most of the gradient.
 """
 
 from __future__ import annotations
@@ -17,41 +20,45 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lvtrain.classifier.classes import NORM_EPS, Classes, Formats, Workspace, matmul_precision, within
+from lvtrain.classifier.classes import NORM_EPS, Classes, Workspace, within
+from lvtrain.classifier.numerics import Formats, matmul_precision
 
 _HALF_GAIN = 2.0**14  # keeps small exponentials out of float16's subnormals; a power of two, so it costs no accuracy
 
 
 @dataclass
 class Kept:
-    """Exponentials of one chunk: `exponentials` [B, k] = gain * exp(z - shift), without the target, in the format `formats.factor`; `shift` [B]
-    (0 with a fixed shift). `shelved`: in the memory of the rows' gradient."""
+    """Exponentials of one chunk that pass 1 kept for pass 2.
+
+    exponentials   [B, k], format `formats.factor`: gain * exp(z - shift), 0 at the target.
+    shift          [B]; 0 with a fixed shift.
+    in_gradient    they lie in the memory of the gradient.
+    """
 
     exponentials: torch.Tensor
     shift: torch.Tensor
-    shelved: bool
+    in_gradient: bool
 
 
-class Shelf:
-    """Places for the exponentials of chunks, in the order of the chunks: on `gradient` [k, d], the memory pass 2 will write the rows' gradient to
-    (None = there is none), then in memory of their own up to `keep_mb`, then none.
+class KeepingPlace:
+    """Memory for the exponentials of chunks, in the order of the chunks.
 
-    A chunk's place begins at or after its rows, so pass 2, which reads a chunk's exponentials before it writes the chunk's rows, never writes over
-    what it has yet to read.
+    First the memory of the gradient [k, d] that pass 2 will write (`gradient`, None = there is none), then up to `keep_mb`
+    MB of its own, then none. A chunk's exponentials begin at or after its own gradient rows. Pass 2 reads a chunk's
+    exponentials before it writes the chunk's gradient, so it never overwrites what it has yet to read.
     """
 
     def __init__(self, gradient: torch.Tensor | None, batch: int, factor: torch.dtype, keep_mb: float) -> None:
         self._bytes = None if gradient is None else gradient.view(-1).view(torch.uint8)
         row = 0 if gradient is None else gradient.shape[1] * gradient.itemsize
         self._batch, self._factor = batch, factor
-        self._stride = (
-            -(-max(row, batch * factor.itemsize) // 16) * 16
-        )  # bytes a class; begins where any format may begin
+        # bytes per class, rounded up so that a chunk begins where any format may begin
+        self._stride = -(-max(row, batch * factor.itemsize) // 16) * 16
         self._room = keep_mb * 2**20
         self._full = False
 
     def place(self, start: int, stop: int, like: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
-        """Memory for [B, stop - start] exponentials of the factor's format, None when there is no more; and whether it is the gradient's."""
+        """Memory for [B, stop - start] exponentials (None: there is no more), and whether it is the gradient's."""
         if self._full:
             return None, False
         size = self._batch * (stop - start) * self._factor.itemsize
@@ -66,12 +73,17 @@ class Shelf:
 
 @dataclass
 class Partial:
-    """What one rank's classes contribute: `maximum` [B] (0 with a fixed shift), `total` [B] = sum of exp(z - maximum) over its negatives,
-    `rows` [B, d] = sum of exp(z - maximum) * s_j * unit row j (None if not asked for), and what the first chunks leave for pass 2."""
+    """What one rank's classes contribute to each sample's sum.
+
+    maximum    [B]: the largest logit so far; 0 with a fixed shift.
+    total      [B]: sum of exp(z - maximum) over the negatives.
+    weighted   [B, d]: sum of exp(z - maximum) * s_j * unit direction j; None if it was not asked for.
+    kept       exponentials of the first chunks, for pass 2.
+    """
 
     maximum: torch.Tensor
     total: torch.Tensor
-    rows: torch.Tensor | None
+    weighted: torch.Tensor | None
     kept: list[Kept] = field(default_factory=list)
 
 
@@ -81,25 +93,32 @@ def forward_pass(
     positions: torch.Tensor,
     *,
     running: bool,
-    need_rows: bool,
-    shelf: torch.Tensor | None = None,
+    need_weighted: bool,
+    gradient_memory: torch.Tensor | None = None,
 ) -> Partial:
-    """Pass 1 over this rank's classes. `embeddings` [B, d] unit; `positions` [B] from `Classes.positions`. `shelf` [k, d]: memory that pass 2 will be
-    given as `out`; until then it belongs to what this pass keeps."""
+    """Pass 1 over this rank's classes.
+
+    Args:
+        embeddings: unit vectors [B, d].
+        positions: int64 [B] from `Classes.positions`.
+        running: subtract the running maximum (`Classes.needs_running_max`).
+        need_weighted: whether the embeddings need a gradient.
+        gradient_memory: [k, d], the `out` of pass 2. Until then it belongs to what this pass keeps.
+    """
     batch, dim = embeddings.shape
     total = embeddings.new_zeros(batch)
     maximum = embeddings.new_full((batch,), -math.inf) if running else embeddings.new_zeros(batch)
-    weighted = embeddings.new_zeros(batch, dim) if need_rows else None
+    weighted = embeddings.new_zeros(batch, dim) if need_weighted else None
     partial = Partial(maximum, total, weighted)
     if batch == 0 or classes.count == 0:
         return partial
     formats = classes.formats
     gain = _half_gain(formats.factor)
-    places = Shelf(shelf, batch, formats.factor, classes.keep_mb)
-    with matmul_precision(classes.precision, embeddings.device):
+    places = KeepingPlace(gradient_memory, batch, formats.factor, classes.numerics.keep_mb)
+    with matmul_precision(classes.numerics.precision, embeddings.device):
         work = Workspace(classes, embeddings)
         for start, stop in work.spans():
-            place, shelved = places.place(start, stop, embeddings)
+            place, in_gradient = places.place(start, stop, embeddings)
             source = work.source(start, stop)
             rows = work.unit_rows(source, work.inverse_norms(source), start, stop)
             logits = work.logits_of(rows, out=place if formats.factor == total.dtype else None)
@@ -130,7 +149,7 @@ def forward_pass(
                 else:
                     weighted.add_(torch.mm(e, right), alpha=1.0 / gain)
             if place is not None:
-                partial.kept.append(Kept(place, maximum.clone(), shelved))
+                partial.kept.append(Kept(place, maximum.clone(), in_gradient))
         if weighted is not None and not isinstance(classes.scale, torch.Tensor):
             weighted.mul_(classes.scale)
     return partial
@@ -149,11 +168,18 @@ def weight_gradient_pass(
     running: bool,
     kept: list[Kept] | None = None,
 ) -> None:
-    """Pass 2: the gradient of the rows that take part, written to `out` [k, d], or handed chunk by chunk to `emit(start, stop, gradient)`, which
-    must be done with the tensor when it returns.
+    """Pass 2: the gradient of the classes that take part, through the normalisation of their directions.
 
-    `logsumexp` [B] over all ranks; `grad_logsumexp`, `grad_cosine` [B] the loss's derivatives; `running` as in pass 1; `kept` what pass 1 left,
-    emptied here. The gradient includes the derivative of the row normalisation."""
+    Args:
+        logsumexp: N [B] over all ranks.
+        grad_logsumexp: dL/dN [B].
+        grad_cosine: dL/dcos [B], of the target cosine.
+        emit: called with (start, stop, gradient of those classes) for each chunk; must be done with the tensor when it
+            returns.
+        out: [k, d], where the gradient is written if there is no `emit`.
+        running: as in pass 1.
+        kept: what pass 1 kept; emptied here.
+    """
     kept = [] if kept is None else kept
     if classes.count == 0 or len(embeddings) == 0:
         if out is not None:
@@ -172,16 +198,19 @@ def weight_gradient_pass(
     )
 
     def right_factor(shift: torch.Tensor) -> torch.Tensor:
-        """dL/dz = exp(z - shift) * [exp(shift - N) dL/dN]: the bracket and s cost no pass over the logits, they go to the embeddings."""
+        """The embeddings times [exp(shift - N) dL/dN], because dL/dz = exp(z - shift) * [exp(shift - N) dL/dN].
+
+        So neither the bracket nor s costs a pass over the logits.
+        """
         coefficient = (size * torch.exp(shift - logsumexp)).masked_fill(nothing, 0.0)
         return formats.as_factor(embeddings * (coefficient if lift is None else coefficient * lift).unsqueeze(1))
 
     undo = embeddings.new_ones(()) if lift is None else 1.0 / (lift * gain)
     targets = _target_gradients(classes, embeddings, positions, grad_cosine)
-    with matmul_precision(classes.precision, embeddings.device):
+    with matmul_precision(classes.numerics.precision, embeddings.device):
         work = Workspace(classes, embeddings)
         recomputed = right_factor(shift)
-        needs_buffer = out is None or any(held.shelved for held in kept)
+        needs_buffer = out is None or any(held.in_gradient for held in kept)
         buffer = embeddings.new_empty(work.chunk, embeddings.shape[1]) if needs_buffer else None
         for start, stop in work.spans():
             source = work.source(start, stop)
@@ -210,8 +239,8 @@ def weight_gradient_pass(
                         logits.sub_((shift - math.log(gain)).unsqueeze(1))
                     e = logits.exp_()
                 e = _rounded(e, formats, None)
-            # what stands on the shelf is read to its end before rows are written there
-            beside = out is None or (held is not None and held.shelved)
+            # exponentials in the gradient's memory are read to the end before the gradient is written there
+            beside = out is None or (held is not None and held.in_gradient)
             product = buffer[: stop - start] if beside else out[start:stop]  # type: ignore[index]
             gradient = product if out is None else out[start:stop]
             if e.dtype == product.dtype:
@@ -224,7 +253,7 @@ def weight_gradient_pass(
             if classes.fused:
                 from lvtrain.classifier.logsumexp_triton import row_gradients
 
-                row_gradients(product, source, undo, gradient, unit=classes.unit, eps=NORM_EPS)
+                row_gradients(product, source, undo, gradient, unit=classes.is_unit, eps=NORM_EPS)
             else:
                 # with w = |w| u: s (g - (g.u) u) / |w| = a g - (a / |w|^2) (g.w) w; `work.rows` is free to hold the product
                 a = torch.ones_like(source[:, :1]) if inverse is None else inverse.unsqueeze(1)
@@ -251,7 +280,7 @@ def _half_gain(factor: torch.dtype) -> float:
 
 
 def _rounded(e: torch.Tensor, formats: Formats, place: torch.Tensor | None) -> torch.Tensor:
-    """Exponentials as the matmul takes them (in place where a format is emulated), left in `place` as well if there is one."""
+    """Exponentials as the matmul takes them (in place where a format is emulated); also left in `place` if given."""
     if e.dtype == formats.factor:
         return e
     rounded = e.to(formats.factor) if place is None else place.copy_(e)
@@ -259,7 +288,10 @@ def _rounded(e: torch.Tensor, formats: Formats, place: torch.Tensor | None) -> t
 
 
 def _follow_maximum(logits: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
-    """Subtracts from `logits` [B, k] the largest so far, kept in `maximum` [B]; returns the factor [B] by which earlier sums fade."""
+    """Subtracts the largest logit so far, `maximum` [B], from `logits` [B, k], both updated in place.
+
+    Returns the factor [B] by which earlier sums shrink.
+    """
     highest = torch.maximum(maximum, logits.amax(dim=1))
     shift = highest.clamp(min=torch.finfo(highest.dtype).min)  # no negative so far: -inf minus -inf is not a number
     logits.sub_(shift.unsqueeze(1))
@@ -269,7 +301,7 @@ def _follow_maximum(logits: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor
 
 
 def _operand(logits: torch.Tensor, factor: torch.dtype, place: torch.Tensor | None = None) -> torch.Tensor:
-    """Where a kernel leaves the exponentials of `logits`: rounded on a GPU (in `place` if there is one), in place elsewhere."""
+    """Where a kernel writes the exponentials of `logits`: rounded on a GPU (into `place` if given), in place elsewhere."""
     if not logits.is_cuda or factor == logits.dtype:
         return logits
     return torch.empty_like(logits, dtype=factor) if place is None else place
@@ -278,7 +310,7 @@ def _operand(logits: torch.Tensor, factor: torch.dtype, place: torch.Tensor | No
 def _target_gradients(
     classes: Classes, embeddings: torch.Tensor, positions: torch.Tensor, grad_cosine: torch.Tensor
 ) -> torch.Tensor:
-    """What each sample adds to its own class's row through the target cosine: [B, d], zeros where the row is not here."""
+    """What each sample adds to its own class's gradient through the target cosine: [B, d]; zeros for other ranks' classes."""
     source = classes.weight[classes.rows_at(positions)]
     inverse = classes.inverse_norms(source)
     unit = source if inverse is None else source * inverse.unsqueeze(1)
@@ -289,6 +321,6 @@ def _target_gradients(
 
 def _add_targets(gradient: torch.Tensor, positions: torch.Tensor, start: int, stop: int, targets: torch.Tensor) -> None:
     place, here = within(positions, start, stop)
-    # samples of other ranks and chunks add 0 somewhere: each at a place of its own, or a GPU would add them up one after the other
+    # Samples of other ranks and chunks add 0, each at another place: a GPU adds to one place one after the other.
     elsewhere = torch.arange(len(positions), device=positions.device) % (stop - start)
     gradient.index_add_(0, torch.where(here, place, elsewhere), targets * here.unsqueeze(1))

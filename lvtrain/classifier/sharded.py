@@ -1,87 +1,104 @@
-"""The classifier whose classes are split over the ranks: embeddings and labels in, one scalar loss out, rows and banks kept up to date.
+"""The classifier whose classes are split over the ranks: embeddings and labels in, one scalar loss out.
 
 One step:
 
-    classifier.begin_step(step, global_labels)             # which rows take part (NCS); the same answer on any number of ranks
+    classifier.begin_step(step, global_labels)             # which classes take part: the same on any number of ranks
     for each micro-batch: engine.backward(classifier(embeddings, labels, step=step).loss)
-    classifier.end_step(lr=...)                            # rows, banks; or classifier.discard_step()
+    classifier.end_step(lr=...)                            # updates the class centres; or classifier.discard_step()
 
-What moves between ranks in one micro-step: forward one all-gather (embeddings, norms and labels in one buffer) and one all-reduce of `[B, 2]`
-(`[B, 4]` or `[B, 5]` with expectations; float16 operands or large scales add a MAX all-reduce); backward one reduce-scatter, under way while the rows'
-gradient is computed. The host never waits for the device inside forward and backward.
+Forward of a micro-batch: gather the embeddings of all ranks, pass 1 over this rank's classes, sums over ranks, the loss's
+formula over `[B]` numbers. Backward: start the reduce-scatter of the embeddings' gradient, and compute the centres'
+gradient (pass 2) meanwhile. The host never waits for the device.
 
-On a GPU the rows' update has a stream of its own (`aside`): `end_step` returns when it is queued, behind the rows' gradient and nothing else, and the
-next forward waits for it; between them lie the backbone's update and its next forward, which hide it. So does whatever else here reads or writes
-rows; who reads `.weight` from outside calls `settle` first.
+Collectives of a micro-batch: forward one all-gather (embeddings, norms and labels in one buffer) and one all-reduce of
+`[B, 2 per anchor]`, one more column for an anchor with `valid` (float16 operands or large scales add a MAX all-reduce);
+backward one reduce-scatter.
 
-The gradient contract. `loss` is the mean over the gathered samples of all ranks in this micro-step and is the same on every rank. The engine
-divides it by the accumulation count before backward and averages the backbone's gradients over ranks; so the embedding gradient, which the
-reduce-scatter completes by summation, is multiplied by `gradient_scale` (default: the number of ranks), and nothing else is scaled here. Row
-gradients accumulate over the micro-steps, in a buffer of the rows that take part, taken in the first forward; every rank ends up with the complete
-gradient of its own rows.
-A sample labelled -1 weighs nothing but still counts in the mean's divisor.
+The gradient contract. `loss` is the mean over the gathered samples of all ranks in this micro-batch, the same on every
+rank. The engine divides it by the accumulation count before backward, and averages the backbone's gradients over ranks.
+So the embeddings' gradient, which the reduce-scatter sums over ranks, is multiplied by the number of ranks
+(`gradient_scale`); nothing else is scaled here. The centres' gradients add up over the micro-batches in one buffer for the
+classes that take part; every rank holds the complete gradient of its own classes. A sample labelled -1 has weight 0 but
+counts in the mean's divisor.
+
+On a GPU the centres are updated on a stream of their own. `end_step` returns when the update is queued, behind the centres'
+gradient only. The next forward waits for it; between them lie the backbone's update and its next forward, which hide it.
+Whoever reads `.weight` from outside calls `settle` first.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lvtrain.checkpoint.state import Replicated, Rows, State
-from lvtrain.classifier.aside import Aside
-from lvtrain.classifier.banks import ExpectationBank
-from lvtrain.classifier.classes import PRECISIONS, Classes
-from lvtrain.classifier.loss import Centres, ShardedLoss, Step
-from lvtrain.classifier.margins import Margin
-from lvtrain.classifier.optimizer import RowOptimizer
-from lvtrain.classifier.partition import class_range, initial_rows
-from lvtrain.classifier.sampling import chosen_rows
-from lvtrain.distributed.collectives import Group, group_rank, group_size
+from lvtrain.classifier.classes import Anchor, Classes
+from lvtrain.classifier.logsumexp import class_ids, combine
+from lvtrain.classifier.margins.base import Margin
+from lvtrain.classifier.numerics import EXACT, Numerics
+from lvtrain.classifier.optimizer import ADAMW, CentreOptimizer, OptimizerSettings, SideStream
+from lvtrain.classifier.partition import class_range, initial_centres, sampled_classes
+from lvtrain.classifier.passes import forward_pass, weight_gradient_pass
+from lvtrain.distributed.collectives import (
+    Group,
+    PendingRows,
+    all_gather_rows,
+    group_rank,
+    group_size,
+    reduce_scatter_rows,
+)
 from lvtrain.errors import UserError
 
 
 @dataclass
 class ClassifierOutput:
-    """`loss` scalar, differentiable. Detached, in the order of the gathered micro-batch (rank by rank) and the same on every rank: `cosine` [B] to the
-    own class centre (0 for ignored samples), `expectation_cosine` [B] or None, `labels` [B], `embeddings` [B, d] of unit length. `cos2`: mean of cosine squared
-    over the samples that are not ignored."""
+    """Of one micro-batch. `loss` is differentiable, everything else detached.
 
-    loss: torch.Tensor
-    cosine: torch.Tensor
-    cos2: torch.Tensor
-    labels: torch.Tensor
-    embeddings: torch.Tensor
-    expectation_cosine: torch.Tensor | None = None
+    The tensors are in the order of the gathered micro-batch (rank by rank) and the same on every rank.
+
+    loss         scalar.
+    cosine       [B], to the sample's own class centre; 0 for ignored samples.
+    cos2         scalar, the mean of cosine squared over the samples that are not ignored.
+    labels       int64 [B].
+    embeddings   [B, d], of unit length; zeros for ignored samples.
+    """
+
+    loss: Tensor
+    cosine: Tensor
+    cos2: Tensor
+    labels: Tensor
+    embeddings: Tensor
+
+
+@dataclass
+class _Step:
+    """What is remembered between `begin_step` and `end_step`."""
+
+    number: int
+    indices: Tensor | None  # int64 [k], the local classes that take part; None = all
+    gradient: Tensor | None = None  # [k, d]
+    labels: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
 
 
 class ShardedClassifier(nn.Module):
-    """Class centres of `num_classes` identities split over the ranks of `group`, each rank holding the rows `self.rows` of them.
+    """Centres of `num_classes` classes split over the ranks of `group`; this rank holds those of the classes `rows`.
 
-    margin                  see `margins`; its scale s, its target logit, its inter-class filtering
-    sample_rate             r: share of the negative classes that take part in a step; `enter_phase` changes it
-    expectation_margin      a margin turns on the second anchor's possibility (PCO); `enter_phase` says when it is used
-    expectation_negatives   "own": the expectations' own sum over negatives (the paper); "shared": the class centres' sum in both fractions
-    expectation_init        "weight" or "first_feature", see `banks.ExpectationBank`
-    optimizer               keyword arguments of `RowOptimizer`
-    in_backward             apply the row update chunk by chunk during backward, so that no gradient of the rows exists. Then: every class takes
-                            part (r = 1), one micro-step a step, `begin_step` is given the learning rate, nothing can clip the rows'
-                            gradient, and `discard_step` comes too late: a gradient that is not finite is taken as zero instead
-    precision               "float32", "tf32" (CUDA; elsewhere as float32), "half" (float16 operands, float32 cosines and sums: gradient error below
-                            1e-3) or "bfloat16" (likewise, below 1e-2; a CPU keeps cosines in float32 then, error below 3e-3); see `classes.formats`
-    kernel                  what does the elementwise work of a chunk: "torch", or "triton" (CUDA; see `logsumexp_triton`)
-    keep_mb                 MB of exponentials that forward leaves for backward, which then need not be computed again, beyond those that the memory of the
-                            rows' gradient holds (all for gathered micro-batches up to d, 2 d in 16 bits): with all of them (B x local classes x 4
-                            bytes, 2 in 16 bits) a quarter of the matmuls is saved
-    gather                  number format in which embeddings and their gradients travel
-    gradient_scale          factor of the embedding gradient; None = number of ranks, for an engine that averages over ranks
-    ragged                  ranks may bring different numbers of samples (costs one small all-gather and a host synchronisation)
+    Args:
+        margin: target logit, scale and inter-class filtering (`lvtrain.classifier.margins`).
+        numerics: number formats, kernel and memory.
+        optimizer: of the class centres.
+        sample_rate: r, the share of negative classes that take part in a step; a phase may change it.
+        seed: of the first centres and of the sampling.
+        dtype: float64 is for tests.
 
-    Raises UserError for settings that do not go together.
+    Raises:
+        UserError: there is no class, or settings that do not go together.
     """
 
     def __init__(
@@ -90,215 +107,145 @@ class ShardedClassifier(nn.Module):
         embedding_dim: int = 512,
         *,
         margin: Margin,
+        numerics: Numerics = EXACT,
+        optimizer: OptimizerSettings = ADAMW,
         sample_rate: float = 1.0,
         seed: int = 0,
         group: Group = None,
-        expectation_margin: Margin | None = None,
-        expectation_negatives: Literal["own", "shared"] = "own",
-        expectation_init: Literal["weight", "first_feature"] = "weight",
-        optimizer: dict[str, Any] | None = None,
-        in_backward: bool = False,
-        precision: Literal["float32", "tf32", "half", "bfloat16"] = "float32",
-        gather: Literal["float32", "bfloat16"] = "float32",
-        kernel: Literal["torch", "triton"] = "torch",
-        chunk: int | None = None,
-        keep_mb: float = 8.0,
-        gradient_scale: float | None = None,
-        ragged: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise UserError(f"classifier: num_classes is {num_classes}; the dataset must have at least one identity")
-        if precision not in PRECISIONS:
-            raise UserError(f"classifier.precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
-        if kernel == "triton" and torch.device(device).type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise UserError("classifier.kernel: triton needs a CUDA device; set classifier.kernel=torch")
-        if expectation_negatives not in ("own", "shared"):
-            raise UserError(f"method.expectation_negatives: {expectation_negatives!r} is not own or shared")
-        self.num_classes, self.embedding_dim = num_classes, embedding_dim
+        device = torch.device(device)
+        self.num_classes, self.embedding_dim, self.seed, self.group = num_classes, embedding_dim, seed, group
         self.margin = margin.to(device)  # its statistics, if it has any
-        self.expectation_margin = None if expectation_margin is None else expectation_margin.to(device)
-        self.expectation_negatives, self.expectation_init = expectation_negatives, expectation_init
-        self.sample_rate, self.seed, self.group = sample_rate, seed, group
-        self.in_backward, self.precision, self.gather, self.chunk, self.ragged = (
-            in_backward,
-            precision,
-            gather,
-            chunk,
-            ragged,
-        )
-        self.kernel, self.keep_mb = kernel, keep_mb
+        self.numerics = numerics.on(device)
         self.ranks = group_size(group)
-        self.gradient_scale = float(self.ranks) if gradient_scale is None else gradient_scale
+        self.gradient_scale = float(self.ranks)
         self.rows = class_range(num_classes, group_rank(group), self.ranks)
-        self.weight = nn.Parameter(initial_rows(self.rows, embedding_dim, seed).to(device=device, dtype=dtype))
-        self.optimizer = RowOptimizer(self.weight, seed=seed, first_row=self.rows[0], **(optimizer or {}))
-        self.expectation: ExpectationBank | None = None
-        self.expectation_updates = False
-        self.aside = Aside(self.weight.device)
-        self._step: Step | None = None
-        self._check_in_backward()
+        self.weight = nn.Parameter(initial_centres(self.rows, embedding_dim, seed).to(device=device, dtype=dtype))
+        self.optimizer = CentreOptimizer(
+            self.weight, optimizer, kernel=self.numerics.kernel, seed=seed, first_row=self.rows[0]
+        )
+        self.side_stream = SideStream(device)
+        self._step: _Step | None = None
+        self.enter_phase(sample_rate=sample_rate)
 
-    # ------------------------------------------------------------------------------------------------------------------ phases
-
-    def enter_phase(
-        self, *, sample_rate: float, expectation: Literal["off", "update", "frozen"] = "off", first_time: bool = True
-    ) -> None:
-        """What a phase changes. An expectation bank that begins here starts as `expectation_init` says, unless its state is about to be loaded
-        (`first_time=False`)."""
+    def enter_phase(self, *, sample_rate: float) -> None:
+        """What a phase changes."""
         if not 0 < sample_rate <= 1:
             raise UserError(f"phase.sample_rate: {sample_rate} is not in (0, 1]")
         self.sample_rate = sample_rate
-        self.expectation_updates = expectation == "update"
-        if expectation == "off":
-            self.expectation = None
-        elif self.expectation is None:
-            if self.expectation_margin is None:
-                raise UserError(f"phase.expectation: {expectation} needs a margin for the expectations (method.m2)")
-            device = self.weight.device
-            self.expectation = ExpectationBank(
-                self.num_classes, self.embedding_dim, self.rows, init=self.expectation_init, device=device
-            )
-            if self.expectation_init == "weight" and first_time:
-                self.settle()
-                self.expectation.start_from(self.weight.detach())
-        self._check_in_backward()
-
-    def _check_in_backward(self) -> None:
-        if self.in_backward and self.sample_rate < 1:
-            raise UserError(
-                "classifier.optimizer.in_backward: the update during backward needs all classes, set sample_rate: 1 in this phase"
-            )
 
     # -------------------------------------------------------------------------------------------------------------------- step
 
-    def begin_step(
-        self, step: int, global_labels: torch.Tensor, *, lr: float | None = None, weight_decay: float | None = None
-    ) -> None:
-        """Chooses the rows that take part in step `step`. `global_labels`: int64 labels of the whole global batch, -1 = ignored, in any order.
+    def begin_step(self, step: int, global_labels: Tensor, *, warmup_factor: float = 1.0) -> None:
+        """Chooses the classes that take part in step `step`.
 
-        `lr` and `weight_decay` are read only where the update is applied in backward."""
-        if (
-            global_labels.device.type == "cpu"
-            and len(global_labels)
-            and (highest := global_labels.numpy().max()) >= self.num_classes
-        ):
+        Args:
+            global_labels: int64 labels of the whole global batch in any order, -1 = ignored; best on the host.
+            warmup_factor: the share of the margin that applies in this step, from 0 to 1.
+        """
+        global_labels = class_ids(global_labels, "global_labels")
+        on_host = global_labels.device.type == "cpu" and len(global_labels) > 0
+        if on_host and (highest := global_labels.numpy().max()) >= self.num_classes:
             raise UserError(
                 f"label {highest} in step {step}, but there are {self.num_classes} classes; repack the dataset"
             )
-        indices = chosen_rows(self.seed, step, self.rows, self.sample_rate, global_labels, self.weight.device)
-        if self.in_backward and lr is None:
-            raise ValueError("in_backward needs begin_step(..., lr=...)")
-        self._step = Step(step, indices, lr=lr, weight_decay=weight_decay)
+        self.margin.warmup_factor = warmup_factor
+        indices = sampled_classes(self.seed, step, self.rows, self.sample_rate, global_labels, self.weight.device)
+        self._step = _Step(step, indices)
 
     def forward(
         self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor,
+        embeddings: Tensor,
+        labels: Tensor,
         *,
         step: int,
-        context: dict[str, torch.Tensor] | None = None,
+        anchors: Sequence[Anchor] = (),
+        context: dict[str, Tensor] | None = None,
     ) -> ClassifierOutput:
-        """`embeddings` [b, d] not normalised, any float format; `labels` int64 [b], global class ids, -1 = ignored. Every rank calls it.
+        """The loss of one micro-batch; every rank calls it, with the same number of samples.
 
-        `context`: tensors handed on to the margin by name, in the order of the gathered micro-batch."""
-        if self._step is None or self._step.step != step:
+            L = mean_i log(1 + sum over the anchors a of exp(N_ai - T_ai))
+
+        N is the log-sum-exp over a sample's negatives, T its target logit. The class centres are the first anchor.
+
+        Args:
+            embeddings: [b, d], not normalised, any float format.
+            labels: int64 [b], global class ids; -1 = ignored.
+            anchors: further ones, which get no gradient.
+            context: tensors for the margins by name, in the order of the gathered micro-batch.
+        """
+        begun = self._begun()
+        if begun.number != step:
             raise RuntimeError(f"begin_step({step}, ...) comes before forward(..., step={step})")
+        labels = class_ids(labels)
         self.settle()
-        # an ignored sample may hold anything, even what is not a number: masked before it is normalised, so that no gradient comes back either
+        # an ignored sample may hold anything, even NaN: it is masked before it is normalised, so it gets no gradient
         embeddings = torch.where((labels >= 0).unsqueeze(1), embeddings.to(self.weight.dtype), 0.0)
         norms = torch.linalg.vector_norm(embeddings.detach(), dim=1)
         unit = nn.functional.normalize(embeddings)
-        loss, cosine, expectation_cosine, gathered_labels, gathered = ShardedLoss.apply(
-            unit, self.weight, norms, labels, self, self._step, context or {}
+        every_anchor = [Anchor(self.weight.detach(), self.margin), *anchors]
+        loss, cosine, all_labels, gathered = _ShardedLoss.apply(
+            unit, self.weight, norms, labels, self, every_anchor, context or {}
         )
-        valid = (gathered_labels >= 0).to(cosine.dtype)
+        valid = (all_labels >= 0).to(cosine.dtype)
         cos2 = (cosine.square() * valid).sum() / valid.sum().clamp(min=1)
-        return ClassifierOutput(
-            loss, cosine, cos2, gathered_labels, gathered, expectation_cosine if self.expectation is not None else None
-        )
+        return ClassifierOutput(loss, cosine, cos2, all_labels, gathered)
 
     @torch.no_grad()
     def end_step(self, *, lr: float, weight_decay: float | None = None) -> None:
-        """Updates the rows from the gradients of the step's micro-steps, then the banks and the margin from all its samples."""
-        step = self._taken_step()
-        if not self.in_backward:
-            gradient = step.gradient
-            if gradient is None:
-                raise RuntimeError("end_step without a backward")
-            update = partial(self.optimizer.step, gradient, step.indices, lr=lr, weight_decay=weight_decay)
-            self.aside.run(update, gradient, step.indices)
-        labels = torch.cat(step.labels)
-        if self.expectation is not None and self.expectation_updates:
-            self.expectation.update(torch.cat(step.embeddings), labels)
+        """Updates the centres from the gradients of the step's micro-batches, and the margin from all its samples."""
+        step, self._step = self._begun(), None
+        if step.gradient is None:
+            raise RuntimeError("end_step without a backward")
+        update = partial(self.optimizer.step, step.gradient, step.indices, lr=lr, weight_decay=weight_decay)
+        self.side_stream.run(update, step.gradient, step.indices)
         if self.margin.reads_norms:
-            self.margin.end_step(torch.cat(step.norms), labels)
+            self.margin.end_step(torch.cat(step.norms), torch.cat(step.labels))
 
     def discard_step(self) -> None:
-        """Forgets the step that was begun: nothing was changed (but for `in_backward`, see the class)."""
+        """Forgets the step that was begun; nothing has changed."""
         self._step = None
 
     def settle(self) -> None:
-        """What is queued on the current stream from now on sees the rows and their moments as the last `end_step` leaves them."""
-        self.aside.join()
+        """What is queued on the current stream from now on sees the centres and moments as the last `end_step` left them."""
+        self.side_stream.join()
 
     @property
-    def chosen(self) -> torch.Tensor | None:
-        """Sorted int64 local rows that take part in the step begun; None = all."""
-        if self._step is None:
-            raise RuntimeError("begin_step comes first")
-        return self._step.indices
+    def chosen(self) -> Tensor | None:
+        """Sorted int64 local classes that take part in the step begun; None = all."""
+        return self._begun().indices
 
-    def centres_of(self, local_rows: torch.Tensor) -> torch.Tensor:
-        """The rows [k, d] of distinct local rows (int64 [k]) that take part in the step, for a loss of a method's own on them. Differentiable: the
-        gradient joins the rows' gradient of the step, as it is (complete on this rank, not scaled by the number of ranks)."""
-        if self._step is None:
-            raise RuntimeError("begin_step comes first")
-        if self.in_backward:
-            raise UserError(
-                "classifier.optimizer.in_backward: this method has a further loss on the class rows; set it to false"
-            )
+    def centres_of(self, local_classes: Tensor) -> Tensor:
+        """The centres [k, d] of distinct local classes (int64 [k]) that take part in the step, for a further loss on them.
+
+        Differentiable: the gradient is added to the centres' gradient of the step as it is (complete on this rank, not
+        scaled by the number of ranks).
+        """
         self.settle()
-        centres: torch.Tensor = Centres.apply(self.weight, local_rows, self, self._step)
+        centres: Tensor = _Centres.apply(self.weight, local_classes, self._begun(), self.side_stream)
         return centres
 
-    def _taken_step(self) -> Step:
+    def _begun(self) -> _Step:
         if self._step is None:
-            raise RuntimeError("end_step without begin_step")
-        step, self._step = self._step, None
-        return step
-
-    def classes(self, step: Step, *, expectation: bool) -> Classes:
-        """The rows of one anchor for the passes: the class centres or, with `expectation`, the feature expectations."""
-        bank = self.expectation if expectation else None
-        margin = self.margin if bank is None else self.expectation_margin
-        assert margin is not None
-        return Classes(
-            self.weight.detach() if bank is None else bank.rows_tensor.to(self.weight.dtype),
-            margin.scale,
-            indices=step.indices,
-            threshold=margin.filter_threshold,
-            mask=bank.valid if bank is not None and self.expectation_init == "first_feature" else None,
-            unit=bank is not None,
-            chunk=self.chunk,
-            precision=self.precision,
-            kernel=self.kernel,
-            keep_mb=self.keep_mb if bank is None else 0.0,
-        )
+            raise RuntimeError("begin_step comes first")
+        return self._step
 
     # ------------------------------------------------------------------------------------------------------------------- state
 
-    def _saved(self) -> dict[str, torch.Tensor]:
+    def _saved(self) -> dict[str, Tensor]:
         self.settle()
-        saved = {"weight": self.weight.detach(), **self.optimizer.state()}
-        if self.expectation is not None:
-            saved.update(self.expectation.state())
-        return saved
+        return {"weight": self.weight.detach(), **self.optimizer.state()}
 
     def state(self) -> State:
-        """Everything a checkpoint must hold: row tensors by global class id, and what is the same on every rank. References, not copies."""
+        """Everything a checkpoint must hold: row tensors by global class id, and what is the same on every rank.
+
+        References, not copies.
+        """
         start = self.rows[0]
         state: State = {}
         for name, tensor in self._saved().items():
@@ -309,9 +256,171 @@ class ShardedClassifier(nn.Module):
 
     @torch.no_grad()
     def load_state(self, reader: Any, prefix: str = "") -> None:
-        """Takes back what `state` gave on any number of ranks, through `reader.rows(name, start, stop)` and `reader.replicated(name)`."""
+        """Takes back what `state` gave on any number of ranks.
+
+        `reader.rows(name, start, stop)` and `reader.replicated(name)` give the tensors.
+        """
         start, stop = self.rows
         for name, tensor in self._saved().items():
             tensor.copy_(reader.rows(prefix + name, start, stop) if tensor.dim() else reader.replicated(prefix + name))
         if margin := self.margin.state():
             self.margin.load_state({name: reader.replicated(f"{prefix}margin.{name}") for name in margin})
+
+
+class _ShardedLoss(torch.autograd.Function):
+    """Gather, passes over the classes, sums over ranks, loss; the module says what is communicated and scaled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit: Tensor,
+        weight: Tensor,
+        norms: Tensor,
+        labels: Tensor,
+        head: ShardedClassifier,
+        anchors: list[Anchor],
+        context: dict[str, Tensor],
+    ) -> Any:
+        step, numerics = head._begun(), head.numerics
+        x, norms, labels = _gather(unit, norms, labels, head)
+        classes = [Classes.of(anchors[0], step.indices, numerics)]
+        classes += [Classes.of(anchor, step.indices, numerics.without_keeping()) for anchor in anchors[1:]]
+        positions = classes[0].positions(labels, head.rows[0])  # the same classes take part in every anchor
+        targets = [each.unit_rows_at(positions) for each in classes]
+        sums = [(x * target).sum(dim=1) for target in targets]
+        sums += [each.is_valid_at(positions).to(x.dtype) for each in classes if each.mask is not None]
+        passes = [each for each, anchor in zip(classes, anchors) if anchor.own_negatives]
+        running = any(each.needs_running_max(head.num_classes) for each in passes)
+        # The gradient gets its memory here already: until backward writes it, pass 1 keeps exponentials in it.
+        needs_gradient = ctx.needs_input_grad[1] and step.gradient is None
+        memory = weight.new_empty(classes[0].count, x.shape[1]) if needs_gradient else None
+        settings: dict[str, Any] = {"running": running, "need_weighted": ctx.needs_input_grad[0]}
+        parts = [
+            forward_pass(each, x, positions, gradient_memory=memory if i == 0 else None, **settings)
+            for i, each in enumerate(passes)
+        ]
+        logsumexps, sums = combine(parts, sums, running=running, group=head.group)
+        cosines, has_direction = sums[: len(anchors)], sums[len(anchors) :]
+        loss, grad_n, grad_cosines = _mean_loss(anchors, logsumexps, cosines, has_direction, labels, norms, context)
+
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.zeros_like(x)
+            for part, g in zip(parts, grad_n):
+                assert part.weighted is not None
+                grad_x.addcmul_(part.weighted, g.unsqueeze(1))
+            for target, g in zip(targets, grad_cosines):
+                grad_x.addcmul_(target, g.unsqueeze(1))
+        ctx.head, ctx.step, ctx.classes = head, step, classes[0]
+        ctx.running, ctx.kept, ctx.memory = running, parts[0].kept, memory
+        ctx.save_for_backward(x, positions, logsumexps[0], grad_n[0], grad_cosines[0], grad_x)
+        if head.margin.reads_norms:
+            step.norms.append(norms)
+            step.labels.append(labels)
+        gathered = x.detach()
+        ctx.mark_non_differentiable(cosines[0], labels, gathered)
+        return loss, cosines[0], labels, gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:  # type: ignore[override]
+        x, positions, logsumexp, grad_n, grad_cosine, grad_x = ctx.saved_tensors
+        head: ShardedClassifier = ctx.head
+        pending: PendingRows | None = None
+        if grad_x is not None:
+            wire = _wire_format(head)
+            pending = reduce_scatter_rows(grad_x.to(wire), [len(x) // head.ranks] * head.ranks, head.group)
+        if ctx.needs_input_grad[1]:
+            arguments = (ctx.classes, x, positions, logsumexp, grad_n * grad_loss, grad_cosine * grad_loss)
+            run = partial(weight_gradient_pass, *arguments, running=ctx.running, kept=ctx.kept)
+            _add_gradient(ctx.step, run, ctx.memory)
+            ctx.memory = None
+            head.side_stream.follow()
+        gradient = None
+        if pending is not None:
+            gradient = pending.wait().to(x.dtype) * (grad_loss * head.gradient_scale)
+        return gradient, None, None, None, None, None, None
+
+
+def _mean_loss(
+    anchors: list[Anchor],
+    logsumexps: list[Tensor],
+    cosines: list[Tensor],
+    has_direction: list[Tensor],
+    labels: Tensor,
+    norms: Tensor,
+    context: dict[str, Tensor],
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """`mean_i log(1 + sum_a exp(N_ai - T_ai))`, and its derivatives by N (of the anchors with own negatives) and cosine.
+
+    All tensors are [B]. `has_direction`, for each anchor with `valid`: above 0 where the sample's class has a direction.
+    """
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in logsumexps + cosines]
+        n, target_cosines = leaves[: len(logsumexps)], leaves[len(logsumexps) :]
+        own, known, terms = iter(n), iter(has_direction), []
+        for anchor, cosine in zip(anchors, target_cosines):
+            negatives = next(own) if anchor.own_negatives else n[0]
+            term = negatives - anchor.margin.target_logit(cosine, labels, norms, **context)
+            terms.append(term if anchor.valid is None else torch.where(next(known) > 0, term, -torch.inf))
+        each = torch.logsumexp(torch.stack([torch.zeros_like(terms[0]), *terms]), dim=0)
+        loss = torch.where(labels >= 0, each, 0.0).sum() / max(len(labels), 1)
+        grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    return loss.detach(), grads[: len(n)], grads[len(n) :]
+
+
+def _add_gradient(step: _Step, run: Any, memory: Tensor | None) -> None:
+    """Adds a micro-batch's gradient to the step's. `run`: pass 2 without its destination; `memory`: for its result, if any."""
+    if memory is not None:
+        run(out=memory)
+        step.gradient = memory if step.gradient is None else step.gradient.add_(memory)
+        return
+    total = step.gradient
+    assert total is not None
+
+    def add(start: int, stop: int, gradient: Tensor) -> None:
+        total[start:stop] += gradient
+
+    run(add)
+
+
+class _Centres(torch.autograd.Function):
+    """Some class centres, whose gradient is added to the step's."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, local_classes: Tensor, step: _Step, side_stream: SideStream) -> Tensor:
+        ctx.step, ctx.side_stream = step, side_stream
+        ctx.count = len(weight) if step.indices is None else len(step.indices)
+        places = local_classes if step.indices is None else torch.searchsorted(step.indices, local_classes)
+        ctx.save_for_backward(places)
+        return weight[local_classes]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        if ctx.step.gradient is None:
+            ctx.step.gradient = gradient.new_zeros(ctx.count, gradient.shape[1])
+        ctx.step.gradient[places] += gradient
+        ctx.side_stream.follow()
+        return None, None, None, None
+
+
+def _wire_format(head: ShardedClassifier) -> torch.dtype:
+    return torch.bfloat16 if head.numerics.gather == "bfloat16" else head.weight.dtype
+
+
+def _gather(unit: Tensor, norms: Tensor, labels: Tensor, head: ShardedClassifier) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings [B, d], norms [B] and labels [B] of all ranks, by one all-gather.
+
+    Norms and labels are appended to the embeddings bit for bit.
+    """
+    wire, dtype, dim = _wire_format(head), head.weight.dtype, unit.shape[1]
+    if head.ranks == 1:
+        return unit.to(wire).to(dtype), norms, labels
+    numbers = [norms.to(torch.float64), labels.to(torch.int64)]
+    extra = torch.cat([each.unsqueeze(1).view(torch.uint8) for each in numbers], dim=1)
+    packed = torch.cat([unit.to(wire), extra.view(wire)], dim=1)
+    packed = all_gather_rows(packed, [len(unit)] * head.ranks, head.group)
+    extra = packed[:, dim:].contiguous().view(torch.uint8)
+    norms = extra[:, :8].contiguous().view(torch.float64).squeeze(1)
+    labels = extra[:, 8:].contiguous().view(torch.int64).squeeze(1)
+    return packed[:, :dim].to(dtype).contiguous(), norms.to(dtype), labels

@@ -44,12 +44,14 @@ from lvtrain.checkpoint.state import Rows, State
 from lvtrain.classifier import ClassifierOutput, negative_logsumexp
 from lvtrain.classifier.banks import CentreBank
 from lvtrain.classifier.margins import ClusterGuided
+from lvtrain.classifier.margins.arcface import ArcFaceSection
 from lvtrain.data import Batch
 from lvtrain.distributed.collectives import all_reduce_sum, gather_rows
 from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Now
 from lvtrain.methods.cost import Cost
+from lvtrain.methods.heads import classifier_section
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection, batch_cosine
 from lvtrain.recipe.base import Duration, in_steps_or_epochs
 from lvtrain.recipe.registry import METHODS
@@ -144,17 +146,14 @@ class ClusterMethod(SupervisedMethod):
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
         settings: ClusterSection = recipe.method  # type: ignore[assignment]
-        margin = recipe.classifier.margin if recipe.classifier else None
-        if margin is not None and (margin.name != "arcface" or margin.straight_through):
+        margin = classifier_section(recipe).margin
+        if not isinstance(margin, ArcFaceSection) or margin.straight_through:
             raise UserError(
                 "method cluster extends ArcFace: set classifier.margin.name: arcface, without straight_through"
             )
-        if margin is not None:
-            self.plain_margin = 0.5 if margin.m is None else margin.m
-            guided = ClusterGuided(scale=margin.scale, filter_threshold=margin.filter_threshold)
-            super().__init__(recipe, num_classes=num_classes, device=device, margin=guided)
-        else:
-            super().__init__(recipe, num_classes=num_classes, device=device)  # says what is missing
+        self.plain_margin = margin.m
+        guided = ClusterGuided(scale=margin.scale, filter_threshold=margin.filter_threshold)
+        super().__init__(recipe, num_classes=num_classes, device=device, margin=guided)
         self.learnable = settings.clustering == "contrastive" and settings.temperature == "learnable"
         if self.learnable:
             self.module = WithTemperature(self.backbone, settings.tau0).to(device)
@@ -302,9 +301,8 @@ class ClusterMethod(SupervisedMethod):
             num_classes=self.bank.num_classes,
             indices=self.classifier.chosen,
             mask=self.bank.valid,
-            unit=True,
-            chunk=self.classifier.chunk,
-            precision=self.classifier.precision,
+            is_unit=True,
+            numerics=self.classifier.numerics,
         )
         if not scaled:
             target = target / self.clusters.at(self.temperatures(self.clusters.phi), labels).to(x.dtype)

@@ -2,61 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from lvtrain.classifier import ShardedClassifier
+from lvtrain.classifier import Numerics, OptimizerSettings, ShardedClassifier
 from lvtrain.classifier.margins import Margin, create_margin
 from lvtrain.errors import UserError
 from lvtrain.methods.base import Now
+from lvtrain.recipe.classifier import Classifier
 from lvtrain.recipe.sections import Recipe
 
 
-def create_classifier(recipe: Recipe, *, num_classes: int, device: torch.device, **options: Any) -> ShardedClassifier:
-    """The recipe's classifier over `num_classes` identities; `options` go to `ShardedClassifier` and win over the recipe's.
+def classifier_section(recipe: Recipe) -> Classifier:
+    """The recipe's classifier.
 
     Raises:
-        UserError: the method needs a classifier and the recipe says there is none; settings that do not go together.
+        UserError: the recipe has none.
     """
-    section = recipe.classifier
-    if section is None:
+    if recipe.classifier is None:
         raise UserError(f"method {recipe.method.name} needs a classifier; remove `classifier: null` from the recipe")
-    rows, backbone = section.optimizer, recipe.optimizer
-    arguments: dict[str, Any] = {
-        "margin": recipe_margin(recipe),
-        "seed": recipe.seed,
-        "in_backward": rows.in_backward,
-        "precision": section.precision,
-        "kernel": section.kernel,
-        "gather": section.gather,
-        "chunk": section.chunk,
-        "keep_mb": section.keep_mb,
-        "device": device,
-        "optimizer": {
-            "name": rows.name,
-            "mode": rows.mode,
-            "betas": getattr(backbone, "betas", (0.9, 0.999)),  # a backbone under SGD has none
-            "eps": getattr(backbone, "eps", 1e-8),
-            "momentum": rows.momentum,
-            "moments": rows.moments,
-            "kernel": rows.kernel,
-        },
-    }
-    return ShardedClassifier(num_classes, recipe.backbone.embedding_dim, **(arguments | options))
+    return recipe.classifier
 
 
-def recipe_margin(recipe: Recipe) -> Margin:
-    """The margin of the recipe's `classifier.margin` section."""
-    assert recipe.classifier is not None
-    return create_margin(**recipe.classifier.margin.model_dump(exclude={"warmup"}))
+def create_classifier(
+    recipe: Recipe, *, num_classes: int, device: torch.device, margin: Margin | None = None
+) -> ShardedClassifier:
+    """The recipe's classifier over `num_classes` identities. `margin`: the method's own, instead of the recipe's.
+
+    Raises:
+        UserError: the recipe has no classifier, or settings that do not go together.
+    """
+    section, backbone = classifier_section(recipe), recipe.optimizer
+    own = section.optimizer
+    settings = OptimizerSettings(
+        own.name,
+        own.mode,
+        betas=getattr(backbone, "betas", (0.9, 0.999)),  # a backbone under SGD has none
+        eps=getattr(backbone, "eps", 1e-8),
+        momentum=own.momentum,
+        moments=own.moments,
+    )
+    return ShardedClassifier(
+        num_classes,
+        recipe.backbone.embedding_dim,
+        margin=margin or create_margin(section.margin),
+        numerics=Numerics(**section.numerics.model_dump(exclude={"preset"})),
+        optimizer=settings,
+        seed=recipe.seed,
+        device=device,
+    )
 
 
-def rows_rates(recipe: Recipe, now: Now) -> dict[str, float]:
-    """The class rows' `lr` and `weight_decay` in a step: the backbone's; or in proportion to `classifier.optimizer.lr`, and
-    `classifier.optimizer.weight_decay` as it is."""
-    assert recipe.classifier is not None
-    own, backbone = recipe.classifier.optimizer, recipe.optimizer
+def centre_rates(recipe: Recipe, now: Now) -> dict[str, float]:
+    """The class centres' `lr` and `weight_decay` in a step.
+
+    The backbone's, unless `classifier.optimizer` has its own: its `lr` is then a peak that follows the backbone's
+    schedule, its `weight_decay` a constant.
+    """
+    own, backbone = classifier_section(recipe).optimizer, recipe.optimizer
     return {
         "lr": now.lr if own.lr is None else now.lr * own.lr / backbone.lr,
         "weight_decay": backbone.weight_decay_at(now.progress) if own.weight_decay is None else own.weight_decay,

@@ -3,27 +3,38 @@
 Three phases over one backbone and one sharded classifier:
 
 1. feature alignment: negative class sub-sampling (NCS, r = 0.1) and CosFace;
-2. centroid stabilisation: NCS, and a second anchor a class, its feature expectation e, which follows the features without gradient;
+2. centroid stabilisation: NCS, and a second anchor per class, its feature expectation e, which follows the features
+   without a gradient (`classifier.banks.ExpectationBank`);
 3. boundary refinement: both anchors, all classes, e frozen.
 
-    L = mean_i log(1 + e^(N_i - T_i) + e^(Ne_i - Te_i))      N: log-sum-exp over the negatives, T: target logit, e: of the expectations
+    L = mean_i log(1 + e^(N_i - T_i) + e^(Ne_i - Te_i))
 
-Each is a `Phase` of the recipe: `sample_rate` is r, `expectation` is off, update or frozen, `end.cos2` is CSS's delta.
-`lvtrain.classifier` computes the loss.
+N is the log-sum-exp over the negatives and T the target logit; Ne and Te are those of the expectations.
+
+Each is a phase of the recipe: `sample_rate` is r, `expectation` is off, update or frozen, `end.cos2` is CSS's delta.
+
+Our reading: the second anchor's margin is CosFace's with `m2`, whatever margin the class centres have (the paper does not
+say for ArcFace). "weight": e begins at the class centres.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
-from lvtrain.classifier.margins import create_margin
+from lvtrain.checkpoint.state import Rows, State
+from lvtrain.classifier import Anchor, ClassifierOutput
+from lvtrain.classifier.banks import ExpectationBank
+from lvtrain.classifier.margins import CosFace
+from lvtrain.methods.base import Now
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
 from lvtrain.recipe.registry import METHODS
-from lvtrain.recipe.sections import Classifier, Phase, Recipe
+from lvtrain.recipe.sections import Phase, Recipe
 
 
 class PcoSection(SupervisedSection):
@@ -35,11 +46,13 @@ class PcoSection(SupervisedSection):
     expectation_negatives: Literal["own", "shared"] = Field(
         "own", description="shared: the second term uses the first one's sum over the negatives, which is cheaper"
     )
-    m2: float = Field(0.4, description="margin on the feature expectation")
+    m2: float = Field(0.4, ge=0, le=1, description="margin on the feature expectation")
 
 
 @METHODS.register("pco")
 class PcoMethod(SupervisedMethod):
+    """`expectations`: the bank of the current phase, None where the phase has none."""
+
     section = PcoSection
     title = "PCO: progressive cluster optimisation (LVFace, ICCV 2025)"
     settings: PcoSection
@@ -53,13 +66,85 @@ class PcoMethod(SupervisedMethod):
         return Cost(has_classes=True, banks=("feature expectations",), bank_has_negatives=own)
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
-        settings: PcoSection = recipe.method  # type: ignore[assignment]
-        scale = (recipe.classifier or Classifier()).margin.scale
-        super().__init__(
-            recipe,
-            num_classes=num_classes,
-            device=device,
-            expectation_margin=create_margin("cosface", scale, m=settings.m2),
-            expectation_negatives=settings.expectation_negatives,
-            expectation_init=settings.expectation_init,
+        super().__init__(recipe, num_classes=num_classes, device=device)
+        self.expectation_margin = CosFace(scale=self.classifier.margin.scale, m=self.settings.m2)
+        self.expectations: ExpectationBank | None = None
+        self.updates = False  # of the expectations in this phase
+        self.seen: list[ClassifierOutput] = []  # of the current step, for the update
+
+    def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
+        super().enter_phase(phase, first_time=first_time)
+        self.updates = phase.expectation == "update"
+        if phase.expectation == "off":
+            self.expectations = None
+        elif self.expectations is None:
+            self.expectations = self._new_bank(start=first_time)
+
+    def _new_bank(self, *, start: bool) -> ExpectationBank:
+        """`start`: give it its first values, which a state that is loaded does not need."""
+        head = self.classifier
+        bank = ExpectationBank(
+            head.num_classes,
+            head.embedding_dim,
+            head.rows,
+            init=self.settings.expectation_init,
+            device=head.weight.device,
         )
+        if start and self.settings.expectation_init == "weight":
+            head.settle()
+            bank.start_from(head.weight.detach())
+        return bank
+
+    # -------------------------------------------------------------------------------------------------------------------- step
+
+    def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
+        super().begin_step(now, global_labels)
+        self.seen.clear()
+
+    def classify(self, embeddings: torch.Tensor, labels: torch.Tensor, now: Now) -> ClassifierOutput:
+        output = self.classifier(embeddings, labels, step=now.step, anchors=self.anchors())
+        if self.updates:
+            self.seen.append(output)
+        return output
+
+    def anchors(self) -> list[Anchor]:
+        """The feature expectations, where the phase has them."""
+        bank, settings = self.expectations, self.settings
+        if bank is None:
+            return []
+        return [
+            Anchor(
+                bank.rows_tensor.to(self.classifier.weight.dtype),
+                self.expectation_margin,
+                valid=bank.valid if settings.expectation_init == "first_feature" else None,
+                is_unit=True,
+                own_negatives=settings.expectation_negatives == "own",
+            )
+        ]
+
+    def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
+        super().end_step(now, full_parameters)
+        if self.expectations is not None and self.updates:
+            labels = torch.cat([output.labels for output in self.seen])
+            self.expectations.update(torch.cat([output.embeddings for output in self.seen]), labels)
+        self.seen.clear()
+
+    def discard_step(self) -> None:
+        super().discard_step()
+        self.seen.clear()
+
+    # ------------------------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> State:
+        if self.expectations is None:
+            return super().state()
+        start, total = self.expectations.rows[0], self.expectations.num_classes
+        bank: State = {
+            f"classifier.{name}": Rows(tensor, start, total) for name, tensor in self.expectations.state().items()
+        }
+        return super().state() | bank
+
+    def load_state(self, reader: Any) -> None:
+        super().load_state(reader)
+        if (bank := self.expectations) is not None:
+            bank.load_state({name: reader.rows(f"classifier.{name}", *bank.rows) for name in bank.state()})

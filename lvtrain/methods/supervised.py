@@ -13,12 +13,14 @@ from torch import nn
 
 from lvtrain.backbones import Backbone
 from lvtrain.checkpoint.state import State
+from lvtrain.classifier import ClassifierOutput
+from lvtrain.classifier.margins import Margin
 from lvtrain.data import Batch
 from lvtrain.distributed import world as worlds
 from lvtrain.methods.base import LossOutput, Method, MethodSection, Now, initial_backbone
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.distill import Distill, Distillation, Teacher
-from lvtrain.methods.heads import create_classifier, rows_rates
+from lvtrain.methods.heads import centre_rates, create_classifier
 from lvtrain.recipe.sections import Phase, Recipe
 
 
@@ -42,19 +44,19 @@ class SupervisedMethod(Method):
     """A backbone under the engine, and a sharded classifier with the recipe's margin outside it.
 
     A subclass gives its own loss in `own_loss`; `loss` adds the teacher's part where the recipe has a `method.distill`.
-    `classifier_options` win over the recipe's classifier section.
+    `margin` is the method's own, instead of the recipe's.
     """
 
     section: ClassVar[type[MethodSection]] = SupervisedSection
     settings: SupervisedSection
 
-    def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device, **classifier_options: Any) -> None:
+    def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device, margin: Margin | None = None) -> None:
         self.recipe = recipe
         self.settings = recipe.method  # type: ignore[assignment]  # the recipe has it from `section`
         self.cos2_window = self.settings.window
         self.backbone: nn.Module = initial_backbone(recipe, device)
         self.module = self.backbone
-        self.classifier = create_classifier(recipe, num_classes=num_classes, device=device, **classifier_options)
+        self.classifier = create_classifier(recipe, num_classes=num_classes, device=device, margin=margin)
         self.distillation: Distillation | None = None
         self.warned = False
 
@@ -102,12 +104,12 @@ class SupervisedMethod(Method):
         return (batch.images,)
 
     def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
-        self.classifier.enter_phase(sample_rate=phase.sample_rate, expectation=phase.expectation, first_time=first_time)
+        self.classifier.enter_phase(sample_rate=phase.sample_rate)
 
     def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
         assert self.recipe.classifier is not None
-        self.classifier.margin.share = now.share_of(self.recipe.classifier.margin.warmup)
-        self.classifier.begin_step(now.step, global_labels, **rows_rates(self.recipe, now))
+        factor = now.share_of(self.recipe.classifier.margin.warmup)
+        self.classifier.begin_step(now.step, global_labels, warmup_factor=factor)
 
     def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         output = self.own_loss(outputs, batch, now)
@@ -122,10 +124,15 @@ class SupervisedMethod(Method):
 
     def own_loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
         """The method's loss without a teacher."""
-        output = self.classifier(outputs, batch.labels, step=now.step)
+        output = self.classify(outputs, batch.labels, now)
         return LossOutput(
             output.loss, {"cos2": output.cos2, "batch_cosine": batch_cosine(output.embeddings)}, output.cosine
         )
+
+    def classify(self, embeddings: torch.Tensor, labels: torch.Tensor, now: Now) -> ClassifierOutput:
+        """The classifier on embeddings [b, d] and labels [b] of a micro-batch; a method may add anchors."""
+        output: ClassifierOutput = self.classifier(embeddings, labels, step=now.step)
+        return output
 
     def warnings(self, metrics: dict[str, Any], now: Now) -> list[str]:
         """Whether anything was learned, once every image has been seen; said once. Measured on the quick start: cos2 0.12 after an epoch and
@@ -149,7 +156,7 @@ class SupervisedMethod(Method):
         return said
 
     def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
-        self.classifier.end_step(**rows_rates(self.recipe, now))
+        self.classifier.end_step(**centre_rates(self.recipe, now))
 
     def discard_step(self) -> None:
         self.classifier.discard_step()

@@ -86,7 +86,7 @@ def classifier_bytes(classes: ClassCentres, *, ranks: int, micro_batch: int) -> 
     workspace = anchors * chunk * (4.0 * batch + operand * batch + of_a_class * classes.dim)
     return {
         "class centres": 4.0 * local * classes.dim,
-        "class centres' gradient": 0.0 if classes.in_backward else 4.0 * part * classes.dim,
+        "class centres' gradient": 4.0 * part * classes.dim,
         "class centres' moments": float(moments * classes.moments_bytes * local * classes.dim),
         "classifier workspace": workspace + embeddings + min(classes.keep_mb * 2**20, operand * batch * part),
         **{name: 4.0 * local * classes.dim for name in classes.banks},

@@ -154,10 +154,9 @@ def _class_centres(recipe: Recipe, phase: Phase, cost: Cost, num_classes: int | 
         optimizer=classifier.optimizer.name,
         mode=classifier.optimizer.mode,
         moments_bytes=2 if classifier.optimizer.moments == "bfloat16" else 4,
-        in_backward=classifier.optimizer.in_backward,
-        operand_bytes=2 if classifier.precision == "half" else 4,
-        gather_bytes=2 if classifier.gather == "bfloat16" else 4,
-        keep_mb=classifier.keep_mb,
+        operand_bytes=2 if classifier.numerics.precision in ("half", "bfloat16") else 4,
+        gather_bytes=2 if classifier.numerics.gather == "bfloat16" else 4,
+        keep_mb=classifier.numerics.keep_mb,
     )
 
 

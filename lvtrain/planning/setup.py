@@ -60,7 +60,7 @@ class ClassCentres:
         sample_rate: r, the share of the classes that takes part in a step.
         banks: names of what else is kept for every class (PCO's feature expectations), a float32 vector each.
         bank_has_negatives: the step also goes over all vectors of a bank; they get no gradient.
-        optimizer, mode, moments_bytes, in_backward: of the class centres' optimizer, as in `lvtrain.classifier`.
+        optimizer, mode, moments_bytes: of the class centres' optimizer, as in `lvtrain.classifier`.
         operand_bytes: of a number in the matrix products, 2 or 4.
         gather_bytes: of a number in the gathered embeddings, 2 or 4.
         keep_mb: at most so much memory for exponentials that wait for backward, beyond the gradient's own.
@@ -74,7 +74,6 @@ class ClassCentres:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     mode: Literal["dense", "row_sparse"] = "dense"
     moments_bytes: int = 4
-    in_backward: bool = False
     operand_bytes: int = 2
     gather_bytes: int = 4
     keep_mb: float = 0.0
@@ -89,7 +88,7 @@ class ClassCentres:
 
     def kept_share(self, batch: int, ranks: int) -> float:
         """Share of the classes whose exponentials wait for backward. `batch`: images of a micro-batch on all ranks."""
-        in_gradient = 0.0 if self.in_backward else 4 * self.dim / (batch * self.operand_bytes)
+        in_gradient = 4 * self.dim / (batch * self.operand_bytes)
         own = self.keep_mb * 2**20 / (batch * self.operand_bytes * self.taking_part(ranks))
         return min(1.0, in_gradient + own)
 

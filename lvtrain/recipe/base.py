@@ -6,9 +6,10 @@ Durations are written "500 steps", "20 epochs" or "1e6 samples" and are turned i
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import core_schema
 
 
@@ -75,7 +76,21 @@ def setting(
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    """`bare`: the key that a bare value stands for, as `init_from: PATH` is short for `init_from: {path: PATH}`."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    bare: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_bare(cls, value: Any) -> Any:
+        value = {cls.bare: value} if cls.bare and isinstance(value, (str, Path)) else value
+        return cls.completed(value) if isinstance(value, dict) else value
+
+    @classmethod
+    def completed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The keys of a recipe's section with what they imply, before they are checked."""
+        return values
 
 
 class NamedSection(Section):

@@ -97,8 +97,8 @@ def apply(values: dict[str, Any], override: str) -> tuple[Any, ...]:
     for name in parents:
         key = _position(node, name, override) if isinstance(node, list) else name
         field = _fields(tuple(place), values).get(str(key))
-        if isinstance(node, dict) and isinstance(node.get(key), str) and field and section_by_name(field):
-            node[key] = {"name": node[key]}  # `method: pco` is short for that
+        if isinstance(node, dict) and isinstance(node.get(key), str) and field and (bare := _bare(field)):
+            node[key] = {bare: node[key]}
         place.append(key)
         node = _child(node, key, override)
     if isinstance(node, list):
@@ -189,6 +189,11 @@ def _sections(field: FieldInfo, value: Any) -> list[type[Section]]:
         section = named.of(value)
         return [section] if section else []
     return _models(field.annotation)
+
+
+def _bare(field: FieldInfo) -> str:
+    """The key that a bare value of the field stands for: `method: pco` is short for `method: {name: pco}`."""
+    return "name" if section_by_name(field) else next((model.bare for model in _models(field.annotation)), "")
 
 
 def _inside(values: Any, part: Any) -> Any:

@@ -12,6 +12,10 @@ OLD_KEYS: dict[str, str | Callable[[Any], dict[str, Any]]] = {
     "init_from.head": "init_from.classifier",
     "logging.tensorboard": lambda on: {"logging.trackers": ["tensorboard"] if on else []},
     "backbone.checkpoint_every": lambda every: {"backbone.overrides.checkpoint_every": every} if every != 1 else {},
+    "classifier.precision": "classifier.numerics.precision",
+    "classifier.kernel": lambda kernel: {"classifier.numerics.kernel": "auto" if kernel == "torch" else kernel},
+    "classifier.gather": "classifier.numerics.gather",
+    "classifier.keep_mb": "classifier.numerics.keep_mb",
 }
 ANY = object()
 # removed dotted key -> (the value that means the same as its absence, or ANY; why it went)
@@ -19,6 +23,17 @@ REMOVED_KEYS: dict[str, tuple[Any, str]] = {
     "data.read_ahead": (ANY, "data.prefetch says how many micro-batches are read and decoded ahead"),
     "checkpoint.background": (ANY, "checkpoints are always written in the background"),
     "evaluation.batch": (ANY, "verification embeds 128 images at a time"),
+    "classifier.chunk": (None, "the number of classes in a chunk is chosen from the shapes"),
+    "classifier.optimizer.kernel": (ANY, "classifier.numerics.kernel decides for the optimizer of the centres, too"),
+    "classifier.optimizer.in_backward": (False, "it went with neither sampling nor several micro-batches"),
+}
+# dotted key -> the value that meant nothing, in run folders of versions where every margin had every key
+RESTING_KEYS: dict[str, Any] = {
+    "classifier.margin.m": None,
+    "classifier.margin.m1": 1.0,
+    "classifier.margin.m2": 0.0,
+    "classifier.margin.m3": 0.0,
+    "classifier.margin.straight_through": False,
 }
 
 
@@ -47,7 +62,8 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
             for name, today in moved.items():
                 target = [_number(part) for part in _filled(name, old, place).split(".")]
                 _parent(values, target, make=True).setdefault(target[-1], today)
-    for old, (neutral, _) in REMOVED_KEYS.items():
+    resting = {key: (neutral, "") for key, neutral in RESTING_KEYS.items()}
+    for old, (neutral, _) in (REMOVED_KEYS | resting).items():
         for place in list(_places(values, old.split("."))):
             if neutral is ANY or _parent(values, place)[place[-1]] in (neutral, None):
                 del _parent(values, place)[place[-1]]

@@ -155,3 +155,4 @@ def named_section(registry: Registry[Any], default: str | None = None) -> Any:
 
 
 METHODS: Registry[Any] = Registry("method", "lvtrain.methods")
+MARGINS: Registry[Any] = Registry("margin", "lvtrain.classifier.margins")

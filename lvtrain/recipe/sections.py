@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from lvtrain.recipe.base import REQUIRED, Duration, NamedSection, Section, in_steps_or_epochs, setting
+from lvtrain.recipe.base import REQUIRED, Duration, NamedSection, Section, setting
+from lvtrain.recipe.classifier import Classifier
 from lvtrain.recipe.optimizer import AnyOptimizer
 from lvtrain.recipe.registry import METHODS, named_section
 from lvtrain.recipe.trackers import AnyTracker, TrackerSection
@@ -77,59 +78,6 @@ class Backbone(Section):
         False, "torch.compile the backbone, under ZeRO 0 to 2; same result to rounding", resume="reported"
     )
     overrides: dict[str, Any] = setting(dict, "further arguments of create_backbone, such as depth", because=NETWORK)
-
-
-class Margin(Section):
-    name: Literal["cosface", "arcface", "combined", "adaface"] = "cosface"
-    scale: float = Field(64.0, gt=0)
-    m: float | None = Field(None, description="margin; the name's own default when absent")
-    m1: float = 1.0
-    m2: float = 0.0
-    m3: float = 0.0
-    straight_through: bool = Field(False, description="arcface_torch's gradient instead of the true derivative")
-    filter_threshold: float | None = Field(
-        None, description="drop negatives with a higher cosine (inter-class filtering)"
-    )
-    warmup: Duration = Field(
-        default_factory=lambda: Duration("0 steps"),
-        description="the margin grows from nothing over this long; in steps or epochs",
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> Margin:
-        in_steps_or_epochs(self.warmup)
-        return self
-
-
-class RowOptimizer(Section):
-    """The optimizer of the class rows; what is absent is the backbone's."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    mode: Literal["dense", "row_sparse"] = "dense"
-    lr: float | None = Field(None, gt=0)
-    weight_decay: float | None = Field(None, ge=0)
-    momentum: float = 0.9
-    moments: Literal["float32", "bfloat16"] = "float32"
-    kernel: Literal["torch", "triton"] = Field("torch", description="triton: row_sparse adamw in one kernel (CUDA)")
-    in_backward: bool = Field(
-        False, description="apply the update chunk by chunk during backward; needs one micro-batch a step"
-    )
-
-
-class Classifier(Section):
-    margin: Margin = Field(default_factory=Margin)
-    precision: Literal["float32", "tf32", "half", "bfloat16"] = "float32"
-    kernel: Literal["torch", "triton"] = Field("torch", description="triton: one kernel between the matmuls (CUDA)")
-    gather: Literal["float32", "bfloat16"] = "float32"
-    chunk: int | None = Field(None, gt=0, description="classes a chunk; chosen from the shapes when absent")
-    keep_mb: float = setting(
-        8.0,
-        "extra memory to cache exp(logits) between forward and backward; a cache that fits saves one of four matmuls",
-        resume="reported",
-        unit="MB a GPU",
-        ge=0,
-    )
-    optimizer: RowOptimizer = Field(default_factory=RowOptimizer)
 
 
 class PhaseEnd(Section):
@@ -214,16 +162,13 @@ class Checkpoint(Section):
 class InitFrom(Section):
     """`init_from: PATH` is short for `init_from: {path: PATH}`."""
 
+    bare = "path"
+
     path: Path = setting(REQUIRED, "a run, a checkpoint or a weights file")
     classifier: Literal["load", "means", "fresh"] = setting(
         "fresh",
         "class centres: load them (same classes), means of the pretrained embeddings, or fresh random ones",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_path(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, (str, Path)) else value
 
 
 class Evaluation(Section):

@@ -80,13 +80,6 @@ def check_before_start(
         method.check_files()
         if is_new:
             check_start_weights(recipe, method)
-    in_backward = recipe.classifier is not None and recipe.classifier.optimizer.in_backward
-    for phase in recipe.phases:
-        if in_backward and (phase.micro_batches != ranks or phase.sample_rate < 1):
-            raise UserError(
-                f"classifier.optimizer.in_backward updates class centres during backward, so phase {phase.name} needs "
-                f"micro_batches={ranks} (one per rank) and sample_rate=1; set in_backward=false"
-            )
     config = resolve_ds_config(ds_config, optimizer=recipe.optimizer, phases=recipe.phases, world_size=ranks)
     if recipe.backbone.compile and config["zero_optimization"]["stage"] == 3:
         raise UserError(

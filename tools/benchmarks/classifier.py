@@ -21,7 +21,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from lvtrain.classifier import ShardedClassifier, class_range
-from lvtrain.classifier.classes import chunk_size, formats, matmul_precision
+from lvtrain.classifier import Anchor, Numerics, ShardedClassifier, class_range
 from lvtrain.classifier.margins import CosFace
-from lvtrain.classifier.partition import initial_rows
+from lvtrain.classifier.numerics import chunk_size, formats, matmul_precision
+from lvtrain.classifier.partition import initial_centres
 from lvtrain.errors import UserError
 
 SMALL: dict[str, Any] = {"batch": 128, "classes": 2_000, "repeats": 2, "memory": False}
@@ -107,7 +107,7 @@ def run(
             "classifier", given, threads=threads
         )  # malloc reads its settings at start-up: once more, with them
     torch.set_num_threads(threads)
-    weight = torch.nn.Parameter(initial_rows((0, classes), dim, 0).to(device))
+    weight = torch.nn.Parameter(initial_centres((0, classes), dim, 0).to(device))
     shape = problem(batch, classes, rate, weight)
     found = variants(shape, precisions.split(","), kernels.split(","), chunk, peer, materialised, two_anchors, kept)
     if only:
@@ -230,18 +230,19 @@ def variants(
 
 def _ours(shape: Problem, precision: Any, kernel: Any, chunk: int, keep_mb: float | None, *, two: bool) -> Step:
     x, weight = shape.x, shape.weight
-    settings: dict[str, Any] = dict(precision=precision, chunk=chunk or None, kernel=kernel, device=x.device)
+    numerics = Numerics(precision, kernel, chunk or None)
     if keep_mb is not None:
-        settings["keep_mb"] = keep_mb
-    head = ShardedClassifier(1, x.shape[1], margin=CosFace(), expectation_margin=CosFace(), **settings)
+        numerics = replace(numerics, keep_mb=keep_mb)
+    head = ShardedClassifier(1, x.shape[1], margin=CosFace(), numerics=numerics, device=x.device)
     # the same weight for all variants: the head's own would not fit several times
     head.num_classes, head.rows, head.weight = shape.classes, shape.rows, weight
-    head.enter_phase(sample_rate=shape.rate, expectation="frozen" if two else "off")
+    head.enter_phase(sample_rate=shape.rate)
+    second = [Anchor(F.normalize(weight.detach()), CosFace(), is_unit=True)] if two else []
 
     def step() -> Any:
         x.grad = None
         head.begin_step(0, shape.all_labels)
-        loss = head(x, shape.labels, step=0).loss
+        loss = head(x, shape.labels, step=0, anchors=second).loss
         loss.backward()
         head.discard_step()
         return loss

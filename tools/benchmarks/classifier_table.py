@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 
 from lvtrain.classifier import ShardedClassifier
-from lvtrain.classifier.classes import multiplies_bfloat16
 from lvtrain.classifier.margins import CosFace
-from lvtrain.classifier.partition import class_range, initial_rows
+from lvtrain.classifier.numerics import multiplies_bfloat16
+from lvtrain.classifier.partition import class_range, initial_centres
 from lvtrain.errors import UserError
 from tools.benchmarks.classifier import (
     check_peer,
@@ -127,7 +127,7 @@ def cells(classes: int, shapes: list[dict[str, Any]], peer: str, whose: str) -> 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{os.environ['BENCHMARK_STORE']}", rank=rank, world_size=ranks)
     rows = class_range(classes, rank, ranks)
-    weight = torch.nn.Parameter(initial_rows(rows, _DIM, 0))
+    weight = torch.nn.Parameter(initial_centres(rows, _DIM, 0))
     few = torch.nn.Parameter(weight.detach()[:4096].clone())
     precisions = [] if whose == "peer" else _PRECISIONS
     found = []
@@ -196,11 +196,13 @@ def _memory(counts: list[int], peer: str, missing: list[str]) -> dict[str, Any]:
 
 
 def whole_step(classes: int) -> dict[str, Any]:
-    """One training step over all C classes: forward, backward and AdamW applied in backward, so that no gradient of the rows exists; B = 256, d = 128,
-    float32. The largest C is measured once, without a first step to warm up."""
+    """One training step over all C classes: forward, backward and AdamW; B = 256, d = 128, float32.
+
+    The largest C is measured once, without a first step to warm up.
+    """
     torch.set_num_threads(1)
     batch, dim = 256, 128
-    state_gb = 3 * classes * dim * 4 / 2**30  # rows and two moments
+    state_gb = 4 * classes * dim * 4 / 2**30  # centres, two moments, gradient
     if _available_gb() < state_gb + 1:
         raise UserError(f"needs {state_gb + 1:.1f} GB, {_available_gb():.1f} are free")
     generator = torch.Generator().manual_seed(0)
@@ -208,13 +210,13 @@ def whole_step(classes: int) -> dict[str, Any]:
         torch.randn(batch, dim, generator=generator).requires_grad_(),
         torch.randint(0, classes, (batch,), generator=generator),
     )
-    head = ShardedClassifier(classes, dim, margin=CosFace(), in_backward=True)
+    head = ShardedClassifier(classes, dim, margin=CosFace())
     for tensor in (head.optimizer.state()["exp_avg"], head.optimizer.state()["exp_avg_sq"]):
         tensor.fill_(0.0)  # pages that were promised are there from now on
 
     def step() -> None:
         x.grad = None
-        head.begin_step(0, labels, lr=1e-3)
+        head.begin_step(0, labels)
         head(x, labels, step=0).loss.backward()
         head.end_step(lr=1e-3)
 

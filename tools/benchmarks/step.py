@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lvtrain import randomness
 from lvtrain.backbones import create_backbone
-from lvtrain.classifier import ShardedClassifier
-from lvtrain.classifier.margins import create_margin
+from lvtrain.classifier import Anchor, ClassifierOutput, Numerics, ShardedClassifier
+from lvtrain.classifier.banks import ExpectationBank
+from lvtrain.classifier.margins import CosFace
 from lvtrain.distributed import world as worlds
 from lvtrain.engine.optimizers.adamw import AdamWSection
 from tools.benchmarks import backbone as backbone_benchmark
@@ -173,12 +174,17 @@ class _Step:
         self.classifier = ShardedClassifier(
             self.local_classes,
             self.dim,
-            margin=create_margin("cosface"),
-            expectation_margin=create_margin("cosface") if expectations else None,
-            precision=classifier_precision,  # type: ignore[arg-type]
+            margin=CosFace(),
+            numerics=Numerics(classifier_precision),  # type: ignore[arg-type]
+            sample_rate=sample_rate,
             device=device,
         )
-        self.classifier.enter_phase(sample_rate=sample_rate, expectation="update" if expectations else "off")
+        self.bank: ExpectationBank | None = None
+        self.anchors: list[Anchor] = []
+        if expectations:
+            self.bank = ExpectationBank(self.local_classes, self.dim, self.classifier.rows, device=device)
+            self.bank.start_from(self.classifier.weight.detach())
+            self.anchors = [Anchor(self.bank.rows_tensor, CosFace(), is_unit=True)]
         others = batch * (as_ranks - 1)
         self.others = torch.randn(others, self.dim, device=device)
         self.other_labels = torch.randint(self.local_classes, (others,), device=device)
@@ -222,6 +228,7 @@ class _Step:
             told = torch.cat([labels % self.local_classes, told[self.batch :]])
         self.classifier.begin_step(self.number, told)
         mark("choose classes")
+        seen: list[ClassifierOutput] = []
         for micro in range(self.accumulation):
             images, labels = self.images, self.labels
             if self.loader:
@@ -233,7 +240,9 @@ class _Step:
             mark("forward")
             gathered = torch.cat([embeddings, self.others]) if len(self.others) else embeddings
             gathered_labels = torch.cat([labels, self.other_labels]) if len(self.others) else labels
-            loss = self.classifier(gathered, gathered_labels, step=self.number).loss
+            output = self.classifier(gathered, gathered_labels, step=self.number, anchors=self.anchors)
+            seen.append(output)
+            loss = output.loss
             mark("classifier")
             self.engine.backward(loss)
             mark("backward")
@@ -241,6 +250,8 @@ class _Step:
         self.engine.sync_batch_statistics()
         mark("backbone optimizer")
         self.classifier.end_step(lr=1e-4)
+        if self.bank is not None:
+            self.bank.update(torch.cat([one.embeddings for one in seen]), torch.cat([one.labels for one in seen]))
         mark("row optimizer")
         self.number += 1
 

@@ -1,0 +1,115 @@
+"""The `classifier` section of a recipe: margin, numerics, and the optimizer of the class centres.
+
+Each margin declares its own section beside its code, in `lvtrain/classifier/margins`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import field_validator
+
+from lvtrain.recipe.base import REQUIRED, Duration, NamedSection, Section, in_steps_or_epochs, setting
+from lvtrain.recipe.registry import MARGINS, named_section
+
+_LEARNED = "the run has learned with it so far"
+_STATE = "the checkpoints hold the state of this optimizer"
+
+
+class MarginSection(NamedSection):
+    """What every margin has. A margin's own section adds its parameters, each with a default and a description."""
+
+    name: str = setting(REQUIRED, "name of the margin, see lvtrain/classifier/margins", because=_LEARNED)
+    scale: float = setting(64.0, "s, the factor on every cosine", because=_LEARNED, gt=0)
+    filter_threshold: float | None = setting(
+        None,
+        "negatives with a higher cosine are dropped (inter-class filtering); absent: none are",
+        because=_LEARNED,
+        ge=-1,
+        le=1,
+    )
+    warmup: Duration = setting(
+        lambda: Duration("0 steps"),
+        "the margin grows from nothing over this long; in steps or epochs",
+        because=_LEARNED,
+    )
+
+    @field_validator("warmup")
+    @classmethod
+    def _in_steps_or_epochs(cls, warmup: Duration) -> Duration:
+        in_steps_or_epochs(warmup)
+        return warmup
+
+
+if TYPE_CHECKING:
+    AnyMargin = MarginSection
+else:
+    AnyMargin = named_section(MARGINS, default="cosface")
+
+# what each preset sets; everything else has the field's own default
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "fast": {"precision": "half", "keep_mb": 2048.0},
+}
+
+
+class NumericsSection(Section):
+    """Number formats and memory of the classifier. `numerics: fast` is short for `numerics: {preset: fast}`."""
+
+    bare = "preset"
+
+    preset: Literal["exact", "fast"] = setting(
+        "exact", "exact: float32; fast: float16 matmuls on GPUs, gradient error below 0.1%", resume="free"
+    )
+    precision: Literal["float32", "tf32", "half", "bfloat16"] = setting(
+        "float32", "format of the matmuls' operands, instead of the preset's", because=_LEARNED
+    )
+    kernel: Literal["auto", "torch", "triton"] = setting(
+        "auto", "what computes between the matmuls; triton needs CUDA", resume="reported"
+    )
+    keep_mb: float = setting(
+        8.0,
+        "extra memory to cache exp(logits) between forward and backward; a cache that fits saves one of four matmuls",
+        resume="reported",
+        unit="MB a GPU",
+        ge=0,
+    )
+    gather: Literal["float32", "bfloat16"] = setting(
+        "float32", "format in which embeddings and their gradients travel between GPUs", because=_LEARNED
+    )
+
+    @classmethod
+    def completed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        preset = values.get("preset", "exact")
+        return (PRESETS.get(preset, {}) if isinstance(preset, str) else {}) | values
+
+
+class CentreOptimizerSection(Section):
+    """The optimizer of the class centres. Betas and eps are the backbone's, as is every value that is not set."""
+
+    name: Literal["adamw", "sgd"] = setting("adamw", "optimizer of the class centres", because=_STATE)
+    mode: Literal["dense", "row_sparse"] = setting(
+        "dense",
+        "dense: momentum and decay move unsampled centres too, as in arcface_torch; row_sparse: they rest",
+        because=_STATE,
+    )
+    lr: float | None = setting(
+        None, "peak learning rate of the centres; absent: the backbone's", resume="reported", gt=0
+    )
+    weight_decay: float | None = setting(
+        None, "weight decay of the centres; absent: the backbone's", because=_LEARNED, ge=0
+    )
+    momentum: float = setting(0.9, "momentum of SGD", because=_STATE, ge=0, lt=1)
+    moments: Literal["float32", "bfloat16"] = setting(
+        "float32", "format of the moments; bfloat16 halves their memory, with stochastic rounding", because=_STATE
+    )
+
+
+class Classifier(Section):
+    margin: AnyMargin = setting(
+        lambda: {"name": "cosface"}, "from cosine to target logit; a name, or a section with a name", because=_LEARNED
+    )
+    numerics: NumericsSection = setting(
+        NumericsSection, "exact, fast, or a section with a preset and what differs from it"
+    )
+    optimizer: CentreOptimizerSection = setting(CentreOptimizerSection, "optimizer of the class centres")
