@@ -23,8 +23,9 @@ from lvtrain.export.packages import (
 )
 from lvtrain.weights.architecture import Architecture, fit, recognise
 from lvtrain.weights.foreign import swap_colours
-from lvtrain.weights.models import finite, open_backbone
+from lvtrain.weights.models import finite
 from lvtrain.weights.reading import read_weights, strip_wrappers
+from lvtrain.weights.source import open_source
 
 Tell = Callable[[str], None]
 Precision = Literal["float32", "float16", "int8"]
@@ -107,7 +108,8 @@ def consolidate(
         architecture = recognise(state, heads=heads)
         card = bare(out.name, architecture, state, f"DeepSpeed checkpoint {source.name}")
     else:
-        architecture, state, weights = open_backbone(source, average=average)
+        opened = open_source(source, average=average)
+        architecture, state, weights = opened.architecture(), opened.state(), opened.kind
         card = for_weights(source, architecture, state, weights)
         class_rows = read_rows(source) if rows else None
     finite(state, source)
@@ -157,7 +159,8 @@ def export(
     Raises:
         UserError: nothing usable at `source`, or a file that does not agree with the backbone.
     """
-    architecture, state, weights = open_backbone(source, average=average)
+    opened = open_source(source, average=average)
+    architecture, state, weights = opened.architecture(), opened.state(), opened.kind
     finite(state, source)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "arcface":

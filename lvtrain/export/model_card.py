@@ -18,7 +18,7 @@ from lvtrain.files.atomic import write_json, write_text
 from lvtrain.methods import method_title
 from lvtrain.recipe import files as recipes
 from lvtrain.weights.architecture import Architecture
-from lvtrain.weights.models import CONFIG
+from lvtrain.weights.source import CONFIG
 
 CALIBRATION = "calibration.json"  # in a run's folder, until the run is exported
 _UNKNOWN = "not stated in dataset.json; find out before you use or share these weights"
@@ -47,7 +47,7 @@ class Card:
 
 
 def for_weights(source: Path, architecture: Architecture, state: Mapping[str, torch.Tensor], weights: str) -> Card:
-    """The card of weights that `open_backbone` found at `source`: an exported folder's own, a run's, or one of what can be seen in the weights."""
+    """The card of weights that `open_source` found at `source`: an exported folder's own, a run's, or one of what can be seen in the weights."""
     if source.is_dir() and (card := from_folder(source)) is not None:
         return card
     run = run_of(source)

@@ -16,7 +16,7 @@ from lvtrain.errors import UserError
 from lvtrain.export.model_card import Card, write_card
 from lvtrain.files.atomic import write_json, write_text
 from lvtrain.weights.architecture import Architecture
-from lvtrain.weights.models import CONFIG, WEIGHTS
+from lvtrain.weights.source import CONFIG, WEIGHTS
 
 ROWS = "class_rows.safetensors"
 

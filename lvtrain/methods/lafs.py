@@ -38,7 +38,7 @@ from lvtrain.methods.base import Now
 from lvtrain.methods.dino import DinoMethod, DinoSection, view_names
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Recipe
-from lvtrain.weights.runs import read_initial, shapes_of
+from lvtrain.weights.source import open_source
 
 # images [B, 3, H, W], landmarks [B, N, 2] in pixels, positions [B, N]
 View = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -97,14 +97,14 @@ class LafsMethod(DinoMethod):
                 raise UserError(
                     f"method.landmark_weights: {path} does not exist; train a supervised Part fViT first, and give its run"
                 )
-            self._landmark_names(shapes_of(path)[0])
+            self._landmark_names(open_source(path).shapes)
 
     def load_start_weights(self) -> dict[str, str]:
         """The landmark CNN of a supervised Part fViT."""
         if (path := self.settings.landmark_weights) is None:
             return {}
-        _, weights = read_initial(path)
-        names = self._landmark_names({name: tensor.shape for name, tensor in weights.items()})
+        source = open_source(path)
+        weights, names = source.state(), self._landmark_names(source.shapes)
         self.evaluated().load_state_dict({name: weights[name] for name in names}, strict=False)
         return {"landmark_cnn": str(path)}
 

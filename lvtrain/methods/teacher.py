@@ -11,18 +11,20 @@ from lvtrain.errors import UserError
 from lvtrain.methods.distill import Distill, Teacher
 from lvtrain.recipe.sections import Backbone
 from lvtrain.weights.architecture import Architecture, fit
-from lvtrain.weights.models import finite, open_backbone
+from lvtrain.weights.models import finite
+from lvtrain.weights.source import Source, open_source
 
 
-def open_teacher(section: Distill, student: Backbone) -> tuple[Architecture, dict[str, torch.Tensor], str]:
-    """The teacher's architecture, its weights by name, and what to call it.
+def open_teacher(section: Distill, student: Backbone) -> tuple[Architecture, Source, str]:
+    """The teacher's architecture, its weights, and what to call it.
 
     Raises:
-        UserError: nothing usable at the path, an ONNX file, or another embedding_dim or image_size than the student's.
+        UserError: nothing usable at the path, or another embedding_dim or image_size than the student's.
     """
     try:
-        architecture, state, weights = open_backbone(section.teacher)
-        name = f"{architecture.name} from {section.teacher}, {weights}"
+        source = open_source(section.teacher)
+        architecture = source.architecture()
+        name = f"{architecture.name} from {section.teacher}, {source.kind}"
         for what in ("embedding_dim", "image_size"):
             theirs, ours = getattr(architecture, what), getattr(student, what)
             if theirs != ours:
@@ -31,7 +33,7 @@ def open_teacher(section: Distill, student: Backbone) -> tuple[Architecture, dic
                 )
     except UserError as error:
         raise UserError(f"method.distill.teacher: {error}") from error
-    return architecture, state, name
+    return architecture, source, name
 
 
 def load_teacher(section: Distill, student: Backbone) -> Teacher:
@@ -40,8 +42,9 @@ def load_teacher(section: Distill, student: Backbone) -> Teacher:
     Raises:
         UserError: as `open_teacher`, and weights that are not finite or do not fit.
     """
-    architecture, state, name = open_teacher(section, student)
+    architecture, source, name = open_teacher(section, student)
     try:
+        state = source.state()
         finite(state, section.teacher)
         backbone = architecture.create()
         fit(backbone, state)

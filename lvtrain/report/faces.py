@@ -28,7 +28,7 @@ from lvtrain.methods.base import initial_backbone
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
 from lvtrain.report.files import RunFiles
-from lvtrain.weights.runs import read_initial
+from lvtrain.weights.source import open_source
 
 FACES, MOMENTS, CELL = 6, 4, 160  # images, checkpoints at most, pixels a face
 GENERATED = "generated faces"  # the provenance `lvtrain.datasets.synthetic` writes
@@ -95,7 +95,7 @@ def _spread(items: list[Path], most: int) -> list[Path]:
 
 def _moment(recipe: Recipe, path: Path) -> Moment:
     backbone = initial_backbone(recipe, torch.device("cpu"))
-    backbone.load_state_dict(read_initial(path)[1], strict=False)
+    backbone.load_state_dict(open_source(path).state(), strict=False)
     assert isinstance(backbone, FViT)
     return Moment(step_of(path) or 0, backbone.eval())
 

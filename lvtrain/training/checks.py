@@ -23,11 +23,10 @@ from lvtrain.methods import MethodSection, create_method, method_title
 from lvtrain.planning import plan_phases
 from lvtrain.recipe.sections import Recipe
 from lvtrain.recipe.trackers import TRACKERS
-from lvtrain.training.initial import check_start_weights
+from lvtrain.training.initial import check_start_weights, open_initial
 from lvtrain.training.outcome import committed_step
 from lvtrain.training.run_folder import changes
 from lvtrain.training.schedule import learning_rate, phase_limit
-from lvtrain.weights.runs import weights_file
 
 
 def open_dataset(recipe: Recipe) -> ShardDataset:
@@ -94,7 +93,7 @@ def _check_files(recipe: Recipe, *, is_new: bool) -> None:
     if is_new and recipe.init_from is not None:
         if not recipe.init_from.path.exists():
             raise UserError(f"init_from.path: {recipe.init_from.path} does not exist")
-        weights_file(recipe.init_from.path)
+        open_initial(recipe.init_from)
 
 
 def check_benchmarks(recipe: Recipe) -> None:

@@ -1,6 +1,6 @@
-"""The weights a new run starts from: `init_from`, and what a method reads itself.
+"""The weights that a new run starts from: `init_from`, and what a method reads itself.
 
-`init_from` takes weights of a run, a checkpoint, a safetensors file or an ONNX file. It never takes a schedule or optimizer state.
+`init_from` takes whatever weights evaluation takes (`weights/source.py`), never a schedule or optimizer state.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from lvtrain.backbones import Backbone
-from lvtrain.checkpoint.reader import Weights
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.data import ShardDataset
 from lvtrain.distributed.world import World
@@ -24,7 +23,7 @@ from lvtrain.methods import Method
 from lvtrain.recipe.sections import InitFrom, Recipe
 from lvtrain.training.folded_norms import restore_norms
 from lvtrain.weights.architecture import recognise
-from lvtrain.weights.runs import read_initial, shapes_of
+from lvtrain.weights.source import Source, open_source
 
 IMAGES = 16  # per class, at most: more images change the mean little
 _TOGETHER = 65_536  # embeddings that a rank holds at once
@@ -61,14 +60,26 @@ def check_start_weights(recipe: Recipe, method: Method) -> None:
         UserError: weights that do not fit, or class centres of another number or width.
     """
     if (section := recipe.init_from) is not None:
-        shapes, centres = shapes_of(section.path)
-        weights = _adopted({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, method)
-        _fitting(section.path, weights, method)
+        source = open_initial(section)
+        weights = {name: torch.empty(shape, device="meta") for name, shape in source.shapes.items()}
+        _fitting(section.path, _adopted(weights, method), method)
         if section.classifier == "load":
-            _check_centres(section.path, centres, method)
+            _check_centres(source, method)
         if section.classifier == "means":
             _classifier(method, "means")
     method.check_start_weights()
+
+
+def open_initial(section: InitFrom) -> Source:
+    """What `init_from` names; any weights that evaluation and teachers take.
+
+    Raises:
+        UserError: nothing usable at its path.
+    """
+    try:
+        return open_source(section.path)
+    except UserError as error:
+        raise UserError(f"init_from.path: {error}") from error
 
 
 def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
@@ -80,13 +91,13 @@ def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
     Raises:
         UserError: the weights do not fit, or the class centres have another number or width.
     """
-    source, weights = read_initial(section.path)
-    weights = _adopted(weights, method)
+    source = open_initial(section)
+    weights = _adopted(source.state(), method)
     taken, missing = _fitting(section.path, weights, method)
     method.evaluated().load_state_dict({name: weights[name] for name in taken}, strict=False)
     loaded: dict[str, Any] = {"path": str(section.path), "tensors": len(taken), "left_fresh": missing[:8]}
     if section.classifier == "load":
-        loaded["classifier"] = _load_centres(section.path, source, method)
+        loaded["classifier"] = _load_centres(source, method)
     return loaded
 
 
@@ -131,26 +142,24 @@ def _classifier(method: Method, choice: str) -> ShardedClassifier:
     return classifier
 
 
-def _check_centres(path: Path, centres: torch.Size | None, method: Method) -> ShardedClassifier:
+def _check_centres(source: Source, method: Method) -> ShardedClassifier:
     classifier = _classifier(method, "load")
-    if centres is None:
-        raise UserError(f"init_from.classifier=load: {path} holds a backbone only; use classifier=fresh")
     needed = (classifier.num_classes, classifier.embedding_dim)
-    if tuple(centres) != needed:
+    if source.centres_shape is None:
+        raise UserError(f"init_from.classifier=load: {source.path} has no class centres; use classifier=means or fresh")
+    if tuple(source.centres_shape) != needed:
         raise UserError(
-            f"init_from.classifier=load: {path} has class centres {tuple(centres)}, this run needs {needed}; "
-            "use classifier=means to compute them from its embeddings, or classifier=fresh for random ones"
+            f"init_from.classifier=load: {source.path} has class centres {tuple(source.centres_shape)}, this run needs {needed}; "
+            "use classifier=means or fresh"
         )
     return classifier
 
 
-def _load_centres(path: Path, source: Weights | None, method: Method) -> str:
-    has = source is not None and "classifier.weight" in source.reader.names
-    classifier = _check_centres(path, source.reader.shape("classifier.weight") if source and has else None, method)
-    assert source is not None
+def _load_centres(source: Source, method: Method) -> str:
+    classifier = _check_centres(source, method)
     with torch.no_grad():
-        classifier.weight.copy_(source.reader.rows("classifier.weight", *classifier.rows))
-    return f"{classifier.num_classes} loaded"
+        classifier.weight.copy_(source.class_centres(*classifier.rows))
+    return f"{classifier.num_classes} class centres loaded"
 
 
 class _Encoded:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from lvtrain.checkpoint.reader import open_weights
 from lvtrain.errors import UserError
-from lvtrain.weights.architecture import Architecture, fit, recognise
-from lvtrain.weights.foreign import swap_colours
+from lvtrain.weights.architecture import Architecture, fit
 from lvtrain.weights.onnx_graph import read_graph
 from lvtrain.weights.onnx_session import session
-from lvtrain.weights.reading import read_weights
-from lvtrain.weights.runs import evaluated_weights
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
+from lvtrain.weights.source import open_source
 
 
 @dataclass
@@ -65,9 +56,10 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", average:
     path = Path(path)
     if path.suffix == ".onnx":
         return _onnx(path)
-    architecture, state, weights = open_backbone(path, average=average)
+    source = open_source(path, average=average)
+    architecture, weights = source.architecture(), source.kind
     backbone = architecture.create()
-    report = fit(backbone, state)
+    report = fit(backbone, source.state())
     backbone = backbone.to(device).eval()
 
     def forward(images: torch.Tensor) -> torch.Tensor:
@@ -80,53 +72,13 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", average:
     return Model(name, forward, width, side, backbone, architecture, weights, f"{weights}; {report}")
 
 
-def open_backbone(path: Path, *, average: bool = False) -> tuple[Architecture, dict[str, torch.Tensor], str]:
-    """Architecture, bare state dict and which weights these are (for people), of whatever lies at `path`, without building it. The weights take
-    RGB, whatever the file's took."""
-    if path.is_dir() and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
-        try:
-            config = json.loads((path / CONFIG).read_text())
-            if "lvtrain" in config:
-                return architecture_from(config["lvtrain"]["backbone"]), load_file(path / WEIGHTS), "exported folder"
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"{path} is a damaged folder ({type(error).__name__}: {error}); export it again") from error
-    if (path.is_dir() and not any(path.glob("*.safetensors"))) or (path / "manifest.json").is_file():
-        return _run(path, average)
-    if average:
-        raise UserError(f"{path} keeps no moving average; runs and checkpoints do, where the recipe has an ema section")
-    weights = read_weights(path)
-    if not weights.backbone:
-        raise UserError(f"{path} holds {weights.kind}, no backbone")
-    if weights.bgr:
-        return recognise(weights.backbone), swap_colours(weights.backbone), f"{weights.kind}, turned from BGR to RGB"
-    return recognise(weights.backbone), weights.backbone, weights.kind
-
-
 def finite(state: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Raises UserError for weights that hold NaN or infinity: they are of no use to anybody."""
+    """Raises UserError for weights that hold NaN or infinity."""
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise UserError(
                 f"{source}: {name} holds NaN or infinity; the model has diverged, take an earlier checkpoint"
             )
-
-
-def architecture_from(section: dict[str, Any]) -> Architecture:
-    """From a recipe's `backbone` section, resolved."""
-    return Architecture(
-        section["name"], section["embedding_dim"], section["image_size"], dict(section.get("overrides", {}))
-    )
-
-
-def _run(path: Path, average: bool) -> tuple[Architecture, dict[str, torch.Tensor], str]:
-    source = open_weights(path)
-    if average and source.average is None:
-        raise UserError(f"{path} keeps no moving average; the recipe has no ema section")
-    state = source.average if average and source.average is not None else evaluated_weights(source)
-    which = ", moving average" if average else ""
-    if source.recipe is None:
-        return recognise(state), state, f"checkpoint of step {source.step}{which}"
-    return architecture_from(source.recipe["backbone"]), state, f"step {source.step}, phase {source.phase}{which}"
 
 
 def _onnx(path: Path) -> Model:
@@ -135,7 +87,7 @@ def _onnx(path: Path) -> Model:
 
     taken = onnx.load(str(path), load_external_data=False).graph.input[0].type.tensor_type
     if len(taken.shape.dim) != 4 or taken.elem_type != onnx.TensorProto.FLOAT:
-        raise UserError(f"{path} does not take float32 images [N, 3, H, W]; it is no recogniser")
+        raise UserError(f"{path} does not take float32 images [N, 3, H, W]; it is not a face recogniser")
     side = taken.shape.dim[2].dim_value or 112
     fixed = taken.shape.dim[0].dim_value
 
@@ -170,6 +122,6 @@ def _onnx(path: Path) -> Model:
     found = forward(torch.zeros(1, 3, side, side))
     if found.ndim != 2:
         raise UserError(
-            f"{path} gives {list(found.shape)} for one image, not one embedding [1, d]; it is no recogniser"
+            f"{path} gives {list(found.shape)} for one image, not one embedding [1, d]; it is not a face recogniser"
         )
     return Model(f"ONNX {path}", forward, found.shape[1], side, None, None)

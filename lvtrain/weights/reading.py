@@ -6,6 +6,7 @@ Accepted: arcface_torch `model.pt` and `checkpoint_gpu_{rank}.pt`, its older `ra
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -21,8 +22,9 @@ from lvtrain.errors import UserError
 from lvtrain.weights.foreign import from_ir, is_ir
 from lvtrain.weights.onnx_match import read_onnx
 
-_OUTER = ("teacher", "state_dict_backbone", "state_dict", "backbone", "model", "student")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "net.", "encoder.", "model.")
+_OUTER = ("teacher", "state_dict_backbone", "state_dict", "model_state_dict", "backbone", "model", "student")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_PREFIXES = ("module.", "backbone.", "net.", "feat_net.", "encoder.", "model.")
 
 
 @dataclass
@@ -40,11 +42,15 @@ class Weights:
     bgr: bool = False
 
 
-def read_weights(path: str | Path, *, branch: str | None = None) -> Weights:
-    """Reads any of the formats above. `branch` chooses `teacher` or `student` of a self-supervised checkpoint (teacher when absent).
+def read_weights(path: str | Path, *, branch: str | None = None, average: bool = False) -> Weights:
+    """Reads any of the formats above.
+
+    Args:
+        branch: `teacher` or `student` of a self-supervised checkpoint; the teacher when absent.
+        average: the moving average that lies beside the weights, as `state_dict_ema` for example.
 
     Raises:
-        UserError: no such file, a pickle that holds more than tensors and plain values, or nothing that looks like a backbone or class rows.
+        UserError: no such file, no moving average, a pickle that holds more than tensors and plain values, or nothing that looks like a backbone or class rows.
     """
     path = Path(path)
     if path.suffix == ".onnx" and path.is_file():
@@ -59,13 +65,15 @@ def read_weights(path: str | Path, *, branch: str | None = None) -> Weights:
     softmax = content.get("state_dict_softmax_fc")
     if isinstance(softmax, Mapping) and "weight" in softmax:
         rows = softmax["weight"].float()
-    kind, state = _inner(content, branch)
+    kind, state = _average(content, path) if average else _inner(content, branch)
     bare, dropped = _strip(state)
     if not bare and rows is None:
         raise UserError(
             f"{path} holds no backbone and no class rows (its keys start {', '.join(list(map(str, content))[:5])})"
         )
     kind = _name_kind(content, kind, bare)
+    if not average and (beside := [name for name in _AVERAGES if isinstance(content.get(name), Mapping)]):
+        kind += f", without its moving average ({beside[0]}; --average takes it)"
     if is_ir(bare):
         bare = from_ir(bare)
     return Weights(kind, bare, rows, dropped, kind.startswith("AdaFace") or _says_bgr(path))
@@ -78,12 +86,12 @@ def strip_wrappers(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 def _load(path: Path) -> Any:
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{path} is a folder without *.safetensors; name the weights file in it")
         merged: dict[str, torch.Tensor] = {}
-        for file in files:
-            merged.update(_load(file))
+        for file in _files(path):
+            part = _load(file)
+            if twice := merged.keys() & part.keys():
+                raise UserError(f"{path}: {min(twice)} is in several files; name the file that is meant")
+            merged |= part
         return merged
     if not path.is_file():
         raise UserError(
@@ -101,6 +109,23 @@ def _load(path: Path) -> Any:
             f"{path} cannot be read as plain tensors ({type(error).__name__}): damaged, not torch's, or with other objects in it; "
             "if you trust it, save its state_dict with torch.save"
         ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files that make up one model: those of its index, `model.safetensors`, or the only one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({type(error).__name__}: {error}); copy it again") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if (one := folder / "model.safetensors") in files:
+        return [one]
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"{folder} has no model.safetensors and not exactly one *.safetensors ({names}); name the file")
+    return files
 
 
 class _Nothing:
@@ -139,6 +164,13 @@ def _says_bgr(path: Path) -> bool:
     return beside.is_file() and re.search(r"^color_space: *['\"]?BGR", beside.read_text(), re.MULTILINE) is not None
 
 
+def _average(content: Mapping[str, Any], path: Path) -> tuple[str, Mapping[str, torch.Tensor]]:
+    for name in _AVERAGES:
+        if isinstance(content.get(name), Mapping):
+            return name, content[name]
+    raise UserError(f"{path} has no moving average ({', '.join(_AVERAGES)})")
+
+
 def _inner(content: Mapping[str, Any], branch: str | None) -> tuple[str, Mapping[str, torch.Tensor]]:
     if branch is not None:
         if not isinstance(content.get(branch), Mapping):
@@ -152,7 +184,8 @@ def _inner(content: Mapping[str, Any], branch: str | None) -> tuple[str, Mapping
 
 def _strip(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Bare names: wrappers' prefixes go as long as every backbone tensor carries them; heads of self-supervision are left out."""
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {_bare(str(name)): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel
     dropped = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
     changed = True
     while changed and tensors:
@@ -171,6 +204,13 @@ def _strip(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]
             tensors = {name.removeprefix("backbone."): tensors[name] for name in with_backbone}
             changed = True
     return {name: _plain(value) for name, value in tensors.items()}, dropped
+
+
+def _bare(name: str) -> str:
+    """Without the wrappers that FSDP, activation checkpointing and torch.compile put anywhere in a name."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _plain(value: torch.Tensor) -> torch.Tensor:

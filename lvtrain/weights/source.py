@@ -1,0 +1,196 @@
+"""The one reader of weights, for `init_from`, teachers, evaluation and export alike.
+
+`open_source(path)` takes whatever people have: a run, a checkpoint, an exported folder, other projects' files (`reading`), or
+an ONNX file of a network that we know. Tensors come by the evaluated network's own names and take RGB.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from lvtrain.checkpoint.reader import Weights, open_shapes, open_weights
+from lvtrain.errors import UserError
+from lvtrain.weights.architecture import Architecture, recognise
+from lvtrain.weights.foreign import swap_colours
+from lvtrain.weights.reading import read_weights
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
+_T = TypeVar("_T")
+TEACHER = "teacher.backbone."
+
+State = dict[str, torch.Tensor]
+
+
+class Source(ABC):
+    """Weights at a path. Opening reads names and shapes; tensors are read when they are asked for, where the format allows.
+
+    Attributes:
+        kind: which weights these are, for messages.
+        shapes: of the evaluated network's tensors, by its own names.
+        centres_shape: [C, d] of the class centres, if the source holds all of them.
+    """
+
+    kind: str
+    shapes: dict[str, torch.Size]
+    centres_shape: torch.Size | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @abstractmethod
+    def state(self) -> State:
+        """The evaluated network's tensors by name, on the host."""
+
+    def architecture(self) -> Architecture:
+        """The backbone that these weights fit.
+
+        Raises:
+            UserError: the source does not record it, and names and shapes fit no backbone.
+        """
+        return recognise({name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()})
+
+    def class_centres(self, start: int, stop: int) -> torch.Tensor:
+        """Class centres `[stop - start, d]`, float32 on the host; only where there is a `centres_shape`."""
+        raise NotImplementedError
+
+
+class RunSource(Source):
+    """A run (its newest valid checkpoint) or a checkpoint of ours."""
+
+    def __init__(self, path: Path, average: bool) -> None:
+        super().__init__(path)
+        self._average = average
+        everything = open_shapes(path)
+        self.shapes = strip(everything, "ema.") if average else evaluated(everything)
+        if not self.shapes:
+            raise UserError(f"{path} has no moving average; its recipe has no ema section")
+        self.centres_shape = everything.get("classifier.weight")
+
+    @cached_property
+    def _opened(self) -> Weights:
+        return open_weights(self.path)
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        found = self._opened
+        place = f"step {found.step}, phase {found.phase}" if found.recipe else f"checkpoint of step {found.step}"
+        return place + (", moving average" if self._average else "")
+
+    def architecture(self) -> Architecture:
+        recipe = self._opened.recipe
+        return architecture_from(recipe["backbone"]) if recipe else super().architecture()
+
+    def state(self) -> State:
+        found = self._opened
+        if self._average:
+            return found.average or {}
+        trained = {f"backbone.param.{name}": value for name, value in found.backbone.items()}
+        teacher = {n: found.reader.replicated(n) for n in sorted(found.reader.names) if n.startswith(TEACHER)}
+        return evaluated(trained | teacher)
+
+    def class_centres(self, start: int, stop: int) -> torch.Tensor:
+        return self._opened.reader.rows("classifier.weight", start, stop)
+
+
+class ExportedSource(Source):
+    """A folder that lvtrain exported."""
+
+    kind = "exported folder"
+
+    def __init__(self, path: Path, backbone: dict[str, Any]) -> None:
+        super().__init__(path)
+        self._architecture = architecture_from(backbone)
+        try:
+            with safe_open(path / WEIGHTS, "pt") as stored:
+                self.shapes = {name: torch.Size(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path / WEIGHTS} is not a whole safetensors file ({error}); export it again") from error
+
+    def architecture(self) -> Architecture:
+        return self._architecture
+
+    def state(self) -> State:
+        return load_file(self.path / WEIGHTS)
+
+
+class ForeignSource(Source):
+    """Other projects' weights. They are read whole: names follow only from all of them."""
+
+    def __init__(self, path: Path, average: bool) -> None:
+        super().__init__(path)
+        weights = read_weights(path, average=average)
+        if not weights.backbone:
+            raise UserError(f"{path} holds {weights.kind}, no backbone")
+        self.kind, self._weights = weights.kind, weights.backbone
+        if weights.bgr:
+            self.kind, self._weights = f"{weights.kind}, turned from BGR to RGB", swap_colours(weights.backbone)
+        self.shapes = {name: tensor.shape for name, tensor in self._weights.items()}
+        self._rows = weights.rows
+        self.centres_shape = None if weights.rows is None else weights.rows.shape
+
+    def state(self) -> State:
+        return self._weights
+
+    def class_centres(self, start: int, stop: int) -> torch.Tensor:
+        assert self._rows is not None
+        return self._rows[start:stop]
+
+
+def open_source(path: str | Path, *, average: bool = False) -> Source:
+    """Whatever weights lie at `path`; `average` takes a run's moving average instead of the weights.
+
+    Raises:
+        UserError: nothing usable there, a damaged file, or no moving average.
+    """
+    path = Path(path)
+    if (backbone := _exported_backbone(path)) is not None:
+        if average:
+            raise UserError(f"{path} has no moving average; runs have one where the recipe has an ema section")
+        return ExportedSource(path, backbone)
+    if (path.is_dir() and not any(path.glob("*.safetensors"))) or (path / "manifest.json").is_file():
+        return RunSource(path, average)
+    return ForeignSource(path, average)
+
+
+def architecture_from(section: dict[str, Any]) -> Architecture:
+    """From a recipe's `backbone` section, resolved."""
+    return Architecture(
+        section["name"], section["embedding_dim"], section["image_size"], dict(section.get("overrides", {}))
+    )
+
+
+def evaluated(everything: dict[str, _T]) -> dict[str, _T]:
+    """What of a checkpoint is evaluated, by the evaluated network's own names.
+
+    That is a self-supervised run's teacher, else the trained module, which may hold the network as `backbone`.
+    """
+    if teacher := strip(everything, TEACHER):
+        return teacher
+    trained = strip(everything, "backbone.param.") | strip(everything, "backbone.buffer.")
+    if trained and all(name.startswith("backbone.") for name in trained):
+        return strip(trained, "backbone.")
+    return trained
+
+
+def strip(values: dict[str, _T], prefix: str) -> dict[str, _T]:
+    """The entries whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def _exported_backbone(path: Path) -> dict[str, Any] | None:
+    """The backbone section of a folder that lvtrain exported; None for anything else."""
+    if not (path.is_dir() and (path / CONFIG).is_file() and (path / WEIGHTS).is_file()):
+        return None
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        return dict(config["lvtrain"]["backbone"]) if "lvtrain" in config else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is a damaged folder ({type(error).__name__}: {error}); export it again") from error
