@@ -30,6 +30,7 @@ def main(
 ) -> None:
     # imported here, because they import torch: --help answers at once
     from lvtrain.engine.ds_config import resolve_ds_config
+    from lvtrain.methods import MethodSection
     from lvtrain.planning import H200, plan_phases
     from lvtrain.recipe import files as recipes
     from lvtrain.training.checks import sizes
@@ -43,6 +44,7 @@ def main(
         default = (matmul, memory, link) == (790, 149, 50)
         name = "H200" if default else "GPU"
         device = replace(H200, name=name, matmul=matmul * 1e12, memory=memory * 1e9, link=link * 1e9)
+        assert isinstance(loaded.method, MethodSection)
         for key, path in loaded.method.sources().items():
             if not path.exists():
                 typer.echo(f"plan: warning: method.{key}: {path} is not here: the plan leaves it out", err=True)
