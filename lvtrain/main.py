@@ -92,6 +92,7 @@ def _run(options: argparse.Namespace) -> int:
         recipe,
         options.ds_config,
         num_classes=dataset.num_classes,
+        num_samples=len(dataset),
         ranks=worlds.launch().size,
         only_phase=options.phase,
     )

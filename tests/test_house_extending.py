@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,21 @@ import torch
 import typer
 from PIL import Image
 from pydantic import Field
+from safetensors import safe_open
 from torch import nn
 from typer.testing import CliRunner
 
 from lvtrain.backbones import Backbone, register
 from lvtrain.data.shards import ShardDataset
 from lvtrain.datasets import importer
+from lvtrain.engine.optimizers import BackboneOptimizer
 from lvtrain.errors import UserError
 from lvtrain.methods import METHODS, LossOutput, Method, MethodSection
 from lvtrain.methods.base import initial_backbone
 from lvtrain.methods.cost import Cost
 from lvtrain.recipe import files as recipes
+from lvtrain.recipe.base import setting
+from lvtrain.recipe.optimizer import OPTIMIZERS, Optimizer
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.runs import metrics, recipe_file
@@ -248,3 +253,61 @@ def test_a_protocol_is_one_class(tiny_faces: Path, tmp_path: Path) -> None:
     assert found == {"code": 0, "kind": "toy_norm", "power": 2, "named": "toy_norm"}
     final = json.loads((tmp_path / "runs" / "tiny" / "evaluation" / "final.json").read_text())["benchmarks"]
     assert final["norms"] == {"kind": "toy_norm", "norm": 1.0, "images": 3} and final["pairs"]["kind"] == "verification"
+
+
+def toy_optimizer() -> None:
+    class ToySection(Optimizer):
+        name: str = "toy_sign"
+        keep: float = setting(0.5, "share of the direction that is kept", ge=0, lt=1)
+
+    class SignDescent(torch.optim.Optimizer):
+        """w -= lr sign(d), d = keep d + (1 - keep) gradient."""
+
+        found_inf: torch.Tensor
+        grad_scale: torch.Tensor
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            if self.found_inf:
+                return
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    if weight.grad is not None:
+                        direction = self.state[weight]["toy_direction"]
+                        direction.lerp_(weight.grad / self.grad_scale, 1 - group["keep"])
+                        weight.sub_(direction.sign(), alpha=group["lr"])
+
+    @OPTIMIZERS.register("toy_sign")
+    class ToySign(BackboneOptimizer):
+        section = ToySection
+
+        @staticmethod
+        def state_names(section: Any) -> tuple[str, ...]:
+            return ("toy_direction",)
+
+        @staticmethod
+        def create(groups: list[dict[str, Any]], section: Any) -> torch.optim.Optimizer:
+            return SignDescent(groups, {"lr": 0.0, "keep": section.keep})
+
+
+def _start_with_toy_optimizer(rank: int, ranks: int, recipe: str) -> int:
+    from lvtrain.main import main
+
+    toy_optimizer()
+    return main(["--recipe", recipe, "--ds_config", str(ROOT / "ds_configs" / "zero2.json")])
+
+
+def test_an_optimizer_is_one_class(tiny_faces: Path, tmp_path: Path) -> None:
+    """It trains by name, and resumes to the same losses: the engine saves and loads the state that it names."""
+    optimizer = {"name": "toy_sign", "keep": 0.25, "lr": 1e-3, "precision": "float32"}
+    recipe = recipe_file(tmp_path, tiny_faces / "train", optimizer=optimizer)
+    run, losses = tmp_path / "runs" / "tiny", []
+    last = run / "checkpoints" / "step_000000012"
+    for _ in range(2):
+        assert run_ranks(1, _start_with_toy_optimizer, str(recipe)) == [0]
+        losses.append([row["loss"] for row in metrics(run) if "loss" in row])
+        with safe_open(last / "rank_00000.safetensors", "pt") as opened:
+            names = set(opened.keys())
+        assert "backbone.toy_direction.pos_embed" in names and "backbone.adam_step" not in names
+        shutil.rmtree(last)
+    assert losses[0] == losses[1] and len(losses[0]) == 12

@@ -5,17 +5,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from lvtrain.engine.optimizers.adamw import AdamWSection
+from lvtrain.engine.optimizers.sgd import SgdSection
 from lvtrain.errors import UserError
 from lvtrain.recipe.base import Duration
+from lvtrain.recipe.optimizer import Optimizer
 from lvtrain.recipe.sections import Phase, PhaseEnd, Schedule
 from lvtrain.training.schedule import (
     CosineStage,
+    LearningRate,
     Position,
     learning_rate,
     phase_end_reason,
     phase_limit,
+    rate_line,
     what_is_complete,
 )
 
@@ -23,7 +28,7 @@ PHASE = Phase(name="a", global_batch=10, micro_batches=2)
 
 
 def rates(**fields) -> list[float]:
-    rate = learning_rate(Schedule(**fields), 1.0, phases=[PHASE], samples_per_epoch=20)
+    rate = learning_rate(Schedule(**fields), AdamWSection(lr=1.0), phases=[PHASE], samples_per_epoch=20)
     return [round(rate.at(step * 10, 10), 6) for step in range(11)]
 
 
@@ -46,7 +51,10 @@ def test_warmup_equals_torchs_linear_warmup() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 5, total_iters=4)
     ours = learning_rate(
-        Schedule(total="50 steps", warmup="5 steps", shape="constant"), 1.0, phases=[PHASE], samples_per_epoch=20
+        Schedule(total="50 steps", warmup="5 steps", shape="constant"),
+        AdamWSection(lr=1.0),
+        phases=[PHASE],
+        samples_per_epoch=20,
     )
     for step in range(8):
         assert ours.at(step * 10, 10) == pytest.approx(optimizer.param_groups[0]["lr"])
@@ -71,22 +79,36 @@ def test_steps_are_refused_where_batches_differ() -> None:
     with pytest.raises(UserError, match="write it in epochs or samples"):
         learning_rate(
             Schedule(total="10 steps"),
-            1.0,
+            AdamWSection(),
             phases=[PHASE, Phase(name="b", global_batch=20, micro_batches=2)],
             samples_per_epoch=20,
         )
 
 
-def test_a_warmup_longer_than_the_whole_is_told() -> None:
-    def warning(total: str) -> str | None:
-        return learning_rate(
-            Schedule(total=total, warmup="3 epochs"), 1.0, phases=[PHASE], samples_per_epoch=20
-        ).warning
+def test_a_warmup_longer_than_the_whole_is_refused() -> None:
+    def rate(total: str) -> LearningRate:
+        schedule = Schedule(total=total, warmup="3 epochs")
+        return learning_rate(schedule, AdamWSection(), phases=[PHASE], samples_per_epoch=20)
 
-    assert warning("3 epochs") is None
-    assert "(60 samples) is longer than the whole schedule (50): the learning rate ends at 83% of optimizer.lr" in str(
-        warning("5 steps")
-    )
+    assert rate("3 epochs").warmup == rate("6 steps").total == 60
+    with pytest.raises(UserError, match=r"schedule\.warmup"):
+        rate("5 steps")
+    with pytest.raises(ValidationError, match="warmup"):
+        rate("2 epochs")
+
+
+@pytest.mark.parametrize(("section", "factor"), [(AdamWSection, 2.0), (SgdSection, 4.0)])
+def test_the_rate_follows_the_batch_on_request(section: type[Optimizer], factor: float) -> None:
+    """Square root for AdamW (Malladi et al. 2022), linear for SGD (Goyal et al. 2017); each phase by its own batch."""
+    phases = [PHASE, Phase(name="b", global_batch=40, micro_batches=2)]
+    fixed = section(lr=0.3)
+    following = section(lr=0.3, lr_for_batch=10)
+    assert [fixed.peak_for(batch) for batch in (10, 40)] == [0.3, 0.3]
+    assert [following.peak_for(batch) for batch in (10, 40)] == pytest.approx([0.3, 0.3 * factor])
+    rate = learning_rate(Schedule(total="2 epochs"), following, phases=phases, samples_per_epoch=200)
+    assert rate.at(200, 40) / rate.at(200, 10) == pytest.approx(factor)
+    line = rate_line(following, phases)
+    assert f"{0.3 * factor:.4g} at global batch 40" in line and "0.3 at global batch 10" in line
 
 
 def test_css_compares_the_mean_of_a_full_window() -> None:

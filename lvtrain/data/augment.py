@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lvtrain import randomness
-from lvtrain.errors import UserError
+from lvtrain.recipe.registry import AUGMENTATIONS
 
 Range = tuple[float, float]
 Uniform = Callable[..., np.ndarray]
@@ -211,6 +211,9 @@ SETS: dict[str, tuple[View, ...]] = {
     "lafs_56": _with_landmark_twins(_dino((0.4, 1.0), None, _SMALL_JITTER, (0.1, 1.0))),
 }
 
+for _name, _views in SETS.items():
+    AUGMENTATIONS.register(_name)(_views)
+
 
 def augmentation(name: str) -> tuple[View, ...]:
     """The views of a named set.
@@ -218,9 +221,8 @@ def augmentation(name: str) -> tuple[View, ...]:
     Raises:
         UserError: no such set; the known ones are listed.
     """
-    if name not in SETS:
-        raise UserError(f"data.augmentation={name} is not known; choose one of {', '.join(SETS)}")
-    return SETS[name]
+    views: tuple[View, ...] = AUGMENTATIONS.get(name)
+    return views
 
 
 # -------------------------------------------------------------------------------------------------------------- draws

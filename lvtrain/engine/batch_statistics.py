@@ -1,12 +1,12 @@
-"""BatchNorm's running statistics for micro-batches: one update a step, the same on every rank and for every number of ranks.
+"""BatchNorm's running statistics: one update a step, the same on every rank and for every number of ranks.
 
-Left alone, a rank updates its running statistics once for each of its own micro-batches: ranks differ, and a run on other ranks does too.
-Here the statistics of all V micro-batches of a step are averaged in the order of the micro-batches and enter the running statistics
-once, at the step's end, with the layer's own momentum; as under one process with one micro-batch, or DistributedDataParallel with one a
-rank. What normalises a batch in training is that micro-batch's own statistics, as always.
+Without this, each rank would update its running statistics once for each of its own micro-batches. Ranks would differ,
+and so would a run on another number of ranks. Here the statistics of all micro-batches of a step are averaged, in the
+order of the micro-batches, and update the running statistics once at the end of the step, with the layer's momentum. In
+training each micro-batch is normalised by its own statistics, as always.
 
-How: the layers run with momentum 1, so a forward leaves the bare statistics of its batch in the buffers, from where they are collected; no hook
-and no second pass over activations. A layer called several times in one micro-batch contributes its last call.
+How: the layers run with momentum 1, so a forward leaves the statistics of its batch in the buffers, where they are
+collected. A layer that is called several times in one micro-batch contributes its last call.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class BatchStatistics:
-    """Keeps the true running statistics of `module`'s BatchNorm layers and sees to it that they are what the buffers hold between steps.
+    """Keeps the true running statistics of `module`'s BatchNorm layers, which the buffers hold between steps.
 
-    Call `collect(micro)` after the forward of this rank's micro-batch number `micro`, then `commit` (or `discard`) at the step's end.
+    Call `collect(micro)` after the forward of this rank's micro-batch `micro`, and `commit` or `discard` at the end of
+    the step.
     """
 
     def __init__(self, module: nn.Module, micro_batches: int) -> None:
@@ -47,7 +48,7 @@ class BatchStatistics:
 
     @torch.no_grad()
     def collect(self, micro: int) -> None:
-        """Takes the batch statistics that the last forward left in the buffers."""
+        """Copies the batch statistics that the last forward left in the buffers."""
         if not self._layers or not any(layer.training for layer in self._layers):
             return
         buffers = self._buffers()
@@ -59,7 +60,7 @@ class BatchStatistics:
 
     @torch.no_grad()
     def commit(self) -> None:
-        """One update of the running statistics from the step's V micro-batches; a collective."""
+        """Updates the running statistics once from all micro-batches of the step. A collective."""
         if self._slots is None or not any(self._learning):
             return
         slots = self._slots
@@ -67,9 +68,7 @@ class BatchStatistics:
             parts = [torch.empty_like(slots) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, slots)
             slots = torch.cat(parts)
-        mean = slots[
-            0
-        ].clone()  # summed one by one: the order must not depend on how many ranks the micro-batches came from
+        mean = slots[0].clone()  # summed one by one, so that the order does not depend on the number of ranks
         for row in slots[1:]:
             mean += row
         mean /= len(slots)
@@ -82,7 +81,7 @@ class BatchStatistics:
 
     @torch.no_grad()
     def discard(self) -> None:
-        """Puts the true statistics back into the buffers: the step's micro-batches leave no trace."""
+        """Restores the true statistics in the buffers, as if the step's micro-batches had not been seen."""
         for true, buffer in zip(self._true, self._buffers()):
             buffer.copy_(true)
         for count, layer in zip(self._counts, self._layers):
@@ -90,13 +89,13 @@ class BatchStatistics:
 
     @torch.no_grad()
     def reload(self) -> None:
-        """Takes the buffers, just loaded from a checkpoint, as the true statistics."""
+        """Reads the true statistics from the buffers, after a checkpoint was loaded."""
         for true, buffer in zip(self._true, self._buffers()):
             true.copy_(buffer)
         self._counts = [int(_count(layer)) for layer in self._layers]
 
     def release(self) -> None:
-        """Gives the layers their momentum back."""
+        """Restores the momentum of the layers."""
         for layer, momentum in zip(self._layers, self._momenta):
             layer.momentum = momentum
 

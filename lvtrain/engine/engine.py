@@ -1,7 +1,7 @@
 """The backbone under DeepSpeed: forward, backward, one optimizer step, and its state in and out by parameter name.
 
-Everything DeepSpeed-specific lives here and in `zero_state`. The engine keeps its own count of micro-batches and tells DeepSpeed where a step
-ends, so that a step can be discarded and the next one starts clean, under every ZeRO stage.
+Everything specific to DeepSpeed lives here and in `zero_state`. The engine counts the micro-batches itself and tells
+DeepSpeed where a step ends. So a step can be discarded, and the next one starts clean, under every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -36,17 +36,27 @@ PREFIX = "backbone."
 
 
 class StateReader(Protocol):
-    """What `Engine.import_state` reads from: a checkpoint, or a dict in tests."""
+    """What `Engine.import_state` reads from, such as a checkpoint."""
 
     def replicated(self, name: str) -> torch.Tensor: ...
 
 
 class Engine:
-    """`module` under DeepSpeed, as `ds_config` (from `resolve_ds_config`) and the recipe's optimizer section say.
+    """A module under DeepSpeed. A process group must exist already.
 
-    `micro_batch` samples a forward, `accumulation` forwards and backwards on this rank a step. A process group must exist already. A loss
-    handed to `backward` is divided by `accumulation`; gradients are averaged over the ranks. Parameters and buffers are float32 whatever the
-    precision of the arithmetic.
+    Parameters and buffers are float32, whatever the precision of the arithmetic. `backward` divides the loss by
+    `accumulation`, and gradients are averaged over the ranks.
+
+    Args:
+        module: the network to train.
+        ds_config: from `resolve_ds_config`.
+        micro_batch: images in one forward.
+        accumulation: micro-batches of this rank in one step.
+        optimizer: the recipe's section.
+        device: where the module is moved to.
+
+    Raises:
+        UserError: DeepSpeed refuses the configuration.
     """
 
     def __init__(
@@ -60,7 +70,7 @@ class Engine:
         device: torch.device,
     ) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
-        # a shared-memory op that only inference uses: compiling it costs a first start half a minute and a compiler
+        # a shared-memory op that only inference uses; compiling it would need a compiler and half a minute at the first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         module.to(device)
         module.train()
@@ -76,9 +86,10 @@ class Engine:
         config = dict(ds_config, train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation)
         self.stage = int(config["zero_optimization"]["stage"])
         config["zero_optimization"] = _fit_buckets(config["zero_optimization"], module)
-        # Dividing the loss by the accumulation moves where bfloat16 rounds in backward, unless by a power of two: 1 rank x 3 and 3 ranks x 1 would
-        # differ. So inside the module the gradient is that of the undivided loss, and each parameter's own is divided, in float32. What is left is
-        # the roundings that fall the other way (up to 8e-3 of a tensor's largest moment, tests/test_engine_state.py).
+        # Dividing the loss by an accumulation that is not a power of two changes the rounding of bfloat16 in backward, so
+        # 1 rank x 3 and 3 ranks x 1 would differ. Here the module sees the gradient of the undivided loss, and each
+        # parameter's gradient is divided in float32. A small difference remains (up to 8e-3 of a tensor's largest
+        # moment, tests/test_engine_state.py).
         self._exact = accumulation & (accumulation - 1) == 0 or not self._bfloat16
         parameters = dict(module.named_parameters())
         if not self._exact:
@@ -98,7 +109,7 @@ class Engine:
             for group in self.groups
         ]
         self._optimizer: Any = kind.create(groups, optimizer)
-        # DeepSpeed warns of every optimizer that it does not know; the tests of the engine cover ours
+        # DeepSpeed warns of optimizers that it has not tested; tests/test_engine_optimizers.py tests ours
         config["zero_allow_untested_optimizer"] = True
         deepspeed_logger.setLevel(logging.ERROR)
         try:
@@ -106,14 +117,15 @@ class Engine:
                 model=module, optimizer=self._optimizer, config=config, dist_init_required=False
             )
         except ValidationError as error:  # only DeepSpeed knows all its own settings
-            told = error.errors()[0]
+            problem = error.errors()[0]
             raise UserError(
-                f"the DeepSpeed JSON: {'.'.join(map(str, told['loc']))}: {told['msg']}; correct or remove it"
+                f"the DeepSpeed JSON: {'.'.join(map(str, problem['loc']))}: {problem['msg']}; correct or remove it"
             ) from error
         finally:
             deepspeed_logger.setLevel(logging.WARNING)
         self._state = zero_state.create(self._engine, self.stage, self._state_names, counts_steps=bool(self._step_name))
-        self._state.prepare_state(0.0)  # at once: a first step that is skipped must not leave what was never written
+        # at once: when its first step is skipped, torch's fused SGD would keep a momentum that was never written
+        self._state.prepare_state(0.0)
         self._check()
 
     # ------------------------------------------------------------------------------------------------------------- training
@@ -123,7 +135,7 @@ class Engine:
         return self._engine.module
 
     def __call__(self, *inputs: Any) -> Any:
-        """The module's forward on one micro-batch, under autocast if the recipe says bfloat16."""
+        """The module's forward on one micro-batch, in bfloat16 if the recipe says so."""
         self._engine.set_gradient_accumulation_boundary(self._micro == self.accumulation - 1)
         outputs = self._engine(*inputs)
         if self.module.training:
@@ -133,7 +145,7 @@ class Engine:
         )
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient of one micro-batch's loss, a scalar; call it `accumulation` times a step."""
+        """Adds the gradient of one micro-batch's scalar loss. Call it `accumulation` times a step."""
         if self._micro >= self.accumulation:
             raise RuntimeError(f"backward called more than {self.accumulation} times in a step")
         self._engine.set_gradient_accumulation_boundary(self._micro == self.accumulation - 1)
@@ -141,12 +153,19 @@ class Engine:
         self._micro += 1
 
     def step(self, lr: float, loss: torch.Tensor, *, weight_decay: float | None = None) -> torch.Tensor:
-        """One clipped AdamW step at rate `lr` times each group's scale; returns the gradient norm before clipping, a float32 scalar.
+        """One clipped step of the optimizer.
 
-        `weight_decay`: of the groups that are decayed, from this step on; at first it is `optimizer.weight_decay`.
-        `loss`: the step's, over all ranks. If it or the norm is not finite, weights and moments stay as they are, on every rank alike, and
-        `skipped` is True then. The device decides that, inside AdamW's own kernel, which also clips; the host is told while the device is
-        still at work on the update.
+        If the loss or the gradient norm is not finite, weights and optimizer state stay as they are on every rank, and
+        `skipped` is True. The device decides that inside the optimizer's kernel, which also clips. The host reads the
+        decision while the device still works on the update.
+
+        Args:
+            lr: learning rate, before each group's scale.
+            loss: the step's loss over all ranks, a scalar on the device.
+            weight_decay: of the decayed groups from this step on; None keeps it (at first `optimizer.weight_decay`).
+
+        Returns:
+            The gradient norm before clipping, float32 scalar.
         """
         if self._micro != self.accumulation:
             raise RuntimeError(f"step after {self._micro} of {self.accumulation} micro-batches")
@@ -159,7 +178,7 @@ class Engine:
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         self._verdict.send(finite)
         place = self._state.optimizer_device()
-        # torch's fused optimizers divide gradients by `grad_scale`, and change nothing, their step count included, where `found_inf` is 1
+        # torch's fused optimizers divide gradients by `grad_scale`; where `found_inf` is 1 they change nothing
         self._optimizer.found_inf = (~finite).to(place, torch.float32)
         if self._clip:
             self._optimizer.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0).to(place)
@@ -172,11 +191,11 @@ class Engine:
 
     @property
     def skipped(self) -> bool:
-        """Whether the last `step` changed nothing because the loss or the gradient was not finite."""
+        """Whether the last `step` changed nothing, because the loss or the gradient was not finite."""
         return self._skipped
 
     def sync_batch_statistics(self) -> None:
-        """Moves BatchNorm's running statistics by the step's V micro-batches, the same on every rank; call it after `step`. A collective."""
+        """Updates BatchNorm's running statistics from all micro-batches of the step. Call it after `step`. A collective."""
         if not self._skipped:
             self._statistics.commit()
 
@@ -185,16 +204,6 @@ class Engine:
 
     def eval(self) -> None:
         self._engine.eval()
-
-    @torch.no_grad()
-    def forward_only(self, *inputs: Any) -> Any:
-        """The module's forward in evaluation mode, without gradient; under ZeRO-3 every rank must call it equally often."""
-        training = self.module.training
-        self.eval()
-        try:
-            return self._engine(*inputs)
-        finally:
-            self._engine.train(training)
 
     def close(self) -> None:
         """Frees DeepSpeed's hooks and buffers. The module cannot be used afterwards."""
@@ -206,22 +215,20 @@ class Engine:
     # ---------------------------------------------------------------------------------------------------------------- state
 
     def full_parameters(self, module: nn.Module | None = None) -> AbstractContextManager[Any]:
-        """Inside it, every weight of `module` (all, if none is given) is whole on every rank, to be read. A collective under ZeRO-3."""
+        """A context in which the weights of `module` (None: all) are whole on every rank, to read. A collective under ZeRO-3."""
         if self.stage < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(list((module or self.module).parameters()), modifier_rank=None)
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter, trained or frozen, whole, float32, on this rank's device, one at a time. A collective under ZeRO-3."""
-        for name, parameter in self.module.named_parameters():
-            yield name, self._state.weight(parameter)
-
     def export_state(self, keep: Callable[[int], bool] = lambda position: True) -> State:
-        """The backbone's whole state by parameter name, on the host, a copy. A collective.
+        """A copy of the backbone's whole state by parameter name, on the host. A collective.
 
-        `backbone.param.NAME`, `backbone.buffer.NAME`, of trained parameters the optimizer's `backbone.KEY.NAME` (such as `exp_avg`), and
-        its step count (`backbone.adam_step`), a float32 scalar. Of the tensors, numbered in this order, the rank keeps those `keep` says; the others come back
-        empty, of dtype and shape only (on the meta device), so that a rank holds no more on the host than it writes.
+        Names: `backbone.param.NAME`, `backbone.buffer.NAME`; for trained parameters also the optimizer's state
+        `backbone.KEY.NAME` (such as `exp_avg`); and its step count (`backbone.adam_step`), a float32 scalar.
+
+        Args:
+            keep: says which tensors this rank keeps, by their number in this order. The others come back on the meta
+                device, so a rank holds no more on the host than it writes.
         """
         if self._micro:
             raise RuntimeError("the state can be exported between steps only")
@@ -243,7 +250,7 @@ class Engine:
         return state
 
     def import_state(self, reader: StateReader) -> None:
-        """Takes back what `export_state` gave, bit for bit, whatever ZeRO stage and number of ranks it came from; each rank keeps only its part.
+        """Loads what `export_state` gave, bit for bit, from any ZeRO stage and number of ranks. Each rank keeps its part.
 
         Raises:
             UserError: a tensor is missing, or its shape or dtype differs.
@@ -261,14 +268,6 @@ class Engine:
         self._statistics.reload()
         self._check()
 
-    def state_names(self) -> set[str]:
-        """The names `export_state` gives, without communication."""
-        names = {f"param.{name}" for name in self._names}
-        names |= {f"buffer.{name}" for name, _ in self._persistent_buffers()}
-        names |= {self._step_name} if self._step_name else set()
-        trained = {name for group in self.groups for name in group.parameters}
-        return {PREFIX + name for name in names | {f"{key}.{name}" for key in self._state_names for name in trained}}
-
     def _persistent_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         for prefix, module in self.module.named_modules():
             for name, buffer in module.named_buffers(prefix, recurse=False):
@@ -276,7 +275,7 @@ class Engine:
                     yield name, buffer
 
     def _check(self) -> None:
-        """What DeepSpeed has got wrong in the past: buffers in float32, groups as configured, one Adam step a group."""
+        """Checks what DeepSpeed got wrong in the past: float32 buffers, the groups, one optimizer step per group."""
         for name, buffer in self.module.named_buffers():
             if buffer.is_floating_point() and buffer.dtype != torch.float32:
                 raise RuntimeError(f"DeepSpeed changed the buffer {name} to {buffer.dtype}; lvtrain needs float32")
@@ -292,7 +291,7 @@ class Engine:
 
 
 class _Verdict:
-    """One truth from the device to the host. The host waits for what was queued before `send`, not for what was queued since."""
+    """Copies one boolean from GPU to host. Reading it waits only for work that was queued before `send`."""
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
@@ -310,7 +309,7 @@ class _Verdict:
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The tensor itself; its gradient times a factor."""
+    """Identity whose gradient is multiplied by a factor."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, factor: int) -> torch.Tensor:
@@ -323,7 +322,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 def _map(outputs: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """`function` of every tensor with a gradient in a tensor, tuple or list."""
+    """Applies `function` to every tensor that requires a gradient in a tensor, tuple or list."""
     if isinstance(outputs, torch.Tensor):
         return function(outputs) if outputs.requires_grad else outputs
     return (
@@ -332,9 +331,10 @@ def _map(outputs: Any, function: Callable[[torch.Tensor], Any]) -> Any:
 
 
 def _fit_buckets(zero: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """No communication bucket larger than the model: DeepSpeed allocates the whole of it, 2 GB by default, anew at every backward."""
+    """Limits the communication buckets to the model's size. DeepSpeed allocates whole buckets, 2 GB by default, in every
+    backward."""
     total = sum(zero_state.full_shape(parameter).numel() for parameter in module.parameters())
-    total += total % 2  # DeepSpeed wants an even number
+    total += total % 2  # DeepSpeed needs an even number
     fitted = dict(zero)
     for name in ("reduce_bucket_size", "allgather_bucket_size"):
         asked = zero.get(name, "auto")

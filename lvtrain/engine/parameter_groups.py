@@ -1,7 +1,7 @@
 """Which parameter gets which weight decay and learning rate, decided by name.
 
-By name and not by what DeepSpeed leaves of a parameter: under ZeRO-3 every parameter looks one-dimensional, and grouping by `ndim` there
-puts all of them into the group without decay.
+Under ZeRO-3 every parameter looks one-dimensional once DeepSpeed has split it. Grouping by `ndim` there would put all of
+them into the group without weight decay.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Where DeepSpeed keeps a parameter's weight and optimizer state under each ZeRO stage, read and written whole and bit for bit.
+"""Where DeepSpeed keeps a parameter's weight and optimizer state under each ZeRO stage. Read and written whole, bit for bit.
 
-DeepSpeed's own accessors are not used: its universal checkpoint loses buffers and frozen parameters and shares one Adam step between groups,
-`safe_get_full_optimizer_state` fails on the second group under ZeRO-1/2, and `safe_set_full_optimizer_state` on odd sizes under ZeRO-3.
-Tests named *canary* in `tests/test_engine_canary.py` fail when an upgrade moves what is relied on here.
+DeepSpeed's own accessors do not suffice. Its universal checkpoint loses buffers and frozen parameters, and shares one
+Adam step between groups. `safe_get_full_optimizer_state` fails on the second group under ZeRO-1/2, and
+`safe_set_full_optimizer_state` on odd sizes under ZeRO-3. `tests/test_engine_canary.py` fails when an upgrade changes
+what this file relies on.
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ class ZeroState(ABC):
 
     @abstractmethod
     def gradient_norm(self) -> torch.Tensor:
-        """Of the step's whole averaged gradient, float32 scalar, the same on every rank; not finite where that is not. A collective."""
+        """Norm of the averaged gradient of all ranks, float32 scalar, the same on every rank. A collective."""
 
     def finish_import(self) -> None:
-        """What a stage must do after all moments have been set."""
+        """What a stage must do once the whole state has been set."""
 
     def optimizer_device(self) -> torch.device:
         """Where the optimizer works: the host under `offload_optimizer`."""
@@ -91,7 +92,7 @@ class ZeroState(ABC):
         return steps.pop() if steps else 0
 
     def check_steps(self) -> None:
-        """One step tensor for each owner, none shared: a shared one advances once for each group."""
+        """Checks that each owner has its own step tensor. A shared one would advance once for each group."""
         if not self.counts_steps:
             return
         steps = [id(state["step"]) for owner in self._owners() if (state := self._inner().state.get(owner))]
@@ -99,7 +100,7 @@ class ZeroState(ABC):
             raise RuntimeError("the optimizer's step tensor is shared between parameter groups")
 
     def prepare_state(self, step: float) -> None:
-        """Makes the optimizer's state as it would itself: zeros, and a step of its own for each owner."""
+        """Makes the state as the optimizer would: zeros, and one step tensor for each owner."""
         for owner in self._owners():
             state = {key: torch.zeros_like(owner, requires_grad=False) for key in self.state_names}
             if self.counts_steps:
@@ -169,7 +170,7 @@ class FlatPartitions(ZeroState):
         if piece is not None:
             whole.narrow(0, piece[1].start, piece[1].numel).copy_(piece[0])
         if self.size > 1:
-            # summed as integers, every bit comes from one rank: as floats, a -0.0 would turn into 0.0
+            # summed as integers, so that every bit comes from one rank; as floats, -0.0 would become 0.0
             dist.all_reduce(whole.view(torch.int32))
         return whole.view(parameter.shape)
 
@@ -179,14 +180,14 @@ class FlatPartitions(ZeroState):
             piece[0].copy_(_slice(whole, piece[1]))
 
     def finish_import(self) -> None:
-        # DeepSpeed links fragments to the moments at its first step, once; the moments are new tensors now
+        # DeepSpeed links fragments to the state once, at its first step; the state is new tensors now
         self.optimizer._hp_optimizer_states_linked = False
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def gradient_norm(self) -> torch.Tensor:
         if self.optimizer.cpu_offload:
             return self.optimizer.scaled_global_norm()
-        # DeepSpeed's own makes the host wait for the device once a group, to bring it the number -1
+        # DeepSpeed's own makes the host wait for the device once for each group
         pieces = [piece for group in self.optimizer.averaged_gradients.values() for piece in group]
         total = torch.stack(torch._foreach_norm(pieces, 2, torch.float32)).square().sum()
         if self.size > 1:

@@ -120,7 +120,7 @@ class ClusterSection(SupervisedSection):
     momentum: float = Field(0.9, ge=0, lt=1, description="of the cluster centres")
     recent: int = Field(100, gt=0, description="Z: most recent features a concentration is taken over")
     smoothing: float = Field(10.0, gt=0, description="PCL's alpha in Z log(Z + alpha)")
-    triplet_margin: float = Field(0.2, ge=0)
+    triplet_margin: float = Field(0.2, ge=0, description="margin of the triplet loss")
     warmup: Duration = Field(
         default_factory=lambda: Duration("1 epochs"),
         description="the bank follows the features, the losses are plain ArcFace's; in steps or epochs",

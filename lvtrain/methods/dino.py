@@ -147,15 +147,17 @@ def dino_loss(
 class DinoSection(MethodSection):
     """The defaults are DINO's; the size of the head is LAFS's."""
 
-    prototypes: int = Field(100_000, gt=1)
-    hidden: int = Field(2048, gt=0)
-    bottleneck: int = Field(256, gt=0)
-    student_temperature: float = Field(0.1, gt=0)
-    teacher_temperature: float = Field(0.04, gt=0)
-    teacher_temperature_start: float = Field(0.04, gt=0)
-    teacher_warmup_epochs: float = Field(0, ge=0)
+    prototypes: int = Field(100_000, gt=1, description="prototypes K of the head")
+    hidden: int = Field(2048, gt=0, description="width of the head's hidden layers")
+    bottleneck: int = Field(256, gt=0, description="width of the head's last layer before the prototypes")
+    student_temperature: float = Field(0.1, gt=0, description="tau_s of the student's softmax")
+    teacher_temperature: float = Field(0.04, gt=0, description="tau_t of the teacher's softmax, after its warm-up")
+    teacher_temperature_start: float = Field(0.04, gt=0, description="tau_t at the start of its warm-up")
+    teacher_warmup_epochs: float = Field(
+        0, ge=0, description="epochs over which tau_t goes from its start to its value"
+    )
     teacher_momentum: float = Field(0.996, gt=0, le=1, description="first value; goes to 1 by a cosine")
-    centre_momentum: float = Field(0.9, ge=0, lt=1)
+    centre_momentum: float = Field(0.9, ge=0, lt=1, description="decay of the centre of the teacher's outputs")
     freeze_last_layer: float = Field(
         1, ge=0, description="epochs at the start in which the prototypes stay as they are"
     )

@@ -48,7 +48,7 @@ class LafsSection(DinoSection):
     """The teacher sees all landmarks, the student a subset."""
 
     landmarks: int = Field(36, gt=0, description="landmarks the student sees")
-    shuffle: bool = True
+    shuffle: bool = Field(True, description="the student sees its landmarks in random order")
     perturbation: float = Field(2.0, ge=0, description="alpha, pixels")
     landmark_weights: Path | None = Field(
         None, description="supervised Part fViT run whose landmark CNN is taken, frozen"

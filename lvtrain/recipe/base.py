@@ -5,11 +5,12 @@ Durations are written "500 steps", "20 epochs" or "1e6 samples" and are turned i
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import core_schema
 
 
@@ -28,6 +29,8 @@ class Duration:
         if not match:
             raise ValueError("a duration is a number and a unit (steps, epochs or samples), like '20 epochs'")
         self.amount, self.unit = float(match[1].replace("_", "")), match[2] + "s"
+        if not math.isfinite(self.amount):
+            raise ValueError("a duration is finite")
 
     def samples(self, *, global_batch: int, samples_per_epoch: int) -> int:
         """The duration in samples, rounded up to whole steps of `global_batch`."""
@@ -46,6 +49,26 @@ class Duration:
             cls, serialization=core_schema.plain_serializer_function_ser_schema(repr)
         )
 
+
+def _positive(duration: Duration) -> Duration:
+    if not duration.amount:
+        raise ValueError("it must be longer than 0")
+    return duration
+
+
+PositiveDuration = Annotated[Duration, AfterValidator(_positive)]
+
+
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(
+            "a name reaches file names and scripts: use at most 100 letters, digits, '.', '_' and '-', and begin with "
+            "a letter, digit or '_'"
+        )
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
 
 Rule = Literal["free", "reported", "fixed"]
 REQUIRED: Any = ...
@@ -96,7 +119,7 @@ class Section(BaseModel):
 class NamedSection(Section):
     """A section whose other fields depend on its name, such as a method's; see `lvtrain.recipe.registry`."""
 
-    name: str
+    name: str = Field(description="which one; the other keys follow from it")
 
 
 def in_steps_or_epochs(warmup: Duration) -> None:

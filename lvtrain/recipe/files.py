@@ -1,6 +1,7 @@
-"""A recipe's way in and out: YAML and `section.key=value` overrides in, `recipe.yaml` of the run folder out, and what a mistake is called.
+"""A recipe's way in and out: YAML and `section.key=value` overrides in, `recipe.yaml` of the run folder out.
 
-Every mistake is a `UserError` of one line with the dotted key; an unknown key comes with the nearest valid one.
+Every mistake is a `UserError` of one line with the dotted key and whoever made it: the file or an override. An unknown
+key is answered with its new name, with what it is called here, or with the nearest valid one.
 """
 
 from __future__ import annotations
@@ -9,32 +10,36 @@ import copy
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lvtrain.errors import UserError
-from lvtrain.recipe import old_keys
+from lvtrain.recipe import arcface_torch, old_keys, strict_yaml
 from lvtrain.recipe.base import Section
+from lvtrain.recipe.fields import all_keys, plain_sections
 from lvtrain.recipe.registry import section_by_name
 from lvtrain.recipe.sections import Recipe
 
+_MOST_MISTAKES = 6
+
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe, apply overrides such as `schedule.total="10 steps"` or `phases.0.sample_rate=0.5`, validate.
+    """Reads a recipe, and applies overrides such as `schedule.total="10 steps"` or `phases.0.sample_rate=0.5`.
 
-    Raises UserError, one line, for a missing file, bad YAML, an unknown key (with the nearest valid one) or a bad value.
+    Raises:
+        UserError: a missing file, bad YAML, an unknown key or a bad value.
     """
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in (Path(__file__).parents[1] / "recipes").glob("*.yaml")))
         raise UserError(f"recipe {path} does not exist; lvtrain/recipes has {known}")
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        values = strict_yaml.parse_yaml(strict_yaml.read_small(path))
+    except strict_yaml.StrictError as error:
+        raise UserError(f"recipe {path}: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}")
     alone = copy.deepcopy(values)
@@ -55,12 +60,26 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
 
 def resolve(values: dict[str, Any], *, source: Callable[[Any], str] = lambda problem: "recipe") -> Recipe:
-    """Validate a plain dict as a recipe; raises UserError, one line naming each mistake's `source` and dotted key."""
+    """Checks plain values as a recipe.
+
+    Args:
+        source: says who is to blame for a pydantic problem.
+
+    Raises:
+        UserError: one line with each mistake's source and dotted key.
+    """
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        mistakes = [f"{source(problem)}: {_explain(problem, values)}" for problem in error.errors()]
-        raise UserError("; ".join(mistakes)) from error
+        problems = error.errors()
+        mistakes = [f"{source(problem)}: {_explain(problem, values)}" for problem in problems[:_MOST_MISTAKES]]
+        more = [f"and {len(problems) - len(mistakes)} more mistakes"] if len(problems) > len(mistakes) else []
+        theirs = sum(
+            arcface_torch.answer(str(problem["loc"][-1])) is not None for problem in problems if problem["loc"]
+        )
+        if theirs > 2:
+            more.append("for a file of arcface_torch, python tools/migrate_config.py FILE writes a recipe")
+        raise UserError("; ".join(mistakes + more)) from error
 
 
 def _problems(values: dict[str, Any]) -> set[tuple[tuple[Any, ...], str]]:
@@ -73,7 +92,13 @@ def _problems(values: dict[str, Any]) -> set[tuple[tuple[Any, ...], str]]:
 
 def of_run(text: str) -> dict[str, Any]:
     """The plain values of a run folder's `recipe.yaml`, in today's keys whatever version wrote it."""
-    return old_keys.translate(yaml.safe_load(text) or {})
+    try:
+        values = strict_yaml.parse_yaml(text)
+    except strict_yaml.StrictError as error:
+        raise UserError(f"recipe.yaml of the run: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError("recipe.yaml of the run is empty or not a recipe; take it from the newest checkpoint's run")
+    return old_keys.translate(values)
 
 
 def dump(recipe: Recipe) -> str:
@@ -88,8 +113,8 @@ def apply(values: dict[str, Any], override: str) -> tuple[Any, ...]:
         raise UserError(f"override {override!r} must look like section.key=value")
     try:
         value = _parse_scalar(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+    except strict_yaml.StrictError as error:
+        raise UserError(f"override {override!r}: the value: {error}") from error
     node: Any = values
     place: list[Any] = []
     last: Any
@@ -110,7 +135,7 @@ def apply(values: dict[str, Any], override: str) -> tuple[Any, ...]:
 
 
 def _parse_scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
+    value = strict_yaml.parse_yaml(text)
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
         try:
             return float(value)
@@ -142,19 +167,14 @@ def _explain(problem: Any, values: dict[str, Any]) -> str:
     dotted = ".".join(str(part) for part in location)
     fields = _fields(location[:-1], values)
     if problem["type"] == "extra_forbidden":
-        if renamed := old_keys.answer(location):
-            return f"unknown key {dotted!r}; {renamed}"
-        valid = sorted(fields)
-        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"
-        return f"unknown key {dotted!r}; {hint}"
+        return f"unknown key {dotted!r}; {_hint(location, sorted(fields))}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{dotted} is missing"
     if problem["type"] == "path_type" and problem["input"] is None:
-        return f"{dotted} has no value; YAML wants a space behind the colon, 'name: path'"
+        return f"{dotted} has no value; YAML needs a space after the colon, 'name: path'"
     if problem["type"] == "unknown_name":
-        return f"{dotted}: {problem['msg']}"
+        return f"{dotted}: {problem['msg']}" + arcface_torch.answer_value(dotted, problem["input"])
     got = f", got {problem['input']!r}" if isinstance(problem.get("input"), (str, int, float, bool)) else ""
     meant = (
         fields[location[-1]].description if location and location[-1] in fields and message == problem["msg"] else None
@@ -162,14 +182,21 @@ def _explain(problem: Any, values: dict[str, Any]) -> str:
     return f"{dotted or 'recipe'}: {message}{got}" + (f" ({meant})" if meant else "")
 
 
+def _hint(location: tuple[Any, ...], valid: list[str]) -> str:
+    key = str(location[-1])
+    if renamed := old_keys.answer(location):
+        return renamed
+    if theirs := arcface_torch.answer(key):
+        return theirs
+    if elsewhere := [one.dotted for one in all_keys() if one.dotted.rpartition(".")[2] == key]:
+        places = dict.fromkeys(dotted.replace(".*.", ".0.") for dotted in elsewhere)
+        return f"did you mean {' or '.join(list(places)[:3])}?"
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"
+
+
 def _location(problem: Any) -> tuple[Any, ...]:
     return tuple(problem["loc"])
-
-
-def _models(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)] if get_origin(annotation) else []
 
 
 def _fields(location: tuple[Any, ...], values: Any) -> dict[str, FieldInfo]:
@@ -188,12 +215,12 @@ def _sections(field: FieldInfo, value: Any) -> list[type[Section]]:
     if named := section_by_name(field):
         section = named.of(value)
         return [section] if section else []
-    return _models(field.annotation)
+    return plain_sections(field.annotation)
 
 
 def _bare(field: FieldInfo) -> str:
     """The key that a bare value of the field stands for: `method: pco` is short for `method: {name: pco}`."""
-    return "name" if section_by_name(field) else next((model.bare for model in _models(field.annotation)), "")
+    return "name" if section_by_name(field) else next((model.bare for model in plain_sections(field.annotation)), "")
 
 
 def _inside(values: Any, part: Any) -> Any:

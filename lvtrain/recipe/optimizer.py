@@ -7,6 +7,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import field_validator
+
 from lvtrain.recipe.base import NamedSection, setting
 from lvtrain.recipe.registry import Registry, named_section
 
@@ -17,18 +19,25 @@ _GROUPS = "it decides the optimizer's parameter groups"
 
 
 class Optimizer(NamedSection):
-    # the factor on `lr` for a batch k times as large is k to this power
+    # with `lr_for_batch`, the rate for a batch k times as large is k to this power: 1 is the linear rule, 1/2 the square root
     batch_power: ClassVar[float] = 1.0
 
     name: str = setting("adamw", "name of the backbone's optimizer", because="the checkpoints hold its state")
-    lr: float = setting(1e-3, "peak learning rate of the backbone", resume="reported", gt=0, allow_inf_nan=False)
-    weight_decay: float = setting(0.1, "weight decay", because=_LEARNED, ge=0, allow_inf_nan=False)
+    lr: float = setting(1e-3, "peak learning rate of the backbone", resume="reported", gt=0)
+    lr_for_batch: int | None = setting(
+        None,
+        "global batch that lr is for; a phase with another batch gets a rate by the rule: linear for sgd, square root "
+        "for adamw. Absent: lr for every batch",
+        resume="reported",
+        unit="images",
+        gt=0,
+    )
+    weight_decay: float = setting(0.1, "weight decay", because=_LEARNED, ge=0)
     weight_decay_end: float | None = setting(
         None,
         "weight decay at the end of schedule.total, reached by a cosine, as in DINO; absent: constant",
         because=_LEARNED,
         ge=0,
-        allow_inf_nan=False,
     )
     decay_norms: bool = setting(
         False,
@@ -42,13 +51,26 @@ class Optimizer(NamedSection):
         gt=0,
         le=1,
     )
-    clip: float = setting(5.0, "largest gradient norm of the backbone", because=_LEARNED, gt=0, allow_inf_nan=False)
+    clip: float = setting(5.0, "largest gradient norm of the backbone", because=_LEARNED, gt=0)
     precision: Literal["float32", "bfloat16"] = setting(
         "bfloat16", "arithmetic of the backbone; its weights are float32 in both", because=_LEARNED
     )
     gradient_communication: Literal["float32", "bfloat16"] = setting(
         "float32", "type in which gradients are summed over GPUs", because=_LEARNED
     )
+
+    @field_validator("precision", "gradient_communication", mode="before")
+    @classmethod
+    def _short_names(cls, value: Any) -> Any:
+        if value in ("fp16", "float16", "half"):
+            raise ValueError("float16 needs loss scaling, which lvtrain does not have; use bfloat16")
+        return {"bf16": "bfloat16", "fp32": "float32"}.get(value, value) if isinstance(value, str) else value
+
+    def peak_for(self, global_batch: int) -> float:
+        """Peak learning rate of a phase with this global batch."""
+        if self.lr_for_batch is None:
+            return self.lr
+        return float(self.lr * (global_batch / self.lr_for_batch) ** self.batch_power)
 
     def weight_decay_at(self, progress: float) -> float:
         """Weight decay where a share `progress` in [0, 1] of the schedule is behind: a half cosine (Caron et al., ICCV

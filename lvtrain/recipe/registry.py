@@ -83,7 +83,8 @@ class Registry(Generic[T]):
 
     def _load_module(self, name: str) -> None:
         """Imports the file that has the entry's own name, if there is one: most have, and the others need not be read."""
-        if name.isidentifier() and importlib.util.find_spec(f"{self.room}.{name}"):
+        room = importlib.import_module(self.room)
+        if hasattr(room, "__path__") and name.isidentifier() and importlib.util.find_spec(f"{self.room}.{name}"):
             importlib.import_module(f"{self.room}.{name}")
 
     def _load(self) -> None:
@@ -156,3 +157,4 @@ def named_section(registry: Registry[Any], default: str | None = None) -> Any:
 
 METHODS: Registry[Any] = Registry("method", "lvtrain.methods")
 MARGINS: Registry[Any] = Registry("margin", "lvtrain.classifier.margins")
+AUGMENTATIONS: Registry[Any] = Registry("augmentation", "lvtrain.data.augment")

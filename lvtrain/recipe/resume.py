@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
-
-from pydantic.fields import FieldInfo
 
 from lvtrain.recipe.base import Rule, Section
-from lvtrain.recipe.registry import section_by_name
+from lvtrain.recipe.fields import rule_of, sections_of
 from lvtrain.recipe.sections import Recipe
 
 _STRICTEST: tuple[Rule, ...] = ("fixed", "reported", "free")
@@ -28,25 +25,6 @@ def resume_reason(dotted: str) -> str:
     return next((because for rule, because in _found(dotted) if rule == "fixed" and because), "")
 
 
-def sections(field: FieldInfo) -> list[type[Section]]:
-    """Every section that a field may hold."""
-    named = section_by_name(field)
-    return named.every() if named else _models(field.annotation)
-
-
-def _models(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _models(part)] if get_origin(annotation) else []
-
-
-def own_rule(field: FieldInfo) -> tuple[Rule | None, str]:
-    """The rule that a field states itself, and why."""
-    extra: Any = field.json_schema_extra
-    extra = extra if isinstance(extra, dict) else {}
-    return extra.get("resume"), str(extra.get("because", ""))
-
-
 def _found(dotted: str) -> list[tuple[Rule, str]]:
     parts = [part for part in dotted.split(".") if not part.isdigit()]
     return list(_walk(Recipe, parts, "fixed", ""))
@@ -57,9 +35,8 @@ def _walk(model: type[Section], parts: list[str], rule: Rule, because: str) -> I
     if not parts or parts[0] not in model.model_fields:
         return
     field = model.model_fields[parts[0]]
-    own, why = own_rule(field)
-    rule, because = own or rule, why or because
-    below = sections(field)
+    rule, because = rule_of(field, (rule, because))
+    below = sections_of(field).values()
     if len(parts) == 1 or not below:  # the field itself, or a key of a dict in it
         yield rule, because
     for section in below:

@@ -7,14 +7,17 @@ recipes, and `REFERENCE.md` is generated from these fields (`python tools/recipe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from lvtrain.recipe.base import REQUIRED, Duration, NamedSection, Section, setting
+from lvtrain.errors import UserError
+from lvtrain.recipe import arcface_torch
+from lvtrain.recipe.base import REQUIRED, Duration, FileName, NamedSection, PositiveDuration, Section, setting
 from lvtrain.recipe.classifier import Classifier
 from lvtrain.recipe.optimizer import AnyOptimizer
-from lvtrain.recipe.registry import METHODS, named_section
+from lvtrain.recipe.registry import AUGMENTATIONS, METHODS, named_section
 from lvtrain.recipe.trackers import AnyTracker, TrackerSection
 
 if TYPE_CHECKING:
@@ -25,6 +28,17 @@ else:
 IMAGES = "it decides which images a step trains on, and how they are augmented"
 NETWORK = "the checkpoints hold the state of this network"
 LOSS = "the run has learned with it so far"
+
+
+def _augmentation(name: str) -> str:
+    try:
+        AUGMENTATIONS.get(name)
+    except UserError as error:
+        raise PydanticCustomError("unknown_name", "{line}", {"line": str(error)}) from error
+    return name
+
+
+Augmentation = Annotated[str, AfterValidator(_augmentation)]
 
 
 class Data(Section):
@@ -47,7 +61,7 @@ class Data(Section):
     )
     cache: Path | None = setting(None, "local folder (NVMe) for copies of shards; needs cache_bytes", resume="free")
     cache_bytes: int = setting(0, "largest size of the cache", unit="bytes", resume="free", ge=0)
-    augmentation: str = setting("flip", "name of a set in lvtrain/data/augment.py", because=IMAGES)
+    augmentation: Augmentation = setting("flip", "name of a set in lvtrain/data/augment.py", because=IMAGES)
     max_bad_fraction: float = setting(
         1e-3,
         "share of images that may be undecodable before training stops, from 1,000 images on",
@@ -66,6 +80,10 @@ class Data(Section):
 
 
 class Backbone(Section):
+    """`backbone: NAME` is short for `backbone: {name: NAME}`."""
+
+    bare = "name"
+
     name: str = setting("vit_b", "name of the network, see lvtrain/backbones", because=NETWORK)
     embedding_dim: int = setting(512, "length of the embedding", unit="numbers", because=NETWORK, gt=0)
     image_size: int = setting(112, "side of the square input", unit="pixels", because=NETWORK, gt=0)
@@ -79,13 +97,18 @@ class Backbone(Section):
     )
     overrides: dict[str, Any] = setting(dict, "further arguments of create_backbone, such as depth", because=NETWORK)
 
+    @field_validator("name")
+    @classmethod
+    def _as_here(cls, name: str) -> str:
+        return arcface_torch.network(name)
+
 
 class PhaseEnd(Section):
     cos2: float | None = setting(
         None, "the phase ends when the mean of cos^2 to the target centre reaches this (CSS)", gt=0, lt=1
     )
-    at_most: Duration | None = setting(None, "longest length of the phase, from its start")
-    until: Duration | None = setting(
+    at_most: PositiveDuration | None = setting(None, "longest length of the phase, from its start")
+    until: PositiveDuration | None = setting(
         None, "latest end, from the start of the run; without at_most and until: the end of the schedule"
     )
 
@@ -102,7 +125,7 @@ def default_micro_batches(global_batch: int) -> int:
 
 
 class Phase(Section):
-    name: str = setting(REQUIRED, "name of the phase", because="checkpoints and --phase name it")
+    name: FileName = setting(REQUIRED, "name of the phase", because="checkpoints and --phase name it")
     global_batch: int = setting(REQUIRED, "images a step, over all GPUs", unit="images", because=IMAGES, gt=0)
     micro_batches: int = setting(
         lambda before: default_micro_batches(before.get("global_batch", 1)),
@@ -141,7 +164,7 @@ class Phase(Section):
 
 
 class Schedule(Section):
-    total: Duration = setting(REQUIRED, "length of the run")
+    total: PositiveDuration = setting(REQUIRED, "length of the run")
     warmup: Duration = setting(lambda: Duration("0 steps"), "the learning rate rises from 0 over this long")
     shape: Literal["polynomial", "cosine", "constant"] = setting(
         "polynomial", "how the learning rate falls after the warm-up"
@@ -149,11 +172,17 @@ class Schedule(Section):
     power: float = setting(1.0, "exponent of the polynomial; 1 is a straight line", gt=0)
     final: float = setting(0.0, "last learning rate, as a share of the peak", ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Schedule:
+        if self.warmup.unit == self.total.unit and self.warmup.amount > self.total.amount:
+            raise ValueError(f"warmup {self.warmup} is longer than total {self.total}; shorten it, too")
+        return self
+
 
 class Checkpoint(Section):
-    every: Duration = setting(lambda: Duration("2000 steps"), "time between checkpoints")
+    every: PositiveDuration = setting(lambda: Duration("2000 steps"), "time between checkpoints")
     keep_last: int = setting(2, "newest checkpoints that are kept", unit="checkpoints", ge=2)
-    keep_every: Duration | None = setting(None, "a checkpoint is kept for good every so often")
+    keep_every: PositiveDuration | None = setting(None, "a checkpoint is kept for good every so often")
     resume: Literal["auto", "must", "never"] = setting(
         "auto", "auto: resume where there is a checkpoint; must: only resume; never: only start anew"
     )
@@ -175,7 +204,7 @@ class Evaluation(Section):
     benchmarks: dict[str, Path | dict[str, Any]] = setting(
         dict, "by name: a path (.bin file, IJB folder, labelled set), or {protocol, path, and the protocol's options}"
     )
-    every: Duration | None = setting(None, "time between evaluations; absent: before and after training")
+    every: PositiveDuration | None = setting(None, "time between evaluations; absent: before and after training")
 
 
 class Logging(Section):
@@ -200,7 +229,7 @@ class Safety(Section):
 
 
 class Recipe(Section):
-    name: str = setting(REQUIRED, "of the run and of its folder below runs", because="the run folder is called so")
+    name: FileName = setting(REQUIRED, "of the run and of its folder below runs", because="the run folder is called so")
     runs: Path = setting(Path("runs"), "folder that holds the run folders", resume="free")
     seed: int = setting(0, "of every random draw", because=IMAGES)
     deterministic: bool = setting(
@@ -223,15 +252,6 @@ class Recipe(Section):
     evaluation: Evaluation = setting(Evaluation, "verification during training", resume="free")
     logging: Logging = setting(Logging, "what is written down while training", resume="free")
     safety: Safety = setting(Safety, "what stops a run", resume="free")
-
-    @field_validator("name")
-    @classmethod
-    def _one_folder(cls, name: str) -> str:
-        if not name or "/" in name or name.startswith("."):
-            raise ValueError(
-                "a run's name is one folder's, without '/' or a leading dot; folders above it go into `runs`"
-            )
-        return name
 
     @model_validator(mode="after")
     def _phase_names_differ(self) -> Recipe:

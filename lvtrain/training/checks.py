@@ -15,7 +15,7 @@ from lvtrain.data import ShardDataset
 from lvtrain.data.cache import cached
 from lvtrain.data.shard_files import Originals
 from lvtrain.distributed import world as worlds
-from lvtrain.engine.ds_config import resolve_ds_config
+from lvtrain.engine.ds_config import check_with_deepspeed, resolve_ds_config
 from lvtrain.errors import UserError
 from lvtrain.evaluation import suite
 from lvtrain.evaluation.protocol import PROTOCOLS
@@ -26,7 +26,7 @@ from lvtrain.recipe.trackers import TRACKERS
 from lvtrain.training.initial import check_start_weights, open_initial
 from lvtrain.training.outcome import committed_step
 from lvtrain.training.run_folder import changes
-from lvtrain.training.schedule import learning_rate, phase_limit
+from lvtrain.training.schedule import learning_rate, phase_limit, rate_line
 
 
 def open_dataset(recipe: Recipe) -> ShardDataset:
@@ -52,11 +52,19 @@ def open_dataset(recipe: Recipe) -> ShardDataset:
 
 
 def check_before_start(
-    recipe: Recipe, ds_config: Path, *, num_classes: int, ranks: int, only_phase: str | None = None, files: bool = True
+    recipe: Recipe,
+    ds_config: Path,
+    *,
+    num_classes: int,
+    num_samples: int,
+    ranks: int,
+    only_phase: str | None = None,
+    files: bool = True,
 ) -> dict[str, Any]:
-    """Checks recipe, DeepSpeed JSON, dataset and number of ranks against each other.
+    """Checks recipe, DeepSpeed JSON, dataset and number of ranks against each other. A start and a dry run both call it.
 
     Args:
+        num_classes, num_samples: identities and images of the dataset.
         files: whether files besides the dataset must be here; False to plan for another machine.
 
     Returns:
@@ -66,6 +74,7 @@ def check_before_start(
         UserError: they do not fit; the line says what to change.
     """
     check_ranks(recipe, num_classes=num_classes, ranks=ranks)
+    learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=num_samples)
     names = [phase.name for phase in recipe.phases]
     if only_phase is not None and only_phase not in names:
         raise UserError(f"--phase {only_phase}: the recipe has {', '.join(names)}")
@@ -80,6 +89,7 @@ def check_before_start(
         if is_new:
             check_start_weights(recipe, method)
     config = resolve_ds_config(ds_config, optimizer=recipe.optimizer, phases=recipe.phases, world_size=ranks)
+    check_with_deepspeed(config, str(ds_config))
     if recipe.backbone.compile and config["zero_optimization"]["stage"] == 3:
         raise UserError(
             "backbone.compile does not work with ZeRO-3, whose hooks torch.compile does not see; "
@@ -161,11 +171,12 @@ def dry_run(
     size = ranks or launched.size
     here = recipe.data.path.exists()
     classes, samples, where = sizes(recipe)
-    config = check_before_start(recipe, ds_config, num_classes=classes, ranks=size, only_phase=only_phase, files=here)
+    sizes_of_data = {"num_classes": classes, "num_samples": samples}
+    config = check_before_start(recipe, ds_config, **sizes_of_data, ranks=size, only_phase=only_phase, files=here)
     if here:
         check_benchmarks(recipe)
         changes(recipe.run_folder, recipe)
-    rate = learning_rate(recipe.schedule, recipe.optimizer.lr, phases=recipe.phases, samples_per_epoch=samples)
+    rate = learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=samples)
     known = recipe.model_copy(update={"data": recipe.data.model_copy(update={"num_classes": classes})})
     plans = plan_phases(known, ranks=size, zero=config["zero_optimization"])
 
@@ -178,8 +189,7 @@ def dry_run(
     ]
     if not ranks and launched.launcher == "python":
         lines.append("planned for 1 rank; add --ranks N for N ranks")
-    if rate.warning:
-        lines.append(f"warning: {rate.warning}")
+    lines.append(rate_line(recipe.optimizer, recipe.phases))
     for key, path in cast(MethodSection, recipe.method).sources().items():
         absent = "" if path.exists() else ", which is not here, so the plan leaves it out"
         lines.append(f"method.{key}: {path}{absent}")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lvtrain.errors import UserError
+from lvtrain.recipe.optimizer import Optimizer
 from lvtrain.recipe.sections import Phase, Schedule
 
 
@@ -70,26 +71,17 @@ class LearningRate:
     `final` times the peak at the end of the schedule.
     """
 
-    peak: float
+    optimizer: Optimizer
     total: int
     warmup: int
     shape: str
     power: float = 1.0
     final: float = 0.0
 
-    @property
-    def warning(self) -> str | None:
-        """A warm-up longer than the schedule. Not an error, because a short trial of a recipe has one."""
-        if self.warmup <= self.total:
-            return None
-        return (
-            f"schedule.warmup ({self.warmup:,} samples) is longer than the whole schedule ({self.total:,}): the learning rate ends at "
-            f"{self.total / self.warmup:.0%} of optimizer.lr; shorten schedule.warmup too, unless this is a trial"
-        )
-
     def at(self, samples_seen: int, step_samples: int) -> float:
+        peak = self.optimizer.peak_for(step_samples)
         if samples_seen < self.warmup:
-            return self.peak * min(1.0, (samples_seen + step_samples) / self.warmup)
+            return peak * min(1.0, (samples_seen + step_samples) / self.warmup)
         progress = min(1.0, (samples_seen - self.warmup) / max(1, self.total - self.warmup))
         if self.shape == "polynomial":
             share = (1.0 - progress) ** self.power
@@ -97,14 +89,17 @@ class LearningRate:
             share = 0.5 * (1.0 + math.cos(math.pi * progress))
         else:
             share = 1.0
-        return self.peak * (self.final + (1.0 - self.final) * share)
+        return peak * (self.final + (1.0 - self.final) * share)
 
 
-def learning_rate(schedule: Schedule, peak: float, *, phases: list[Phase], samples_per_epoch: int) -> LearningRate:
+def learning_rate(
+    schedule: Schedule, optimizer: Optimizer, *, phases: list[Phase], samples_per_epoch: int
+) -> LearningRate:
     """Turns the recipe's durations into samples.
 
     Raises:
-        UserError: the schedule is in steps, but the phases' global batches differ, so a step has no fixed length.
+        UserError: the warm-up is longer than the schedule; the schedule is in steps, but the phases' global batches
+            differ, so a step has no fixed length.
     """
     batches = {phase.global_batch for phase in phases}
     for name, duration in (("total", schedule.total), ("warmup", schedule.warmup)):
@@ -113,14 +108,30 @@ def learning_rate(schedule: Schedule, peak: float, *, phases: list[Phase], sampl
                 f"schedule.{name} is in steps but the phases' global batches differ ({sorted(batches)}); write it in epochs or samples"
             )
     per = {"global_batch": phases[0].global_batch, "samples_per_epoch": samples_per_epoch}
+    total, warmup = schedule.total.samples(**per), schedule.warmup.samples(**per)
+    if warmup > total:
+        raise UserError(
+            f"schedule.warmup={schedule.warmup} is {warmup:,} images, longer than schedule.total={schedule.total} "
+            f"({total:,}); shorten schedule.warmup"
+        )
     return LearningRate(
-        peak=peak,
-        total=schedule.total.samples(**per),
-        warmup=schedule.warmup.samples(**per),
+        optimizer=optimizer,
+        total=total,
+        warmup=warmup,
         shape=schedule.shape,
         power=schedule.power,
         final=schedule.final,
     )
+
+
+def rate_line(optimizer: Optimizer, phases: list[Phase]) -> str:
+    """Peak learning rate and global batch, and the rule between them, for the log."""
+    batches = dict.fromkeys(phase.global_batch for phase in phases)
+    rates = ", ".join(f"{optimizer.peak_for(batch):.4g} at global batch {batch:,}" for batch in batches)
+    rule = "the batch" if optimizer.batch_power == 1 else "the square root of the batch"
+    if optimizer.lr_for_batch is None:
+        return f"learning rate {rates}: optimizer.lr as it is; with optimizer.lr_for_batch it follows {rule}"
+    return f"learning rate {rates}: {optimizer.lr:g} is for {optimizer.lr_for_batch:,}, and it follows {rule}"
 
 
 def phase_limit(phase: Phase, start_samples: int, *, total: int, samples_per_epoch: int) -> int:

@@ -37,7 +37,7 @@ from lvtrain.training.nonfinite import FILE, note_batch
 from lvtrain.training.outcome import Outcome, Verdict
 from lvtrain.training.phase_state import PhaseState, Setup
 from lvtrain.training.run_folder import open_folder
-from lvtrain.training.schedule import Position, learning_rate, phase_end_reason, what_is_complete
+from lvtrain.training.schedule import Position, learning_rate, phase_end_reason, rate_line, what_is_complete
 from lvtrain.training.stopping import Stopping
 from lvtrain.training.telemetry import Telemetry, progress_line
 from lvtrain.training.trackers import TrackedRun
@@ -96,9 +96,7 @@ class Trainer:
         recipe, world, dataset = setup.recipe, setup.world, setup.dataset
         self.setup, self.recipe, self.world, self.only_phase = setup, recipe, world, only_phase
         per_epoch = len(dataset)
-        self.rate = learning_rate(
-            recipe.schedule, recipe.optimizer.lr, phases=recipe.phases, samples_per_epoch=per_epoch
-        )
+        self.rate = learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=per_epoch)
         self.folder = open_folder(recipe, setup.ds_config, world, licence=dataset.manifest.licence)
         tracked = TrackedRun(self.folder.path, self.folder.run_id, recipe.model_dump(mode="json"))
         self.telemetry = Telemetry(tracked, world, recipe.logging.trackers)
@@ -409,8 +407,7 @@ class Trainer:
             f"lvtrain: {'resuming' if found else 'starting'} {self.folder.path} at step {position.step}, phase "
             f"{self.recipe.phases[position.next_index].name}, number of ranks: {self.world.size} ({self.world.device.type})"
         )
-        if self.rate.warning:
-            self.telemetry.say(f"warning: {self.rate.warning}")
+        self.telemetry.say(f"lvtrain: {rate_line(self.recipe.optimizer, self.recipe.phases)}")
 
     def _report_setup(self) -> None:
         for change in self.folder.changes:

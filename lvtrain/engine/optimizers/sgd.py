@@ -19,9 +19,9 @@ class SgdSection(Optimizer):
     batch_power: ClassVar[float] = 1.0
 
     name: Literal["sgd"] = setting("sgd", "SGD", because="the checkpoints hold its state")
-    lr: float = setting(0.1, "peak learning rate of the backbone", resume="reported", gt=0, allow_inf_nan=False)
+    lr: float = setting(0.1, "peak learning rate of the backbone", resume="reported", gt=0)
     weight_decay: float = setting(
-        5e-4, "L2 weight decay, added to the gradient", because="the run has learned with it", ge=0, allow_inf_nan=False
+        5e-4, "L2 weight decay, added to the gradient", because="the run has learned with it", ge=0
     )
     momentum: float = setting(0.9, "decay of the momentum", because="the momentum depends on it", ge=0, lt=1)
     nesterov: bool = setting(False, "Nesterov's momentum", because="the run has learned with it")

@@ -1,0 +1,103 @@
+"""The page of all recipe keys, `REFERENCE.md`, from the fields. `python tools/recipe_reference.py` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from lvtrain.recipe.base import Duration, Section
+from lvtrain.recipe.fields import Key, all_keys
+
+PAGE = Path(__file__).with_name("REFERENCE.md")
+
+_INTRODUCTION = """# Recipe keys
+
+Every key of a recipe. `python tools/recipe_reference.py` writes this page from the fields in
+`lvtrain/recipe` and beside the code of methods, margins, optimizers and trackers.
+
+On the command line a key is written with dots: `optimizer.lr=1e-4`, `phases.0.sample_rate=0.1`, or a
+phase by its name, `phases.alignment.sample_rate=0.1`. A duration is a number with a unit: `500 steps`,
+`20 epochs` or `1e6 samples`; "of training" in the column of units means that.
+
+**On a resume** says whether another start of the same run may change the key:
+
+- *free*: yes.
+- *reported*: yes. The log and `events.jsonl` say what changed and at which step.
+- *fixed*: no. It decides what is trained on or what a checkpoint holds. Give the run another `name`, and
+  start from its weights with `init_from`.
+"""
+_HEADER = "| key | default | unit or values | meaning | on a resume |\n|---|---|---|---|---|"
+
+
+def page() -> str:
+    """The whole page."""
+    keys = all_keys()
+    parts = [_INTRODUCTION]
+    for top, group in groupby(keys, key=lambda key: _top(key.dotted)):
+        members = list(group)
+        parts.append(f"## {top}\n\n{_table(key for key in members if not key.named)}")
+        for name in dict.fromkeys(key.named for key in members if key.named):
+            place = _parent(next(key.dotted for key in members if key.named == name))
+            parts.append(f"### {place}: {name}\n\n{_table(key for key in members if key.named == name)}")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _top(dotted: str) -> str:
+    return dotted.partition(".")[0] if "." in dotted else "The run"
+
+
+def _parent(dotted: str) -> str:
+    return dotted.rpartition(".")[0].replace(".*", "").removesuffix(".distill")
+
+
+def _table(keys: Iterable[Key]) -> str:
+    rows = [
+        f"| `{key.dotted}` | {_default(key.field)} | {_unit(key.field)} | {_cell(key.field.description or '')} "
+        f"| {key.rule if key.rule != 'fixed' or not key.because else f'fixed: {_cell(key.because)}'} |"
+        for key in keys
+    ]
+    return "\n".join([_HEADER, *rows])
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is not PydanticUndefined:
+        return _value(field.default)
+    factory: Any = field.default_factory
+    return "see meaning" if field.default_factory_takes_validated_data else _value(factory())
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return _cell(f"[{', '.join(_value(element) for element in value)}]")
+    if isinstance(value, Section):
+        return _cell(str(getattr(value, "name", "")))
+    if isinstance(value, Enum):
+        return _cell(str(value.value))
+    return _cell(f"{value:g}" if isinstance(value, float) else "{}" if value == {} else str(value))
+
+
+def _unit(field: FieldInfo) -> str:
+    extra: Any = field.json_schema_extra or {}
+    if unit := extra.get("unit"):
+        return _cell(unit)
+    annotations = [field.annotation, *get_args(field.annotation)]
+    if any(part is Duration or Duration in get_args(part) for part in annotations):
+        return "of training"
+    choices = [choice for part in annotations if get_origin(part) is Literal for choice in get_args(part)]
+    return _cell(", ".join(map(str, choices)) if len(choices) > 1 else "")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
