@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lvtrain.errors import UserError
-from lvtrain.methods import Now, create_method, method_title
+from lvtrain.methods import StepInfo, create_method, method_title
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
 
@@ -41,13 +41,13 @@ def three_steps(method: Any, sample_rate: float) -> list[torch.Tensor]:
     found = []
     for step in range(3):
         labels = torch.randint(0, CLASSES, (12,), generator=generator)
-        made.begin_step(Now(step, 0.1, 0.0, 0.0), labels)
+        made.begin_step(StepInfo(step, 0.1, 0.0, 0.0), labels)
         for half in labels.chunk(2):
             x = torch.randn(6, DIM, generator=generator, requires_grad=True)
-            output = made.loss(x, SimpleNamespace(labels=half), Now(step, 0.1, 0.0, 0.0))
+            output = made.loss(x, SimpleNamespace(labels=half), StepInfo(step, 0.1, 0.0, 0.0))
             output.loss.backward()
             found += [output.loss.detach(), x.grad, output.metrics["cos2"]]
-        made.end_step(Now(step, 0.1, 0.0, 0.0), None)
+        made.end_step(StepInfo(step, 0.1, 0.0, 0.0), None)
         found.append(made.classifier.weight.detach().clone())
     return found
 

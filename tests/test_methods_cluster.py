@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lvtrain.checkpoint.state import Replicated, Rows, State
 from lvtrain.errors import UserError
-from lvtrain.methods import Now, create_method
+from lvtrain.methods import StepInfo, create_method
 from lvtrain.methods.cluster import ClusterMethod
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
@@ -136,7 +136,7 @@ def one_step(rank: int, ranks: int, settings: dict[str, Any]) -> dict[str, Tenso
     method.classifier.double()
     x, labels = step_data(50)
     labels[5] = CLASSES - 1  # a class the bank may not know
-    method.begin_step(Now(0, 0.1, 0.0, 0.0), labels)
+    method.begin_step(StepInfo(0, 0.1, 0.0, 0.0), labels)
     accumulation = VIRTUAL // ranks
     if method.learnable:
         method.module.double()
@@ -146,7 +146,7 @@ def one_step(rank: int, ranks: int, settings: dict[str, Any]) -> dict[str, Tenso
         span = slice(v * MICRO, (v + 1) * MICRO)
         leaf = x[span].clone().requires_grad_()
         outputs = (leaf, torch.exp(-method.module.log_temperature)) if method.learnable else leaf
-        output = method.loss(outputs, SimpleNamespace(labels=labels[span]), Now(0, 0.1, 0.0, 0.0, micro, v))
+        output = method.loss(outputs, SimpleNamespace(labels=labels[span]), StepInfo(0, 0.1, 0.0, 0.0))
         (output.loss / accumulation).backward()
         parts.append(leaf.grad)
         losses.append(output.loss.detach())
@@ -217,8 +217,8 @@ def test_loss_and_gradients_on_several_ranks(ranks: int, on_ranks: dict[int, lis
 
 def classification_only(method: Any, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     leaf = x.float().requires_grad_()
-    method.begin_step(Now(0, 0.1, 0.0, 0.0), labels)
-    output = method.loss(leaf, SimpleNamespace(labels=labels), Now(0, 0.1, 0.0, 0.0))
+    method.begin_step(StepInfo(0, 0.1, 0.0, 0.0), labels)
+    output = method.loss(leaf, SimpleNamespace(labels=labels), StepInfo(0, 0.1, 0.0, 0.0))
     output.loss.backward()
     return output.loss.detach(), leaf.grad, method.classifier._step.gradient
 
@@ -245,8 +245,8 @@ def test_limits_are_plain_arcface_bit_for_bit(limit: str) -> None:
 def test_warmup_ends_after_its_length() -> None:
     x, labels = step_data(50)
     for length, before, after in (
-        ("4 steps", Now(3, 0.1, 0, 9.0), Now(4, 0.1, 0, 0.0)),
-        ("1.5 epochs", Now(99, 0.1, 0, 1.4), Now(0, 0.1, 0, 1.5)),
+        ("4 steps", StepInfo(3, 0.1, 0, 9.0), StepInfo(4, 0.1, 0, 0.0)),
+        ("1.5 epochs", StepInfo(99, 0.1, 0, 1.4), StepInfo(0, 0.1, 0, 1.5)),
     ):
         method = make_method(warmup=length)
         for now, warm in ((before, False), (after, True)):
@@ -260,7 +260,7 @@ def test_margins_grow_with_the_concentration() -> None:
     method = make_method(m_low=0.3, m_high=0.7)
     fill_bank(method)
     labels = torch.arange(CLASSES)
-    method.begin_step(Now(0, 0.1, 0.0, 0.0), labels)
+    method.begin_step(StepInfo(0, 0.1, 0.0, 0.0), labels)
     measured = method.bank.measured
     phi, margins = method.bank.concentration()[measured], method.margins[measured]
     assert torch.equal(phi.argsort(), margins.argsort())
@@ -276,7 +276,7 @@ def test_an_empty_bank_and_a_batch_without_labels_are_finite() -> None:
     for labels in (step_data(50)[1], torch.full((GLOBAL,), -1)):
         loss, gradient, rows = classification_only(method, step_data(50)[0], labels)
         assert torch.isfinite(loss) and torch.isfinite(gradient).all() and torch.isfinite(rows).all()
-        method.end_step(Now(0, 0.1, 0.0, 0.0), full_parameters=None)
+        method.end_step(StepInfo(0, 0.1, 0.0, 0.0), full_parameters=None)
     assert method.bank.valid.any()
 
 
@@ -309,8 +309,8 @@ def test_triplet_is_the_librarys() -> None:
     labels = labels.clone()
     labels[:10] = torch.arange(10) % 4
     leaf = x.float().requires_grad_()
-    method.begin_step(Now(0, 0.1, 0.0, 0.0), labels)
-    output = method.loss(leaf, SimpleNamespace(labels=labels), Now(0, 0.1, 0.0, 0.0))
+    method.begin_step(StepInfo(0, 0.1, 0.0, 0.0), labels)
+    output = method.loss(leaf, SimpleNamespace(labels=labels), StepInfo(0, 0.1, 0.0, 0.0))
     # batch-hard by hand: for every anchor the farthest positive and the nearest negative
     keep = labels >= 0
     unit, y = F.normalize(x.float())[keep], labels[keep]
@@ -335,10 +335,10 @@ def test_user_mistakes() -> None:
         make_recipe(m_low=0.6, m_high=0.5)
     with pytest.raises(UserError, match="steps or epochs"):
         make_recipe(warmup="100 samples")
-    method = make_method()
-    phase = method.recipe.phases[0].model_copy(update={"expectation": "update"})
-    with pytest.raises(UserError, match="expectation=update is PCO's"):
-        method.enter_phase(phase, first_time=True)
+    recipe = make_recipe()
+    recipe.phases[0].expectation = "update"
+    with pytest.raises(UserError, match=r"phases\..*\.expectation=update"):
+        create_method(recipe, num_classes=CLASSES, device=torch.device("cpu"))
     values = make_recipe().model_dump(mode="json") | {"classifier": None}
     with pytest.raises(UserError, match="needs a classifier"):
         create_method(recipes.resolve(values), num_classes=CLASSES, device=torch.device("cpu"))
@@ -372,7 +372,7 @@ def train_steps(
     losses = []
     for step in range(first, last):
         x, labels = step_data(step)
-        now = Now(step, 0.05, 0.0, 0.0)
+        now = StepInfo(step, 0.05, 0.0, 0.0)
         method.begin_step(now, labels)
         total = torch.zeros(())
         for micro in range(accumulation):

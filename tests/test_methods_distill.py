@@ -15,7 +15,7 @@ from torch import nn
 
 from lvtrain.backbones import create_backbone
 from lvtrain.main import main
-from lvtrain.methods import Now, create_method
+from lvtrain.methods import StepInfo, create_method
 from lvtrain.methods.distill import Distill, Teacher
 from lvtrain.methods.supervised import SupervisedMethod
 from lvtrain.methods.teacher import load_teacher
@@ -28,7 +28,7 @@ from tools.trial import contents
 
 CLASSES, DIM, GLOBAL, VIRTUAL = 19, 8, 24, 4
 MICRO, SIDE, SCALE, MARGIN, WEIGHT = GLOBAL // VIRTUAL, 6, 16.0, 0.3, 0.7
-NOW = Now(0, 0.1, 0.0, 0.0)
+NOW = StepInfo(0, 0.1, 0.0, 0.0)
 
 
 def small_recipe(method: dict[str, Any], margin: str = "cosface") -> Recipe:

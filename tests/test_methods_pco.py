@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lvtrain.classifier.margins import CosFace
-from lvtrain.methods import Now, create_method
+from lvtrain.methods import StepInfo, create_method
 from lvtrain.recipe import files as recipes
 from tests.ranks import run_ranks
 
@@ -50,7 +50,7 @@ def step(method: Any, number: int, rank: int = 0, ranks: int = 1) -> float:
         torch.randint(0, CLASSES, (BATCH,), generator=generator),
     )
     labels[5] = -1
-    now = Now(step=number, lr=0.05, progress=0.1, epoch=0.0)
+    now = StepInfo(step=number, lr=0.05, progress=0.1, epoch=0.0)
     method.begin_step(now, labels)
     mine = range(rank * 4 // ranks, (rank + 1) * 4 // ranks)
     for micro in mine:
@@ -108,7 +108,7 @@ def test_a_discarded_step_moves_nothing() -> None:
     method = pco()
     enter(method, "stabilisation")
     before = method.expectations.rows_tensor.clone()
-    now = Now(step=0, lr=0.05, progress=0.1, epoch=0.0)
+    now = StepInfo(step=0, lr=0.05, progress=0.1, epoch=0.0)
     method.begin_step(now, torch.tensor([1, 2]))
     method.loss(torch.randn(2, DIM).requires_grad_(), SimpleNamespace(labels=torch.tensor([1, 2])), now)
     method.discard_step()

@@ -1,14 +1,14 @@
-"""What a paper must say to be trained: which modules, which loss, what changes with a phase, and its state. Nothing of DeepSpeed or files.
+"""The interface of a method: which modules it trains, its loss, what a phase changes, its state and its cost.
 
-One step, as the loop runs it (A = accumulation, the micro-batches of this rank):
+One step, as the trainer runs it:
 
-    method.begin_step(now, global_labels)            # now: which step, its rate, how far the run is
-    for batch in micro_batches:                      # A times
+    method.begin_step(now, global_labels)            # now: which step, its learning rate, how far the run is
+    for batch in micro_batches:                      # those of this rank
         outputs = engine(*method.inputs(batch))      # method.module under DeepSpeed
         engine.backward(method.loss(outputs, batch, now).loss)
     engine.step(...)                                 # the backbone
-    method.end_step(now, engine.full_parameters)     # class rows, banks, teachers
-    (or method.discard_step() when the loss was not finite)
+    method.end_step(now, engine.full_parameters)     # class centres, banks, teachers
+    (or method.discard_step(), if the loss was not finite)
 """
 
 from __future__ import annotations
@@ -39,29 +39,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Now:
-    """Where the run is: `step` counts from 0, `lr` is the backbone's rate in this step, `progress` in [0, 1) the share of the schedule that is
-    behind, `epoch` the samples seen over the dataset's size, `micro` this rank's micro-batch within the step and `virtual` its number in the
-    global batch."""
+class StepInfo:
+    """Where the run is.
+
+    Attributes:
+        step: counts from 0.
+        lr: the backbone's learning rate in this step.
+        progress: share of the schedule that is behind, in [0, 1).
+        epoch: images seen over the dataset's size.
+    """
 
     step: int
     lr: float
     progress: float
     epoch: float
-    micro: int = 0
-    virtual: int = 0
 
-    def share_of(self, warmup: Duration) -> float:
-        """How much of a warm-up in steps or epochs is behind: 0 in the first step, 1 from its end on."""
+    def warmup_factor(self, warmup: Duration) -> float:
+        """Share of a warm-up in steps or epochs that is behind: 0 in the first step, 1 from its end on."""
         behind = self.step if warmup.unit == "steps" else self.epoch
         return min(1.0, behind / warmup.amount) if warmup.amount else 1.0
 
 
 @dataclass
 class LossOutput:
-    """`loss`: scalar, the mean over one micro-step's samples of all ranks, or of this rank's where `Method.global_loss` says so. `metrics`:
-    detached scalars for telemetry (device tensors). `cosine`: detached [R * m], of the micro-step's samples to their own class centres, rank by rank
-    and the same on every rank; None where there are no classes."""
+    """The loss of one micro-batch of R ranks with m images each.
+
+    Attributes:
+        loss: scalar, the mean over all R * m images; or over this rank's, and `Method.global_loss` then says so.
+        metrics: detached scalars on the device, for `metrics.jsonl`.
+        cosine: detached `[R * m]`, of each image to its own class centre, in the order of ranks and the same on every
+            rank; None where there are no classes.
+    """
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -85,6 +93,7 @@ class Method(ABC):
         section: the model of its part of a recipe.
         title: what logs, the report and the model card call it.
         views: those of `data.augmentation` that it trains on.
+        has_expectations: whether a phase's `expectation` may be other than `off`.
         cos2_window: steps over which the mean of cos^2 is taken that `phases.*.end.cos2` is compared with; 0 where there
             are no class centres.
     """
@@ -92,6 +101,7 @@ class Method(ABC):
     section: ClassVar[type[MethodSection]] = MethodSection
     title: ClassVar[str]
     views: ClassVar[tuple[str, ...]] = ("image",)
+    has_expectations: ClassVar[bool] = False
 
     module: nn.Module
     cos2_window: int = 0
@@ -114,19 +124,21 @@ class Method(ABC):
 
     @abstractmethod
     def evaluated(self) -> nn.Module:
-        """The part of `module` that maps `[B, 3, H, W]` images to embeddings `[B, d]`: what is evaluated, averaged (EMA) and exported."""
+        """The part of `module` that maps images `[B, 3, H, W]` to embeddings `[B, d]`. It is evaluated, averaged, exported."""
 
     @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
         """The arguments of `module` for one micro-batch."""
 
     @abstractmethod
-    def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
-        """The loss of one micro-step; may run collectives, so every rank calls it."""
+    def loss(self, outputs: Any, batch: Batch, now: StepInfo) -> LossOutput:
+        """The loss of one micro-batch. Every rank calls it, so it may run collectives."""
 
     @abstractmethod
     def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
-        """Sets what the phase changes. `first_time` is False when a phase is continued from a checkpoint: then nothing is initialised."""
+        """Sets what the phase changes. A phase that goes on from a checkpoint is not entered for the `first_time`: it
+        initialises nothing.
+        """
 
     def check_files(self) -> None:
         """Refuses what `open_files` would; `module` may be on the meta device.
@@ -156,30 +168,29 @@ class Method(ABC):
     def after_initial_weights(self) -> None:
         """Called once, after `init_from` and `load_start_weights` have put weights into `module`."""
 
-    def warnings(self, metrics: dict[str, Any], now: Now) -> list[str]:
-        """What a log line's figures say is going wrong, in words (a collapse)."""
+    def warnings(self, metrics: dict[str, Any], now: StepInfo) -> list[str]:
+        """What goes wrong, such as a collapse, for the log. `metrics` are the figures of a log line."""
         return []
 
-    def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
-        """Told the labels `[G]` of the step's whole global batch (int64, host) before the first micro-batch."""
+    def begin_step(self, now: StepInfo, global_labels: torch.Tensor) -> None:
+        """Called before the first micro-batch. `global_labels`: int64 `[G]` on the host, of the whole global batch."""
 
     def global_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss of all ranks from this rank's: itself, where `loss` is already computed over all ranks' samples."""
+        """The loss over all ranks, from this rank's `loss`; itself, where that is already over all ranks' images."""
         return loss
 
-    def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
-        """Updates what is not in the engine. Inside `full_parameters()` every weight of `module` is whole on every rank, whatever the ZeRO
-        stage."""
+    def end_step(self, now: StepInfo, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
+        """Updates what is not in the engine. Inside `full_parameters()` every weight of `module` is whole on every rank."""
 
     def discard_step(self) -> None:
-        """Forgets the step begun: its loss was not finite."""
+        """Forgets the step that was begun, because its loss was not finite."""
 
     def state(self) -> State:
-        """Everything outside the engine that a resumed run needs, by dotted names."""
+        """Everything outside the engine that a resumed run needs, by dotted name."""
         return {}
 
     def load_state(self, reader: Any) -> None:
-        """Takes back what `state` gave, through `reader.rows(name, start, stop)` and `reader.replicated(name)`; reads only its own rows."""
+        """Restores what `state` gave: `reader.rows(name, start, stop)` for this rank's rows, `reader.replicated(name)`."""
 
 
 def method_title(name: str) -> str:
@@ -191,26 +202,36 @@ def method_title(name: str) -> str:
 
 
 def create_method(recipe: Recipe, *, num_classes: int, device: torch.device) -> Method:
-    """The method a recipe names, on this rank's device, weights initialised from the recipe's seed (the same on any number of ranks).
+    """The method that a recipe names, on this rank's device, with weights from the recipe's seed.
 
     Raises:
-        UserError: the recipe's augmentation does not make the views the method trains on, or settings that do not go together.
+        UserError: settings that do not go together.
     """
-    method: type[Method] = METHODS.get(recipe.method.name)
-    name = recipe.data.augmentation
-    if not set(method.views) <= {view.name for view in augmentation(name)}:
-        fit = [other for other, views in SETS.items() if set(method.views) <= {view.name for view in views}]
-        raise UserError(
-            f"method {recipe.method.name} trains on views that data.augmentation={name} does not make; choose one of {', '.join(fit)}"
-        )
+    name = recipe.method.name
+    method: type[Method] = METHODS.get(name)
+    _check_views(recipe, method)
     made = method(recipe, num_classes=num_classes, device=device)
     for phase in recipe.phases:
         if phase.end.cos2 is not None and not made.cos2_window:
             raise UserError(
-                f"phases.{phase.name}.end.cos2: method {recipe.method.name} has no class centres to take a cosine to; "
+                f"phases.{phase.name}.end.cos2: method {name} has no class centres to take a cosine to; "
                 "use end.at_most or end.until"
             )
+        if phase.expectation != "off" and not method.has_expectations:
+            raise UserError(
+                f"phases.{phase.name}.expectation={phase.expectation}: method {name} has none; use method=pco"
+            )
     return made
+
+
+def _check_views(recipe: Recipe, method: type[Method]) -> None:
+    name, needed = recipe.data.augmentation, set(method.views)
+    if not needed <= {view.name for view in augmentation(name)}:
+        fit = [other for other, views in SETS.items() if needed <= {view.name for view in views}]
+        raise UserError(
+            f"data.augmentation={name} does not make the views that method {recipe.method.name} trains on; "
+            f"use one of {', '.join(fit)}"
+        )
 
 
 def initial_backbone(recipe: Recipe, device: torch.device) -> nn.Module:

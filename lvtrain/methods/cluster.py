@@ -1,8 +1,8 @@
 """Cluster: joint label classification and supervised contrastive clustering (arXiv 2312.04029).
 
-A bank holds one centre c_j per class, which follows the features, and its concentration phi_j, the mean distance of
-recent features over log(Z + 10): small = tight (`classifier.banks.CentreBank`). Over the classes S that take part in
-the step:
+A bank (`classifier.banks.CentreBank`) holds a centre c_j per class, which follows the features. It also holds the class's
+concentration phi_j: the mean distance of its recent features to c_j over log(Z + 10), small for a tight class. Over the
+classes S that take part in the step:
 
     L_CG   ArcFace with margin m_i = m_low + (m_high - m_low) lambda_i, lambda = (phi_y - min phi) / (max phi - min phi)
     L_con  softplus(N - T): T = x.c_y / phi_y, N = log sum over the other centres of exp(x.c_j / phi_j)
@@ -15,15 +15,20 @@ the step:
 | alpha (clustering: contrastive) | 0 | 0 | > 0 | 0 | > 0 | 0 | > 0 |
 | beta | 0 | 0 | 0 | > 0 | 0 | > 0 | > 0 |
 
-Setting 3 is inferred (the text we have describes 1, 2, 4, 5 and 6). Our reading, besides the bank's own: the map to
-m_low and m_high; a class without a measured distance counts as loose as the step's mean; lambda = 1/2 where all are
-equal; a floor below the temperatures; classes without a centre yet are left out of L_con and L_ali. The phase's
-`sample_rate` decides S.
+The phase's `sample_rate` decides S. Setting 3 is inferred: the text we have describes 1, 2, 4, 5 and 6.
 
-What a step reads of the bank is as it was at the step's start, so nothing depends on the number of ranks. Collectives:
-one all-reduce of about three numbers per class of the global batch and one of two at the step's start; in a micro-step
-those of the classifier, L_con adds two all-reduces (MAX and SUM, [B] and [B, 2]) and a reduce-scatter in backward,
-L_ali an all-reduce of one number.
+Our readings, besides those of the bank:
+
+- the map to m_low and m_high; lambda = 1/2 where all classes are equally tight;
+- a class without a measured distance counts as the step's mean;
+- temperatures have a floor;
+- classes without a centre yet are left out of L_con and L_ali.
+
+A step reads the bank as it was at the step's start, so nothing depends on the number of ranks.
+
+Collectives: at the step's start, one all-reduce of about three numbers per class of the global batch, and one of two
+numbers. In a micro-batch, those of the classifier; L_con adds two all-reduces (MAX of [B], SUM of [B, 2]) and a
+reduce-scatter in the backward pass, L_ali an all-reduce of one number.
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ from lvtrain.data import Batch
 from lvtrain.distributed.collectives import all_reduce_sum, gather_rows
 from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
-from lvtrain.methods.base import LossOutput, Now
+from lvtrain.methods.base import LossOutput, StepInfo
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.heads import classifier_section
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection, batch_cosine
@@ -59,9 +64,7 @@ from lvtrain.recipe.sections import Phase, Recipe
 
 
 class WithTemperature(nn.Module):
-    """`[B, 3, H, W]` -> (embeddings, 1 / tau0): the ablation's one learnable temperature, trained by the engine like
-    any weight.
-    """
+    """`[B, 3, H, W]` -> embeddings `[B, d]` and 1 / tau0 `[1]`, the one learnable temperature of the ablation."""
 
     def __init__(self, backbone: nn.Module, tau0: float) -> None:
         super().__init__()
@@ -74,10 +77,15 @@ class WithTemperature(nn.Module):
 
 @dataclass(frozen=True)
 class Clusters:
-    """What a step reads of the bank. `classes` int64 [P]: the sorted distinct labels of the global batch, the same on
-    every rank, as are `phi` and `known` (its centre exists) [P] and the scalars over the measured classes of the step.
-    `mine` int64 [p]: local rows of
-    those classes that live on this rank."""
+    """What a step reads of the bank; the same on every rank, except `mine`.
+
+    Attributes:
+        classes: int64 `[P]`, the sorted distinct labels of the global batch.
+        phi: `[P]`, their concentrations.
+        known: bool `[P]`, whether a class has a centre.
+        mean, deviation, lowest, highest: scalars, of the concentrations that are measured in S.
+        mine: int64 `[p]`, local rows of those of `classes` that are on this rank.
+    """
 
     classes: Tensor
     phi: Tensor
@@ -94,7 +102,7 @@ class Clusters:
         return torch.where(span > 0, ((self.phi - self.lowest) / span.clamp_min(1e-30)).clamp(0, 1), 0.5)
 
     def at(self, values: Tensor, labels: Tensor) -> Tensor:
-        """values [P] of each label's class: [B]; anything for -1."""
+        """Values `[P]` of the classes -> `[B]`, one for each label; for -1 it may be anything."""
         return F.pad(values, (0, 1), value=1)[torch.searchsorted(self.classes, labels)]
 
 
@@ -169,19 +177,12 @@ class ClusterMethod(SupervisedMethod):
         self.triplet = triplet_loss(settings.triplet_margin) if settings.clustering == "triplet" else None
         self.seen: list[ClassifierOutput] = []
 
-    def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
-        if phase.expectation != "off":
-            raise UserError(
-                f"phase {phase.name}: expectation={phase.expectation} is PCO's; method cluster has its own bank"
-            )
-        super().enter_phase(phase, first_time=first_time)
-
     # -------------------------------------------------------------------------------------------------------------------- step
 
-    def begin_step(self, now: Now, global_labels: Tensor) -> None:
+    def begin_step(self, now: StepInfo, global_labels: Tensor) -> None:
         super().begin_step(now, global_labels)
         self.seen.clear()
-        self.warm = now.share_of(self.settings.warmup) == 1.0
+        self.warm = now.warmup_factor(self.settings.warmup) == 1.0
         self.clusters = self.read_bank(global_labels)
         if self.settings.guided and self.warm:
             low, high = self.settings.m_low, self.settings.m_high
@@ -189,7 +190,7 @@ class ClusterMethod(SupervisedMethod):
         else:
             self.margins = torch.full_like(self.clusters.phi, self.plain_margin)
 
-    def own_loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+    def own_loss(self, outputs: Any, batch: Batch, now: StepInfo) -> LossOutput:
         embeddings, inverse_temperature = outputs if self.learnable else (outputs, None)
         context = {"classes": self.clusters.classes, "margins": self.margins}
         output = self.classifier(embeddings, batch.labels, step=now.step, context=context)
@@ -214,7 +215,7 @@ class ClusterMethod(SupervisedMethod):
             metrics["temperature"] = 1 / inverse_temperature.detach().squeeze()
         return LossOutput(loss, metrics, output.cosine)
 
-    def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
+    def end_step(self, now: StepInfo, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
         super().end_step(now, full_parameters)
         labels = torch.cat([output.labels for output in self.seen])
         self.bank.update(torch.cat([output.embeddings for output in self.seen]), labels)
@@ -228,21 +229,20 @@ class ClusterMethod(SupervisedMethod):
 
     @torch.no_grad()
     def read_bank(self, global_labels: Tensor) -> Clusters:
-        """One SUM and one MAX all-reduce; no host synchronisation: which classes there are is worked out on the host, where the labels are."""
+        """One SUM and one MAX all-reduce. The host does not wait: it has the labels, and finds the classes itself."""
         device, (start, stop) = self.bank.rows_tensor.device, self.bank.rows
         classes = torch.unique(global_labels[global_labels >= 0])
         here = (classes >= start) & (classes < stop)
         mine = to_device(classes[here] - start, device)
-        places = to_device(
-            torch.where(here, classes - start, stop - start), device
-        )  # behind the last row: not of this rank
+        # one behind the last row, for a class that is not on this rank
+        places = to_device(torch.where(here, classes - start, stop - start), device)
         phi, measured, chosen = self.bank.concentration(), self.bank.measured, self.classifier.chosen
         table = torch.stack(
             [F.pad(column.to(phi.dtype), (0, 1))[places] for column in (phi, measured, self.bank.valid)]
         )
         if chosen is not None:
             phi, measured = phi[chosen], measured[chosen]
-        # a row that was never measured has phi = 0 and adds nothing to the sums
+        # a class that was never measured has phi = 0 and adds nothing to the sums
         sums = torch.stack([phi.sum(), phi.square().sum(), measured.sum().to(phi.dtype)])
         ends = torch.stack([torch.where(measured, -phi, -math.inf), torch.where(measured, phi, -math.inf)])
         ends = F.pad(ends, (0, 1), value=-math.inf).amax(dim=1)
@@ -258,9 +258,9 @@ class ClusterMethod(SupervisedMethod):
         return Clusters(to_device(classes, device), of_class, known > 0, mean, deviation, lowest, highest, mine)
 
     def temperatures(self, phi: Tensor) -> Tensor:
-        """The temperature of a class from its concentration."""
-        wanted = self.settings.mean_temperature
-        factor = 1.0 if wanted is None else wanted / self.clusters.mean
+        """The temperature of each class, from its concentration."""
+        mean = self.settings.mean_temperature
+        factor = 1.0 if mean is None else mean / self.clusters.mean
         return (phi * factor).clamp_min(self.settings.min_temperature)
 
     # ------------------------------------------------------------------------------------------------------------------ losses
@@ -268,17 +268,13 @@ class ClusterMethod(SupervisedMethod):
     def clustering_loss(
         self, embeddings: Tensor, labels: Tensor, output: ClassifierOutput, inverse_temperature: Tensor | None
     ) -> Tensor:
-        """Scalar, the same on every rank: the mean over the gathered micro-batch; the gradient goes to the embeddings
-        only.
-        """
+        """Scalar, the same on every rank: the mean over the micro-batch of all ranks. Only the embeddings get a gradient."""
         unit = F.normalize(embeddings.to(output.embeddings.dtype)) * (labels >= 0).unsqueeze(1)
-        if (
-            self.triplet is not None
-        ):  # within this rank's own micro-batch, so that it does not depend on the number of ranks
+        if self.triplet is not None:  # within a micro-batch, so that it does not depend on the number of ranks
             own = self.triplet(unit, labels)
             return own - own.detach() + all_reduce_sum(own.detach()) / self.classifier.ranks
         gathered = output.embeddings
-        if inverse_temperature is not None:  # before the gather, whose backward completes its gradient over the ranks
+        if inverse_temperature is not None:  # before the gather, whose backward sums its gradient over the ranks
             unit, gathered = unit * inverse_temperature, gathered * inverse_temperature.detach()
         sizes, scale = [len(unit)] * self.classifier.ranks, self.classifier.gradient_scale
         x = gather_rows(unit, sizes=sizes, gradient_scale=scale, gathered=gathered)
@@ -290,7 +286,7 @@ class ClusterMethod(SupervisedMethod):
         return torch.where(known, each, 0.0).sum() / max(len(each), 1)
 
     def contrastive_terms(self, x: Tensor, labels: Tensor, *, scaled: bool) -> Tensor:
-        """[B]: softplus(N - T) over the centres; `scaled`: x is already divided by the one temperature."""
+        """softplus(N - T) over the centres, `[B]`. `scaled`: x is already divided by the one temperature."""
         phi = torch.where(self.bank.measured, self.bank.concentration(), self.clusters.mean)
         negatives, target = negative_logsumexp(
             x,
@@ -309,18 +305,14 @@ class ClusterMethod(SupervisedMethod):
         return F.softplus(negatives - target)
 
     def centre_terms(self, x: Tensor, labels: Tensor) -> Tensor:
-        """[B]: centre loss, |x - c_y|^2 / 2 = 1 - x.c_y for unit vectors, against the bank's centres (Wen et al.
-        2016).
-        """
+        """Centre loss (Wen et al. 2016) against the bank's centres, `[B]`: |x - c_y|^2 / 2 = 1 - x.c_y of unit vectors."""
         start, stop = self.bank.rows
         local = torch.where((labels >= start) & (labels < stop), labels - start, stop - start)
         own = F.pad(self.bank.rows_tensor, (0, 0, 0, 1)).to(x.dtype)[local]
         return 1 - all_reduce_sum((x * own).sum(dim=1))
 
     def aligning_loss(self, labels: Tensor) -> Tensor:
-        """Scalar, the same on every rank; the gradient goes to this rank's class rows only. `labels` [B] of the
-        gathered micro-batch.
-        """
+        """Scalar, the same on every rank. Only the class centres of this rank get a gradient. `labels`: `[B]` of all ranks."""
         mine = self.clusters.mine
         place = torch.searchsorted(mine, labels - self.bank.rows[0])
         hit = F.pad(mine, (0, 1), value=-1)[place] == labels - self.bank.rows[0]
@@ -344,7 +336,7 @@ class ClusterMethod(SupervisedMethod):
 
 
 def triplet_loss(margin: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Batch-hard triplet loss of pytorch-metric-learning on unit embeddings [B, d] and labels [B], -1 left out.
+    """Batch-hard triplet loss of pytorch-metric-learning, of unit embeddings `[B, d]` and labels `[B]`; -1 is left out.
 
     Raises:
         UserError: the library is not installed.

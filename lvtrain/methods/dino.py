@@ -50,7 +50,7 @@ from lvtrain.data import Batch
 from lvtrain.data.augment import augmentation
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
-from lvtrain.methods.base import LossOutput, Method, MethodSection, Now, initial_backbone
+from lvtrain.methods.base import LossOutput, Method, MethodSection, StepInfo, initial_backbone
 from lvtrain.methods.cost import Cost
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Phase, Recipe
@@ -233,13 +233,13 @@ class DinoMethod(Method):
     def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
         """DINO has one phase; nothing changes with it."""
 
-    def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
+    def begin_step(self, now: StepInfo, global_labels: torch.Tensor) -> None:
         self._sums = []
         head = self.module.get_submodule("head")
         assert isinstance(head, ProjectionHead)
         head.frozen = now.epoch < self.settings.freeze_last_layer
 
-    def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+    def loss(self, outputs: Any, batch: Batch, now: StepInfo) -> LossOutput:
         student, embeddings = outputs
         half = self.recipe.optimizer.precision == "bfloat16"
         with (
@@ -267,14 +267,14 @@ class DinoMethod(Method):
             }
         return LossOutput(loss, watched)
 
-    def teacher_inputs(self, batch: Batch, now: Now) -> tuple[Any, ...]:
+    def teacher_inputs(self, batch: Batch, now: StepInfo) -> tuple[Any, ...]:
         """The global views."""
         return tuple(batch.views[name] for name in view_names(batch) if name.startswith("global"))
 
     def global_loss(self, loss: torch.Tensor) -> torch.Tensor:
         return worlds.mean_over_ranks(loss)
 
-    def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
+    def end_step(self, now: StepInfo, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
         self._move_centre()
         momentum = self.teacher_momentum(now)
         with torch.no_grad(), full_parameters():
@@ -298,12 +298,12 @@ class DinoMethod(Method):
     def discard_step(self) -> None:
         self._sums = []
 
-    def teacher_momentum(self, now: Now) -> float:
+    def teacher_momentum(self, now: StepInfo) -> float:
         """Cosine from its first value to 1 over the schedule."""
         first = self.settings.teacher_momentum
         return 1.0 - (1.0 - first) * (math.cos(math.pi * now.progress) + 1.0) / 2.0
 
-    def teacher_temperature(self, now: Now) -> float:
+    def teacher_temperature(self, now: StepInfo) -> float:
         """Linear warm-up over the first epochs."""
         settings = self.settings
         share = min(1.0, now.epoch / settings.teacher_warmup_epochs) if settings.teacher_warmup_epochs else 1.0
@@ -311,19 +311,19 @@ class DinoMethod(Method):
             settings.teacher_temperature - settings.teacher_temperature_start
         )
 
-    def warnings(self, metrics: dict[str, Any], now: Now) -> list[str]:
+    def warnings(self, metrics: dict[str, Any], now: StepInfo) -> list[str]:
         """A collapse, where the figures show one."""
-        said = []
+        found = []
         most = math.log(self.settings.prototypes)
         if metrics["feature_std"] < 1e-3:
-            said.append("collapse: the embeddings of different images are nearly equal (feature_std < 1e-3)")
+            found.append("collapse: the embeddings of different images are nearly equal (feature_std < 1e-3)")
         if metrics["prototype_entropy"] < 1e-2:
-            said.append("collapse: the teacher puts all images on one prototype (prototype_entropy < 0.01)")
+            found.append("collapse: the teacher puts all images on one prototype (prototype_entropy < 0.01)")
         elif metrics["teacher_entropy"] > 0.999 * most:
-            said.append(
+            found.append(
                 f"collapse: the teacher is uniform over its prototypes (teacher_entropy > 0.999 log K = {0.999 * most:.2f})"
             )
-        return said
+        return found
 
     def state(self) -> State:
         saved: State = {f"teacher.{name}": Replicated(tensor) for name, tensor in self.teacher.state_dict().items()}

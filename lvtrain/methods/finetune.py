@@ -25,7 +25,7 @@ from lvtrain.checkpoint.state import Replicated, State
 from lvtrain.data import Batch
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
-from lvtrain.methods.base import LossOutput, Now
+from lvtrain.methods.base import LossOutput, StepInfo
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Recipe
@@ -90,7 +90,7 @@ class FinetuneMethod(SupervisedMethod):
             assert isinstance(self.backbone, PartFViT)
             self.anchor.load_state_dict(self.backbone.landmark_state(), strict=False)
 
-    def own_loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+    def own_loss(self, outputs: Any, batch: Batch, now: StepInfo) -> LossOutput:
         if self.anchor is None:
             return super().own_loss(outputs, batch, now)
         embeddings, landmarks = outputs

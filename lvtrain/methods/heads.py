@@ -7,7 +7,7 @@ import torch
 from lvtrain.classifier import Numerics, OptimizerSettings, ShardedClassifier
 from lvtrain.classifier.margins import Margin, create_margin
 from lvtrain.errors import UserError
-from lvtrain.methods.base import Now
+from lvtrain.methods.base import StepInfo
 from lvtrain.recipe.classifier import Classifier
 from lvtrain.recipe.sections import Recipe
 
@@ -52,7 +52,7 @@ def create_classifier(
     )
 
 
-def centre_rates(recipe: Recipe, now: Now) -> dict[str, float]:
+def centre_rates(recipe: Recipe, now: StepInfo) -> dict[str, float]:
     """The class centres' `lr` and `weight_decay` in a step.
 
     The backbone's, unless `classifier.optimizer` has its own: its `lr` is then a peak that follows the backbone's

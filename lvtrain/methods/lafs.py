@@ -34,7 +34,7 @@ from lvtrain.backbones.part_fvit import PartFViT
 from lvtrain.data import Batch
 from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
-from lvtrain.methods.base import Now
+from lvtrain.methods.base import StepInfo
 from lvtrain.methods.dino import DinoMethod, DinoSection, view_names
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Recipe
@@ -64,7 +64,7 @@ class LafsMethod(DinoMethod):
     title = "LAFS: landmark-based self-supervised pretraining (CVPR 2024)"
     settings: LafsSection
     views = ("global_0", "global_1", "global_0_landmarks", "global_1_landmarks")
-    _now: Now
+    _now: StepInfo
     _teacher_views: tuple[View, ...]
 
     @classmethod
@@ -121,7 +121,7 @@ class LafsMethod(DinoMethod):
                 )
         return list(own)
 
-    def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
+    def begin_step(self, now: StepInfo, global_labels: torch.Tensor) -> None:
         super().begin_step(now, global_labels)
         self._now = now
 
@@ -147,7 +147,7 @@ class LafsMethod(DinoMethod):
             sample_ids=to_device(batch.sample_ids, self.device),
         )
 
-    def teacher_inputs(self, batch: Batch, now: Now) -> tuple[Any, ...]:
+    def teacher_inputs(self, batch: Batch, now: StepInfo) -> tuple[Any, ...]:
         return self._teacher_views
 
     @torch.no_grad()

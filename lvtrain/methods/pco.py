@@ -30,7 +30,7 @@ from lvtrain.checkpoint.state import Rows, State
 from lvtrain.classifier import Anchor, ClassifierOutput
 from lvtrain.classifier.banks import ExpectationBank
 from lvtrain.classifier.margins import CosFace
-from lvtrain.methods.base import Now
+from lvtrain.methods.base import StepInfo
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
 from lvtrain.recipe.registry import METHODS
@@ -55,6 +55,7 @@ class PcoMethod(SupervisedMethod):
 
     section = PcoSection
     title = "PCO: progressive cluster optimisation (LVFace, ICCV 2025)"
+    has_expectations = True
     settings: PcoSection
 
     @classmethod
@@ -97,11 +98,11 @@ class PcoMethod(SupervisedMethod):
 
     # -------------------------------------------------------------------------------------------------------------------- step
 
-    def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
+    def begin_step(self, now: StepInfo, global_labels: torch.Tensor) -> None:
         super().begin_step(now, global_labels)
         self.seen.clear()
 
-    def classify(self, embeddings: torch.Tensor, labels: torch.Tensor, now: Now) -> ClassifierOutput:
+    def classify(self, embeddings: torch.Tensor, labels: torch.Tensor, now: StepInfo) -> ClassifierOutput:
         output = self.classifier(embeddings, labels, step=now.step, anchors=self.anchors())
         if self.updates:
             self.seen.append(output)
@@ -122,7 +123,7 @@ class PcoMethod(SupervisedMethod):
             )
         ]
 
-    def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
+    def end_step(self, now: StepInfo, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
         super().end_step(now, full_parameters)
         if self.expectations is not None and self.updates:
             labels = torch.cat([output.labels for output in self.seen])

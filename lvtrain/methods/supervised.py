@@ -1,4 +1,4 @@
-"""What every supervised method shares: a backbone under the engine and a sharded classifier outside it."""
+"""What methods with a classifier share: a backbone under the engine, a sharded classifier outside it, maybe a teacher."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from lvtrain.classifier import ClassifierOutput
 from lvtrain.classifier.margins import Margin
 from lvtrain.data import Batch
 from lvtrain.distributed import world as worlds
-from lvtrain.methods.base import LossOutput, Method, MethodSection, Now, initial_backbone
+from lvtrain.methods.base import LossOutput, Method, MethodSection, StepInfo, initial_backbone
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.distill import Distill, Distillation, Teacher
-from lvtrain.methods.heads import centre_rates, create_classifier
+from lvtrain.methods.heads import centre_rates, classifier_section, create_classifier
 from lvtrain.recipe.sections import Phase, Recipe
 
 
 def batch_cosine(embeddings: torch.Tensor) -> torch.Tensor:
-    """Mean cosine between different images: unit embeddings [B, d] -> scalar; near 1, all are one point. Ignored samples are zeros."""
+    """Mean cosine between different images, a scalar; near 1, all embeddings are equal.
+
+    `embeddings`: `[B, d]` of unit length, or zeros for images that could not be decoded.
+    """
     valid = embeddings.square().sum()
     return (embeddings.sum(dim=0).square().sum() - valid) / (valid * (valid - 1)).clamp_min(1)
 
@@ -92,7 +95,7 @@ class SupervisedMethod(Method):
         return load_teacher(self.settings.distill, self.recipe.backbone)
 
     def distil_from(self, teacher: Teacher) -> None:
-        """Takes the network that the recipe's `method.distill` names; called once, before the first step and before `load_state`."""
+        """Sets the teacher; called once, before the first step and before `load_state`."""
         assert self.settings.distill is not None
         half = self.recipe.optimizer.precision == "bfloat16"
         self.distillation = Distillation(self.settings.distill, teacher, self.classifier.weight.device, bfloat16=half)
@@ -106,12 +109,11 @@ class SupervisedMethod(Method):
     def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
         self.classifier.enter_phase(sample_rate=phase.sample_rate)
 
-    def begin_step(self, now: Now, global_labels: torch.Tensor) -> None:
-        assert self.recipe.classifier is not None
-        factor = now.share_of(self.recipe.classifier.margin.warmup)
+    def begin_step(self, now: StepInfo, global_labels: torch.Tensor) -> None:
+        factor = now.warmup_factor(classifier_section(self.recipe).margin.warmup)
         self.classifier.begin_step(now.step, global_labels, warmup_factor=factor)
 
-    def loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+    def loss(self, outputs: Any, batch: Batch, now: StepInfo) -> LossOutput:
         output = self.own_loss(outputs, batch, now)
         if self.settings.distill is None:
             return output
@@ -119,43 +121,46 @@ class SupervisedMethod(Method):
         return self.distillation.mixed(output, outputs[0] if isinstance(outputs, tuple) else outputs, batch)
 
     def global_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The teacher's part is that of this rank's images."""
+        """Averaged over ranks where there is a teacher, whose part is of this rank's images."""
         return loss if self.settings.distill is None else worlds.mean_over_ranks(loss)
 
-    def own_loss(self, outputs: Any, batch: Batch, now: Now) -> LossOutput:
+    def own_loss(self, outputs: Any, batch: Batch, now: StepInfo) -> LossOutput:
         """The method's loss without a teacher."""
         output = self.classify(outputs, batch.labels, now)
         return LossOutput(
             output.loss, {"cos2": output.cos2, "batch_cosine": batch_cosine(output.embeddings)}, output.cosine
         )
 
-    def classify(self, embeddings: torch.Tensor, labels: torch.Tensor, now: Now) -> ClassifierOutput:
+    def classify(self, embeddings: torch.Tensor, labels: torch.Tensor, now: StepInfo) -> ClassifierOutput:
         """The classifier on embeddings [b, d] and labels [b] of a micro-batch; a method may add anchors."""
         output: ClassifierOutput = self.classifier(embeddings, labels, step=now.step)
         return output
 
-    def warnings(self, metrics: dict[str, Any], now: Now) -> list[str]:
-        """Whether anything was learned, once every image has been seen; said once. Measured on the quick start: cos2 0.12 after an epoch and
-        batch_cosine 0.00 always; with 30 and 300 times its learning rate 0.01 to 0.02, and 0.2 to 0.4."""
+    def warnings(self, metrics: dict[str, Any], now: StepInfo) -> list[str]:
+        """Warns once, if nothing was learned in the first epoch.
+
+        Measured on the quick start: after an epoch cos2 is 0.12, and batch_cosine always 0.00. With 30 and 300 times its
+        learning rate they are 0.01 to 0.02, and 0.2 to 0.4.
+        """
         cos2, across = metrics["cos2"], metrics["batch_cosine"]
-        if self.warned or now.epoch < 1 or now.step < 100:  # a small set's epoch is soon over
+        if self.warned or now.epoch < 1 or now.step < 100:  # an epoch of a small dataset is soon over
             return []
-        mend = "lower optimizer.lr, lengthen schedule.warmup, or let the margin grow (classifier.margin.warmup)"
-        said = []
+        fix = "lower optimizer.lr, lengthen schedule.warmup, or warm the margin up (classifier.margin.warmup)"
+        found = []
         if across > 0.15 and cos2 < 0.1:
-            said.append(
-                f"not learning: different images have a mean cosine of {across:.2f} (batch_cosine, near 0 in a healthy run), their own class centres "
-                f"{cos2:.3f} (cos2); {mend}"
+            found.append(
+                f"not learning: embeddings of different images are alike (batch_cosine {across:.2f}, near 0 in a healthy "
+                f"run), and far from their class centres (cos2 {cos2:.3f}). To fix it, {fix}"
             )
         elif cos2 < 2 / self.recipe.backbone.embedding_dim:
-            said.append(
-                f"not learning: after {now.epoch:.1f} epochs the cosine to the own class centre is that of chance (cos2 {cos2:.4f}); look at the labels "
-                f"(tools/verify_dataset.py), {mend}"
+            found.append(
+                f"not learning: after {now.epoch:.1f} epochs embeddings are no closer to their class centre than chance "
+                f"(cos2 {cos2:.4f}). Check the labels (tools/verify_dataset.py), or {fix}"
             )
-        self.warned = bool(said)
-        return said
+        self.warned = bool(found)
+        return found
 
-    def end_step(self, now: Now, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
+    def end_step(self, now: StepInfo, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
         self.classifier.end_step(**centre_rates(self.recipe, now))
 
     def discard_step(self) -> None:

@@ -20,7 +20,7 @@ from lvtrain.distributed.world import World
 from lvtrain.engine.engine import Engine
 from lvtrain.engine.precision import at_precision
 from lvtrain.evaluation import Setting, run_benchmarks
-from lvtrain.methods import LossOutput, Now, create_method
+from lvtrain.methods import LossOutput, StepInfo, create_method
 from lvtrain.recipe.base import Duration
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training.initial import start_weights
@@ -127,18 +127,20 @@ class PhaseState:
         self.meter = Meter(world.device)
         self.loader = _create_loader(setup, section.micro_batch, section.micro_batches, position.stream)
 
-    def now(self, steps_back: int = 0) -> Now:
+    def now(self, steps_back: int = 0) -> StepInfo:
         """The step that is trained next, or one before it, for the method."""
         batch, position = self.section.global_batch, self.position
         seen, stream = position.samples_seen - steps_back * batch, position.stream - steps_back * batch
         progress = seen / self.rate.total
-        return Now(position.step - steps_back, self.rate.at(seen, batch), progress, stream / len(self.setup.dataset))
+        return StepInfo(
+            position.step - steps_back, self.rate.at(seen, batch), progress, stream / len(self.setup.dataset)
+        )
 
     def global_labels(self) -> torch.Tensor:
         """Labels of the next step's whole global batch, int64 [G] on the host."""
         return torch.from_numpy(self.loader.global_labels(self.position.stream, self.section.global_batch))
 
-    def finish_step(self, now: Now) -> None:
+    def finish_step(self, now: StepInfo) -> None:
         """After the engine's own update: BatchNorm's statistics, the method's class centres, the averaged weights."""
         self.engine.sync_batch_statistics()
         self.method.end_step(now, self.engine.full_parameters)

@@ -28,7 +28,7 @@ from lvtrain.data import Batch, ShardDataset
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.evaluation import suite
-from lvtrain.methods import LossOutput, Now, method_title
+from lvtrain.methods import LossOutput, StepInfo, method_title
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training import outcome as outcomes
 from lvtrain.training.checks import check_benchmarks
@@ -279,7 +279,7 @@ class Trainer:
         self._report_bad_samples(phase)
         return finite and phase.observe(loss, outputs, norm)
 
-    def train_micro_batch(self, phase: PhaseState, batch: Batch, now: Now, number: int) -> LossOutput:
+    def train_micro_batch(self, phase: PhaseState, batch: Batch, now: StepInfo, number: int) -> LossOutput:
         """Forward and backward of this rank's micro-batch `number` in the step; returns what is kept of it."""
         # numbered through the global batch, so that dropout does not depend on the number of ranks
         in_step = self.world.rank * phase.accumulation + number

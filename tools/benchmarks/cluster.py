@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lvtrain.methods import Now, create_method
+from lvtrain.methods import StepInfo, create_method
 from lvtrain.methods.cluster import ClusterMethod
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
@@ -97,7 +97,7 @@ class _Step:
         module.train()
 
     def __call__(self, number: int) -> None:
-        now = Now(number, 1e-4, 0.0, 99.0)
+        now = StepInfo(number, 1e-4, 0.0, 99.0)
         self.method.begin_step(now, self.labels)
         if self.head:
             outputs: Any = self.embeddings.clone().requires_grad_()
