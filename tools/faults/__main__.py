@@ -1,4 +1,4 @@
-"""The sweep of system calls alone, in parts: python -m tools.faults --operations resume --count 50 (tools/torture.py has it among its cases)."""
+"""The sweep of system calls, in parts: python -m tools.faults --operations resume --count 50 (tools/torture.py has it among its cases)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Annotated
 import typer
 
 from tools.faults.operations import OPERATIONS, Bench
-from tools.faults.sweep import GROUPS, Sweep, Trial, all_of, carry_out, keep, sample
+from tools.faults.shim import Mode
+from tools.faults.sweep import GROUPS, Site, Sweep, Trial, all_of, carry_out, keep, sample
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+# what must never be taken for damage, or lost: tried in every way of failing, also by the short sweep
+STATE = ("/manifest.json", "/run.json", "/recipe.yaml", "/options.json")
 
 
 def main(
@@ -23,9 +26,8 @@ def main(
         int, typer.Option(help="of a file's calls of one kind the first so many and the last; 0: every call")
     ] = 1,
     count: Annotated[int, typer.Option(help="a sample of so many trials of each operation; 0: all")] = 0,
+    short: Annotated[bool, typer.Option("--short", help="a minute's sample on one rank")] = False,
     seed: Annotated[int, typer.Option(help="of the sample")] = 0,
-    paths: Annotated[str, typer.Option(help="only calls on files whose path has this in it")] = "",
-    modes: Annotated[str, typer.Option(help="only these ways of failing; all if empty")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="trials at a time")] = 1,
     folder: Annotated[
         Path | None, typer.Option(help="work here, keep it, and go on where an earlier sweep was ended")
@@ -33,62 +35,41 @@ def main(
     results: Annotated[Path, typer.Option(help="where syscalls.json and syscalls.md go")] = RESULTS,
 ) -> None:
     """Sweeps and writes the table; exit status 1 if anything is wrong."""
-    wrong = sweep(
-        operations.split(","),
-        [int(size) for size in ranks.split(",")],
-        visits=visits,
-        count=count,
-        seed=seed,
-        paths=paths,
-        modes=modes,
-        jobs=jobs,
-        folder=folder,
-        results=results,
-    )
-    if wrong:
-        raise typer.Exit(1)
-
-
-def sweep(
-    operations: list[str],
-    sizes: list[int],
-    *,
-    visits: int,
-    count: int,
-    seed: int,
-    paths: str = "",
-    modes: str = "",
-    jobs: int,
-    folder: Path | None,
-    results: Path,
-) -> list[Trial]:
-    """The trials that were wrong."""
+    sizes = [1] if short else [int(size) for size in ranks.split(",")]
     trials: list[Trial] = []
     with contextlib.ExitStack() as stack:
         work = (folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lvtrain_")))).resolve()
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(work)
         for name, size, victim in GROUPS:
-            if name not in operations or size not in sizes:
+            if name not in operations.split(",") or size not in sizes:
                 continue
-            pairs = all_of(Sweep(bench, work / "counting").sites(OPERATIONS[name], size, victim), visits)
-            pairs = [(site, mode) for site, mode in pairs if paths in site.path and (not modes or mode.name in modes)]
-            if count:
-                pairs = sample(pairs, count, seed)
+            sites = Sweep(bench, work / "counting").sites(OPERATIONS[name], size, victim)
+            pairs = _short(sites, seed) if short else all_of(sites, visits)
+            pairs = sample(pairs, count, seed) if count else pairs
             print(f"{name}, {size} ranks, fault on {victim}: {len(pairs)} trials", flush=True)
+            own = []
             for trial in carry_out(bench, pairs, jobs, work / "trials.jsonl"):
-                trials.append(trial)
+                own.append(trial)
                 if trial.verdict == "wrong":
-                    site = trial.site
-                    print(f"WRONG {trial.mode} at {site.call} {site.nth} of {site.path}: {trial.why}", flush=True)
-            own = Counter(
-                trial.verdict
-                for trial in trials
-                if (trial.site.operation, trial.site.size, trial.site.victim) == (name, size, victim)
-            )
-            print(f"  {dict(own)}", flush=True)
-            keep(results, trials, {"visits": visits, "sample": count, "seed": seed})
-    return [trial for trial in trials if trial.verdict == "wrong"]
+                    place = f"{trial.site.call} {trial.site.nth} of {trial.site.path}"
+                    print(f"WRONG {trial.mode} at {place}: {trial.why}", flush=True)
+            print(f"  {dict(Counter(trial.verdict for trial in own))}", flush=True)
+            trials += own
+            keep(results, trials, {"visits": visits, "sample": count, "short": short, "seed": seed})
+    if any(trial.verdict == "wrong" for trial in trials):
+        raise typer.Exit(1)
+
+
+def _short(sites: list[Site], seed: int) -> list[tuple[Site, Mode]]:
+    """Three trials of any kind, and three errors where state is read."""
+    pairs = all_of(sites, 1)
+    state = [
+        pair
+        for pair in pairs
+        if pair[0].path.endswith(STATE) and pair[0].call in ("open", "read", "stat") and pair[1].error
+    ]
+    return sample(pairs, 3, seed) + sample(state, 3, seed)
 
 
 if __name__ == "__main__":
