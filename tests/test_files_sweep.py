@@ -1,4 +1,4 @@
-"""System calls that fail: what the preloaded library does to a process, and a short sweep of the real operations (tools/faults)."""
+"""System calls that fail: what the preloaded library does to a process, and sweeps of the real operations (tools/faults)."""
 
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ def sweep(folder: Path, *options: str) -> list[dict[str, object]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_short_sweep_finds_nothing_wrong(tmp_path: Path) -> None:
     trials = sweep(tmp_path, "--short")
     verdicts = [trial["verdict"] for trial in trials]
