@@ -175,16 +175,16 @@ class Engine:
             group["lr"] = lr * group["lr_scale"]
             group["weight_decay"] = self._weight_decay if group["decayed"] else 0.0
         norm = self._state.gradient_norm().to(self.device, torch.float32)
-        finite = torch.isfinite(norm) & torch.isfinite(loss)
-        self._verdict.send(finite)
+        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
+        self._verdict.send(bad)
         place = self._state.optimizer_device()
         # torch's fused optimizers divide gradients by `grad_scale`; where `found_inf` is 1 they change nothing
-        self._optimizer.found_inf = (~finite).to(place, torch.float32)
+        self._optimizer.found_inf = bad.to(place, torch.float32)
         if self._clip:
             self._optimizer.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0).to(place)
         self._engine.step()
         self._micro = 0
-        self._skipped = not self._verdict.receive()
+        self._skipped = self._verdict.receive()
         if self._skipped:
             self._statistics.discard()
         return norm
