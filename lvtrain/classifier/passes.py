@@ -192,7 +192,7 @@ def weight_gradient_pass(
     size = grad_logsumexp if isinstance(classes.scale, torch.Tensor) else grad_logsumexp * classes.scale
     # float16 holds the samples' factors best just below the end of its range
     lift = (
-        torch.exp2(torch.floor(math.log2(_HALF_GAIN) - torch.log2(size.abs().amax().clamp(min=1e-30))))
+        torch.pow(2.0, torch.floor(math.log2(_HALF_GAIN) - torch.log2(size.abs().amax().clamp(min=1e-30))))
         if formats.factor == torch.float16
         else None
     )

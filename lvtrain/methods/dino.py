@@ -260,9 +260,10 @@ class DinoMethod(Method):
         )
         with torch.no_grad():
             probability = functional.softmax((teacher[0] - self.centre) / temperature, dim=-1)
+            mean = probability.mean(0)
             watched = {
-                "teacher_entropy": torch.special.entr(probability).sum(-1).mean(),
-                "prototype_entropy": torch.special.entr(probability.mean(0)).sum(),
+                "teacher_entropy": -torch.xlogy(probability, probability).sum(-1).mean(),
+                "prototype_entropy": -torch.xlogy(mean, mean).sum(),
                 "feature_std": functional.normalize(embeddings, dim=-1).std(dim=0).mean(),
             }
         return LossOutput(loss, watched)
