@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.fakecuda.device import FakeDevice
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -49,3 +54,17 @@ def tiny_faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     subprocess.run([*command, "--seed", "1"], check=True, capture_output=True, cwd=ROOT)
     return folder
+
+
+@pytest.fixture(scope="session")
+def fake_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeDevice]:
+    """An H200 whose kernels do nothing (tests/fakecuda), for tests of the host's half of the CUDA path."""
+    from tests.fakecuda.build import Unsupported
+    from tests.fakecuda.device import FakeDevice
+
+    try:
+        device = FakeDevice(tmp_path_factory.mktemp("fakecuda"))
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    yield device
+    device.close()
