@@ -457,7 +457,7 @@ def test_the_device_computes_the_step_and_the_host_never_waits_for_it(device, pr
 
 
 def test_what_the_recipe_says_reaches_the_classifier():
-    """Nothing here is a default. The rows' update, of plain SGD, shows the rates of the step: theirs stay in proportion to the backbone's, their
+    """Nothing here is a default. The first update, of SGD, shows the rates of the step: theirs stay in proportion to the backbone's, their
     weight decay is the backbone's where they have none of their own."""
     recipe = recipes.resolve(
         {
@@ -468,7 +468,7 @@ def test_what_the_recipe_says_reaches_the_classifier():
             "classifier": {
                 "margin": {"name": "arcface", "scale": 24.0, "m": 0.45, "filter_threshold": 0.7, "warmup": "4 steps"},
                 "numerics": {"precision": "bfloat16", "gather": "bfloat16", "keep_mb": 3.0},
-                "optimizer": {"name": "sgd", "mode": "row_sparse", "momentum": 0.0, "lr": 0.3, "moments": "bfloat16"},
+                "optimizer": {"name": "sgd", "mode": "row_sparse", "lr": 0.3, "moments": "bfloat16"},
             },
             "method": {"name": "pco"},
             "phases": [{"name": "only", "global_batch": GLOBAL, "micro_batches": 1, "sample_rate": 0.5}],
@@ -483,7 +483,7 @@ def test_what_the_recipe_says_reaches_the_classifier():
     assert (head.margin.scale, head.margin.settings.m, head.margin.filter_threshold) == (24.0, 0.45, 0.7)
     assert (head.sample_rate, head.seed) == (0.5, 9)
     assert head.numerics == Numerics("bfloat16", "torch", keep_mb=3.0, gather="bfloat16")
-    expected = OptimizerSettings("sgd", "row_sparse", (0.7, 0.95), 1e-5, momentum=0.0, moments="bfloat16")
+    expected = OptimizerSettings("sgd", "row_sparse", (0.7, 0.95), 1e-5, momentum=0.9, moments="bfloat16")
     assert rows.settings == expected
     x, labels = batch()
     now = StepInfo(

@@ -29,14 +29,15 @@ def test_the_files_of_the_project_resolve(path: Path) -> None:
     assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
-def test_precision_and_communication_are_the_recipes() -> None:
-    def resolve(**optimizer: Any) -> dict[str, Any]:
-        return resolve_ds_config({"zero_optimization": {}}, optimizer=AdamWSection(**optimizer))
+def test_precision_is_the_recipes_and_communication_the_jsons() -> None:
+    def resolve(precision: Any = "bfloat16", **says: Any) -> dict[str, Any]:
+        return resolve_ds_config({"zero_optimization": {}} | says, optimizer=AdamWSection(precision=precision))
 
-    assert "lower_precision_safe_modules" not in resolve(gradient_communication="bfloat16")["torch_autocast"]
-    assert "torch_autocast" not in resolve(precision="float32")
-    assert resolve(precision="float32")["communication_data_type"] == "fp32"
-    assert resolve(precision="float32", gradient_communication="bfloat16")["communication_data_type"] == "bf16"
+    assert "lower_precision_safe_modules" not in resolve(communication_data_type="bf16")["torch_autocast"]
+    assert resolve(communication_data_type="auto") == resolve(communication_data_type="fp32") == resolve()
+    assert "torch_autocast" not in resolve("float32")
+    assert resolve("float32")["communication_data_type"] == "fp32"
+    assert resolve("float32", communication_data_type="bf16")["communication_data_type"] == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_precision_and_communication_are_the_recipes() -> None:
         ({"bf16": {"enabled": True}}, "torch_autocast with float32 weights"),
         ({"fp16": {"enabled": True}}, "float16 needs loss scaling"),
         ({"torch_autocast": {"enabled": False}}, "the recipe's optimizer.precision is bfloat16"),
-        ({"communication_data_type": "bf16"}, "gradient_communication is float32"),
+        ({"communication_data_type": "fp16"}, "communication_data_type"),
         ({"optimizer": {"type": "Lion"}}, "the recipe's optimizer section"),
         ({"scheduler": {"type": "WarmupLR"}}, "the recipe's schedule section"),
         ({"zero_optimisation": {"stage": 3}}, "did you mean .zero_optimization"),

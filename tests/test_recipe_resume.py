@@ -14,7 +14,7 @@ from lvtrain.training.run_folder import compare
 
 QUICKSTART = Path(recipes.__file__).parents[1] / "recipes" / "quickstart.yaml"
 RULES = {
-    "free": "runs data.path data.threads data.prefetch data.cache data.max_bad_fraction logging.every checkpoint.every "
+    "free": "runs data.path data.threads data.cache data.max_bad_fraction logging.every checkpoint.every "
     "evaluation.benchmarks.lfw safety.rollback method.distill.teacher",
     "reported": "optimizer.lr schedule.total schedule.warmup phases.1.end.cos2 "
     "backbone.compile backbone.checkpoint_blocks deterministic",

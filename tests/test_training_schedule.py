@@ -33,7 +33,7 @@ def rates(**fields) -> list[float]:
 
 
 def test_polynomial_with_warmup() -> None:
-    assert rates(total="10 steps", warmup="4 steps", power=2.0) == pytest.approx(
+    assert rates(total="10 steps", warmup="4 steps", shape="quadratic") == pytest.approx(
         [0.25, 0.5, 0.75, 1.0] + [(1 - k / 6) ** 2 for k in range(7)], abs=1e-6
     )
 

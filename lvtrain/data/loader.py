@@ -96,8 +96,8 @@ class Loader:
         device: str | torch.device = "cpu",
         backend: str = "auto",
         threads: int = 2,
-        prefetch: int = 2,
-        read_ahead: int = 2,
+        prefetch: int = 3,
+        read_ahead: int = 3,
         warn: Callable[[str], None] | None = None,
         stall_seconds: float = 60.0,
     ) -> None:

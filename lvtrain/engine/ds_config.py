@@ -204,17 +204,14 @@ def _precision(config: dict[str, Any], optimizer: Optimizer, refuse: Any) -> dic
             )
         if autocast.get("dtype", "auto") not in ("auto", "bfloat16"):
             raise refuse("torch_autocast.dtype", "only bfloat16")
-    wire = {"float32": "fp32", "bfloat16": "bf16"}[optimizer.gradient_communication]
-    if config.get("communication_data_type", "auto") not in ("auto", wire):
-        raise refuse(
-            "communication_data_type",
-            f"the recipe's optimizer.gradient_communication is {optimizer.gradient_communication}",
-        )
-    config.pop("communication_data_type", None)
+    wire = config.pop("communication_data_type", "auto")
+    if wire not in ("auto", "fp32", "bf16"):
+        raise refuse("communication_data_type", f'{wire!r} is not "fp32" or "bf16"')
+    wire = "fp32" if wire == "auto" else wire
     if optimizer.precision == "float32":
         return {"communication_data_type": wire}
     section: dict[str, Any] = {"enabled": True, "dtype": "bfloat16"}
-    if optimizer.gradient_communication == "float32":
+    if wire == "fp32":
         # otherwise DeepSpeed sums the gradients of Linear and Conv in bfloat16, and a resume on other ranks differs by 1e-3
         section["lower_precision_safe_modules"] = []
     return {"torch_autocast": section}

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import nn
 
 from lvtrain.checkpoint.state import Replicated, State
@@ -37,11 +36,11 @@ class Distill(Section):
         "a run, a checkpoint, an exported folder or others' weights, of the student's embedding_dim and image_size",
         resume="free",  # a checkpoint knows the teacher's weights, as it knows the data's fingerprint
     )
-    weight: float = Field(
+    weight: float = setting(
         0.99,
+        "of the teacher's part; near 1, because a classification's gradient is 64 times as steep (its scale)",
         gt=0,
         lt=1,
-        description="of the teacher's part; near 1, because a classification's gradient is 64 times as steep (its scale)",
     )
 
 

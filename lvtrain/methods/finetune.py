@@ -17,7 +17,6 @@ import copy
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from lvtrain.backbones.part_fvit import PartFViT
@@ -27,6 +26,7 @@ from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, StepInfo
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
+from lvtrain.recipe.base import setting
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Recipe
 
@@ -46,9 +46,11 @@ class WithLandmarks(nn.Module):
 class FinetuneSection(SupervisedSection):
     """What happens to the landmark CNN of a Part fViT."""
 
-    landmarks: Literal["fixed", "trained", "anchored"] = Field("trained", description="the paper's options a, b, c")
-    beta: float = Field(
-        0.1, ge=0, description="anchored: weight of the distance to a frozen landmark CNN's points, pixels"
+    landmarks: Literal["fixed", "trained", "anchored"] = setting(
+        "trained", "the landmark CNN: the paper's options a, b, c"
+    )
+    beta: float = setting(
+        0.1, "with anchored: weight of the distance to a frozen landmark CNN's points, in pixels", ge=0
     )
 
 

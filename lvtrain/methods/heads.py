@@ -36,9 +36,10 @@ def create_classifier(
     settings = OptimizerSettings(
         own.name,
         own.mode,
-        betas=getattr(backbone, "betas", (0.9, 0.999)),  # a backbone under SGD has none
+        # the backbone's optimizer may be another one, and have none of these
+        betas=getattr(backbone, "betas", (0.9, 0.999)),
         eps=getattr(backbone, "eps", 1e-8),
-        momentum=own.momentum,
+        momentum=getattr(backbone, "momentum", 0.9),
         moments=own.moments,
     )
     return ShardedClassifier(

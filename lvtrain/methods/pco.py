@@ -24,7 +24,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 
 from lvtrain.checkpoint.state import Rows, State
 from lvtrain.classifier import Anchor, ClassifierOutput
@@ -33,6 +32,7 @@ from lvtrain.classifier.margins import CosFace
 from lvtrain.methods.base import StepInfo
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
+from lvtrain.recipe.base import setting
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Phase, Recipe
 
@@ -40,13 +40,13 @@ from lvtrain.recipe.sections import Phase, Recipe
 class PcoSection(SupervisedSection):
     """The phases are the recipe's; these are the options of the second anchor."""
 
-    expectation_init: Literal["weight", "first_feature"] = Field(
-        "weight", description="feature expectations begin at the class centres, or at a class's first feature"
+    expectation_init: Literal["weight", "first_feature"] = setting(
+        "weight", "feature expectations begin at the class centres, or at a class's first feature"
     )
-    expectation_negatives: Literal["own", "shared"] = Field(
-        "own", description="shared: the second term uses the first one's sum over the negatives, which is cheaper"
+    expectation_negatives: Literal["own", "shared"] = setting(
+        "own", "shared: the second term uses the first one's sum over the negatives, which is cheaper"
     )
-    m2: float = Field(0.4, ge=0, le=1, description="margin on the feature expectation")
+    m2: float = setting(0.4, "margin on the feature expectation", ge=0, le=1)
 
 
 @METHODS.register("pco")

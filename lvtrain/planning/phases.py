@@ -120,7 +120,6 @@ def phase_setup(
         cost=cost,
         frozen=tuple(frozen),
         precision=recipe.optimizer.precision,
-        gradient_bytes=2 if recipe.optimizer.gradient_communication == "bfloat16" else 4,
         compiled=recipe.backbone.compile,
         ema=recipe.ema is not None,
     )

@@ -85,7 +85,7 @@ class NumericsSection(Section):
 
 
 class CentreOptimizerSection(Section):
-    """The optimizer of the class centres. Betas and eps are the backbone's, as is every value that is not set."""
+    """The optimizer of the class centres. Betas, eps and momentum are the backbone's, as is every value that is not set."""
 
     name: Literal["adamw", "sgd"] = setting("adamw", "optimizer of the class centres", because=_STATE)
     mode: Literal["dense", "row_sparse"] = setting(
@@ -99,7 +99,6 @@ class CentreOptimizerSection(Section):
     weight_decay: float | None = setting(
         None, "weight decay of the centres; absent: the backbone's", because=_LEARNED, ge=0
     )
-    momentum: float = setting(0.9, "momentum of SGD", because=_STATE, ge=0, lt=1)
     moments: Literal["float32", "bfloat16"] = setting(
         "float32", "format of the moments; bfloat16 halves their memory, with stochastic rounding", because=_STATE
     )

@@ -71,4 +71,13 @@ def _keys(model: type[Section], prefix: str, rule: Rule, because: str, named: st
                     yield key
                 elif key.dotted not in seen:  # once, and of no entry in particular
                     seen.add(key.dotted)
-                    yield replace(key, named=named)
+                    yield replace(_name_key(key, field) if key.dotted == below + "name" else key, named=named)
+
+
+def _name_key(key: Key, field: FieldInfo) -> Key:
+    """The key `name` of a named section, which each entry declares with its own name only."""
+    named = section_by_name(field)
+    assert named is not None
+    default = named.default if named.default is not None else ...
+    description = f"name of the {named.registry.kind}: {', '.join(named.registry.names())}"
+    return replace(key, field=FieldInfo(default=default, description=description))

@@ -20,7 +20,15 @@ OLD_KEYS: dict[str, str | Callable[[Any], dict[str, Any]]] = {
 ANY = object()
 # removed dotted key -> (the value that means the same as its absence, or ANY; why it went)
 REMOVED_KEYS: dict[str, tuple[Any, str]] = {
-    "data.read_ahead": (ANY, "data.prefetch says how many micro-batches are read and decoded ahead"),
+    "data.read_ahead": (ANY, "three micro-batches are read ahead"),
+    "data.prefetch": (ANY, "three micro-batches are decoded ahead"),
+    "safety.max_nonfinite": (ANY, "three steps in a row that are not finite stop a run"),
+    "schedule.power": (1.0, "schedule.shape=quadratic is power 2"),
+    "classifier.optimizer.momentum": (0.9, "the class centres have the backbone's momentum, optimizer.momentum"),
+    "optimizer.gradient_communication": (
+        "float32",
+        'for bfloat16 write "communication_data_type": "bf16" in the DeepSpeed JSON',
+    ),
     "checkpoint.background": (ANY, "checkpoints are always written in the background"),
     "evaluation.batch": (ANY, "verification embeds 128 images at a time"),
     "classifier.chunk": (None, "the number of classes in a chunk is chosen from the shapes"),

@@ -55,11 +55,8 @@ class Optimizer(NamedSection):
     precision: Literal["float32", "bfloat16"] = setting(
         "bfloat16", "arithmetic of the backbone; its weights are float32 in both", because=_LEARNED
     )
-    gradient_communication: Literal["float32", "bfloat16"] = setting(
-        "float32", "type in which gradients are summed over GPUs", because=_LEARNED
-    )
 
-    @field_validator("precision", "gradient_communication", mode="before")
+    @field_validator("precision", mode="before")
     @classmethod
     def _short_names(cls, value: Any) -> Any:
         if value in ("fp16", "float16", "half"):

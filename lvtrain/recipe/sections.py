@@ -56,9 +56,6 @@ class Data(Section):
         "auto", "decoder; auto: DALI where it is installed", because="decoders differ in the last bits of a pixel"
     )
     threads: int = setting(2, "threads that read and decode", unit="threads a rank", resume="free", gt=0)
-    prefetch: int = setting(
-        2, "micro-batches that are read and decoded ahead", unit="micro-batches", resume="free", gt=0
-    )
     cache: Path | None = setting(None, "local folder (NVMe) for copies of shards; needs cache_bytes", resume="free")
     cache_bytes: int = setting(0, "largest size of the cache", unit="bytes", resume="free", ge=0)
     augmentation: Augmentation = setting("flip", "name of a set in lvtrain/data/augment.py", because=IMAGES)
@@ -166,10 +163,11 @@ class Phase(Section):
 class Schedule(Section):
     total: PositiveDuration = setting(REQUIRED, "length of the run")
     warmup: Duration = setting(lambda: Duration("0 steps"), "the learning rate rises from 0 over this long")
-    shape: Literal["polynomial", "cosine", "constant"] = setting(
-        "polynomial", "how the learning rate falls after the warm-up"
+    shape: Literal["polynomial", "quadratic", "cosine", "constant"] = setting(
+        "polynomial",
+        "how the learning rate falls after the warm-up; polynomial: a straight line; quadratic: its square, as in "
+        "arcface_torch of 2022",
     )
-    power: float = setting(1.0, "exponent of the polynomial; 1 is a straight line", gt=0)
     final: float = setting(0.0, "last learning rate, as a share of the peak", ge=0, le=1)
 
     @model_validator(mode="after")
@@ -219,9 +217,9 @@ class Ema(Section):
 
 
 class Safety(Section):
-    max_nonfinite: int = setting(3, "non-finite steps in a row that stop the run", unit="steps", gt=0)
     rollback: bool = setting(
-        False, "instead of stopping, go back to the last checkpoint and skip the data that led to non-finite steps"
+        False,
+        "after 3 non-finite steps in a row, go back to the last checkpoint and skip that data, instead of stopping",
     )
     collective_timeout: float = setting(
         1800.0, "a rank that does not answer for this long is an error", unit="seconds", gt=0

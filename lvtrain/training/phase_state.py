@@ -277,7 +277,5 @@ def _create_loader(setup: Setup, micro_batch: int, micro_batches: int, start: in
         device=setup.world.device,
         backend=data.backend,
         threads=data.threads,
-        prefetch=data.prefetch,
-        read_ahead=data.prefetch,
         image_size=recipe.backbone.image_size,
     )

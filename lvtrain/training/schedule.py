@@ -75,7 +75,6 @@ class LearningRate:
     total: int
     warmup: int
     shape: str
-    power: float = 1.0
     final: float = 0.0
 
     def at(self, samples_seen: int, step_samples: int) -> float:
@@ -83,8 +82,8 @@ class LearningRate:
         if samples_seen < self.warmup:
             return peak * min(1.0, (samples_seen + step_samples) / self.warmup)
         progress = min(1.0, (samples_seen - self.warmup) / max(1, self.total - self.warmup))
-        if self.shape == "polynomial":
-            share = (1.0 - progress) ** self.power
+        if self.shape in ("polynomial", "quadratic"):
+            share = (1.0 - progress) ** (1.0 if self.shape == "polynomial" else 2.0)
         elif self.shape == "cosine":
             share = 0.5 * (1.0 + math.cos(math.pi * progress))
         else:
@@ -119,7 +118,6 @@ def learning_rate(
         total=total,
         warmup=warmup,
         shape=schedule.shape,
-        power=schedule.power,
         final=schedule.final,
     )
 

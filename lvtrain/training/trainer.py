@@ -43,6 +43,7 @@ from lvtrain.training.telemetry import Telemetry, progress_line
 from lvtrain.training.trackers import TrackedRun
 
 _STARTED = time.monotonic()
+_NONFINITE_IN_ROW = 3  # steps that stop the run, or roll it back
 _ROLLBACKS = 3  # to one checkpoint: what is not finite after that is not a stretch of bad data
 
 
@@ -307,7 +308,7 @@ class Trainer:
         if said:
             values = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
             self.telemetry.say(f"warning: step {position.step} is skipped, it was not finite ({values}); {said}")
-        if phase.nonfinite_in_row < self.recipe.safety.max_nonfinite:
+        if phase.nonfinite_in_row < _NONFINITE_IN_ROW:
             return
         if self.recipe.safety.rollback:
             raise RollBack(replace(position, samples_seen=position.samples_seen + phase.section.global_batch))
