@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from lvtrain.backbones import create_backbone
+from lvtrain.engine.optimizers.adamw import AdamWSection
 from lvtrain.engine.parameter_groups import parameter_groups
 from lvtrain.errors import UserError
 from lvtrain.planning import measure_network
-from lvtrain.recipe.sections import Optimizer
 from lvtrain.weights.models import load_model
 from tests.runs import metrics, output, recipe_file, run, tool
 
@@ -50,7 +50,7 @@ def test_the_embedding_is_timms_pooled_features_through_the_head(name: str) -> N
 def test_layer_decay_and_weight_decay_are_timms(name: str) -> None:
     with torch.device("meta"):
         backbone = create_backbone(f"timm:{name}", embedding_dim=16)
-        groups = parameter_groups(backbone, Optimizer(layer_decay=0.5))
+        groups = parameter_groups(backbone, AdamWSection(layer_decay=0.5))
     ours = {n: (group.lr_scale, group.decayed) for group in groups for n in group.parameters}
     network: Any = backbone.network
     undecayed = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()

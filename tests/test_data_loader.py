@@ -132,9 +132,9 @@ def test_ranks_must_divide_the_micro_batches(folder):
 
 
 def test_unknown_names_are_refused(folder):
-    with pytest.raises(UserError, match="choose one of none, flip"):
+    with pytest.raises(UserError, match="flip"):
         Loader(ShardDataset(folder), seed=1, micro_batch=1, micro_batches=1, augmentation="flop")
-    with pytest.raises(UserError, match="choose auto, dali or torch"):
+    with pytest.raises(UserError, match="torch"):
         next(Loader(ShardDataset(folder), seed=1, micro_batch=1, micro_batches=1, backend="pil"))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lvtrain.backbones import Backbone
 from lvtrain.engine.engine import Engine, resolve_ds_config
 from lvtrain.engine.optimizers.adamw import AdamWSection
 from lvtrain.engine.precision import at_precision
@@ -17,11 +18,11 @@ MICRO = 6  # samples a micro-batch; V = 6 of them a step, so 1, 2, 3 and 6 ranks
 V = 6
 
 
-class Net(nn.Module):
+class Net(Backbone):
     """Odd sizes, a BatchNorm, two groups, a frozen parameter, dropout, a buffer that is not persistent."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(embedding_dim=3, image_size=7)
         # no parameter that BatchNorm makes irrelevant: its gradient would be noise, which Adam turns into full steps
         first = nn.Sequential(nn.Linear(7, 11, bias=False), nn.BatchNorm1d(11), nn.GELU())
         self.blocks = nn.ModuleList([first, nn.Linear(11, 5)])

@@ -166,5 +166,5 @@ def test_files_clients_would_refuse_are_refused(tmp_path: Path, exported: tuple[
     opset = [onnx.helper.make_opsetid("", 17)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), str(tmp_path / "vector.onnx"))
     for opener in (check, load_model):
-        with pytest.raises(UserError, match="it is no recogniser"):
+        with pytest.raises(UserError, match="not a face recogniser"):
             opener(tmp_path / "vector.onnx")

@@ -45,7 +45,7 @@ def make_recipe(**settings: Any) -> Recipe:
     settings = dict(settings)
     rate = settings.pop("sample_rate", 1.0)
     margin = settings.pop("margin", {"name": "arcface", "scale": SCALE})
-    rows = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+    rows = {"name": "sgd", "weight_decay": 0.0}
     method = {"name": "cluster", "warmup": "0 steps", **settings}
     phase = {"name": "all", "global_batch": GLOBAL, "micro_batches": VIRTUAL, "sample_rate": rate}
     return recipes.resolve(

@@ -114,7 +114,11 @@ def recipe_tasks(benchmarks: Mapping[str, Any]) -> list[Task]:
         path, kind = options.pop("path", None), options.pop("protocol", None)
         if path is None:
             raise UserError(f"evaluation.benchmarks.{name} needs a path")
-        tasks.append(create_task(name, path, kind, options))
+        try:
+            tasks.append(create_task(name, path, kind, options))
+        except UserError as error:
+            what = str(error).removeprefix(f"benchmark {name}: ")
+            raise UserError(f"evaluation.benchmarks.{name}: {what}") from error
     return tasks
 
 

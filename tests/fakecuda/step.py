@@ -70,7 +70,7 @@ def run(recipe_name: str, changes: list[str], ds_config_name: str, phase_name: s
     from lvtrain.data.loader import Batch
     from lvtrain.engine.ds_config import resolve_ds_config
     from lvtrain.engine.engine import Engine
-    from lvtrain.methods import Now, create_method
+    from lvtrain.methods import StepInfo, create_method
     from lvtrain.recipe import files as recipes
 
     library = ctypes.CDLL("libcuda.so.1")
@@ -117,7 +117,7 @@ def run(recipe_name: str, changes: list[str], ds_config_name: str, phase_name: s
 
     for step in range(2):
         peaks.clear()
-        now = Now(step, 1e-3, 0.1, 1.0)
+        now = StepInfo(step, 1e-3, 0.1, 1.0)
         with part("begin"):
             method.begin_step(now, labels)
             engine.train()

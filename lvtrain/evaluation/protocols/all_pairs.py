@@ -19,6 +19,10 @@ class AllPairs(Protocol):
     def matches(cls, path: Path) -> bool:
         return is_labelled_set(path)
 
+    @classmethod
+    def check(cls, paths: tuple[Path, ...]) -> None:
+        labelled_images(paths[0])
+
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
         images, labels = labelled_images(paths[0])
         embeddings = setting.embed(forward, images, mirror=self.options.flip)
