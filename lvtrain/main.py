@@ -91,8 +91,7 @@ def _run(options: argparse.Namespace) -> int:
     ds_config = check_before_start(
         recipe,
         options.ds_config,
-        num_classes=dataset.num_classes,
-        num_samples=len(dataset),
+        sizes=(dataset.num_classes, len(dataset)),
         ranks=worlds.launch().size,
         only_phase=options.phase,
     )

@@ -149,7 +149,7 @@ def test_foreign_files_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "folder" / "model.safetensors").write_bytes(b"123456789")
     with pytest.raises(UserError, match="folder"):
         load_model(tmp_path / "folder")
-    with pytest.raises(UserError, match="keeps no moving average"):
+    with pytest.raises(UserError, match="has no moving average"):
         load_model(tmp_path / "other.pt", average=True)
 
 

@@ -55,8 +55,7 @@ def check_before_start(
     recipe: Recipe,
     ds_config: Path,
     *,
-    num_classes: int,
-    num_samples: int,
+    sizes: tuple[int, int],
     ranks: int,
     only_phase: str | None = None,
     files: bool = True,
@@ -64,7 +63,7 @@ def check_before_start(
     """Checks recipe, DeepSpeed JSON, dataset and number of ranks against each other. A start and a dry run both call it.
 
     Args:
-        num_classes, num_samples: identities and images of the dataset.
+        sizes: number of identities and of images of the dataset.
         files: whether files besides the dataset must be here; False to plan for another machine.
 
     Returns:
@@ -73,6 +72,7 @@ def check_before_start(
     Raises:
         UserError: they do not fit; the line says what to change.
     """
+    num_classes, num_samples = sizes
     check_ranks(recipe, num_classes=num_classes, ranks=ranks)
     learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=num_samples)
     names = [phase.name for phase in recipe.phases]
@@ -171,8 +171,9 @@ def dry_run(
     size = ranks or launched.size
     here = recipe.data.path.exists()
     classes, samples, where = sizes(recipe)
-    sizes_of_data = {"num_classes": classes, "num_samples": samples}
-    config = check_before_start(recipe, ds_config, **sizes_of_data, ranks=size, only_phase=only_phase, files=here)
+    config = check_before_start(
+        recipe, ds_config, sizes=(classes, samples), ranks=size, only_phase=only_phase, files=here
+    )
     if here:
         check_benchmarks(recipe)
         changes(recipe.run_folder, recipe)

@@ -86,7 +86,7 @@ def run(recipe_name: str, changes: list[str], ds_config_name: str, phase_name: s
 
     # torch would have NVRTC compile the one for weights that are drawn on a GPU
     erfinv = mock.patch("torch.Tensor.erfinv_", lambda tensor: tensor)
-    with mock.patch("lvtrain.classifier.sharded.initial_rows", rows), erfinv, cuda:
+    with mock.patch("lvtrain.classifier.sharded.initial_centres", rows), erfinv, cuda:
         method = create_method(recipe, num_classes=recipe.data.num_classes or 0, device=cuda)
     method.enter_phase(phase, first_time=True)
     ds_config = resolve_ds_config(Path(f"ds_configs/{ds_config_name}.json"), optimizer=recipe.optimizer)
