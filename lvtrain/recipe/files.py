@@ -78,7 +78,7 @@ def resolve(values: dict[str, Any], *, source: Callable[[Any], str] = lambda pro
             arcface_torch.answer(str(problem["loc"][-1])) is not None for problem in problems if problem["loc"]
         )
         if theirs > 2:
-            more.append("for a file of arcface_torch, python tools/migrate_config.py FILE writes a recipe")
+            more.append("for a file of arcface_torch, start from the nearest recipe in lvtrain/recipes")
         raise UserError("; ".join(mistakes + more)) from error
 
 
