@@ -96,7 +96,7 @@ def test_whole_protocol_with_and_without_flip(folder: Path) -> None:
     with torch.no_grad():
         straight, mirrored = model(pixels).numpy(), model(pixels.flip(3)).numpy()
     for flip, features in ((True, straight + mirrored), (False, straight)):
-        result = ijb.run(model, folder, world=ALONE, batch=16, device="cpu", flip=flip)
+        result = ijb.run(model, folder, extract.Setting(ALONE, "cpu", 16), flip=flip)
         expected = ijb.score_pairs(release, features)
         for target, figure in expected["nearest"].items():
             assert result["nearest"][target] == pytest.approx(figure, abs=1e-9)
@@ -150,7 +150,7 @@ def test_missing_crop_and_missing_faces(tmp_path: Path) -> None:
     folder = make_release(tmp_path / "r", templates=6, people=3)
     (folder / "loose_crop" / "2.jpg").unlink()
     with pytest.raises(UserError, match=r"2\.jpg cannot be decoded"):
-        ijb.run(extract.raw_pixels, folder, world=ALONE, batch=4, device="cpu")
+        ijb.run(extract.raw_pixels, folder, extract.Setting(ALONE, "cpu", 4))
     for path in (folder / "meta").iterdir():
         path.rename(path.with_name(path.name.replace("ijbtest", "ijbc")))
     with pytest.raises(UserError, match="the release has 469375"):

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from lvtrain.distributed.world import World
 from lvtrain.evaluation import extract, verification
 from lvtrain.evaluation.bins import read_bin
 
@@ -16,17 +14,20 @@ from lvtrain.evaluation.bins import read_bin
 def verify_set(
     forward: extract.Forward,
     path: str | Path,
-    *,
-    world: World,
-    batch: int = 128,
-    device: torch.device | str,
-    image_size: int = 112,
+    setting: extract.Setting,
 ) -> dict[str, Any]:
     """`verification.summary` of one `.bin` set, and `xnorm`: the mean norm of the embeddings before they are normalised."""
     images, issame = read_bin(path)
     # an even batch holds whole pairs, so that distances can be taken batch by batch and no embedding is kept
+    batch = setting.batch + setting.batch % 2
     pairs = extract.run(
-        forward, images, pair_rows, world=world, batch=batch + batch % 2, device=device, image_size=image_size
+        forward,
+        images,
+        pair_rows,
+        world=setting.world,
+        batch=batch,
+        device=setting.device,
+        image_size=setting.image_size,
     )[: len(issame)]
     distances, norms, finite = pairs[:, 0], pairs[:, 1], pairs[:, 2]
     if not finite.all():

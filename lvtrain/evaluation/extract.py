@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,6 +112,33 @@ def embed(
 
     rows = run(forward, images, summed, world=world, batch=batch, device=device, image_size=image_size, mirror=mirror)
     return rows[: len(images)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How images are embedded, the same for every protocol of one evaluation.
+
+    Attributes:
+        batch: images per forward call.
+        image_size: pixels of a side that the model takes.
+    """
+
+    world: World
+    device: torch.device | str
+    batch: int = 128
+    image_size: int = 112
+
+    def embed(self, forward: Forward, images: Images, *, mirror: bool = True) -> np.ndarray:
+        """Embeddings float32 [N, d]; with `mirror` the embedding of the mirrored image is added. A collective."""
+        return embed(
+            forward,
+            images,
+            world=self.world,
+            batch=self.batch,
+            device=self.device,
+            image_size=self.image_size,
+            mirror=mirror,
+        )
 
 
 def run(

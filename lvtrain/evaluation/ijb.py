@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.metrics import roc_curve
 
-from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.evaluation import extract, verification
 
@@ -117,20 +115,16 @@ class AlignedCrops:
 def run(
     forward: extract.Forward,
     folder: str | Path,
+    setting: extract.Setting,
     *,
-    world: World,
-    batch: int,
-    device: torch.device | str,
-    image_size: int = 112,
     flip: bool = True,
     detector_scores: bool = True,
     complete: bool = True,
 ) -> dict[str, Any]:
     """Embeds a release on all ranks and scores its pairs; a collective. Returns `score_pairs`' values and how it was done."""
     release = read_release(folder, complete=complete)
-    crops = AlignedCrops(release, image_size)
-    arguments: dict[str, Any] = {"world": world, "batch": batch, "device": device, "image_size": image_size}
-    features = extract.embed(forward, crops, mirror=flip, **arguments)
+    crops = AlignedCrops(release, setting.image_size)
+    features = setting.embed(forward, crops, mirror=flip)
     result = score_pairs(release, features, detector_scores=detector_scores)
     return {**result, "release": release.name, "flip": flip, "detector_scores": detector_scores}
 

@@ -11,44 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from lvtrain.distributed.world import World
 from lvtrain.evaluation import extract
+from lvtrain.evaluation.extract import Setting
 from lvtrain.recipe.base import Section
 from lvtrain.recipe.registry import Registry
 
 Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How images are embedded, the same for every protocol of one evaluation.
-
-    Attributes:
-        batch: images per forward call.
-        image_size: pixels of a side that the model takes.
-    """
-
-    world: World
-    device: torch.device | str
-    batch: int = 128
-    image_size: int = 112
-
-    def embed(self, forward: extract.Forward, images: extract.Images, *, mirror: bool = True) -> np.ndarray:
-        """Embeddings float32 [N, d]; with `mirror` the embedding of the mirrored image is added. A collective."""
-        return extract.embed(
-            forward,
-            images,
-            world=self.world,
-            batch=self.batch,
-            device=self.device,
-            image_size=self.image_size,
-            mirror=mirror,
-        )
 
 
 class Options(Section):

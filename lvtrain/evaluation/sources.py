@@ -6,27 +6,28 @@ from pathlib import Path
 
 import numpy as np
 
+from lvtrain.data import ShardDataset
 from lvtrain.data.folders import walk_identities
 from lvtrain.errors import UserError
 from lvtrain.evaluation.extract import Images
 
 
 class ShardImages:
-    """The encoded images of a `lvtrain.data.ShardDataset`, by sample id."""
+    """The encoded images of a dataset, or of the sample `ids` [k] of it."""
 
-    def __init__(self, path: Path) -> None:
-        from lvtrain.data import ShardDataset
-
-        self.dataset = ShardDataset(path)
+    def __init__(self, dataset: ShardDataset, ids: np.ndarray | None = None) -> None:
+        self.dataset = dataset
+        self.ids = np.arange(len(dataset)) if ids is None else ids
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.ids)
 
     def __getitem__(self, position: int, /) -> bytes:
-        return self.dataset.read(position)[0]
+        return self.dataset.read(int(self.ids[position]))[0]
 
     def labels(self) -> np.ndarray:
-        return np.asarray(self.dataset.labels(np.arange(len(self.dataset))), dtype=np.int64)
+        """int64 [k]."""
+        return np.asarray(self.dataset.labels(self.ids), dtype=np.int64)
 
 
 def is_labelled_set(path: Path) -> bool:
@@ -47,7 +48,7 @@ def labelled_images(path: str | Path) -> tuple[Images, np.ndarray]:
     """
     path = Path(path)
     if path.suffix == ".json" or (path / "dataset.json").is_file():
-        shards = ShardImages(path)
+        shards = ShardImages(ShardDataset(path))
         return shards, shards.labels()
     found = [(entry.path, entry.identity) for entry in walk_identities(path) if entry.path and not entry.reason]
     if not found:

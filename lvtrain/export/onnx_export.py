@@ -138,12 +138,13 @@ def accuracies(
     """Ten-fold verification accuracy on a `.bin` set, of the backbone and of the file."""
     from lvtrain.distributed.world import World
     from lvtrain.evaluation.benchmarks import verify_set
+    from lvtrain.evaluation.extract import Setting
 
     run = session(path)
     cpu = torch.device("cpu")
 
     def accuracy(forward: Callable[[torch.Tensor], torch.Tensor]) -> float:
-        found = verify_set(forward, benchmark, world=World(0, 1, 0, cpu), batch=32, device=cpu, image_size=image_size)
+        found = verify_set(forward, benchmark, Setting(World(0, 1, 0, cpu), cpu, 32, image_size))
         return float(found["accuracy"])
 
     return accuracy(backbone), accuracy(lambda images: torch.from_numpy(run(images.numpy())))

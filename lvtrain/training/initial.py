@@ -19,6 +19,7 @@ from lvtrain.distributed.world import World
 from lvtrain.engine.precision import at_precision
 from lvtrain.errors import UserError
 from lvtrain.evaluation.extract import embed
+from lvtrain.evaluation.sources import ShardImages
 from lvtrain.methods import Method
 from lvtrain.recipe.sections import InitFrom, Recipe
 from lvtrain.training.folded_norms import restore_norms
@@ -162,19 +163,6 @@ def _load_centres(source: Source, method: Method) -> str:
     return f"{classifier.num_classes} class centres loaded"
 
 
-class _Encoded:
-    """Some samples of a dataset as `evaluation.extract.Images`."""
-
-    def __init__(self, dataset: ShardDataset, ids: np.ndarray) -> None:
-        self.dataset, self.ids = dataset, ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, position: int, /) -> bytes:
-        return self.dataset.read(int(self.ids[position]))[0]
-
-
 def first_of_each(labels: np.ndarray, most: int) -> np.ndarray:
     """Positions of the first `most` samples of every label, int64, ascending.
 
@@ -223,7 +211,7 @@ def start_from_means(
         ids = chosen[first : first + _TOGETHER]
         rows = embed(
             forward,
-            _Encoded(dataset, ids),
+            ShardImages(dataset, ids),
             world=world,
             batch=batch,
             device=world.device,

@@ -24,16 +24,7 @@ class Ijb(Protocol):
         return (path / "meta").is_dir()
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
-        return ijb.run(
-            forward,
-            paths[0],
-            world=setting.world,
-            batch=setting.batch,
-            device=setting.device,
-            image_size=setting.image_size,
-            flip=self.options.flip,
-            detector_scores=self.options.detector_scores,
-        )
+        return ijb.run(forward, paths[0], setting, **self.options.model_dump())
 
     @classmethod
     def figure(cls, result: Result) -> float:

@@ -21,14 +21,7 @@ class Verification(Protocol):
         return path.is_file() and path.suffix != ".json"
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
-        return benchmarks.verify_set(
-            forward,
-            paths[0],
-            world=setting.world,
-            batch=setting.batch,
-            device=setting.device,
-            image_size=setting.image_size,
-        )
+        return benchmarks.verify_set(forward, paths[0], setting)
 
     @classmethod
     def check(cls, paths: tuple[Path, ...]) -> None:
