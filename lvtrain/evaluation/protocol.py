@@ -38,14 +38,14 @@ class Protocol(ABC):
         options_class: its options, a recipe section.
         paths: how many paths a benchmark of it has.
         fallback: it recognises paths in general, so any other protocol that recognises one is preferred.
-        own_columns: columns of a table of its own in the report, or empty: then the report shows its headline.
+        has_own_part: the report shows its results in their own part, not among the headlines.
     """
 
     title: ClassVar[str]
     options_class: ClassVar[type[Options]] = Options
     paths: ClassVar[int] = 1
     fallback: ClassVar[bool] = False
-    own_columns: ClassVar[tuple[str, ...]] = ()
+    has_own_part: ClassVar[bool] = False
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -83,7 +83,7 @@ class Protocol(ABC):
 
     @classmethod
     def rows(cls, result: Result) -> list[dict[str, str]]:
-        """Rows of the report's own table, by `own_columns`."""
+        """Rows of its own table in the report, column by column."""
         return []
 
     @classmethod

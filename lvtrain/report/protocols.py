@@ -21,7 +21,7 @@ def headlines(run: RunFiles) -> list[Row]:
     rows: list[Row] = []
     for benchmark, result in _results(run):
         protocol = PROTOCOLS.get(result["kind"])
-        if not protocol.own_columns:
+        if not protocol.has_own_part:
             shown = protocol.headline(result)
             rows += [{"benchmark": benchmark, "protocol": protocol.title, "figure": f, "value": v} for f, v in shown]
     return rows

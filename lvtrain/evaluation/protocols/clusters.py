@@ -22,7 +22,7 @@ class ClusteringOptions(Flip):
 class Clustering(Protocol):
     title = "clustering"
     options_class = ClusteringOptions
-    own_columns = ("images", "identities", "algorithm", "clusters", *_SHARES)
+    has_own_part = True
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
         images, labels = labelled_images(paths[0])

@@ -14,7 +14,7 @@ from lvtrain.evaluation.protocol import PROTOCOLS, Protocol, Result, Setting, pe
 class Verification(Protocol):
     title = "verification"
     fallback = True
-    own_columns = ("benchmark", "accuracy")  # the report draws this protocol itself: curves, histogram, faces
+    has_own_part = True  # curves, histogram, faces
 
     @classmethod
     def matches(cls, path: Path) -> bool:
