@@ -68,6 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     finally:
         signals.restore()
+        if "torch" in sys.modules:
+            from lvtrain.distributed import world as worlds
+
+            worlds.forget()  # the next command of this process is another start
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -148,6 +148,12 @@ def have_met() -> bool:
     return _store is not None
 
 
+def forget() -> None:
+    """Ends what `have_met` says: a later start in this process has not met its ranks yet."""
+    global _store
+    _store = None
+
+
 def is_first_to_say(line: str, error: BaseException) -> bool:
     """Whether this rank is to print `line`: ranks that fail alike print it once. A rank that cannot ask the others prints it."""
     if getattr(error, "is_on_every_rank", False):
