@@ -27,6 +27,7 @@ from lvtrain.errors import EXIT_DONE, EXIT_ERROR, UserError, error_line
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Reads the command line. Exits with a message if it is wrong."""
     parser = argparse.ArgumentParser(prog="lvtrain", description="Train a face-recognition model from a recipe.")
     parser.add_argument("--recipe", required=True, type=Path, help="YAML recipe, see lvtrain/recipes/")
     parser.add_argument("--ds_config", required=True, type=Path, help="DeepSpeed JSON, see ds_configs/")

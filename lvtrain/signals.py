@@ -27,7 +27,10 @@ def listen() -> None:
 
 
 def received() -> int | None:
-    """The first signal since `listen`, None if there was none. (An interrupted launcher sends SIGTERM after it.)"""
+    """The first signal since `listen`, None if there was none.
+
+    Later ones are ignored: an interrupted launcher sends SIGTERM after the first.
+    """
     return _received
 
 

@@ -23,8 +23,9 @@ class _Float32Buffers(nn.modules.batchnorm._BatchNorm):
 
 
 class Float32BatchNorm1d(_Float32Buffers, nn.BatchNorm1d):
-    """BatchNorm1d over `[B, dim]` of any float dtype. It computes in float32 (float64 for float64), and returns the dtype
-    of its weight.
+    """BatchNorm1d over `[B, dim]` of any float dtype.
+
+    It computes in float32 (float64 for float64), and returns the dtype of its weight.
 
     torch's BatchNorm1d crashes on a CPU with bfloat16 weights and float32 statistics. `module.bfloat16()` would round
     its running statistics to 8 bits, too few for a running mean of momentum 0.1.

@@ -153,7 +153,7 @@ class FViT(Backbone):
         return self._encode(patches, positions, return_tokens)
 
     def _encode(self, patches: torch.Tensor, positions: torch.Tensor, return_tokens: bool) -> Any:
-        """patches `[B, N, patch * patch * 3]` (row, column, colour), positions `[1 or B, N, dim]`."""
+        """From patches `[B, N, patch * patch * 3]` (row, column, colour) and positions `[1 or B, N, dim]` to embeddings."""
         x = self.patch_to_embedding(patches) + positions
         first = (self.cls_token + self.pos_embedding[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)
         x = self.run_blocks(self.transformer.layers, self.dropout(torch.cat([first, x], dim=1)))
@@ -314,7 +314,8 @@ class PartFViT(FViT):
             landmarks: `[B, N, 2]`, (x, y) in pixels: any number of points in any order. Absent: the landmark CNN's.
             positions: int64 `[N]` or `[B, N]`, the position embedding (0 to num_tokens - 1) of each landmark. Absent:
                 landmark i has position i.
-            return_landmarks, return_tokens: return these too.
+            return_landmarks: return the landmarks, too.
+            return_tokens: return the tokens, too.
 
         Raises:
             UserError: more landmarks than position embeddings, and no `positions`.

@@ -103,7 +103,7 @@ class TimmNetwork(Backbone):
         self.network.set_grad_checkpointing(mode == "block")
 
     def adopt(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """timm's own state dict is resized by timm's own rule (position embeddings); its classifier has no place here."""
+        """Converts a state dict of timm by timm's own rule (position embeddings are resized). Drops timm's classifier."""
         if any(name.startswith(_NETWORK) for name in state):
             return dict(state)
         convert = getattr(sys.modules[type(self.network).__module__], "checkpoint_filter_fn", None)

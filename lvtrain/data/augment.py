@@ -88,6 +88,8 @@ class Grey:
 
 @dataclass(frozen=True)
 class Blur:
+    """With probability `p`, a Gaussian blur; its sigma, in pixels, is drawn from a range."""
+
     p: float
     sigma: Range
 
@@ -109,6 +111,8 @@ class Solarise:
 
 @dataclass(frozen=True)
 class Erase:
+    """With probability `p`, fills a random rectangle; its area (share of the image) and its ratio are drawn from ranges."""
+
     p: float
     area: Range
     ratio: Range = (0.3, 3.3)

@@ -58,6 +58,7 @@ def walk_identities(
     """Every identity, image and left-out file below `root`, in natural order.
 
     Args:
+        root: folder of the dataset.
         level: 1 or 2, how deep the identities' folders lie. None finds out: it is 1, and folders that look like parts are refused.
         accepts: which names of folders are identities; what lies in the others is left out.
 

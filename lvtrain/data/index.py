@@ -64,6 +64,7 @@ class Manifest:
 
 
 def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

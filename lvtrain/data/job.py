@@ -66,6 +66,8 @@ class Decoded:
 
 
 class Backend(Protocol):
+    """A decoder of jobs. `collect` returns the oldest job that was submitted."""
+
     def submit(self, job: Job) -> None: ...
 
     def collect(self) -> Decoded: ...

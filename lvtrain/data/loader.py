@@ -53,6 +53,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class BadSample:
+    """An image that could not be decoded, where it lies (shard and key), and why."""
+
     sample_id: int
     shard: str
     key: str

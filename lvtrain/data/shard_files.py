@@ -13,6 +13,8 @@ Forget = Callable[[int], None]  # the next read of that shard opens its file aga
 
 
 class ShardFiles(Protocol):
+    """Says which file the bytes of a shard are read from."""
+
     def locate(self, shard: int) -> Path:
         """The file to read shard number `shard` from."""
 

@@ -28,6 +28,8 @@ _GONE = re.compile(
 
 @dataclass(frozen=True)
 class World:
+    """This process among all: its rank, the number of ranks, its rank on the node, its device."""
+
     rank: int
     size: int
     local_rank: int
@@ -175,7 +177,9 @@ def is_lost_rank(error: BaseException | None) -> bool:
 
 
 def device_index(started: Launch, visible: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Which of the `visible` GPUs is this rank's: its number on the node, or the only one if the launcher shows each rank its own
+    """Index of this rank's GPU among the `visible` ones.
+
+    It is the rank's number on the node, or 0 if the launcher shows each rank only its own GPU
     (`srun --gpus-per-task=1`).
 
     Raises:
@@ -275,5 +279,6 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
+    """Waits until every rank is here. A collective."""
     if _several():
         dist.barrier()

@@ -331,8 +331,10 @@ def _map(outputs: Any, function: Callable[[torch.Tensor], Any]) -> Any:
 
 
 def _fit_buckets(zero: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Limits the communication buckets to the model's size. DeepSpeed allocates whole buckets, 2 GB by default, in every
-    backward."""
+    """Limits the communication buckets to the model's size.
+
+    DeepSpeed allocates whole buckets, 2 GB by default, in every backward.
+    """
     total = sum(zero_state.full_shape(parameter).numel() for parameter in module.parameters())
     total += total % 2  # DeepSpeed needs an even number
     fitted = dict(zero)

@@ -13,6 +13,7 @@ def at_precision(module: nn.Module, precision: str, device: torch.device) -> Cal
     """`module` as a function under autocast.
 
     Args:
+        module: the network.
         precision: the recipe's `optimizer.precision`, "float32" or "bfloat16".
         device: where the module and its inputs are.
 

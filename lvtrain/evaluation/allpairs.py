@@ -63,6 +63,9 @@ def all_pairs(
         labels: int [N], equal for images of one person.
         targets: FARs; those that the number of negative pairs cannot resolve are left out.
         tile: rows of a block; memory is about 6 x 4 x tile x tile bytes above the embeddings.
+        device: where the cosines are computed.
+        world: this process among the ranks; None for one process alone.
+        seed: of the sample of pairs from which a lower bound of the thresholds is estimated.
 
     Returns:
         JSON values: images, identities, positive_pairs, negative_pairs, and tar_at_far: target -> {tar, tar_upper, threshold, far}.

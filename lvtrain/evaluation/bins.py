@@ -34,6 +34,7 @@ def read_bin(path: str | Path, *, strict: bool = True) -> tuple[list[bytes], np.
     A sidecar `<path>.json` as `write_bin` leaves it is checked when it is there: a changed byte is noticed.
 
     Args:
+        path: the set.
         strict: also refuse a set whose pairs are not a multiple of ten, or whose folds hold unequal numbers of positive pairs (a fold is missing, or
             pairs were shuffled). The published sets are recognised by name and count instead.
 
@@ -70,6 +71,7 @@ def write_bin(
     """Writes a verification set readable by insightface and by `read_bin`, and a sidecar `<path>.json` with counts and sha256.
 
     Args:
+        path: the set's file, usually `*.bin`.
         images: 2 P encoded images (JPEG or PNG), pair i is images 2i and 2i+1.
         issame: P booleans, ten folds one after the other.
         about: further entries of the sidecar, e.g. how the faces were aligned.

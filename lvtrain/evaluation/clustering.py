@@ -34,9 +34,12 @@ def cluster(
     """Cluster of every embedding, int64 [N]; DBSCAN's unclustered images (noise) each become one cluster.
 
     Args:
+        embeddings: [N, d], any norm.
+        algorithm: `kmeans`, `dbscan` or `agglomerative`.
         clusters: how many, for kmeans (required) and agglomerative (or else `cosine` decides).
         cosine: images at least so similar are neighbours (dbscan), or clusters whose mean similarity is so high are joined (agglomerative).
         min_samples: dbscan: neighbours, itself included, that make an image a core.
+        seed: of the first centres of kmeans.
 
     Raises:
         UserError: NaN embeddings, kmeans without a number of clusters, too many images for agglomerative.

@@ -83,6 +83,9 @@ def embed_views(
         images: N images; see `Images`.
         world: rank and number of ranks; with more than one, the default process group is used.
         batch: images a forward call, always exactly so many (the last is padded).
+        device: where `forward` expects its images.
+        image_size: pixels a side.
+        mirror: also embed the mirror images.
 
     Raises:
         UserError: an image that cannot be decoded, no images.

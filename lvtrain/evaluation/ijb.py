@@ -44,6 +44,7 @@ def read_release(folder: str | Path, *, complete: bool = True) -> Release:
     """Reads `meta/<name>_face_tid_mid.txt`, `<name>_template_pair_label.txt` and `<name>_name_5pts_score.txt`; crops lie in `loose_crop/`.
 
     Args:
+        folder: the release's folder.
         complete: also refuse IJB-B or IJB-C meta files that have not the release's number of faces.
 
     Raises:

@@ -78,8 +78,10 @@ def score(
     """Identification and verification figures, JSON values.
 
     Args:
-        probes: [P, d], any norm; labels: int [P].
+        probes: [P, d], any norm.
+        labels: int [P], identities of the probes.
         distractors: [D, d], of identities that are not among the probes.
+        device: where the cosines are computed.
         tile: distractors scored at once.
 
     Raises:

@@ -23,6 +23,7 @@ def roc_of(results: dict[str, dict[str, Any]]) -> dict[str, Figure]:
 
 
 def roc(curves: dict[str, dict[str, list[float]]]) -> Figure:
+    """True accept rate over false accept rate. `curves`: by name, `far` and `tar` of equal length."""
     figure, axes = _axes("ROC")
     lowest = 1.0
     for number, (name, curve) in enumerate(curves.items()):
@@ -41,6 +42,7 @@ def roc(curves: dict[str, dict[str, list[float]]]) -> Figure:
 
 
 def cosines(name: str, result: dict[str, Any]) -> Figure:
+    """Histograms of the cosines of positive and negative pairs. `result`: a verification result with `histogram`."""
     figure, axes = _axes(f"{name}: cosines of pairs")
     edges = np.asarray(result["histogram"]["edges"])
     for kind, color in (("negative", _RED), ("positive", _TEAL)):

@@ -27,6 +27,8 @@ class Options(Section):
 
 
 class Flip(Options):
+    """The option that most protocols share."""
+
     flip: bool = Field(True, description="add the embedding of the mirrored image")
 
 
@@ -106,4 +108,5 @@ class Task:
 
 
 def percent(share: float) -> str:
+    """A share as text, in percent with two decimals."""
     return f"{100 * share:.2f}%"

@@ -95,6 +95,7 @@ def run_benchmarks(
     Args:
         forward: normalised float32 [b, 3, H, W] -> [b, d]. Every rank calls it equally often, so it may be a collective.
         benchmarks: by name, a path or `{protocol, path, options}`.
+        setting: how images are embedded.
 
     Raises:
         UserError: a benchmark that cannot be read, an image that cannot be decoded, embeddings that are not finite.

@@ -45,6 +45,7 @@ def normalise(embeddings: np.ndarray) -> np.ndarray:
 
 
 def diverged(bad: int, count: int, what: str) -> UserError:
+    """The error for values that are not finite."""
     return UserError(
         f"{bad} of {count} {what} are NaN or infinite; the model has diverged, or its precision is too low"
     )
@@ -56,7 +57,13 @@ def squared_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def ten_fold(distances: np.ndarray, issame: np.ndarray) -> TenFold:
-    """insightface's ten-fold accuracy of squared distances [P] against issame, bool [P]; folds are consecutive, as `KFold(10)` cuts them.
+    """Ten-fold accuracy as insightface computes it.
+
+    Folds are consecutive, as `KFold(10)` cuts them.
+
+    Args:
+        distances: squared distances [P].
+        issame: bool [P].
 
     Raises:
         UserError: fewer than ten pairs, or NaN distances.

@@ -136,8 +136,9 @@ class Method(ABC):
 
     @abstractmethod
     def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
-        """Sets what the phase changes. A phase that goes on from a checkpoint is not entered for the `first_time`: it
-        initialises nothing.
+        """Sets what the phase changes.
+
+        `first_time` is False where the phase continues from a checkpoint. Nothing is initialised then.
         """
 
     def check_files(self) -> None:

@@ -14,4 +14,6 @@ from lvtrain.recipe.registry import METHODS
 
 @METHODS.register("classification")
 class ClassificationMethod(SupervisedMethod):
+    """Plain training of one or more phases with a margin softmax."""
+
     title = "margin softmax classification"

@@ -97,7 +97,7 @@ class Clusters:
     mine: Tensor
 
     def hardness(self) -> Tensor:
-        """lambda [P] in [0, 1]."""
+        """Hardness lambda of each class of the step, `[P]` in [0, 1]."""
         span = self.highest - self.lowest
         return torch.where(span > 0, ((self.phi - self.lowest) / span.clamp_min(1e-30)).clamp(0, 1), 0.5)
 
@@ -144,6 +144,8 @@ class ClusterSection(SupervisedSection):
 
 @METHODS.register("cluster")
 class ClusterMethod(SupervisedMethod):
+    """Joint classification and supervised contrastive clustering (arXiv 2312.04029)."""
+
     section = ClusterSection
     title = "joint classification and contrastive clustering (arXiv 2312.04029)"
     settings: ClusterSection

@@ -129,7 +129,8 @@ def dino_loss(
         student: float32 logits `[views, B, K]`, the teacher's views first.
         teacher: float32 logits `[teacher views, B, K]`, without gradient.
         centre: float32 `[K]`.
-        student_temperature, teacher_temperature: tau_s and tau_t.
+        student_temperature: tau_s.
+        teacher_temperature: tau_t.
         weights: `[B]`, 0 for an image that could not be decoded; the divisor stays B.
     """
     target = functional.softmax((teacher - centre) / teacher_temperature, dim=-1)
@@ -165,6 +166,8 @@ class DinoSection(MethodSection):
 
 @METHODS.register("dino")
 class DinoMethod(Method):
+    """DINO: self-distillation without labels (Caron et al., ICCV 2021)."""
+
     section: ClassVar[type[MethodSection]] = DinoSection
     title = "DINO: self-distillation without labels (ICCV 2021)"
     settings: DinoSection

@@ -56,6 +56,8 @@ class FinetuneSection(SupervisedSection):
 
 @METHODS.register("finetune")
 class FinetuneMethod(SupervisedMethod):
+    """Fine-tuning from pretrained weights (LAFS, CVPR 2024)."""
+
     section = FinetuneSection
     title = "fine-tuning from pretrained weights (LAFS, CVPR 2024)"
     settings: FinetuneSection

@@ -60,6 +60,8 @@ class LafsSection(DinoSection):
 
 @METHODS.register("lafs")
 class LafsMethod(DinoMethod):
+    """LAFS: landmark-based self-supervised pretraining (Sun et al., CVPR 2024)."""
+
     section = LafsSection
     title = "LAFS: landmark-based self-supervised pretraining (CVPR 2024)"
     settings: LafsSection
@@ -178,7 +180,10 @@ def landmark_view(
         count: landmarks to draw, at most N.
         shuffle: whether their order changes.
         perturbation: alpha, pixels.
-        seed, purpose, step, sample_ids: the draw is a function of these; sample_ids int64 `[B]`.
+        seed: the draw is a function of this, the purpose, the step and the sample id.
+        purpose: name of the draw.
+        step: number of the optimizer step.
+        sample_ids: int64 `[B]`.
 
     Returns:
         Images, landmarks `[B, count, 2]` and positions int64 `[B, count]`. With `count = N`, no shuffle and no

@@ -123,5 +123,10 @@ class NamedSection(Section):
 
 
 def in_steps_or_epochs(warmup: Duration) -> None:
+    """Refuses a warm-up in samples.
+
+    Raises:
+        ValueError: `warmup` is in samples.
+    """
     if warmup.unit == "samples":
         raise ValueError("warmup is given in steps or epochs")

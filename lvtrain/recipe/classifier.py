@@ -105,6 +105,8 @@ class CentreOptimizerSection(Section):
 
 
 class Classifier(Section):
+    """The margin softmax classifier: from embedding and label to loss."""
+
     margin: AnyMargin = setting(
         lambda: {"name": "cosface"}, "from cosine to target logit; a name, or a section with a name", because=_LEARNED
     )

@@ -63,7 +63,8 @@ def resolve(values: dict[str, Any], *, source: Callable[[Any], str] = lambda pro
     """Checks plain values as a recipe.
 
     Args:
-        source: says who is to blame for a pydantic problem.
+        values: the recipe, as YAML gives it.
+        source: returns who is to blame for a pydantic problem: the file or an override.
 
     Raises:
         UserError: one line with each mistake's source and dotted key.

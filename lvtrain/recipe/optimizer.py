@@ -1,5 +1,6 @@
-"""The recipe's `optimizer` section: what every optimizer of the backbone has. Each optimizer adds its own fields, see
-`lvtrain.engine.optimizers`.
+"""The recipe's `optimizer` section: the keys that every optimizer of the backbone has.
+
+Each optimizer adds its own, see `lvtrain.engine.optimizers`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ _GROUPS = "it decides the optimizer's parameter groups"
 
 
 class Optimizer(NamedSection):
+    """Keys that every backbone optimizer has."""
+
     # with `lr_for_batch`, the rate for a batch k times as large is k to this power: 1 is the linear rule, 1/2 the square root
     batch_power: ClassVar[float] = 1.0
 
@@ -70,8 +73,10 @@ class Optimizer(NamedSection):
         return float(self.lr * (global_batch / self.lr_for_batch) ** self.batch_power)
 
     def weight_decay_at(self, progress: float) -> float:
-        """Weight decay where a share `progress` in [0, 1] of the schedule is behind: a half cosine (Caron et al., ICCV
-        2021, implementation details)."""
+        """Weight decay after the share `progress`, in [0, 1], of the schedule.
+
+        A half cosine (Caron et al., ICCV 2021, implementation details).
+        """
         first, last = self.weight_decay, self.weight_decay_end
         return first if last is None else last + (first - last) * (1.0 + math.cos(math.pi * progress)) / 2.0
 

@@ -42,6 +42,8 @@ Augmentation = Annotated[str, AfterValidator(_augmentation)]
 
 
 class Data(Section):
+    """The dataset and the way from its files to the GPU."""
+
     path: Path = setting(REQUIRED, "folder with dataset.json, or a subset manifest (.json)", resume="free")
     num_classes: int | None = setting(
         None, "identities; checked against the dataset. Lets --dry-run plan without the data", resume="free", gt=0
@@ -101,6 +103,8 @@ class Backbone(Section):
 
 
 class PhaseEnd(Section):
+    """What ends a phase: a cosine that is reached (CSS), or a length."""
+
     cos2: float | None = setting(
         None, "the phase ends when the mean of cos^2 to the target centre reaches this (CSS)", gt=0, lt=1
     )
@@ -122,6 +126,8 @@ def default_micro_batches(global_batch: int) -> int:
 
 
 class Phase(Section):
+    """One phase of training."""
+
     name: FileName = setting(REQUIRED, "name of the phase", because="checkpoints and --phase name it")
     global_batch: int = setting(REQUIRED, "images a step, over all GPUs", unit="images", because=IMAGES, gt=0)
     micro_batches: int = setting(
@@ -161,6 +167,8 @@ class Phase(Section):
 
 
 class Schedule(Section):
+    """Length of the run, and the learning rate over it."""
+
     total: PositiveDuration = setting(REQUIRED, "length of the run")
     warmup: Duration = setting(lambda: Duration("0 steps"), "the learning rate rises from 0 over this long")
     shape: Literal["polynomial", "quadratic", "cosine", "constant"] = setting(
@@ -178,6 +186,8 @@ class Schedule(Section):
 
 
 class Checkpoint(Section):
+    """When checkpoints are written, and which are kept."""
+
     every: PositiveDuration = setting(lambda: Duration("2000 steps"), "time between checkpoints")
     keep_last: int = setting(2, "newest checkpoints that are kept", unit="checkpoints", ge=2)
     keep_every: PositiveDuration | None = setting(None, "a checkpoint is kept for good every so often")
@@ -199,6 +209,8 @@ class InitFrom(Section):
 
 
 class Evaluation(Section):
+    """Benchmarks during training."""
+
     benchmarks: dict[str, Path | dict[str, Any]] = setting(
         dict, "by name: a path (.bin file, IJB folder, labelled set), or {protocol, path, and the protocol's options}"
     )
@@ -206,6 +218,8 @@ class Evaluation(Section):
 
 
 class Logging(Section):
+    """What is logged, how often, and where to."""
+
     every: int = setting(10, "steps between lines; the loss is read from the GPU only then", unit="steps", gt=0)
     trackers: list[AnyTracker] = setting(
         lambda: [TrackerSection(name="tensorboard")], "where metrics go besides metrics.jsonl, by name"
@@ -213,10 +227,14 @@ class Logging(Section):
 
 
 class Ema(Section):
+    """A moving average of the weights, which is evaluated and exported."""
+
     decay: float = setting(0.9999, "decay a step of the averaged weights", because=LOSS, gt=0, lt=1)
 
 
 class Safety(Section):
+    """What happens when a step or a rank fails."""
+
     rollback: bool = setting(
         False,
         "after 3 non-finite steps in a row, go back to the last checkpoint and skip that data, instead of stopping",
@@ -227,6 +245,8 @@ class Safety(Section):
 
 
 class Recipe(Section):
+    """All that decides a run, besides the DeepSpeed JSON."""
+
     name: FileName = setting(REQUIRED, "of the run and of its folder below runs", because="the run folder is called so")
     runs: Path = setting(Path("runs"), "folder that holds the run folders", resume="free")
     seed: int = setting(0, "of every random draw", because=IMAGES)

@@ -26,8 +26,10 @@ def settings(runs: list[RunFiles]) -> list[Row]:
 
 
 def reached(runs: list[RunFiles]) -> list[Row]:
-    """For each run: its state and, after an error, what it was; how far it is, its loss and cos^2 (means over the last twentieth of its log lines),
-    speed, accuracy at its last evaluation."""
+    """One row for each run: state, error, progress, loss, cos^2, speed, and accuracy at the last evaluation.
+
+    Loss and cos^2 are means over the last twentieth of the run's log lines.
+    """
     rows = []
     for name, run in zip(names(runs), runs):
         last = list(run.evaluations.values())[-1]["benchmarks"] if run.evaluations else {}

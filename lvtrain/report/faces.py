@@ -46,6 +46,7 @@ def face_pictures(run: RunFiles, *, any_dataset: bool = False) -> tuple[list[dic
     """Figures (`title`, `note`, `png`: a data URI) of a run, and a line that says why there are none (empty if there is nothing to say).
 
     Args:
+        run: the run to draw.
         any_dataset: draw images of datasets that are not generated, too.
     """
     kept = sorted(committed(run.folder / "checkpoints"), key=lambda path: step_of(path) or 0)

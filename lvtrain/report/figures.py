@@ -68,8 +68,10 @@ def curve(
     beside: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
     name: str = "",
 ) -> str:
-    """One quantity over steps, with the phases as bands behind it and, for cos^2, each phase's delta as a dashed line. `beside`: steps and values of
-    other runs by name, drawn thinner; `name` is then this run's."""
+    """One quantity over steps, as a data URI. Phases are bands behind it; for cos^2, each phase's delta is a dashed line.
+
+    `beside` holds steps and values of other runs by name, drawn thinner; `name` is then the name of this run.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes()
         _phase_bands(axes, phases)

@@ -28,6 +28,8 @@ class PhaseSpan:
 
 @dataclass(frozen=True)
 class RunFiles:
+    """What a run folder holds, read. Rows are dicts as they lie in the JSON files."""
+
     folder: Path
     recipe: Row
     recipe_text: str
@@ -84,8 +86,10 @@ class RunFiles:
 
 
 def read_run(folder: str | Path) -> RunFiles:
-    """Reads `recipe.yaml`, `environment.json`, `metrics.jsonl`, `events.jsonl`, `evaluation/*.json` and tools/evaluate.py's
-    `*/evaluation.json`; all but the recipe may be absent.
+    """Reads the files of a run folder. All but `recipe.yaml` may be absent.
+
+    They are `recipe.yaml`, `environment.json`, `metrics.jsonl`, `events.jsonl`, `evaluation/*.json`, and
+    `*/evaluation.json` of `tools/evaluate.py`.
 
     Raises:
         UserError: no such folder, or it is not a run folder (no recipe.yaml).

@@ -34,11 +34,13 @@ _REASONS = {
 def write_report(
     run_folder: str | Path, out: str | Path | None = None, *, any_faces: bool = False, others: Sequence[str | Path] = ()
 ) -> Path:
-    """Writes the report of a run, by default as `report.html` in its folder, and returns its path.
+    """Writes the report of a run and returns its path.
 
     Works for a run at any moment of its life: what is not there yet is left out.
 
     Args:
+        run_folder: folder of the run.
+        out: file to write; None for `report.html` in the run folder.
         any_faces: draw landmarks and attention on images of a dataset that is not generated, too; the page then holds real faces.
         others: folders of up to three runs that are drawn beside this one, with what differs in their recipes.
 
@@ -56,6 +58,7 @@ def write_report(
 
 
 def render(run: RunFiles, others: Sequence[RunFiles] = (), *, any_faces: bool = False) -> str:
+    """The page as HTML text."""
     template = Path(__file__).with_name("page.html.j2").read_text()
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     phases = run.phases()

@@ -1,1 +1,1 @@
-
+"""The training run: trainer, phases, schedule, stopping and telemetry."""

@@ -63,7 +63,11 @@ def check_before_start(
     """Checks recipe, DeepSpeed JSON, dataset and number of ranks against each other. A start and a dry run both call it.
 
     Args:
+        recipe: the recipe.
+        ds_config: file of the DeepSpeed JSON.
         sizes: number of identities and of images of the dataset.
+        ranks: number of ranks of the start.
+        only_phase: name of the phase to train; None for all.
         files: whether files besides the dataset must be here; False to plan for another machine.
 
     Returns:
@@ -120,7 +124,8 @@ def check_benchmarks(recipe: Recipe) -> None:
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """
+    """Refuses trackers whose package is missing.
+
     Raises:
         UserError: a tracker whose package is not installed.
     """
@@ -131,7 +136,8 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 def check_ranks(recipe: Recipe, *, num_classes: int, ranks: int) -> None:
-    """
+    """Refuses a number of ranks that the recipe cannot be cut into.
+
     Raises:
         UserError: the ranks cannot share the micro-batches evenly, or there are more ranks than classes.
     """
@@ -162,7 +168,10 @@ def dry_run(
     It works without the data where the recipe has `data.num_classes` and `data.num_samples`.
 
     Args:
+        recipe: the recipe.
+        ds_config: file of the DeepSpeed JSON.
         ranks: to plan for; None for the launcher's number.
+        only_phase: name of the phase to train; None for all.
 
     Raises:
         UserError: whatever a start would refuse, as far as one process can see it.

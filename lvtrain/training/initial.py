@@ -55,6 +55,7 @@ def check_start_weights(recipe: Recipe, method: Method) -> None:
     """Refuses what `start_weights` would refuse, by names and shapes alone.
 
     Args:
+        recipe: the recipe; its `init_from` names the weights.
         method: may be on the meta device.
 
     Raises:
@@ -168,6 +169,7 @@ def first_of_each(labels: np.ndarray, most: int) -> np.ndarray:
 
     Args:
         labels: int64 [N].
+        most: samples of a label.
     """
     order = np.argsort(labels, kind="stable")
     ordered = labels[order]
@@ -190,7 +192,11 @@ def start_from_means(
     A collective.
 
     Args:
+        classifier: whose centres are set.
         backbone: `[B, 3, S, S]` -> `[B, d]`, pretrained.
+        dataset: images and labels.
+        recipe: for the precision and the image size.
+        world: this process among the ranks.
         batch: images in a forward.
 
     Returns:

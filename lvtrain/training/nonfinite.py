@@ -33,6 +33,9 @@ def note_batch(
     """Notes the batch that begins at position `first` of the stream. A collective.
 
     Args:
+        run_folder: folder that `nonfinite.jsonl` lies in.
+        loader: which made the batch.
+        first: stream position of the batch.
         outputs: of this rank's A micro-batches.
         where: what else the line has (step, phase, loss, ...).
 

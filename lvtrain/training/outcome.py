@@ -43,6 +43,7 @@ class Outcome:
 
 
 def path_in(run_folder: Path) -> Path:
+    """The file that holds the outcome of a run."""
     return Path(run_folder) / "outcome.json"
 
 

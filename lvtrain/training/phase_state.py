@@ -155,6 +155,7 @@ class PhaseState:
         Args:
             loss: the step's, over all ranks, scalar.
             outputs: of this rank's micro-batches.
+            grad_norm: of the backbone, over all ranks, scalar.
         """
         cos2 = [output.metrics["cos2"].detach() for output in outputs if "cos2" in output.metrics]
         self.cos2, self.grad_norm = torch.stack(cos2).mean() if cos2 else None, grad_norm
@@ -190,6 +191,7 @@ class PhaseState:
         """Takes over a checkpoint of this phase, or of the end of the phase before. A collective.
 
         Args:
+            reader: an opened checkpoint.
             stored: the checkpoint's position.
 
         Raises:

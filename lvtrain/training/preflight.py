@@ -117,6 +117,7 @@ def collectives(world: worlds.World, megabytes: Sequence[float], repeats: int) -
     """Time and bandwidth of each collective at each size.
 
     Args:
+        world: this process among the ranks.
         megabytes: of the whole tensor.
         repeats: calls that are averaged, after two that are not.
 

@@ -60,6 +60,9 @@ def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World, *, lice
     """Makes or reopens the run folder. A collective.
 
     Args:
+        recipe: the recipe; it names the folder.
+        ds_config: the resolved DeepSpeed configuration.
+        world: this process among the ranks.
         licence: of the data; kept here, because the data may be gone when the model card is written.
 
     Raises:

@@ -32,8 +32,11 @@ def _only_adds(norm: _BatchNorm) -> bool:
 
 @torch.no_grad()
 def restore_statistics(backbone: nn.Module, batches: Iterable[torch.Tensor]) -> list[str]:
-    """Gives the folded BatchNorms the statistics of these images (`[B, 3, S, S]`, normalised); their names. One pass is enough: what a layer gives in
-    evaluation does not change, so neither do the inputs of those behind it."""
+    """Gives the folded BatchNorms the statistics of these images (`[B, 3, S, S]`, normalised). Returns their names.
+
+    One pass is enough: a folded layer's output in evaluation does not change, so the inputs of later layers do not
+    change either.
+    """
     norms = folded_norms(backbone)
     sums = {name: torch.zeros(3, norm.num_features, dtype=torch.float64) for name, norm in norms.items()}
 

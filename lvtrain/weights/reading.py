@@ -46,6 +46,7 @@ def read_weights(path: str | Path, *, branch: str | None = None, average: bool =
     """Reads any of the formats above.
 
     Args:
+        path: file or folder.
         branch: `teacher` or `student` of a self-supervised checkpoint; the teacher when absent.
         average: the moving average that lies beside the weights, as `state_dict_ema` for example.
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 
 class AdamWSection(Optimizer):
+    """Keys of `optimizer: adamw` (Loshchilov and Hutter, ICLR 2019)."""
+
     # Malladi et al., NeurIPS 2022: the square root rule for adaptive optimizers
     batch_power: ClassVar[float] = 0.5
 
@@ -23,6 +25,8 @@ class AdamWSection(Optimizer):
 
 @OPTIMIZERS.register("adamw")
 class AdamW(BackboneOptimizer):
+    """torch's fused AdamW."""
+
     section = AdamWSection
     step_name = "adam_step"
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 class SgdSection(Optimizer):
+    """Keys of `optimizer: sgd`."""
+
     # Goyal et al., 2017 (arXiv 1706.02677): the linear rule
     batch_power: ClassVar[float] = 1.0
 
@@ -35,6 +37,8 @@ class SgdSection(Optimizer):
 
 @OPTIMIZERS.register("sgd")
 class Sgd(BackboneOptimizer):
+    """torch's fused SGD with momentum."""
+
     section = SgdSection
 
     @staticmethod

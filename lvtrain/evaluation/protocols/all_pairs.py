@@ -11,6 +11,8 @@ from lvtrain.evaluation.sources import is_labelled_set, labelled_images
 
 @PROTOCOLS.register("all_pairs")
 class AllPairs(Protocol):
+    """Verification over all pairs of a labelled set."""
+
     title = "all pairs"
     fallback = True
     options_class = Flip

@@ -11,6 +11,8 @@ from lvtrain.evaluation.sources import is_labelled_set, labelled_images
 
 @PROTOCOLS.register("calibration")
 class Calibration(Protocol):
+    """Calibrated probabilities from cosines, on a labelled set or a verification set."""
+
     title = "calibration"
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:

@@ -15,11 +15,15 @@ _SHARES = ("pairwise_f", "bcubed_precision", "bcubed_recall", "bcubed_f", "nmi")
 
 
 class ClusteringOptions(Flip):
+    """Options of `protocol: clustering`."""
+
     cosine: float = Field(0.4, description="cosine from which DBSCAN and agglomeration join two faces")
 
 
 @PROTOCOLS.register("clustering")
 class Clustering(Protocol):
+    """K-means, DBSCAN and agglomerative clustering of a labelled set, against its identities."""
+
     title = "clustering"
     options_class = ClusteringOptions
     has_own_part = True

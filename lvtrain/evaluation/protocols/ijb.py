@@ -11,11 +11,15 @@ from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setti
 
 
 class IjbOptions(Flip):
+    """Options of `protocol: ijb`."""
+
     detector_scores: bool = Field(True, description="weight each face by its detector score")
 
 
 @PROTOCOLS.register("ijb")
 class Ijb(Protocol):
+    """1:1 template verification on IJB-B or IJB-C."""
+
     title = "IJB 1:1"
     options_class = IjbOptions
 

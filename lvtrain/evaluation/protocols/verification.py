@@ -12,6 +12,8 @@ from lvtrain.evaluation.protocol import PROTOCOLS, Protocol, Result, Setting, pe
 
 @PROTOCOLS.register("verification")
 class Verification(Protocol):
+    """Pair verification on a `.bin` set (LFW, CFP-FP, AgeDB-30 and others), ten folds."""
+
     title = "verification"
     fallback = True
     has_own_part = True  # curves, histogram, faces

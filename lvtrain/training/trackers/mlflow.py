@@ -11,6 +11,8 @@ from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSect
 
 
 class MlflowSection(TrackerSection):
+    """Keys of the tracker `mlflow`."""
+
     uri: str | None = Field(None, description="tracking server or file: folder; absent: MLFLOW_TRACKING_URI")
     experiment: str = Field("lvtrain", description="experiment that the run belongs to")
 

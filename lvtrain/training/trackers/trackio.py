@@ -10,6 +10,8 @@ from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSect
 
 
 class TrackioSection(TrackerSection):
+    """Keys of the tracker `trackio`."""
+
     project: str = Field("lvtrain", description="project that the run is shown in")
     space: str | None = Field(None, description="Hugging Face space to send the data to; absent: nothing is sent")
 

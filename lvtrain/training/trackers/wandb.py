@@ -10,6 +10,8 @@ from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSect
 
 
 class WandbSection(TrackerSection):
+    """Keys of the tracker `wandb`."""
+
     project: str = Field("lvtrain", description="project that the run is shown in")
     entity: str | None = Field(None, description="user or team; absent: your default")
     mode: Literal["online", "offline"] | None = Field(None, description="absent: what WANDB_MODE says, or online")
