@@ -1,10 +1,11 @@
-"""Banks: one remembered direction per class, split over the ranks like the class rows, moved by the features and never
-by a gradient.
+"""Banks: one direction per class that follows the features and gets no gradient.
 
-Both banks are updated once a step from all samples of the global batch. The result is the same bit for bit whatever the
-order of the samples and the number of ranks: the samples of a class are added up in fixed-point integers, whose sum
-does not depend on the order. On CUDA an update costs two host synchronisations (how many samples, how many classes are
-this rank's); it runs after the step's backward.
+A bank is split over the ranks like the class centres. It is updated once a step, from all samples of the global batch.
+The result has the same bits whatever the order of the samples and the number of ranks: the samples of a class are added
+up as fixed-point integers, and a sum of integers does not depend on the order.
+
+On CUDA an update makes the host wait twice (for the number of samples and of classes of this rank). It runs after the
+step's backward.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from lvtrain.errors import UserError
 
 _FIXED_POINT = 2.0**40  # unit vectors in int64: resolution 1e-12, room for 4 million samples of one class in a step
-_ZERO = 1e-6  # a mean direction shorter than this (samples that cancel) has no direction, and moves nothing
+_ZERO = 1e-6  # a shorter sum of unit vectors has no direction (its samples cancel), and moves nothing
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -29,9 +30,12 @@ def unit(vectors: Tensor) -> Tensor:
 class _ClassMeans:
     """The samples of a step that belong to this rank, summed up by class.
 
-    `classes` [k] int64 local rows, sorted, unique; `segment` [g] position in `classes` of each local sample; `samples`
-    [g, d] float64 unit; `direction` [k, d] float64 unit mean direction; `defined` [k] bool, False where the samples
-    cancel.
+    Attributes:
+        classes: int64 [k], the classes that occur, as local rows; sorted, unique.
+        segment: int64 [g], for each local sample the position of its class in `classes`.
+        samples: float64 [g, d], unit vectors.
+        direction: float64 [k, d], unit mean directions.
+        defined: bool [k]; False where the samples cancel.
     """
 
     def __init__(self, embeddings: Tensor, labels: Tensor, rows: tuple[int, int]) -> None:
@@ -43,21 +47,23 @@ class _ClassMeans:
         self.defined = total.norm(dim=1) > _ZERO
 
     def sum(self, values: Tensor) -> Tensor:
-        """Order-independent sum by class of values [g, ...] float64 of magnitude at most a few units -> [k, ...]
-        float64.
+        """Sum by class, independent of the order: float64 [g, ...] -> float64 [k, ...].
+
+        The values may be a few units in size.
         """
         fixed = (values * _FIXED_POINT).round().to(torch.int64)
         total = torch.zeros((len(self.classes), *values.shape[1:]), dtype=torch.int64, device=values.device)
         return total.index_add_(0, self.segment, fixed).to(torch.float64) / _FIXED_POINT
 
     def count(self) -> Tensor:
-        """[k] int64 samples of each class."""
+        """Number of samples of each class, int64 [k]."""
         return torch.zeros_like(self.classes).index_add_(0, self.segment, torch.ones_like(self.segment))
 
 
 class _Bank:
-    """Rows [n_local, d] float32 of unit length (zero where nothing is known yet) for the classes `rows` of
-    `num_classes`.
+    """Directions of the classes `rows` out of `num_classes`: float32 [n_local, d].
+
+    They have unit length, or are zero where nothing is known yet.
     """
 
     _prefix: str
@@ -72,7 +78,7 @@ class _Bank:
 
     @torch.no_grad()
     def start_from(self, weight: Tensor) -> None:
-        """Start every row from the class centre of the same class: weight [n_local, d] (need not be normalised)."""
+        """Starts every direction at the class centre `weight` [n_local, d], of any length."""
         if weight.shape != self.rows_tensor.shape:
             raise ValueError(f"the bank has rows {tuple(self.rows_tensor.shape)}, the weight {tuple(weight.shape)}")
         for first in range(0, len(weight), 8192):
@@ -81,16 +87,20 @@ class _Bank:
         self.valid.fill_(True)
 
     def state(self) -> dict[str, Tensor]:
-        """Per-row tensors (dim 0 = local rows) that a checkpoint must hold; references, not copies."""
+        """What a checkpoint must hold: tensors whose dimension 0 is the local classes. References, not copies."""
         return {self._prefix: self.rows_tensor, f"{self._prefix}_valid": self.valid}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes back what `state` gave (this rank's rows of it); raises UserError when names or shapes differ."""
+        """Takes back what `state` gave, this rank's rows of it.
+
+        Raises:
+            UserError: names or shapes differ.
+        """
         own = self.state()
         if own.keys() != state.keys():
             raise UserError(
-                f"bank {self._prefix} keeps {sorted(own)} but the checkpoint has {sorted(state)}; "
+                f"bank {self._prefix} holds {sorted(own)}, but the checkpoint has {sorted(state)}; "
                 "resume with the recipe that wrote it"
             )
         for name, tensor in own.items():
@@ -106,15 +116,20 @@ class _Bank:
 
 
 class ExpectationBank(_Bank):
-    """Feature expectations of PCO (LVFace, phase 2): e <- alpha e + (1 - alpha) x, alpha = sigmoid(cos(e, x)), x
-    unit.
+    """Feature expectations of PCO (LVFace, phase 2).
 
-    Our reading: several samples of one class in a step count as their mean direction; e is brought back to unit length
-    after each update (only its direction enters the loss; unnormalised, a class whose features scatter would follow
-    them ever faster).
+        e <- alpha e + (1 - alpha) x,  alpha = sigmoid(cos(e, x)),  x of unit length
 
-    init: "weight": start from the class centres (`start_from`); "first_feature": a class is unknown (`valid` False, to
-    be left out of the negatives' sum) until its first sample, whose direction it takes.
+    Where the paper is silent (our reading):
+
+    - Several samples of one class in a step count as their mean direction.
+    - e is normalised after each update, because only its direction enters the loss. Without that, a class whose features
+      scatter would follow them faster and faster.
+
+    Args:
+        init: `weight`: start at the class centres (`start_from`). `first_feature`: a class is unknown until its first
+            sample, and then takes that sample's direction. While it is unknown, `valid` is False, and it is left out of
+            the sum over negatives.
     """
 
     _prefix = "expectation"
@@ -133,8 +148,11 @@ class ExpectationBank(_Bank):
 
     @torch.no_grad()
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Once a step: embeddings [G, d] (any float, any length) and labels [G] int64 (-1 ignored) of the whole
-        global batch, on every rank.
+        """One update, once a step, on every rank.
+
+        Args:
+            embeddings: float [G, d], of the whole global batch, of any length.
+            labels: int64 [G], -1 = ignored.
         """
         batch = _ClassMeans(embeddings, labels, self.rows)
         old = self.rows_tensor[batch.classes].to(torch.float64)
@@ -146,17 +164,23 @@ class ExpectationBank(_Bank):
 
 
 class CentreBank(_Bank):
-    """Cluster centres and their concentration (arXiv 2312.04029; phi as in PCL).
+    """Cluster centres and their concentration (arXiv 2312.04029).
 
-    c <- m c + (1 - m) x with m = 0.9, once a step with the mean direction of the class's samples, brought back to unit
-    length so that x.c is a cosine (our reading). A class takes its first mean direction as centre unless `start_from`
-    gave it one.
+        c <- m c + (1 - m) x,  m = 0.9
 
-    Concentration phi = sum_z |x_z - c| / (Z log(Z + alpha)) (PCL, arXiv 2005.04966) over the Z most recent features,
-    smaller = tighter. Kept as a running mean distance and a count, so no feature is stored (our reading): each distance
-    is to the centre as it was before the step that brought the feature (a centre that already contains the feature
-    would flatter small classes), and beyond `window` features the old ones fade by the share that the new ones need. Up
-    to `window` features the mean is exact.
+    once a step, where x is the mean direction of the class's samples. The centre is normalised after each update, so that
+    x.c is a cosine (our reading). A class takes its first mean direction as its centre, unless `start_from` gave it one.
+
+    The concentration is that of PCL (arXiv 2005.04966); smaller is tighter:
+
+        phi = sum_z |x_z - c| / (Z log(Z + alpha)),  over the Z most recent features
+
+    It is kept as a running mean distance and a count, so no feature is stored (our reading):
+
+    - A distance is to the centre before the step that brought the feature. A centre that already contains the feature
+      would make small classes look too tight.
+    - The mean is exact up to `window` features. Beyond that, the older distances are weighted down by the share that the
+      new ones take.
     """
 
     _prefix = "centre"
@@ -183,8 +207,11 @@ class CentreBank(_Bank):
 
     @torch.no_grad()
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Once a step: embeddings [G, d] (any float, any length) and labels [G] int64 (-1 ignored) of the whole
-        global batch, on every rank.
+        """One update, once a step, on every rank.
+
+        Args:
+            embeddings: float [G, d], of the whole global batch, of any length.
+            labels: int64 [G], -1 = ignored.
         """
         batch = _ClassMeans(embeddings, labels, self.rows)
         old = self.rows_tensor[batch.classes].to(torch.float64)
@@ -204,12 +231,12 @@ class CentreBank(_Bank):
         self.count[classes] = torch.where(added > 0, (kept + added).clamp_max(self.window), self.count[classes])
 
     def concentration(self) -> Tensor:
-        """phi [n_local] float64; 0 for a class whose distance has never been measured (`measured` False)."""
+        """Concentration phi of each class, float64 [n_local]; 0 while `measured` is False."""
         return self.mean_distance / torch.log(self.count + self.alpha)
 
     @property
     def measured(self) -> Tensor:
-        """[n_local] bool: classes with at least one measured distance."""
+        """Classes with at least one measured distance, bool [n_local]."""
         return self.count > 0
 
     def state(self) -> dict[str, Tensor]:

@@ -22,12 +22,13 @@ class Anchor:
     The class centres are the first anchor of every loss. A method may add more that get no gradient, as PCO adds its
     feature expectations.
 
-    rows            float [n_local, d]: the directions of this rank's classes.
-    margin          gives the target logit from the cosine to the sample's own class.
-    valid           bool [n_local]; False: the class has no direction yet. It is then left out of the negatives, and its
-                    samples get no term from this anchor. None = all have one.
-    is_unit         the rows have norm 1 already.
-    own_negatives   False: the negatives' sum of the first anchor is used instead of this one's own.
+    Attributes:
+        rows: float [n_local, d], the directions of this rank's classes.
+        margin: gives the target logit from the cosine to the sample's own class.
+        valid: bool [n_local]; False: the class has no direction yet. It is then left out of the negatives, and its samples
+            get no term from this anchor. None = all have one.
+        is_unit: the rows have norm 1 already.
+        own_negatives: False: the sum over the negatives of the first anchor is used instead of this one's.
     """
 
     rows: torch.Tensor
@@ -41,12 +42,14 @@ class Anchor:
 class Classes:
     """The classes that one pass runs over, on this rank.
 
-    weight      float [n_local, d], of any norm.
-    scale       one number, or one per class: float [n_local].
-    indices     int64 [k]: the sorted local classes that take part; None = all.
-    threshold   negatives with a larger cosine are dropped.
-    mask        bool [n_local]; False: the class is not a negative.
-    is_unit     the rows of `weight` have norm 1 already.
+    Attributes:
+        weight: float [n_local, d], of any norm.
+        scale: one number, or one per class: float [n_local].
+        indices: int64 [k], the sorted local classes that take part; None = all.
+        threshold: negatives with a larger cosine are dropped.
+        mask: bool [n_local]; False: the class is not a negative.
+        is_unit: the rows of `weight` have norm 1 already.
+        numerics: number formats, kernel and memory.
     """
 
     weight: torch.Tensor
@@ -69,7 +72,7 @@ class Classes:
 
     @property
     def fused(self) -> bool:
-        """Whether the Triton kernels do the elementwise work: they know one scale, no mask, and float32 logits."""
+        """Whether the Triton kernels do the elementwise work. They support one scale, no mask, and float32 logits."""
         plain = self.mask is None and not isinstance(self.scale, torch.Tensor)
         return self.numerics.kernel == "triton" and self.weight.dtype == torch.float32 and plain
 
@@ -84,9 +87,9 @@ class Classes:
         return len(self.weight) if self.indices is None else len(self.indices)
 
     def positions(self, labels: torch.Tensor, start: int) -> torch.Tensor:
-        """Where each global label stands among the classes of the pass: int64 [B], -1 = not here.
+        """Position of each global label among the classes of the pass: int64 [B], -1 = not here.
 
-        `start`: the global id of this rank's first class.
+        `start` is the global id of this rank's first class.
         """
         local = labels - start
         here = (labels >= 0) & (local >= 0) & (local < len(self.weight))
@@ -153,7 +156,7 @@ class Workspace:
             yield start, min(start + self.chunk, self.classes.count)
 
     def source(self, start: int, stop: int) -> torch.Tensor:
-        """The chunk's rows of the weight as they are."""
+        """The chunk's rows of the weight, not normalised."""
         if self.classes.indices is None:
             return self.classes.weight[start:stop]
         assert self.gathered is not None
@@ -207,7 +210,7 @@ class Workspace:
 
 
 def within(positions: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The column of each position in the chunk (clamped into it), and whether it is there. The host never waits."""
+    """Column of each position in the chunk (clamped into it), and whether it lies there. The host never waits."""
     column = positions - start
     return column.clamp(0, stop - start - 1), (column >= 0) & (column < stop - start)
 

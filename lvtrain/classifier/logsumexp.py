@@ -148,8 +148,8 @@ def negative_logsumexp(
     Args:
         embeddings: UNIT vectors [B, d] of the whole (gathered) batch, the same on every rank.
         weight: float [stop - start, d], this rank's class centres, of any norm: they are normalised here, in chunks.
-        labels: int64 [B], global class ids. -1 = no class: nothing is left out of N and the cosine is 0 (give such samples
-            weight 0).
+        labels: int64 [B], global class ids. -1 = no class: nothing is left out of N, and the cosine is 0. Give such
+            samples weight 0.
         scale: s, or one s_j > 0 per row of `weight`.
         rows: (start, stop), the global class ids of `weight`'s rows; None = (0, len(weight)).
         num_classes: of all ranks; None = stop.
@@ -157,13 +157,17 @@ def negative_logsumexp(
         threshold: negatives with a larger cosine are left out (inter-class filtering).
         mask: bool per row of `weight`; False = not a negative.
         is_unit: the rows of `weight` have norm 1 already.
-        numerics: number formats, kernel and memory. What is kept for backward lies in the memory of `weight.grad`, which is
-            allocated in forward (not with `indices`), and in `keep_mb` more.
+        group: of the ranks; None = the default process group, or one process.
+        numerics: number formats, kernel and memory. What is kept for backward lies in the memory of `weight.grad`, which
+            forward allocates (not with `indices`), and in `keep_mb` more.
 
-    Collectives: in forward one SUM all-reduce of `[B, 2]`, and one MAX all-reduce of `[B, 1]` before it where exp may leave
-    the number range (one scale per class, float16, a scale beyond 60 or so). In backward none: `embeddings.grad` is then
-    THIS RANK'S share, from its own classes; whoever gathered the embeddings adds up the ranks' shares
-    (`collectives.gather_rows` does). `weight.grad` is complete. Nothing is scaled by the number of ranks.
+    Collectives: in forward one SUM all-reduce of `[B, 2]`. Where exp may leave the number range (one scale per class,
+    float16, a scale beyond 60 or so), one MAX all-reduce of `[B, 1]` comes before it. In backward none:
+
+    - `embeddings.grad` is THIS RANK'S share, from its own classes. Whoever gathered the embeddings adds up the shares
+      of the ranks, as `collectives.gather_rows` does.
+    - `weight.grad` is complete.
+    - Nothing is scaled by the number of ranks.
 
     Raises:
         UserError: labels that are not class ids, or settings of `numerics` that do not exist.

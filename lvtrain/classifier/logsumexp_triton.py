@@ -1,13 +1,18 @@
-"""Triton kernels for what stands between the matmuls of a class chunk, one pass over the logits instead of four to six.
+"""Triton kernels for the work between the matmuls of a class chunk: one pass over the logits instead of four to six.
 
-`exponentials` (pass 1): leave out the target and filtered negatives, follow the running maximum, exponentiate, sum, round to the operand format.
-`coefficients` (pass 2): the gradient's coefficients from the recomputed logits, rounded. `unit_rows` (both): a chunk's rows normalised and rounded.
-`row_gradients` (pass 2): the rows' gradient taken through the normalisation. The matmuls themselves stay with the library. Traffic with 16-bit
-operands: 4 bytes a logit written by the matmul, 4 (8 with the running maximum, the second read mostly from cache) read and 2 written here, 2
-read by the next matmul; of a row's element 6 bytes in each pass, and 12 at the end of the second.
+- `unit_rows`, both passes: normalises and rounds a chunk's rows.
+- `exponentials`, pass 1: drops the target and filtered negatives, follows the running maximum, exponentiates, sums, and
+  rounds to the operands' format.
+- `coefficients`, pass 2: the gradient's coefficients from the recomputed logits, rounded.
+- `row_gradients`, pass 2: the rows' gradient, through the normalisation.
 
-Chosen by `kernel="triton"`; not the default, because it has not been measured on a GPU (`tools/benchmark.py classifier --device cuda --kernels
-torch,triton` does). Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is how the tests check them.
+The library computes the matmuls. With 16-bit operands, memory traffic per logit is: 4 bytes written by the matmul, 4
+read here (8 with the running maximum, the second mostly from cache), 2 written here, and 2 read by the next matmul. Per
+element of a row it is 6 bytes in each pass, and 12 at the end of the second.
+
+`kernel="triton"` chooses them. They are not the default, because they have not been measured on a GPU (measure with
+`tools/benchmark.py classifier --device cuda --kernels torch,triton`). Without a GPU the tests run them in Triton's
+interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -111,9 +116,21 @@ def exponentials(
     ceiling: float | None,
     gain: float,
 ) -> torch.Tensor | None:
-    """`out` [B, k] = gain * exp(logits - shift) without the target (`column` int64 [B], anything outside [0, k) = none) and logits above `ceiling`.
+    """Writes gain * exp(logits - shift) to `out`, 0 for the target and for logits above `ceiling`.
 
-    `total` [B] and, if `running`, `maximum` [B] are updated in place; returns the factor [B] by which earlier sums faded (None if fixed)."""
+    Args:
+        logits: float32 [B, k].
+        out: [B, k], float32 or 16 bits.
+        column: int64 [B], the target's column; anything outside [0, k) = it is not here.
+        maximum: float32 [B], the largest logit so far; updated in place if `running`.
+        total: float32 [B], sum of the exponentials so far; updated in place.
+        running: subtract the running maximum.
+        ceiling: larger logits are dropped; None = none are.
+        gain: factor on what is written, not on the sums.
+
+    Returns:
+        The factor [B] by which earlier sums shrink; None with a fixed shift.
+    """
     fade = torch.empty_like(total) if running else None
     width = logits.shape[1]
     block = min(2048, triton.next_power_of_2(width))
@@ -133,7 +150,7 @@ def coefficients(
     *,
     ceiling: float | None,
 ) -> None:
-    """`out` [B, k] = exp(logits - shift [B]), 0 above `ceiling`, `value` [B] at the target's column."""
+    """Writes exp(logits - shift) to `out` [B, k]: 0 above `ceiling`, `value` [B] at the target's column."""
     width = logits.shape[1]
     block = min(1024, triton.next_power_of_2(width))
     _coefficients_kernel[(logits.shape[0], triton.cdiv(width, block))](
@@ -143,7 +160,10 @@ def coefficients(
 
 
 def unit_rows(source: torch.Tensor, out: torch.Tensor, *, eps: float) -> torch.Tensor:
-    """`out` [k, d] = the rows of `source` [k, d] float32 divided by their norm (at least `eps`), both contiguous; returns it."""
+    """Writes the rows of `source` float32 [k, d], divided by their norm (at least `eps`), to `out` [k, d] and returns it.
+
+    Both are contiguous.
+    """
     count, dim = source.shape
     _unit_rows_kernel[(count,)](source, out, dim, eps, block=triton.next_power_of_2(dim))
     return out
@@ -152,8 +172,18 @@ def unit_rows(source: torch.Tensor, out: torch.Tensor, *, eps: float) -> torch.T
 def row_gradients(
     gradient: torch.Tensor, source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor, *, unit: bool, eps: float
 ) -> None:
-    """`out` [k, d] = `gradient` [k, d] with respect to unit rows, taken to that with respect to `source` [k, d], times `factor` (one number on the
-    device); all float32 and contiguous, `out` may be `gradient`. `unit`: the rows have norm 1 already."""
+    """Writes the gradient with respect to `source`, from the one with respect to its unit rows, times `factor`.
+
+    Everything is float32 and contiguous.
+
+    Args:
+        gradient: [k, d], with respect to the unit rows.
+        source: [k, d], the rows.
+        factor: one number, on the device.
+        out: [k, d]; may be `gradient`.
+        unit: the rows have norm 1 already.
+        eps: least norm.
+    """
     count, dim = gradient.shape
     _row_gradients_kernel[(count,)](
         gradient, source, factor, out, dim, eps, unit=unit, block=triton.next_power_of_2(dim)

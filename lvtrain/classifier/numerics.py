@@ -21,15 +21,16 @@ Wire = Literal["float32", "bfloat16"]
 class Numerics:
     """The classifier's numerical settings. They change speed, memory and rounding, not the loss that is computed.
 
-    precision   number format of the matmuls' operands. `float32`; `tf32`: float32 tensors, multiplied as TF32 on CUDA;
-                `half`: float16 operands with float32 cosines and sums, relative gradient error below 1e-3;
-                `bfloat16`: likewise, below 1e-2 (on a CPU the cosines stay float32: below 3e-3). See `formats`.
-    kernel      what computes between the matmuls: `torch`, `triton` (CUDA only), or `auto` (see `choose_kernel`).
-    chunk       classes in one chunk; None = chosen from the shapes (see `chunk_size`).
-    keep_mb     MB of extra memory for keeping exp(logits) from forward to backward. Whatever fits need not be computed
-                again, which saves one of four matmuls. The gradient buffer already gives free room, for all of them when
-                the gathered micro-batch is at most d (2 d in 16 bits), so this matters only for larger batches.
-    gather      number format in which embeddings and their gradients travel between ranks.
+    Attributes:
+        precision: number format of the matmuls' operands, see `formats`. `float32`. `tf32`: float32 tensors, multiplied as
+            TF32 on CUDA. `half`: float16 operands with float32 cosines and sums; relative gradient error below 1e-3.
+            `bfloat16`: the same with bfloat16; below 1e-2 (on a CPU the cosines stay float32: below 3e-3).
+        kernel: what computes between the matmuls: `torch`, `triton` (CUDA only), or `auto` (see `choose_kernel`).
+        chunk: classes in one chunk; None = chosen from the shapes (see `chunk_size`).
+        keep_mb: MB of extra memory for keeping exp(logits) from forward to backward. Whatever fits is not computed again,
+            which saves one of four matmuls. The gradient buffer already gives free room: for all of them when the gathered
+            micro-batch is at most d (2 d in 16 bits). So this matters only for larger batches.
+        gather: number format in which embeddings and their gradients travel between ranks.
 
     Raises:
         UserError: an unknown name.
@@ -80,9 +81,12 @@ EXACT = Numerics()
 class Formats:
     """Number formats of a pass over the classes.
 
-    `unit`: of the vectors that are multiplied into cosines. `factor`: of the exponentials and vectors that are multiplied
-    into gradients. Logits, sums and the target's own terms keep the weight's format. `emulated`: values are rounded to
-    those formats, but multiplied in float32.
+    Logits, sums and the target's own terms keep the weight's format.
+
+    Attributes:
+        unit: of the vectors that are multiplied into cosines.
+        factor: of the exponentials and vectors that are multiplied into gradients.
+        emulated: values are rounded to those formats, but multiplied in float32.
     """
 
     unit: torch.dtype

@@ -37,16 +37,18 @@ Moments = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """What the optimizer of the class centres does.
+    """Settings of the optimizer of the class centres.
 
-    name       `adamw` or `sgd`.
-    mode       `dense` or `row_sparse`, see the module.
-    betas, eps            of AdamW.
-    weight_decay          unless a step is given another.
-    momentum   of SGD.
-    moments    `bfloat16` halves the optimizer's memory. Values are rounded stochastically (a fixed function of seed, step
-               and global element, so runs repeat and do not depend on the number of ranks), because rounding to nearest
-               would freeze an average that moves by 0.1% a step.
+    Attributes:
+        name: `adamw` or `sgd`.
+        mode: `dense` or `row_sparse`, see the module.
+        betas: of AdamW.
+        eps: of AdamW.
+        weight_decay: used unless a step is given another.
+        momentum: of SGD.
+        moments: `bfloat16` halves the optimizer's memory. Values are rounded stochastically, by a fixed function of seed,
+            step and global element: runs repeat, whatever the number of ranks. Rounding to nearest would freeze an average
+            that moves by 0.1% a step.
 
     Raises:
         UserError: an unknown name.
@@ -74,10 +76,11 @@ class CentreOptimizer:
     """Updates `weight` [n_local, d] in place from gradients of all or of some of its rows.
 
     Args:
+        weight: float32 [n_local, d]; a float64 weight (tests) has float64 moments.
+        settings: what the optimizer does.
         kernel: `triton` computes row-sparse AdamW with float32 moments in one kernel; everything else is PyTorch.
-        seed, first_row: the global class id of row 0; for the rounding of bfloat16 moments.
-
-    A float64 weight (tests) has float64 moments.
+        seed: for the rounding of bfloat16 moments.
+        first_row: global class id of row 0, for the same rounding.
     """
 
     def __init__(
@@ -106,14 +109,13 @@ class CentreOptimizer:
     def step(
         self, gradient: Tensor, row_indices: Tensor | None = None, *, lr: float, weight_decay: float | None = None
     ) -> None:
-        """One update.
+        """One update. It counts as one step: in `dense` mode of all rows, in `row_sparse` mode of the given ones.
 
         Args:
             gradient: [k, d].
-            row_indices: int64 [k], the distinct local rows it belongs to; None when k = n_local, in order.
+            row_indices: int64 [k], the distinct local rows that `gradient` belongs to; None: all rows, in order.
+            lr: learning rate of this step.
             weight_decay: None = the settings'.
-
-        Every call counts as one step: in `dense` mode of all rows, in `row_sparse` mode of the given ones.
         """
         if self.settings.mode == "dense":
             self.steps += 1
@@ -196,7 +198,7 @@ class CentreOptimizer:
         )
 
     def _bias_corrections(self, steps: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """lr / (1 - beta1^t) and sqrt(1 - beta2^t), computed in float64 because 1 - 0.999^t cancels."""
+        """Step size lr / (1 - beta1^t) and correction sqrt(1 - beta2^t), computed in float64 because 1 - 0.999^t cancels."""
         steps, dtype = steps.to(torch.float64), self.weight.dtype
         return (lr / (1 - self.settings.betas[0] ** steps)).to(dtype), (1 - self.settings.betas[1] ** steps).sqrt().to(
             dtype
@@ -231,19 +233,19 @@ class CentreOptimizer:
         return (raised & -65536).view(torch.float32).to(torch.bfloat16)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold; references, not copies. A tensor with dimensions is per local row, a scalar is
-        replicated.
+        """What a checkpoint must hold; references, not copies. Scalars are the same on every rank.
 
-        adamw: `exp_avg`, `exp_avg_sq` [n_local, d]; sgd: `momentum_buffer` [n_local, d] unless momentum is 0. `step`
-        (dense, scalar) or `row_step` [n_local, 1].
+        AdamW has `exp_avg` and `exp_avg_sq` [n_local, d]. SGD has `momentum_buffer` [n_local, d], unless momentum is 0.
+        `dense` adds `step` (scalar), `row_sparse` adds `row_step` [n_local, 1].
         """
         return {**self._averages, "row_step" if self.settings.mode == "row_sparse" else "step": self.steps}
 
 
 class SideStream:
-    """A second CUDA stream, on which the centres are updated while the backbone goes on. Elsewhere work is done at once.
+    """A second CUDA stream, on which the centres are updated while the backbone computes.
 
-    Between `run` and `join` nobody else may write what the work reads, or touch what it writes.
+    On other devices the work is done at once. Between `run` and `join` nothing else may write what the work reads, or
+    touch what it writes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -251,7 +253,7 @@ class SideStream:
         self._held: tuple[Any, ...] | None = None
 
     def follow(self) -> None:
-        """Work that is run from now on begins after everything that the current stream has been given so far."""
+        """Work that is run from now on begins after everything that is queued on the current stream so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
 
@@ -270,7 +272,7 @@ class SideStream:
         self._held = reads
 
     def join(self) -> None:
-        """What the current stream is given from now on begins after the work. The host does not wait."""
+        """What is queued on the current stream from now on begins after the work. The host does not wait."""
         if self._stream is not None and self._held is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
             self._held = None

@@ -1,7 +1,10 @@
-"""AdamW of the touched class rows as one Triton kernel: each row is read once and written once (gather, update and scatter in one).
+"""AdamW of the class centres that a step touched, as one Triton kernel.
 
-In eager PyTorch the same step copies rows and moments out, passes over them some ten times and copies them back. Checked against
-`RowOptimizer`'s PyTorch path with Triton's interpreter; not the default before it has been measured faster on a GPU.
+Each row is read once and written once: gather, update and scatter in one. In eager PyTorch the same step copies rows and
+moments out, passes over them some ten times, and copies them back.
+
+The tests compare it with the PyTorch path of `CentreOptimizer`, by Triton's interpreter. It is not the default, because
+its speed has not been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -48,10 +51,23 @@ def adamw_rows(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Updates `weight`, `exp_avg`, `exp_avg_sq` [n, d] float32 contiguous in place at the distinct `rows` int64 [k]; gradient [k, d] float32.
+    """Updates `weight`, `exp_avg` and `exp_avg_sq` in place at the given rows.
 
-    step_sizes [k] = lr / (1 - beta1^t), corrections [k] = sqrt(1 - beta2^t), t the row's own step count, float32 from float64:
-    computed outside, because 1 - 0.999^t cancels in float32 (as 1 - 0.999 does: a kernel's arguments are float32).
+    The caller computes the bias corrections in float64, because 1 - 0.999^t cancels in float32. The same holds for
+    1 - 0.999: a kernel's arguments are float32.
+
+    Args:
+        weight: float32 [n, d], contiguous.
+        exp_avg: like `weight`.
+        exp_avg_sq: like `weight`.
+        gradient: float32 [k, d].
+        rows: int64 [k], distinct.
+        step_sizes: float32 [k], lr / (1 - beta1^t), where t is the row's own step count.
+        corrections: float32 [k], sqrt(1 - beta2^t).
+        lr: learning rate.
+        weight_decay: decoupled.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
     """
     dim = weight.shape[1]
     if len(rows):

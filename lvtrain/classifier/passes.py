@@ -6,8 +6,8 @@ weighted by them, which is the embeddings' gradient up to factors of `[B]`.
 Pass 2 (`weight_gradient_pass`) computes the gradient of each chunk's classes. It needs the chunk's exponentials again:
 either pass 1 kept them (three matmuls in all), or pass 2 computes them again (four).
 
-Where pass 1 keeps them: in the memory of the gradient (`KeepingPlace`), which nobody needs before pass 2 writes it. A class
-has B exponentials and its gradient d numbers, so for B up to d (2 d in 16 bits) all of them fit.
+Pass 1 keeps them in the memory of the gradient (`ExponentialCache`), which is unused until pass 2 writes it. A class has
+B exponentials and d numbers of gradient, so all of them fit for B up to d (2 d in 16 bits).
 
 The target's own terms are never multiplied in 16 bits: late in training they are most of the gradient.
 """
@@ -27,12 +27,13 @@ _HALF_GAIN = 2.0**14  # keeps small exponentials out of float16's subnormals; a 
 
 
 @dataclass
-class Kept:
+class KeptExponentials:
     """Exponentials of one chunk that pass 1 kept for pass 2.
 
-    exponentials   [B, k], format `formats.factor`: gain * exp(z - shift), 0 at the target.
-    shift          [B]; 0 with a fixed shift.
-    in_gradient    they lie in the memory of the gradient.
+    Attributes:
+        exponentials: [B, k] in format `formats.factor`: gain * exp(z - shift), 0 at the target.
+        shift: [B]; 0 with a fixed shift.
+        in_gradient: they lie in the memory of the gradient.
     """
 
     exponentials: torch.Tensor
@@ -40,12 +41,12 @@ class Kept:
     in_gradient: bool
 
 
-class KeepingPlace:
+class ExponentialCache:
     """Memory for the exponentials of chunks, in the order of the chunks.
 
-    First the memory of the gradient [k, d] that pass 2 will write (`gradient`, None = there is none), then up to `keep_mb`
-    MB of its own, then none. A chunk's exponentials begin at or after its own gradient rows. Pass 2 reads a chunk's
-    exponentials before it writes the chunk's gradient, so it never overwrites what it has yet to read.
+    It is taken from the memory of the gradient [k, d] that pass 2 will write (`gradient`, if there is one), and then from
+    `keep_mb` MB that are allocated for it. A chunk's exponentials begin at or after its gradient's rows. Pass 2 reads them
+    before it writes that gradient, so it never overwrites what it has yet to read.
     """
 
     def __init__(self, gradient: torch.Tensor | None, batch: int, factor: torch.dtype, keep_mb: float) -> None:
@@ -75,16 +76,17 @@ class KeepingPlace:
 class Partial:
     """What one rank's classes contribute to each sample's sum.
 
-    maximum    [B]: the largest logit so far; 0 with a fixed shift.
-    total      [B]: sum of exp(z - maximum) over the negatives.
-    weighted   [B, d]: sum of exp(z - maximum) * s_j * unit direction j; None if it was not asked for.
-    kept       exponentials of the first chunks, for pass 2.
+    Attributes:
+        maximum: [B], the largest logit so far; 0 with a fixed shift.
+        total: [B], sum of exp(z - maximum) over the negatives.
+        weighted: [B, d], sum of exp(z - maximum) * s_j * unit direction j; None if it was not asked for.
+        kept: exponentials of the first chunks, for pass 2.
     """
 
     maximum: torch.Tensor
     total: torch.Tensor
     weighted: torch.Tensor | None
-    kept: list[Kept] = field(default_factory=list)
+    kept: list[KeptExponentials] = field(default_factory=list)
 
 
 def forward_pass(
@@ -99,11 +101,12 @@ def forward_pass(
     """Pass 1 over this rank's classes.
 
     Args:
+        classes: that this rank goes over.
         embeddings: unit vectors [B, d].
         positions: int64 [B] from `Classes.positions`.
         running: subtract the running maximum (`Classes.needs_running_max`).
         need_weighted: whether the embeddings need a gradient.
-        gradient_memory: [k, d], the `out` of pass 2. Until then it belongs to what this pass keeps.
+        gradient_memory: [k, d], the `out` of pass 2. Until then it holds what this pass keeps.
     """
     batch, dim = embeddings.shape
     total = embeddings.new_zeros(batch)
@@ -114,7 +117,7 @@ def forward_pass(
         return partial
     formats = classes.formats
     gain = _half_gain(formats.factor)
-    places = KeepingPlace(gradient_memory, batch, formats.factor, classes.numerics.keep_mb)
+    places = ExponentialCache(gradient_memory, batch, formats.factor, classes.numerics.keep_mb)
     with matmul_precision(classes.numerics.precision, embeddings.device):
         work = Workspace(classes, embeddings)
         for start, stop in work.spans():
@@ -149,7 +152,7 @@ def forward_pass(
                 else:
                     weighted.add_(torch.mm(e, right), alpha=1.0 / gain)
             if place is not None:
-                partial.kept.append(Kept(place, maximum.clone(), in_gradient))
+                partial.kept.append(KeptExponentials(place, maximum.clone(), in_gradient))
         if weighted is not None and not isinstance(classes.scale, torch.Tensor):
             weighted.mul_(classes.scale)
     return partial
@@ -166,11 +169,14 @@ def weight_gradient_pass(
     out: torch.Tensor | None = None,
     *,
     running: bool,
-    kept: list[Kept] | None = None,
+    kept: list[KeptExponentials] | None = None,
 ) -> None:
     """Pass 2: the gradient of the classes that take part, through the normalisation of their directions.
 
     Args:
+        classes: as in pass 1.
+        embeddings: as in pass 1.
+        positions: as in pass 1.
         logsumexp: N [B] over all ranks.
         grad_logsumexp: dL/dN [B].
         grad_cosine: dL/dcos [B], of the target cosine.
@@ -198,9 +204,9 @@ def weight_gradient_pass(
     )
 
     def right_factor(shift: torch.Tensor) -> torch.Tensor:
-        """The embeddings times [exp(shift - N) dL/dN], because dL/dz = exp(z - shift) * [exp(shift - N) dL/dN].
+        """The embeddings times exp(shift - N) dL/dN.
 
-        So neither the bracket nor s costs a pass over the logits.
+        Because dL/dz = exp(z - shift) * [exp(shift - N) dL/dN], neither the bracket nor s costs a pass over the logits.
         """
         coefficient = (size * torch.exp(shift - logsumexp)).masked_fill(nothing, 0.0)
         return formats.as_factor(embeddings * (coefficient if lift is None else coefficient * lift).unsqueeze(1))

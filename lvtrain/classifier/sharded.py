@@ -14,16 +14,19 @@ Collectives of a micro-batch: forward one all-gather (embeddings, norms and labe
 `[B, 2 per anchor]`, one more column for an anchor with `valid` (float16 operands or large scales add a MAX all-reduce);
 backward one reduce-scatter.
 
-The gradient contract. `loss` is the mean over the gathered samples of all ranks in this micro-batch, the same on every
-rank. The engine divides it by the accumulation count before backward, and averages the backbone's gradients over ranks.
-So the embeddings' gradient, which the reduce-scatter sums over ranks, is multiplied by the number of ranks
-(`gradient_scale`); nothing else is scaled here. The centres' gradients add up over the micro-batches in one buffer for the
-classes that take part; every rank holds the complete gradient of its own classes. A sample labelled -1 has weight 0 but
-counts in the mean's divisor.
+The gradient contract:
 
-On a GPU the centres are updated on a stream of their own. `end_step` returns when the update is queued, behind the centres'
-gradient only. The next forward waits for it; between them lie the backbone's update and its next forward, which hide it.
-Whoever reads `.weight` from outside calls `settle` first.
+- `loss` is the mean over the gathered samples of all ranks in this micro-batch, the same on every rank. A sample
+  labelled -1 has weight 0, but counts in the mean's divisor.
+- The engine divides the loss by the number of accumulated micro-batches before backward, and averages the backbone's
+  gradients over ranks. So the embeddings' gradient, which the reduce-scatter sums over ranks, is multiplied by the
+  number of ranks (`gradient_scale`). Nothing else is scaled here.
+- The centres' gradients add up over the micro-batches, in one buffer for the classes that take part. Every rank holds
+  the complete gradient of its own classes.
+
+On a GPU the centres are updated on a second stream. `end_step` returns when the update is queued, behind the centres'
+gradient only. The next forward waits for it. The backbone's update and its next forward lie in between, and hide it.
+Code outside this class calls `settle` before it reads `.weight`.
 """
 
 from __future__ import annotations
@@ -57,15 +60,16 @@ from lvtrain.errors import UserError
 
 @dataclass
 class ClassifierOutput:
-    """Of one micro-batch. `loss` is differentiable, everything else detached.
+    """What one micro-batch gives. `loss` is differentiable, everything else detached.
 
     The tensors are in the order of the gathered micro-batch (rank by rank) and the same on every rank.
 
-    loss         scalar.
-    cosine       [B], to the sample's own class centre; 0 for ignored samples.
-    cos2         scalar, the mean of cosine squared over the samples that are not ignored.
-    labels       int64 [B].
-    embeddings   [B, d], of unit length; zeros for ignored samples.
+    Attributes:
+        loss: scalar.
+        cosine: [B], to the sample's own class centre; 0 for ignored samples.
+        cos2: scalar, the mean of cosine squared over the samples that are not ignored.
+        labels: int64 [B].
+        embeddings: [B, d], of unit length; zeros for ignored samples.
     """
 
     loss: Tensor
@@ -90,11 +94,15 @@ class ShardedClassifier(nn.Module):
     """Centres of `num_classes` classes split over the ranks of `group`; this rank holds those of the classes `rows`.
 
     Args:
+        num_classes: over all ranks.
+        embedding_dim: d.
         margin: target logit, scale and inter-class filtering (`lvtrain.classifier.margins`).
         numerics: number formats, kernel and memory.
         optimizer: of the class centres.
         sample_rate: r, the share of negative classes that take part in a step; a phase may change it.
         seed: of the first centres and of the sampling.
+        group: of the ranks; None = the default process group, or one process.
+        device: where the centres are.
         dtype: float64 is for tests.
 
     Raises:
@@ -134,7 +142,7 @@ class ShardedClassifier(nn.Module):
         self.enter_phase(sample_rate=sample_rate)
 
     def enter_phase(self, *, sample_rate: float) -> None:
-        """What a phase changes."""
+        """Sets what a phase changes."""
         if not 0 < sample_rate <= 1:
             raise UserError(f"phase.sample_rate: {sample_rate} is not in (0, 1]")
         self.sample_rate = sample_rate
@@ -145,6 +153,7 @@ class ShardedClassifier(nn.Module):
         """Chooses the classes that take part in step `step`.
 
         Args:
+            step: number of the step; the sampling depends on it.
             global_labels: int64 labels of the whole global batch in any order, -1 = ignored; best on the host.
             warmup_factor: the share of the margin that applies in this step, from 0 to 1.
         """
@@ -176,6 +185,7 @@ class ShardedClassifier(nn.Module):
         Args:
             embeddings: [b, d], not normalised, any float format.
             labels: int64 [b], global class ids; -1 = ignored.
+            step: as in `begin_step`.
             anchors: further ones, which get no gradient.
             context: tensors for the margins by name, in the order of the gathered micro-batch.
         """
@@ -208,11 +218,11 @@ class ShardedClassifier(nn.Module):
             self.margin.end_step(torch.cat(step.norms), torch.cat(step.labels))
 
     def discard_step(self) -> None:
-        """Forgets the step that was begun; nothing has changed."""
+        """Forgets the step that was begun. Centres and statistics are unchanged."""
         self._step = None
 
     def settle(self) -> None:
-        """What is queued on the current stream from now on sees the centres and moments as the last `end_step` left them."""
+        """Makes the current stream wait for the last `end_step`. What is queued from now on reads the updated centres."""
         self.side_stream.join()
 
     @property

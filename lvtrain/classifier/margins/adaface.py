@@ -16,6 +16,8 @@ from lvtrain.recipe.registry import MARGINS
 
 
 class AdaFaceSection(MarginSection):
+    """Keys of `margin: adaface`."""
+
     name: str = setting("adaface", "name of the margin", because="the run has learned with it so far")
     m: float = setting(0.4, "size of the margin", ge=0, lt=math.pi / 2)
     h: float = setting(0.333, "how strongly the margin follows the norm; the paper's 0.33", gt=0)
@@ -26,9 +28,12 @@ class AdaFaceSection(MarginSection):
 class AdaFace(Margin):
     """Kim et al. 2022 (arXiv 2204.00964): the margin follows the embedding's norm, a proxy of image quality.
 
-    With z = clip(h (|x| - mean) / (std + 1e-3), -1, 1), T = s (cos(theta - m z) - m - m z), and theta - m z is kept within
-    [1e-3, pi - 1e-3]. No gradient goes through the norm. mean and std follow the batch's by an exponential average that
-    begins at the authors' 20 and 100.
+    With z = clip(h (|x| - mean) / (std + 1e-3), -1, 1):
+
+        T = s (cos(theta - m z) - m - m z),  theta - m z kept within [1e-3, pi - 1e-3]
+
+    No gradient goes through the norm. mean and std are exponential averages of the batch's. They begin at the authors'
+    20 and 100.
 
     Deviation: the authors update mean and std before they use them. Here a step reads them as they were at its start, and
     updates them once at its end from the whole global batch, so that they do not depend on ranks or micro-batches.

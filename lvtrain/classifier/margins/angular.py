@@ -13,6 +13,8 @@ from lvtrain.recipe.classifier import MarginSection
 
 
 class AngularSection(MarginSection):
+    """The key that all angular margins share."""
+
     straight_through: bool = setting(False, "arcface_torch's gradient (dT/dcos = scale) instead of the true derivative")
 
 
@@ -38,7 +40,9 @@ class AngularMargin(Margin):
 
 
 def angle(cosine: Tensor) -> Tensor:
-    """arccos with finite gradients everywhere: [B] in [-1, 1] (rounding beyond counts as ±1) -> radians in [0, pi].
+    """The arccosine, with finite gradients everywhere: [B] in [-1, 1] -> radians in [0, pi].
+
+    Values that rounding has put outside [-1, 1] count as ±1.
 
     At exactly ±1, where arccos has no derivative, autograd returns 0. Accurate to the last bits near ±1, where 1 - cos^2
     cancels.
@@ -50,9 +54,11 @@ def angle(cosine: Tensor) -> Tensor:
 def angular_target(cosine: Tensor, m1: float, m2: Tensor, m3: float = 0.0) -> Tensor:
     """cos(m1 theta + m2) - m3, made monotone in theta (before the scale): [B].
 
-    cos(m1 theta + m2) rises again once m1 theta + m2 > pi, so a very wrong sample would be pushed further away. From there
-    on the target continues as `cos theta - m2 sin m2` for m1 = 1 (ArcFace's own rule, slightly below the curve it
-    leaves), and as the line of slope 1 that joins continuously for m1 != 1.
+    cos(m1 theta + m2) rises again where m1 theta + m2 > pi, so a very wrong sample would be pushed further away. Beyond
+    that point the target is
+
+    - for m1 = 1: `cos theta - m2 sin m2`, which is ArcFace's rule. It lies slightly below the end of the curve.
+    - for m1 != 1: the line of slope 1 in cos theta that joins continuously.
     """
     theta = angle(cosine)
     if m1 == 1.0:

@@ -1,4 +1,4 @@
-"""What a margin is."""
+"""The base class of all margins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Margin(nn.Module):
     """From the cosine of a sample to its own class centre to the target logit T.
 
     A margin is a section of the recipe (its parameters) and `target_logit`. The classifier passes it the target cosines
-    of the gathered batch, and never asks which margin it is; the negatives are not its business.
+    of the gathered batch, and never asks which margin it is. A margin does not see the negatives.
 
     A subclass names its section of the recipe in `section`, and is registered under the name that recipes use:
     `@MARGINS.register("cosface")`.
@@ -71,7 +71,7 @@ class Margin(nn.Module):
         """
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold, the same on every rank; empty for most margins."""
+        """What a checkpoint must hold, the same on every rank. Most margins have nothing."""
         return dict(self.named_buffers())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -83,6 +83,8 @@ class Margin(nn.Module):
         own = dict(self.named_buffers())
         if own.keys() != state.keys():
             name = type(self).__name__
-            raise UserError(f"margin {name} keeps {sorted(own)}, the checkpoint {sorted(state)}; use the same margin")
+            raise UserError(
+                f"margin {name} holds {sorted(own)}, but the checkpoint {sorted(state)}; use the same margin"
+            )
         for name, buffer in own.items():
             buffer.copy_(state[name])

@@ -10,6 +10,8 @@ from lvtrain.recipe.registry import MARGINS
 
 
 class CombinedSection(AngularSection):
+    """Keys of `margin: combined`."""
+
     name: str = setting("combined", "name of the margin", because="the run has learned with it so far")
     m1: float = setting(1.0, "factor on the angle (SphereFace)", ge=1)
     m2: float = setting(0.0, "added to the angle, radians (ArcFace)", ge=0, lt=math.pi)

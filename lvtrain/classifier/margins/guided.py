@@ -11,14 +11,17 @@ from lvtrain.recipe.classifier import MarginSection
 
 
 class ClusterGuidedSection(MarginSection):
+    """Scale and filter threshold, as of every margin. A recipe cannot choose it."""
+
     name: str = "cluster_guided"
 
 
 class ClusterGuided(Margin):
     """Cluster-guided ArcFace (arXiv 2312.04029): T_i = s cos(theta_i + m_{y_i}).
 
-    Not registered, because a recipe cannot give the margins: method `cluster` does, as context. `classes` int64 [P]: the
-    sorted distinct labels of the step. `margins` float [P]: radians. With all margins m it is ArcFace(m), bit for bit.
+    It is not registered, because a recipe cannot give the margins. Method `cluster` gives them as context: `classes`
+    int64 [P], the sorted distinct labels of the step, and `margins` float [P], in radians. If all margins are m, it is
+    ArcFace(m), bit for bit.
     """
 
     section = ClusterGuidedSection
