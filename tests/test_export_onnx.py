@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lvtrain.export.convert import export
 from lvtrain.export.model_card import Card
 from lvtrain.export.onnx_export import compare, export_onnx, to_float16, to_int8
 from lvtrain.export.packages import write_folder, write_insightface
+from lvtrain.export.quantise import calibration_images
 from lvtrain.weights import load_model
 from lvtrain.weights.architecture import Architecture
 from tests.test_weights_convert import embed, small_vit
@@ -168,3 +170,33 @@ def test_files_clients_would_refuse_are_refused(tmp_path: Path, exported: tuple[
     for opener in (check, load_model):
         with pytest.raises(UserError, match="not a face recogniser"):
             opener(tmp_path / "vector.onnx")
+
+
+def test_static_int8_for_one_image_at_a_time(tiny_faces: Path, tmp_path: Path) -> None:
+    """A MobileFaceNet exported as a small device takes it: scales from images, what each layer lost measured anew with onnxruntime."""
+    overrides = {"blocks": (1, 1, 1, 1), "scale": 1}
+    backbone = create_backbone("mobilefacenet", embedding_dim=64, **overrides).eval()
+    architecture = Architecture("mobilefacenet", 64, 112, overrides)
+    source, out = tmp_path / "folder", tmp_path / "m.onnx"
+    write_folder(source, architecture, backbone.state_dict(), card=Card("test", "mobilefacenet", 64, 1))
+    lines: list[str] = []
+    export(source, out, precision="int8", batch=1, calibration=tiny_faces / "heldout.bin", tell=lines.append)
+    export(source, tmp_path / "wide.onnx", batch=1, tell=lambda line: None)
+
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(str(out)).graph
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    assert out.stat().st_size < 0.45 * (tmp_path / "wide.onnx").stat().st_size
+    integers = [
+        tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
+    ]
+    layers = json.loads((tmp_path / "m.layers.json").read_text())
+    assert len(layers) == len(integers) == 23
+    assert {"layers.0.layers.0", "conv_sep.layers.0"} <= {layer["layer"] for layer in layers}
+    cosines = [layer["cosine"] for layer in layers]
+    assert cosines == sorted(cosines) and 0.9 < cosines[0] < cosines[-1] < 1
+    images = torch.from_numpy(calibration_images(tiny_faces / "heldout.bin", 112)[:4])
+    got, expected = (load_model(path).forward(images) for path in (out, tmp_path / "wide.onnx"))
+    assert 0.95 < float(torch.nn.functional.cosine_similarity(got, expected).min()) < 1
+    with pytest.raises(UserError, match="calibration images are for int8"):
+        export(source, out, calibration=tiny_faces / "heldout.bin", tell=lambda line: None)

@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 Source = Annotated[
     Path,
-    typer.Argument(help="run, checkpoint, exported folder, .pt, .pth, .ckpt or .safetensors"),
+    typer.Argument(help="run, checkpoint, exported folder, .pt, .pth, .ckpt, .safetensors or .onnx"),
 ]
 Out = Annotated[Path, typer.Argument(help="folder or file to write")]
 
@@ -56,7 +56,7 @@ def import_(
         str | None, typer.Option(help="of the data the weights were trained on, for the model card")
     ] = None,
 ) -> None:
-    """Others' weights: arcface_torch, LVFace, CVLface, AdaFace, LAFS, DINO, safetensors."""
+    """Others' weights: arcface_torch, LVFace, CVLface, AdaFace, LAFS, DINO, safetensors, ONNX packs of insightface."""
     from lvtrain.export import convert
 
     with one_line_errors("convert_checkpoint", out):
@@ -116,6 +116,17 @@ def export(
     to: Annotated[Literal["onnx", "arcface", "folder", "insightface"], typer.Option(help="format")] = "onnx",
     opset: Annotated[int, typer.Option(help="ONNX opset, 14 (what MFR-Ongoing takes) to 20")] = 18,
     precision: Annotated[Literal["float32", "float16", "int8"], typer.Option(help="of the ONNX weights")] = "float32",
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="images the ONNX file takes at once, for small devices. Default: any number"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="with int8: a dataset, a folder with one folder per identity or a .bin set whose images give the scales (static int8); "
+            "each layer's loss goes to OUT.layers.json"
+        ),
+    ] = None,
     benchmark: Annotated[
         Path | None, typer.Option(help=".bin set on which the ONNX file's accuracy is compared with the weights' own")
     ] = None,
@@ -125,7 +136,17 @@ def export(
     from lvtrain.export import convert
 
     with one_line_errors("convert_checkpoint", out):
-        convert.export(source, out, to=to, opset=opset, precision=precision, benchmark=benchmark, average=average)
+        convert.export(
+            source,
+            out,
+            to=to,
+            opset=opset,
+            precision=precision,
+            batch=batch,
+            calibration=calibration,
+            benchmark=benchmark,
+            average=average,
+        )
 
 
 @app.command()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from lvtrain.errors import UserError
-from lvtrain.export import onnx_export
+from lvtrain.export import onnx_export, quantise
 from lvtrain.export.model_card import bare, for_weights, write_card
 from lvtrain.export.packages import (
     merge_rows,
@@ -147,6 +149,8 @@ def export(
     to: Literal["onnx", "arcface", "folder", "insightface"] = "onnx",
     opset: int = 18,
     precision: Precision = "float32",
+    batch: int | None = None,
+    calibration: Path | None = None,
     benchmark: Path | None = None,
     average: bool = False,
     tell: Tell = print,
@@ -154,11 +158,16 @@ def export(
     """The backbone in another program's format, checked after writing.
 
     Args:
+        batch: images an ONNX file takes at once; None for any number.
+        calibration: images from which int8 takes the scales of activations (static int8); without, they are found anew for each input.
         benchmark: a `.bin` verification set on which the ONNX file's accuracy is compared with the backbone's.
 
     Raises:
         UserError: nothing usable at `source`, or a file that does not agree with the backbone.
     """
+    if calibration is not None and precision != "int8":
+        raise UserError(f"calibration images are for int8, not for {precision}; add --precision int8")
+    options = _OnnxOptions(opset, precision, batch, calibration, benchmark)
     opened = open_source(source, average=average)
     architecture, state, weights = opened.architecture(), opened.state(), opened.kind
     finite(state, source)
@@ -166,7 +175,7 @@ def export(
     if to == "arcface":
         write_arcface(out, state)
     elif to == "onnx":
-        _write_onnx(architecture, state, out, opset, precision, benchmark, tell)
+        _write_onnx(architecture, state, out, options, tell)
     else:
         card = for_weights(source, architecture, state, weights)
         if card.stale:
@@ -175,7 +184,7 @@ def export(
             write_folder(out, architecture, state, card=card)
         else:
             out.mkdir(exist_ok=True)
-            _write_onnx(architecture, state, out / "recognition.onnx", opset, precision, benchmark, tell)
+            _write_onnx(architecture, state, out / "recognition.onnx", options, tell)
             write_insightface(out, out / "recognition.onnx", architecture, model_id=out.name, licence=card.data_licence)
             write_card(out / "README.md", card)
     tell(f"written: {out}")
@@ -205,35 +214,60 @@ def _rows_of_ranks(files: Sequence[Path], num_classes: int | None) -> torch.Tens
     return merge_rows(parts, num_classes=num_classes)
 
 
+@dataclass(frozen=True)
+class _OnnxOptions:
+    """How `export` writes an ONNX file; see there."""
+
+    opset: int
+    precision: Precision
+    batch: int | None
+    calibration: Path | None
+    benchmark: Path | None
+
+
 def _write_onnx(
-    architecture: Architecture,
-    state: dict[str, torch.Tensor],
-    out: Path,
-    opset: int,
-    precision: Precision,
-    benchmark: Path | None,
-    tell: Tell,
+    architecture: Architecture, state: dict[str, torch.Tensor], out: Path, options: _OnnxOptions, tell: Tell
 ) -> None:
-    backbone, size = architecture.create(), architecture.image_size
+    backbone, size, precision = architecture.create(), architecture.image_size, options.precision
     fit(backbone, state)
     with tempfile.TemporaryDirectory(
         dir=out.parent, prefix=".export-"
     ) as room:  # a file that does not agree never gets the name
         plain, made = Path(room) / "float32.onnx", Path(room) / out.name
-        tell(f"float32 against torch: {onnx_export.export_onnx(backbone, plain, image_size=size, opset=opset)}")
+        parity = onnx_export.export_onnx(backbone, plain, image_size=size, opset=options.opset, batch=options.batch)
+        tell(f"float32 against torch: {parity}")
         if precision == "float32":
             made = plain
         else:
-            (onnx_export.to_float16 if precision == "float16" else onnx_export.to_int8)(plain, made)
-            parity = onnx_export.compare(backbone, made, image_size=size)
+            layers, parity = _narrow(backbone, plain, made, size, options)
             tell(f"{precision} against torch: {parity}, {made.stat().st_size / 1e6:.1f} MB")
             if parity.smallest_cosine < _LEAST_COSINE:
                 raise UserError(
                     f"{precision} does not suit this backbone, its embeddings turn too far; take another precision"
                 )
+            if layers:
+                table = out.with_suffix(".layers.json")
+                table.write_text(json.dumps([asdict(layer) for layer in layers], indent=1) + "\n")
+                worst = ", ".join(f"{layer.layer} {layer.cosine:.4f}" for layer in layers[:4])
+                tell(f"cosine of each layer's output to float32's: {worst}; all {len(layers)} in {table}")
         made.replace(out)
-    if benchmark is not None:
-        torchs, files = onnx_export.accuracies(backbone, out, benchmark, image_size=size)
+    if options.benchmark is not None:
+        torchs, files = onnx_export.accuracies(backbone, out, options.benchmark, image_size=size)
         tell(
-            f"accuracy on {benchmark}: {100 * torchs:.2f}% by torch, {100 * files:.2f}% by the {precision} file ({100 * (files - torchs):+.2f})"
+            f"accuracy on {options.benchmark}: {100 * torchs:.2f}% by torch, {100 * files:.2f}% by the {precision} file ({100 * (files - torchs):+.2f})"
         )
+
+
+def _narrow(
+    backbone: torch.nn.Module, plain: Path, made: Path, size: int, options: _OnnxOptions
+) -> tuple[list[quantise.LayerCosine], onnx_export.Parity]:
+    """Writes the narrower file and compares it with torch: on random images, or a static one on images that did not calibrate it."""
+    batches = (options.batch,) if options.batch else (1, 7, 32)
+    if options.calibration is None:
+        (onnx_export.to_float16 if options.precision == "float16" else onnx_export.to_int8)(plain, made)
+        return [], onnx_export.compare(backbone, made, image_size=size, batches=batches)
+    images = quantise.calibration_images(options.calibration, size)
+    held = max(len(images) // 8, options.batch or 1)
+    layers = quantise.to_static_int8(plain, made, images[held:])
+    kept = torch.from_numpy(images[:held])
+    return layers, onnx_export.compare(backbone, made, batches=(options.batch or 1,), images=kept)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lvtrain.errors import UserError
+from lvtrain.weights.models import load_model
 from lvtrain.weights.onnx_session import session
 
 INPUT, OUTPUT = "data", "embedding"
@@ -41,8 +42,13 @@ class Parity:
         return f"largest difference {self.largest_difference:.1e}, cosine at least {self.smallest_cosine:.7f} (N = {self.batches})"
 
 
-def export_onnx(backbone: nn.Module, path: str | Path, *, image_size: int = 112, opset: int = 18) -> Parity:
+def export_onnx(
+    backbone: nn.Module, path: str | Path, *, image_size: int = 112, opset: int = 18, batch: int | None = None
+) -> Parity:
     """Writes one ONNX file and compares it with torch in onnxruntime at N = 1, 7 and 32.
+
+    Args:
+        batch: images the file takes at once, always exactly so many, as compilers for small devices need; None for any number.
 
     Raises:
         UserError: more weights than one ONNX file holds (2 GB), an opset outside `OPSETS` or one that lacks an operator of the backbone, or a file
@@ -57,12 +63,12 @@ def export_onnx(backbone: nn.Module, path: str | Path, *, image_size: int = 112,
             f"{size / 1e9:.1f} GB of weights do not fit one ONNX file (2 GB); export to safetensors instead"
         )
     backbone = backbone.float().cpu().eval()
-    example = torch.zeros(2, 3, image_size, image_size)
+    example = torch.zeros(batch or 2, 3, image_size, image_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        (_write if opset >= 18 else _write_old)(backbone, example, path, opset)
-    parity = compare(backbone, path, image_size=image_size)
+        (_write if opset >= 18 else _write_old)(backbone, example, path, opset, batch is None)
+    parity = compare(backbone, path, image_size=image_size, batches=(batch,) if batch else (1, 7, 32))
     if parity.largest_difference > 1e-4:
         raise UserError(
             f"{path.name} differs from torch by {parity.largest_difference:.2e}, more than 1e-4; do not use it"
@@ -70,7 +76,7 @@ def export_onnx(backbone: nn.Module, path: str | Path, *, image_size: int = 112,
     return parity
 
 
-def _write(backbone: nn.Module, example: torch.Tensor, path: Path, opset: int) -> None:
+def _write(backbone: nn.Module, example: torch.Tensor, path: Path, opset: int, any_batch: bool) -> None:
     program = torch.onnx.export(
         backbone,
         (example,),
@@ -78,7 +84,7 @@ def _write(backbone: nn.Module, example: torch.Tensor, path: Path, opset: int) -
         external_data=False,
         input_names=[INPUT],
         output_names=[OUTPUT],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) if any_batch else None,
         opset_version=opset,
         verbose=False,
     )
@@ -86,7 +92,7 @@ def _write(backbone: nn.Module, example: torch.Tensor, path: Path, opset: int) -
     program.save(str(path), external_data=False)
 
 
-def _write_old(backbone: nn.Module, example: torch.Tensor, path: Path, opset: int) -> None:
+def _write_old(backbone: nn.Module, example: torch.Tensor, path: Path, opset: int, any_batch: bool) -> None:
     batch = {0: "batch"}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints whole graphs when it fails
@@ -98,18 +104,23 @@ def _write_old(backbone: nn.Module, example: torch.Tensor, path: Path, opset: in
                 opset_version=opset,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
-                dynamic_axes={INPUT: batch, OUTPUT: batch},
+                dynamic_axes={INPUT: batch, OUTPUT: batch} if any_batch else None,
             )
-        session(path)(example[:1].numpy())
+        session(path)(example[: 1 if any_batch else None].numpy())
     except Exception as error:  # an operator the opset lacks, or a tracing that has fixed the batch: the exporter has many kinds of errors
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"opset {opset} cannot express this backbone ({reason}); use opset 18 or above") from error
 
 
 def compare(
-    backbone: nn.Module, path: str | Path, *, image_size: int = 112, batches: Sequence[int] = (1, 7, 32)
+    backbone: nn.Module,
+    path: str | Path,
+    *,
+    image_size: int = 112,
+    batches: Sequence[int] = (1, 7, 32),
+    images: torch.Tensor | None = None,
 ) -> Parity:
-    """torch against onnxruntime on random images.
+    """torch against onnxruntime on random images, or on `images` [N, 3, S, S], `batches[0]` at a time.
 
     Raises:
         UserError: the file cannot be run, or gives NaN or infinity.
@@ -117,11 +128,14 @@ def compare(
     run = session(path)
     difference, cosine = 0.0, 1.0
     generator = torch.Generator().manual_seed(0)
-    for batch in batches:
-        images = torch.rand(batch, 3, image_size, image_size, generator=generator) * 2 - 1
+    if images is None:
+        parts = [torch.rand(batch, 3, image_size, image_size, generator=generator) * 2 - 1 for batch in batches]
+    else:
+        parts = [part for part in images.split(batches[0]) if len(part) == batches[0]]
+    for part in parts:
         with torch.no_grad():
-            ours = backbone(images).numpy()
-        theirs = run(images.numpy())
+            ours = backbone(part).numpy()
+        theirs = run(part.numpy())
         if not np.isfinite(theirs).all():
             raise UserError(
                 f"{Path(path).name} gives NaN or infinity; the model has diverged, or the precision is too low for it"
@@ -140,14 +154,13 @@ def accuracies(
     from lvtrain.evaluation.benchmarks import verify_set
     from lvtrain.evaluation.extract import Setting
 
-    run = session(path)
     cpu = torch.device("cpu")
 
     def accuracy(forward: Callable[[torch.Tensor], torch.Tensor]) -> float:
         found = verify_set(forward, benchmark, Setting(World(0, 1, 0, cpu), cpu, 32, image_size))
         return float(found["accuracy"])
 
-    return accuracy(backbone), accuracy(lambda images: torch.from_numpy(run(images.numpy())))
+    return accuracy(backbone), accuracy(load_model(path).forward)
 
 
 def to_float16(source: str | Path, target: str | Path) -> None:
