@@ -12,6 +12,7 @@ import torch
 
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
+from lvtrain.evaluation.bins import read_bin, write_bin
 from lvtrain.export.clients import check
 from lvtrain.export.convert import export
 from lvtrain.export.model_card import Card
@@ -172,31 +173,107 @@ def test_files_clients_would_refuse_are_refused(tmp_path: Path, exported: tuple[
             opener(tmp_path / "vector.onnx")
 
 
+def onnxruntimes_own(source: Path, target: Path, images: np.ndarray) -> Path:
+    """Static int8 as onnxruntime's guide makes it."""
+    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader:
+        def __init__(self) -> None:
+            self.parts = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self.parts, None)
+            return None if image is None else {"data": image[None]}
+
+    quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
+    operations = {"op_types_to_quantize": ["Conv", "Gemm", "MatMul"]}
+    types = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
+    quantize_static(str(target), str(target), Reader(), per_channel=True, **operations, **types)
+    return target
+
+
+def first_convolution_in_int8(weight: np.ndarray, images: np.ndarray, calibration: np.ndarray, **conv: Any) -> float:
+    """Cosine to float32, by numpy: the input in 256 steps over the calibration's range, a scale for each filter."""
+    low, high = min(float(calibration.min()), 0.0), max(float(calibration.max()), 0.0)
+    step = (high - low) / 255
+    zero = np.rint(-128 - low / step)
+    inputs = (np.clip(np.rint(images / step) + zero, -128, 127) - zero) * step
+    scales = np.abs(weight).reshape(len(weight), -1).max(axis=1).reshape(-1, 1, 1, 1) / 127
+    rounded = np.clip(np.rint(weight / scales), -127, 127) * scales
+    wide, narrow = (
+        torch.nn.functional.conv2d(torch.from_numpy(x), torch.from_numpy(w.astype(np.float32)), **conv).numpy().ravel()
+        for x, w in ((images, weight), (inputs.astype(np.float32), rounded))
+    )
+    return float(wide @ narrow / np.linalg.norm(wide) / np.linalg.norm(narrow))
+
+
 def test_static_int8_for_one_image_at_a_time(tiny_faces: Path, tmp_path: Path) -> None:
-    """A MobileFaceNet exported as a small device takes it: scales from images, what each layer lost measured anew with onnxruntime."""
+    """A MobileFaceNet as a small device takes it. The file gives what onnxruntime's own quantisation gives; the cosine
+    of a layer is what numpy computes from its weights."""
     overrides = {"blocks": (1, 1, 1, 1), "scale": 1}
+    torch.manual_seed(0)
     backbone = create_backbone("mobilefacenet", embedding_dim=64, **overrides).eval()
     architecture = Architecture("mobilefacenet", 64, 112, overrides)
-    source, out = tmp_path / "folder", tmp_path / "m.onnx"
+    source, out, wide = (tmp_path / name for name in ("folder", "m.onnx", "wide.onnx"))
     write_folder(source, architecture, backbone.state_dict(), card=Card("test", "mobilefacenet", 64, 1))
-    lines: list[str] = []
-    export(source, out, precision="int8", batch=1, calibration=tiny_faces / "heldout.bin", tell=lines.append)
-    export(source, tmp_path / "wide.onnx", batch=1, tell=lambda line: None)
+    encoded, same = read_bin(tiny_faces / "heldout.bin")
+    write_bin(faces := tmp_path / "faces.bin", encoded[:64], same[:32])
+    export(source, out, precision="int8", batch=1, calibration=faces, tell=lambda line: None)
+    export(source, wide, batch=1, tell=lambda line: None)
 
     onnx = pytest.importorskip("onnx")
     graph = onnx.load(str(out)).graph
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
-    assert out.stat().st_size < 0.45 * (tmp_path / "wide.onnx").stat().st_size
+    assert out.stat().st_size < 0.45 * wide.stat().st_size
     integers = [
         tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
     ]
-    layers = json.loads((tmp_path / "m.layers.json").read_text())
-    assert len(layers) == len(integers) == 23
-    assert {"layers.0.layers.0", "conv_sep.layers.0"} <= {layer["layer"] for layer in layers}
-    cosines = [layer["cosine"] for layer in layers]
-    assert cosines == sorted(cosines) and 0.9 < cosines[0] < cosines[-1] < 1
-    images = torch.from_numpy(calibration_images(tiny_faces / "heldout.bin", 112)[:4])
-    got, expected = (load_model(path).forward(images) for path in (out, tmp_path / "wide.onnx"))
-    assert 0.95 < float(torch.nn.functional.cosine_similarity(got, expected).min()) < 1
-    with pytest.raises(UserError, match="calibration images are for int8"):
-        export(source, out, calibration=tiny_faces / "heldout.bin", tell=lambda line: None)
+    layers = {layer["layer"]: layer["cosine"] for layer in json.loads((tmp_path / "m.layers.json").read_text())}
+    assert len(layers) == len(integers) == 23 and {"layers.0.layers.0", "conv_sep.layers.0"} <= layers.keys()
+    assert list(layers.values()) == sorted(layers.values()) and 0.9 < min(layers.values()) < max(layers.values()) < 1
+
+    images = calibration_images(faces, 112)
+    calibration = images[len(images) // 8 :]
+    theirs = onnxruntimes_own(wide, tmp_path / "theirs.onnx", calibration)
+    few = torch.from_numpy(images[:8])
+    got, same, expected = (load_model(path).forward(few) for path in (out, theirs, wide))
+    cosine = torch.nn.functional.cosine_similarity
+    assert torch.equal(got, same)
+    assert 0.95 < float(cosine(got, expected).min()) < 1
+    initial = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(str(wide)).graph.initializer}
+    (node,) = (node for node in onnx.load(str(wide)).graph.node if node.input[0] == "data")
+    numpys = first_convolution_in_int8(
+        initial[node.input[1]], images[len(images) // 8 :][:16], calibration, stride=2, padding=1
+    )
+    assert layers["layers.0.layers.0"] == pytest.approx(numpys, abs=2e-5)
+
+
+def test_int8_that_cannot_be_judged_is_refused(tiny_faces: Path, tmp_path: Path) -> None:
+    source, faces = tmp_path / "folder", tiny_faces / "heldout.bin"
+    state = small_vit().state_dict()
+    write_folder(source, Architecture("vit_nano", 512), state, card=Card("test", "vit_nano", 512, 1))
+    for reason, options in (
+        ("calibration images are for int8", {"calibration": faces}),
+        ("300 are needed", {"calibration": faces, "precision": "int8", "batch": 150}),
+        ("are for ONNX files", {"to": "folder", "precision": "int8"}),
+    ):
+        with pytest.raises(UserError, match=reason):
+            export(source, tmp_path / "m.onnx", tell=lambda line: None, **options)
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_file_that_gives_zeros_has_no_cosine(tmp_path: Path) -> None:
+    import onnx
+
+    backbone = small_vit()
+    export_onnx(backbone, tmp_path / "m.onnx", batch=2)
+    model = onnx.load(str(tmp_path / "m.onnx"))
+    last = next(node for node in model.graph.node if node.output[0] == "embedding")
+    zeros = onnx.helper.make_tensor("zeros", onnx.TensorProto.FLOAT, [1], [0.0])
+    model.graph.initializer.append(zeros)
+    last.output[0] = "before"
+    model.graph.node.append(onnx.helper.make_node("Mul", ["before", "zeros"], ["embedding"]))
+    onnx.save(model, str(tmp_path / "zeros.onnx"))
+    assert compare(backbone, tmp_path / "m.onnx", batches=(2,)).smallest_cosine > 0.9999
+    assert compare(backbone, tmp_path / "zeros.onnx", batches=(2,)).smallest_cosine == 0

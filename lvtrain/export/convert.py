@@ -167,6 +167,8 @@ def export(
     """
     if calibration is not None and precision != "int8":
         raise UserError(f"calibration images are for int8, not for {precision}; add --precision int8")
+    if to in ("arcface", "folder") and (precision, batch, benchmark) != ("float32", None, None):
+        raise UserError(f"--precision, --batch and --benchmark are for ONNX files, not for --to {to}; leave them out")
     options = _OnnxOptions(opset, precision, batch, calibration, benchmark)
     opened = open_source(source, average=average)
     architecture, state, weights = opened.architecture(), opened.state(), opened.kind
@@ -267,7 +269,13 @@ def _narrow(
         (onnx_export.to_float16 if options.precision == "float16" else onnx_export.to_int8)(plain, made)
         return [], onnx_export.compare(backbone, made, image_size=size, batches=batches)
     images = quantise.calibration_images(options.calibration, size)
-    held = max(len(images) // 8, options.batch or 1)
+    batch = options.batch or 1
+    held = max(len(images) // 8, batch)
+    if len(images) - held < batch:
+        raise UserError(
+            f"{options.calibration} gives {len(images)} images, too few for --batch {batch}: "
+            f"{2 * batch} are needed, some to find scales and some to check them"
+        )
     layers = quantise.to_static_int8(plain, made, images[held:])
     kept = torch.from_numpy(images[:held])
-    return layers, onnx_export.compare(backbone, made, batches=(options.batch or 1,), images=kept)
+    return layers, onnx_export.compare(backbone, made, batches=(batch,), images=kept)

@@ -141,8 +141,9 @@ def compare(
                 f"{Path(path).name} gives NaN or infinity; the model has diverged, or the precision is too low for it"
             )
         difference = max(difference, float(np.abs(ours - theirs).max() / max(1.0, np.abs(ours).max())))
-        dot = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
-        cosine = min(cosine, float(dot.min()))
+        lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+        # an embedding of zeros, as int8 can give, has no direction: cosine 0
+        cosine = min(cosine, float(((ours * theirs).sum(1) / np.maximum(lengths, 1e-12)).min()))
     return Parity(tuple(batches), difference, cosine)
 
 

@@ -23,8 +23,13 @@ _MEASURED = 16  # images that the layers are compared on
 
 @dataclass(frozen=True)
 class LayerCosine:
-    """How far a quantised layer's output turned from the float32 file's, over some images: 1 is no difference. `layer` is its weight's name, where
-    the file keeps one."""
+    """How far a quantised layer's output turned from the float32 file's, over some images.
+
+    Attributes:
+        layer: the module that the layer is of, as the exporter named it; else the name of the graph's node.
+        kind: the operation: Conv, Gemm or MatMul.
+        cosine: of both outputs, all images as one vector. 1 is no difference; 0 where one of them is all zeros.
+    """
 
     layer: str
     kind: str
@@ -35,7 +40,8 @@ def to_static_int8(source: str | Path, target: str | Path, images: np.ndarray) -
     """Writes `source` with int8 convolutions and linears, one scale per output channel of a weight, one for each activation.
 
     Args:
-        images: float32 [N, 3, S, S], normalised: the scales cover what these images reach.
+        images: float32 [N, 3, S, S], normalised, at least one batch of the file: the scales cover what these images
+            reach.
 
     Returns:
         Every quantised layer, the one that lost most first.
@@ -75,7 +81,7 @@ def to_static_int8(source: str | Path, target: str | Path, images: np.ndarray) -
             raise UserError(
                 f"onnxruntime cannot quantise this file: {' '.join(str(error).split())[:200]}; take another precision"
             ) from error
-        measured = list(_batches(images[:_MEASURED], batch))
+        measured = list(_batches(images[: max(_MEASURED, batch)], batch))
         names = {node.name: _layer(node) for node in model.graph.node}
         return _cosines(layers, names, prepared, Path(target), measured)
 
@@ -146,7 +152,8 @@ def _cosines(
         dot, ours, theirs = found[output]
         weight = next((name.removesuffix(".weight") for name in node.input if name.endswith(".weight")), None)
         layer = weight or names.get(node.name, node.name)
-        cosines.append(LayerCosine(layer, node.op_type, float(dot / np.sqrt(ours * theirs))))
+        length = float(np.sqrt(ours * theirs))
+        cosines.append(LayerCosine(layer, node.op_type, float(dot) / length if length else 0.0))
     return sorted(cosines, key=lambda layer: layer.cosine)
 
 
