@@ -12,10 +12,10 @@ whose arguments become the options, and `SMALL`, with which `all` takes seconds.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import json
-import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,42 +30,62 @@ from lvtrain.errors import EXIT_ERROR, UserError
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
-def subjects() -> dict[str, Any]:
-    """The modules of `tools/benchmarks` that have something to run, by name."""
-    folder = Path(__file__).parent / "benchmarks"
-    modules = {
-        found.name: importlib.import_module(f"tools.benchmarks.{found.name}")
-        for found in pkgutil.iter_modules([str(folder)])
-    }
-    return {name: module for name, module in modules.items() if hasattr(module, "run")}
+def signatures() -> dict[str, Callable[..., None]]:
+    """By subject: a function with the arguments and the docstring of its `run`, and an empty body.
+
+    They are taken from the source text, because the modules import torch and `--help` must answer at once. A default
+    may be a literal or a constant of its module.
+    """
+    found = {}
+    for path in sorted((Path(__file__).parent / "benchmarks").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        constants = {
+            node.targets[0].id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and isinstance(node.value, ast.Constant)
+        }
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name == "run":
+                node.args.defaults = [
+                    constants.get(default.id, default) if isinstance(default, ast.Name) else default
+                    for default in node.args.defaults
+                ]
+                node.body = node.body[:1]  # the docstring
+                names: dict[str, Any] = {"Any": Any, "Path": Path}
+                exec(compile(ast.Module([node], []), str(path), "exec"), names)
+                found[path.stem] = names["run"]
+    return found
 
 
-def _command(run: Callable[..., dict[str, Any]]) -> Callable[..., None]:
-    @functools.wraps(run)
+def _module(name: str) -> Any:
+    return importlib.import_module(f"tools.benchmarks.{name}")
+
+
+def _command(name: str, signature: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(signature)
     def command(**options: Any) -> None:
         try:
-            typer.echo(json.dumps(run(**options), indent=1))
+            typer.echo(json.dumps(_module(name).run(**options), indent=1))
         except UserError as error:
             typer.echo(f"benchmark: error: {error}", err=True)
             raise typer.Exit(EXIT_ERROR) from error
 
-    command.__annotations__ = get_type_hints(run)
+    command.__annotations__ = get_type_hints(signature)
     return command
 
 
 @app.command("all")
 def run_all() -> None:
     """Every subject at a size that takes seconds, as one JSON object."""
-    typer.echo(
-        json.dumps(
-            {name: module.run(**module.SMALL) for name, module in subjects().items() if hasattr(module, "SMALL")},
-            indent=1,
-        )
-    )
+    modules = {name: _module(name) for name in signatures()}
+    found = {name: module.run(**module.SMALL) for name, module in modules.items() if hasattr(module, "SMALL")}
+    typer.echo(json.dumps(found, indent=1))
 
 
-for _name, _module in subjects().items():
-    app.command(_name)(_command(_module.run))
+for _name, _signature in signatures().items():
+    app.command(_name)(_command(_name, _signature))
 
 if __name__ == "__main__":
     app()

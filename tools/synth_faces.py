@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lvtrain.datasets.synthetic import heldout_pairs, write_faces
 from lvtrain.errors import one_line_errors
 
 
@@ -23,7 +21,10 @@ def main(
     difficulty: Annotated[str, typer.Option(help="normal or hard")] = "normal",
     workers: Annotated[int, typer.Option(min=1, help="processes; the bytes do not depend on it")] = 2,
 ) -> None:
-    # imported here, because every worker process imports this file and needs no torch
+    # imported here, so that --help answers at once
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lvtrain.datasets.synthetic import heldout_pairs, write_faces
     from lvtrain.evaluation.bins import write_bin
 
     start = time.perf_counter()

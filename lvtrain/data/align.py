@@ -5,7 +5,6 @@ The similarity is Umeyama's least-squares one (S. Umeyama, 1991, eqs. 34 to 43),
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 
 from lvtrain.errors import UserError
@@ -47,6 +46,8 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 def warp(image: np.ndarray, matrix: np.ndarray, size: int = TEMPLATE_SIZE) -> np.ndarray:
     """uint8 [size, size, 3] crop of uint8 [h, w, 3] by a [2, 3] matrix; outside the photograph is black."""
+    import cv2  # here, because tools import this module before they answer --help
+
     return cv2.warpAffine(
         image, np.asarray(matrix, dtype=np.float64), (size, size), flags=cv2.INTER_LINEAR, borderValue=0
     )
@@ -70,6 +71,8 @@ class Detector:
 
     def largest_face(self, image: np.ndarray) -> np.ndarray | None:
         """Five points float64 [5, 2] of the largest face of an RGB image uint8 [h, w, 3], in the template's order; None without a face."""
+        import cv2
+
         shrink = min(1.0, self.longest_side / max(image.shape[:2]))
         small = image if shrink == 1.0 else cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
         if min(small.shape[:2]) < 24:

@@ -33,16 +33,19 @@ def run(
     rate: float = 1.0,
     rounds: int = 15,
     head: bool = False,
-    settings: str = ",".join(STUDY.settings),
+    settings: str = "",
     device: str = "auto",
 ) -> dict[str, Any]:
-    """batch, dim: 0 takes the recipe's (cluster_ablation.yaml). head: the embeddings are given, no backbone runs."""
+    """batch, dim: 0 takes the recipe's (cluster_ablation.yaml). head: the embeddings are given, no backbone runs.
+
+    settings: of tools/studies/cluster.yaml, with commas between; empty for all.
+    """
     place = pick_device(device)
     base = [f"phases.0.sample_rate={rate}", "method.warmup=0 steps"]
     base += [f"phases.0.global_batch={batch}"] * bool(batch) + [f"backbone.embedding_dim={dim}"] * bool(dim)
     steps = {
         name: _Step(recipes.load(RECIPE, [*base, *STUDY.overrides(name)]), classes, head, place)
-        for name in settings.split(",")
+        for name in (settings.split(",") if settings else STUDY.settings)
     }
     plain = recipes.load(RECIPE, base).model_dump(mode="json") | {"method": {"name": "pco"}}
     steps = {"arcface": _Step(recipes.resolve(plain), classes, head, place), **steps}
