@@ -66,9 +66,9 @@ def test_it_is_named_in_short_and_has_a_title() -> None:
 
 
 def test_an_expectation_needs_pco() -> None:
-    loaded = recipe("classification", expectation="update")
-    with pytest.raises(UserError, match="expectation"):
-        create_method(loaded, num_classes=CLASSES, device=CPU).enter_phase(loaded.phases[0], first_time=True)
+    assert recipe("pco", expectation="update").phases[0].model_dump()["expectation"] == "update"
+    with pytest.raises(UserError, match=r"phases\.0\.expectation.* pco .*end, global_batch"):
+        recipe("classification", expectation="update")
 
 
 @pytest.mark.parametrize("method", ["dino", "lafs"])

@@ -50,6 +50,20 @@ def test_an_old_run_folder_is_the_same_recipe(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("method", ["pco", "classification"])
+def test_an_old_run_folder_had_an_expectation_for_every_method(method: str, tmp_path: Path) -> None:
+    overrides = [f"runs={tmp_path}", f"method={method}", "phases=[{name: all, global_batch: 8}]"]
+    recipe = recipes.load(QUICKSTART, overrides)
+    values = yaml.safe_load(recipes.dump(recipe))
+    values["phases"][0]["expectation"] = "off"
+    folder = recipe.run_folder
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    for name in ("metrics.jsonl", "run.json"):
+        (folder / name).write_text("{}")
+    assert changes(folder, recipe) == []
+
+
 def test_removed_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     removed: dict[str, Any] = {
         "classifier.turbo": (False, "it never helped"),

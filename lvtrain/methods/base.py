@@ -91,17 +91,17 @@ class Method(ABC):
 
     Attributes:
         section: the model of its part of a recipe.
+        phase: the model of a phase, where the method adds keys to it.
         title: what logs, the report and the model card call it.
         views: those of `data.augmentation` that it trains on.
-        has_expectations: whether a phase's `expectation` may be other than `off`.
         cos2_window: steps over which the mean of cos^2 is taken that `phases.*.end.cos2` is compared with; 0 where there
             are no class centres.
     """
 
     section: ClassVar[type[MethodSection]] = MethodSection
+    phase: ClassVar[type[Phase]] = Phase
     title: ClassVar[str]
     views: ClassVar[tuple[str, ...]] = ("image",)
-    has_expectations: ClassVar[bool] = False
 
     module: nn.Module
     cos2_window: int = 0
@@ -217,10 +217,6 @@ def create_method(recipe: Recipe, *, num_classes: int, device: torch.device) -> 
             raise UserError(
                 f"phases.{phase.name}.end.cos2: method {name} has no class centres to take a cosine to; "
                 "use end.at_most or end.until"
-            )
-        if phase.expectation != "off" and not method.has_expectations:
-            raise UserError(
-                f"phases.{phase.name}.expectation={phase.expectation}: method {name} has none; use method=pco"
             )
     return made
 

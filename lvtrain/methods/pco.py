@@ -14,7 +14,8 @@ N is the log-sum-exp over the negatives and T the target logit; Ne and Te are th
 Each is a phase of the recipe: `sample_rate` is r, `expectation` is off, update or frozen, `end.cos2` is CSS's delta.
 
 Our reading: the second anchor's margin is CosFace's with `m2`, whatever margin the class centres have (the paper does not
-say for ArcFace). "weight": e begins at the class centres.
+say for ArcFace). With
+`expectation_init: weight` e begins at the class centres.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
+from pydantic import field_validator
 
 from lvtrain.checkpoint.state import Rows, State
 from lvtrain.classifier import Anchor, ClassifierOutput
@@ -34,7 +36,7 @@ from lvtrain.methods.cost import Cost
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
 from lvtrain.recipe.base import setting
 from lvtrain.recipe.registry import METHODS
-from lvtrain.recipe.sections import Phase, Recipe
+from lvtrain.recipe.sections import LOSS, Phase, Recipe
 
 
 class PcoSection(SupervisedSection):
@@ -49,17 +51,29 @@ class PcoSection(SupervisedSection):
     m2: float = setting(0.4, "margin on the feature expectation", ge=0, le=1)
 
 
+class PcoPhase(Phase):
+    expectation: Literal["off", "update", "frozen"] = setting(
+        "off", "feature expectations are not used, updated every step, or used as they are", because=LOSS
+    )
+
+    @field_validator("expectation", mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
 @METHODS.register("pco")
 class PcoMethod(SupervisedMethod):
     """`expectations`: the bank of the current phase, None where the phase has none."""
 
     section = PcoSection
+    phase = PcoPhase
     title = "PCO: progressive cluster optimisation (LVFace, ICCV 2025)"
-    has_expectations = True
     settings: PcoSection
 
     @classmethod
     def cost(cls, recipe: Recipe, phase: Phase) -> Cost:
+        assert isinstance(phase, PcoPhase)
         if phase.expectation == "off":
             return super().cost(recipe, phase)
         settings: PcoSection = recipe.method  # type: ignore[assignment]
@@ -74,6 +88,7 @@ class PcoMethod(SupervisedMethod):
         self.seen: list[ClassifierOutput] = []  # of the current step, for the update
 
     def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
+        assert isinstance(phase, PcoPhase)
         super().enter_phase(phase, first_time=first_time)
         self.updates = phase.expectation == "update"
         if phase.expectation == "off":

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lvtrain.recipe.base import Rule, Section
-from lvtrain.recipe.registry import section_by_name
+from lvtrain.recipe.registry import SectionByName, section_by_name
 from lvtrain.recipe.sections import Recipe
 
 
@@ -38,7 +38,7 @@ def all_keys() -> list[Key]:
 def sections_of(field: FieldInfo) -> dict[str, type[Section]]:
     """Every section that a field may hold, by the name that chooses it ("" where there is no choice)."""
     if named := section_by_name(field):
-        return {name: entry.section for name, entry in named.registry.entries().items()}
+        return named.sections()
     return {"": plain[0]} if (plain := plain_sections(field.annotation)) else {}
 
 
@@ -71,13 +71,12 @@ def _keys(model: type[Section], prefix: str, rule: Rule, because: str, named: st
                     yield key
                 elif key.dotted not in seen:  # once, and of no entry in particular
                     seen.add(key.dotted)
-                    yield replace(_name_key(key, field) if key.dotted == below + "name" else key, named=named)
+                    mark = section_by_name(field) if key.dotted == below + "name" else None
+                    yield replace(_name_key(key, mark) if mark and mark.has_own_name else key, named=named)
 
 
-def _name_key(key: Key, field: FieldInfo) -> Key:
+def _name_key(key: Key, named: SectionByName) -> Key:
     """The key `name` of a named section, which each entry declares with its own name only."""
-    named = section_by_name(field)
-    assert named is not None
     default = named.default if named.default is not None else ...
     description = f"name of the {named.registry.kind}: {', '.join(named.registry.names())}"
     return replace(key, field=FieldInfo(default=default, description=description))

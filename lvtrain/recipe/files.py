@@ -189,8 +189,12 @@ def _hint(location: tuple[Any, ...], valid: list[str]) -> str:
         return renamed
     if theirs := arcface_torch.answer(key):
         return theirs
-    if elsewhere := [one.dotted for one in all_keys() if one.dotted.rpartition(".")[2] == key]:
-        places = dict.fromkeys(dotted.replace(".*.", ".0.") for dotted in elsewhere)
+    elsewhere = [one for one in all_keys() if one.dotted.rpartition(".")[2] == key]
+    here = ".".join("*" if isinstance(part, int) else str(part) for part in location)
+    if owners := [one.named for one in elsewhere if one.dotted == here]:
+        return f"only {' and '.join(owners)} has it; valid keys here: {', '.join(valid)}"
+    if elsewhere:
+        places = dict.fromkeys(one.dotted.replace(".*.", ".0.") for one in elsewhere)
         return f"did you mean {' or '.join(list(places)[:3])}?"
     near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"
@@ -204,24 +208,28 @@ def _fields(location: tuple[Any, ...], values: Any) -> dict[str, FieldInfo]:
     """What may stand at a place of the recipe `values`, by key."""
     models: list[type[Section]] = [Recipe]
     found: list[FieldInfo] = []
+    recipe = values
     for part in location:
         values = _inside(values, part)
         if not isinstance(part, int):  # else an element of the field before
             found = [model.model_fields[part] for model in models if part in model.model_fields]
-        models = [model for field in found for model in _sections(field, values)]
+        models = [model for field in found for model in _sections(field, values, recipe)]
     return {name: field for model in models for name, field in model.model_fields.items()}
 
 
-def _sections(field: FieldInfo, value: Any) -> list[type[Section]]:
+def _sections(field: FieldInfo, value: Any, recipe: Any) -> list[type[Section]]:
     if named := section_by_name(field):
-        section = named.of(value)
+        section = named.of(value, recipe)
         return [section] if section else []
     return plain_sections(field.annotation)
 
 
 def _bare(field: FieldInfo) -> str:
     """The key that a bare value of the field stands for: `method: pco` is short for `method: {name: pco}`."""
-    return "name" if section_by_name(field) else next((model.bare for model in plain_sections(field.annotation)), "")
+    mark = section_by_name(field)
+    return (
+        "name" if mark and mark.has_own_name else next((model.bare for model in plain_sections(field.annotation)), "")
+    )
 
 
 def _inside(values: Any, part: Any) -> Any:

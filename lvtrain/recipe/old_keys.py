@@ -35,13 +35,14 @@ REMOVED_KEYS: dict[str, tuple[Any, str]] = {
     "classifier.optimizer.kernel": (ANY, "classifier.numerics.kernel decides for the optimizer of the centres, too"),
     "classifier.optimizer.in_backward": (False, "it went with neither sampling nor several micro-batches"),
 }
-# dotted key -> the value that meant nothing, in run folders of versions where every margin had every key
+# dotted key -> the value that meant nothing, in run folders of versions where every margin and phase had every key
 RESTING_KEYS: dict[str, Any] = {
     "classifier.margin.m": None,
     "classifier.margin.m1": 1.0,
     "classifier.margin.m2": 0.0,
     "classifier.margin.m3": 0.0,
     "classifier.margin.straight_through": False,
+    "phases.*.expectation": "off",
 }
 
 

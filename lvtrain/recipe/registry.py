@@ -13,7 +13,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
 
 from pydantic import SerializeAsAny, WrapValidator
 from pydantic.fields import FieldInfo
@@ -98,22 +98,27 @@ class Registry(Generic[T]):
 
 @dataclass(frozen=True)
 class SectionByName:
-    """Stands in the metadata of a field made by `named_section`, for whoever asks which keys the field takes."""
+    """A mark on a field made by `named_section`, for whoever asks which keys the field takes.
+
+    `has_own_name`: the field's own `name` chooses its section.
+    """
+
+    has_own_name: ClassVar[bool] = True
 
     registry: Registry[Any]
     default: str | None = None
 
-    def of(self, value: Any) -> type[Section] | None:
-        """The section's class for a recipe's value of the field; None where the value names none."""
+    def of(self, value: Any, recipe: Any) -> type[Section] | None:
+        """The section's class for the field's `value` in the plain values `recipe`; None where none is named."""
         name = value.get("name", self.default) if isinstance(value, dict) else value
         try:
             return self.registry.get(name).section if isinstance(name, str) else None
         except UserError:
             return None
 
-    def every(self) -> list[type[Section]]:
-        """The section's class of every entry."""
-        return [entry.section for entry in self.registry.entries().values()]
+    def sections(self) -> dict[str, type[Section]]:
+        """The section's class by the name that chooses it."""
+        return {name: entry.section for name, entry in self.registry.entries().items()}
 
 
 def section_by_name(field: FieldInfo) -> SectionByName | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, field_validator, model_validator
+from pydantic import AfterValidator, SerializeAsAny, ValidationInfo, WrapValidator, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from lvtrain.errors import UserError
@@ -17,7 +17,7 @@ from lvtrain.recipe import arcface_torch
 from lvtrain.recipe.base import REQUIRED, Duration, FileName, NamedSection, PositiveDuration, Section, setting
 from lvtrain.recipe.classifier import Classifier
 from lvtrain.recipe.optimizer import AnyOptimizer
-from lvtrain.recipe.registry import AUGMENTATIONS, METHODS, named_section
+from lvtrain.recipe.registry import AUGMENTATIONS, METHODS, SectionByName, named_section
 from lvtrain.recipe.trackers import AnyTracker, TrackerSection
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def default_micro_batches(global_batch: int) -> int:
 
 
 class Phase(Section):
-    """One phase of training."""
+    """What every phase has. A method may add keys: its `phase` is then a subclass."""
 
     name: FileName = setting(REQUIRED, "name of the phase", because="checkpoints and --phase name it")
     global_batch: int = setting(REQUIRED, "images a step, over all GPUs", unit="images", because=IMAGES, gt=0)
@@ -138,15 +138,7 @@ class Phase(Section):
         gt=0,
     )
     sample_rate: float = setting(1.0, "r: share of the classes that take part in a step", because=LOSS, gt=0, le=1)
-    expectation: Literal["off", "update", "frozen"] = setting(
-        "off", "PCO: feature expectations are not used, updated every step, or used as they are", because=LOSS
-    )
     end: PhaseEnd = setting(PhaseEnd, "when the phase ends", resume="reported")
-
-    @field_validator("expectation", mode="before")
-    @classmethod
-    def _yaml_off(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     @property
     def micro_batch(self) -> int:
@@ -164,6 +156,38 @@ class Phase(Section):
                 f"or micro_batches {_either(fewer, more)} (which the number of ranks must divide)"
             )
         return self
+
+
+class PhaseOfMethod(SectionByName):
+    """The mark on `phases`: the method decides which keys a phase has."""
+
+    has_own_name = False
+
+    def of(self, value: Any, recipe: Any) -> type[Section] | None:
+        method = recipe.get("method") if isinstance(recipe, dict) else None
+        section = super().of(method, recipe)
+        return Phase if section is None else self.registry.get(_name_of(method)).phase
+
+    def sections(self) -> dict[str, type[Section]]:
+        return {name: method.phase for name, method in self.registry.entries().items()}
+
+
+def _name_of(section: Any) -> str:
+    return section["name"] if isinstance(section, dict) else section
+
+
+def _validate_phase(value: Any, handler: Any, info: ValidationInfo) -> Any:
+    method = info.data.get("method")
+    if method is None:  # refused already, and without it the keys of a phase are unknown
+        return value
+    phase: type[Phase] = METHODS.get(method.name).phase
+    return phase.model_validate(value.model_dump() if isinstance(value, Phase) else value)
+
+
+if TYPE_CHECKING:
+    AnyPhase = Phase
+else:
+    AnyPhase = Annotated[SerializeAsAny[Phase], WrapValidator(_validate_phase), PhaseOfMethod(METHODS)]
 
 
 class Schedule(Section):
@@ -257,7 +281,7 @@ class Recipe(Section):
     backbone: Backbone = setting(Backbone, "image to embedding")
     classifier: Classifier | None = setting(Classifier, "embedding and label to loss; null for self-supervision")
     method: MethodSection = setting(REQUIRED, "what is trained, after which paper; a name, or a section with a name")
-    phases: list[Phase] = setting(REQUIRED, "phases of training, in order", min_length=1)
+    phases: list[AnyPhase] = setting(REQUIRED, "phases of training, in order", min_length=1)
     optimizer: AnyOptimizer = setting(dict, "optimizer of the backbone; a name, or a section with a name")
     schedule: Schedule = setting(REQUIRED, "length of the run and learning rate over it", resume="reported")
     checkpoint: Checkpoint = setting(Checkpoint, "when checkpoints are written and kept", resume="free")

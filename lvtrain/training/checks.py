@@ -21,7 +21,7 @@ from lvtrain.evaluation import suite
 from lvtrain.evaluation.protocol import PROTOCOLS
 from lvtrain.methods import MethodSection, create_method, method_title
 from lvtrain.planning import plan_phases
-from lvtrain.recipe.sections import Recipe
+from lvtrain.recipe.sections import Phase, Recipe
 from lvtrain.recipe.trackers import TRACKERS
 from lvtrain.training.initial import check_start_weights, open_initial
 from lvtrain.training.outcome import committed_step
@@ -212,8 +212,8 @@ def dry_run(
             "",
             f"phase {phase.name}: up to {steps:,} steps ({epochs:.4g} epochs){early}",
             f"  global batch {phase.global_batch:,} = {phase.micro_batches} micro-batches of {phase.micro_batch}, "
-            f"{phase.micro_batches // size} per rank per step; r = {phase.sample_rate:g}, "
-            f"expectation {phase.expectation}",
+            f"{phase.micro_batches // size} per rank per step; r = {phase.sample_rate:g}"
+            + "".join(f", {key} {value}" for key, value in phase.model_dump(exclude=set(Phase.model_fields)).items()),
             "  " + plans[phase.name].table().replace("\n", "\n  "),
         ]
         start = limit
