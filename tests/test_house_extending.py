@@ -24,6 +24,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from lvtrain.backbones import Backbone, register
+from lvtrain.classifier.margins import MARGINS, Margin
 from lvtrain.data.shards import ShardDataset
 from lvtrain.datasets import importer
 from lvtrain.engine.optimizers import BackboneOptimizer
@@ -33,6 +34,7 @@ from lvtrain.methods.base import initial_backbone
 from lvtrain.methods.cost import Cost
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.base import setting
+from lvtrain.recipe.classifier import MarginSection
 from lvtrain.recipe.optimizer import OPTIMIZERS, Optimizer
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
@@ -137,6 +139,46 @@ def test_a_method_and_a_backbone_are_one_class_each(tiny_faces: Path, tmp_path: 
     losses = [row["loss"] for row in metrics(tmp_path / "runs" / "tiny") if "loss" in row]
     assert len(losses) == 12 and losses[-1] < losses[0] / 2
     assert found["embedding"] == (2, 6)
+
+
+def toy_margin() -> None:
+    class ToySection(MarginSection):
+        name: str = "toy_margin"
+        shift: float = setting(0.1, "subtracted from the cosine", ge=0)
+
+    @MARGINS.register("toy_margin")
+    class ToyMargin(Margin):
+        section = ToySection
+
+        def target_logit(self, cosine: Any, labels: Any, norms: Any = None, **context: Any) -> Any:
+            return self.scale * (cosine - self.warmup_factor * self.settings.shift)
+
+
+def _plan_and_train_with_the_toy_margin(rank: int, ranks: int, recipe: str) -> tuple[int, int]:
+    from lvtrain.main import main
+
+    toy_margin()
+    arguments = ["--recipe", recipe, "--ds_config", str(ROOT / "ds_configs" / "zero2.json")]
+    return main([*arguments, "--dry-run"]), main(arguments)
+
+
+def test_a_margin_is_one_class(tiny_faces: Path, tmp_path: Path) -> None:
+    losses = {}
+    for margin in ({"name": "toy_margin", "shift": 0.3}, {"name": "cosface", "m": 0.3}, {"name": "cosface", "m": 0.2}):
+        name = "_".join(map(str, margin.values()))
+        recipe = recipe_file(
+            tmp_path,
+            tiny_faces / "train",
+            name=name,
+            classifier={"margin": margin | {"scale": 16.0, "warmup": "2 steps"}},
+            method="classification",
+            phases=[{"name": "only", "global_batch": 16, "micro_batches": 4}],
+            schedule={"total": "4 steps", "warmup": "0 steps"},
+        )
+        assert run_ranks(1, _plan_and_train_with_the_toy_margin, str(recipe)) == [(0, 0)]
+        losses[name] = [row["loss"] for row in metrics(tmp_path / "runs" / name) if "loss" in row]
+    toy, cosface, other = losses.values()
+    assert len(toy) == 4 and toy == cosface and toy != other
 
 
 class StripOptions(importer.Options):
