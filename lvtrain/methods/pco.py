@@ -52,6 +52,8 @@ class PcoSection(SupervisedSection):
 
 
 class PcoPhase(Phase):
+    """A phase of PCO: also whether the feature expectations, the second anchor, take part."""
+
     expectation: Literal["off", "update", "frozen"] = setting(
         "off", "feature expectations are not used, updated every step, or used as they are", because=LOSS
     )
