@@ -1,6 +1,6 @@
 """Find wrong labels, identities that are one person, repeated images and identities of test sets; write a subset without them.
 
-The model is a matrix of embeddings (.npy, one row a sample id), or a run, weights or .onnx that `lvtrain.export.load_model` opens. No image is copied
+The model is a matrix of embeddings (.npy, one row a sample id), or a run, weights or .onnx that `lvtrain.load_model` opens. No image is copied
 or deleted: OUT.json is a subset for `data.path`, OUT.report.json the findings, OUT.png examples of each.
 """
 

@@ -156,13 +156,14 @@ def write_card(path: str | Path, card: Card) -> None:
         "tells identity. Not L2-normalised.",
         "",
         "```python",
-        "from lvtrain.weights import load_model",
-        'model = load_model("THIS_FOLDER")',
-        "embeddings = model.forward(images)        # float32 [B, 3, 112, 112], RGB, (x - 127.5) / 127.5",
+        "import lvtrain",
+        'model = lvtrain.load_model("THIS_FOLDER")',
+        'embeddings = model.embed(["a.jpg"])  # aligned faces; float32 [N, d], L2-normalised',
+        "embeddings = model(images)           # float32 [B, 3, 112, 112], RGB, (x - 127.5) / 127.5; not normalised",
         *(
             []
             if "resnet" in card.architecture
-            else ["tokens, embeddings = model.tokens(images)   # patch tokens [B, N, dim] too"]
+            else ["tokens, embeddings = model.tokens(images)  # patch tokens [B, N, dim] too"]
         ),
         "```",
         "",

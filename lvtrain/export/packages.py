@@ -29,7 +29,7 @@ def write_folder(
     card: Card,
     rows: torch.Tensor | None = None,
 ) -> Path:
-    """One float32 safetensors file, `config.json` and a model card: `lvtrain.export.load_model(folder)` opens it.
+    """One float32 safetensors file, `config.json` and a model card: `lvtrain.load_model(folder)` opens it.
 
     `rows` `[C, d]` are written beside, when the class centres are wanted too.
     """

@@ -20,6 +20,7 @@ from lvtrain.checkpoint.reader import Weights, open_shapes, open_weights
 from lvtrain.errors import UserError
 from lvtrain.weights.architecture import Architecture, recognise
 from lvtrain.weights.foreign import swap_colours
+from lvtrain.weights.onnx_pack import recogniser
 from lvtrain.weights.reading import read_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
@@ -150,7 +151,7 @@ def open_source(path: str | Path, *, average: bool = False) -> Source:
     Raises:
         UserError: nothing usable there, a damaged file, or no moving average.
     """
-    path = Path(path)
+    path = recogniser(Path(path))
     if (backbone := _exported_backbone(path)) is not None:
         if average:
             raise UserError(f"{path} has no moving average; runs have one where the recipe has an ema section")
