@@ -21,11 +21,17 @@ def test_shipped_recipes_load_and_survive_a_round_trip(path: Path) -> None:
     assert recipe.name == path.stem
 
 
-# of PCO's published runs: ranks, and millions of parameters that insightface's module of that size has
+# of published runs: ranks, and millions of parameters that insightface's module of that size has
 PUBLISHED = {
     "pco_vitb_glint360k": (32, "113.8"),
     "pco_vitl_webface42m": (64, "255.7"),
     "pco_vith_webface42m": (64, "756.4"),
+    "arcface_r50_ms1mv3": (8, "43.6"),
+    "arcface_r100_ms1mv3": (8, "65.2"),
+    "cosface_r50_webface42m": (8, "43.6"),
+    "cosface_r100_webface42m": (16, "65.2"),
+    "cosface_vitb_webface42m": (64, "113.8"),
+    "cosface_vitl_webface42m": (64, "255.7"),
 }
 
 
