@@ -18,13 +18,14 @@ from lvtrain.recipe import files as recipes
 from tests.conftest import ROOT
 from tests.runs import recipe_file
 from tools import study
+from tools.studies.grid import Cell, Grid
 
 
-@pytest.mark.parametrize("path", sorted(study.STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "tools" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_settings_of_published_studies_differ(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # a study of ours finds its recipes from any folder
-    grid = study.Grid(study.parse([str(path)]))
-    cells = [study.Cell(name, 0) for name in grid.settings]
+    grid = Grid(study.parse([str(path)]))
+    cells = [Cell(name, 0) for name in grid.settings]
     resolved = [recipes.load(grid.recipe(cell.setting), grid.changes(cell)) for cell in cells]
     assert len({recipes.dump(recipe) for recipe in resolved}) == len(resolved), "two settings are the same run"
     if made := grid.study.generated:

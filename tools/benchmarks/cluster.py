@@ -19,9 +19,10 @@ from lvtrain.methods.cluster import ClusterMethod
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
 from tools.benchmarks.measure import Clock, describe, median, pick_device
-from tools.study import ROOT, STUDIES, read
+from tools.studies.definition import read
+from tools.studies.grid import ROOT
 
-STUDY = read(STUDIES / "cluster.yaml")
+STUDY = read(ROOT / "tools" / "studies" / "cluster.yaml")
 RECIPE = ROOT / STUDY.recipe
 SMALL: dict[str, Any] = {"batch": 16, "classes": 200, "rounds": 2}
 

@@ -1,0 +1,73 @@
+"""What a study file says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from lvtrain.errors import UserError
+from lvtrain.recipe import files as recipes
+from lvtrain.recipe.base import Section
+
+
+class Generated(Section):
+    """Faces that `tools/synth_faces.py` makes where there are none yet."""
+
+    path: Path
+    identities: int = Field(gt=1)
+    images: int = Field(gt=1, description="per identity")
+    heldout: int = Field(gt=1, description="identities never trained on")
+    pairs: int = Field(gt=0)
+    difficulty: str = "normal"
+
+
+class Subsets(Section):
+    """Few-shot subsets of one dataset: every setting is trained on each of them."""
+
+    dataset: Path
+    fractions: list[float] = Field(min_length=1, description="shares of the identities")
+    shots: list[int | None] = Field(min_length=1, description="images per identity; null is all")
+
+
+class Study(Section):
+    recipe: Path = Field(description="of every setting that does not name its own")
+    common: dict[str, Any] = Field(default_factory=dict, description="what every setting changes in its recipe")
+    settings: dict[str, dict[str, Any]] = Field(
+        min_length=1,
+        description="by name: dotted keys of the recipe and their values; `recipe` takes another recipe. {out} and "
+        "{seed} in a text stand for the study's folder and the seed, so that a setting can start from an earlier one",
+    )
+    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
+    generated: Generated | None = None
+    subsets: Subsets | None = None
+    unseen: Path | None = Field(None, description="a dataset of identities never trained on")
+    # DBSCAN and agglomeration join at the cosine of this false accept rate, because losses lead to different cosines
+    far: str = Field("1e-02", description="false accept rate of the table")
+
+    def overrides(self, setting: str) -> list[str]:
+        """What the setting changes in its recipe, as `key=value` words."""
+        values = self.common | self.settings[setting]
+        return [f"{key}={json.dumps(value)}" for key, value in values.items() if key != "recipe"]
+
+
+def read(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Study:
+    """A study file with `study.key=value` overrides.
+
+    Raises:
+        UserError: the file is not a study, or an override does not fit.
+    """
+    try:
+        values = {"study": yaml.safe_load(path.read_text())}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"study {path} cannot be read: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        recipes.apply(values, override)
+    try:
+        return Study.model_validate(values["study"])
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise UserError(f"study {path}: {'; '.join(wrong)}") from error

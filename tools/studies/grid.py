@@ -1,0 +1,161 @@
+"""The cells of a study, and how one is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvtrain.errors import EXIT_STOPPED, UserError
+from lvtrain.recipe import files as recipes
+from lvtrain.training import outcome
+from tools.studies.definition import read
+
+if TYPE_CHECKING:
+    from lvtrain.data import ShardDataset
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid. `fraction` and `shots` are None without subsets; `shots` None within one means all images."""
+
+    setting: str
+    seed: int
+    fraction: float | None = None
+    shots: int | None = None
+
+    @property
+    def subset(self) -> str:
+        if self.fraction is None:
+            return ""
+        return f"{100 * self.fraction:g}percent_{self.shots or 'all'}shot"
+
+    @property
+    def name(self) -> str:
+        return "_".join([*([self.subset] if self.subset else []), self.setting, f"seed{self.seed}"])
+
+
+class Grid:
+    """A study with what the command line changed about it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        own = [word for word in options.overrides if word.startswith("study.")]
+        self.options, self.study = options, read(options.study, own)
+        self.overrides: list[str] = [word for word in options.overrides if word not in own]
+        self.seeds: list[int] = options.seeds or self.study.seeds
+        self.settings: list[str] = options.settings or list(self.study.settings)
+        self.out: Path = options.out or Path("runs") / options.study.stem
+        unknown = set(self.settings) - set(self.study.settings)
+        if unknown:
+            raise UserError(f"--settings {','.join(sorted(unknown))}: the study has {', '.join(self.study.settings)}")
+        subsets = self.study.subsets
+        places = [(f, k) for f in subsets.fractions for k in subsets.shots] if subsets else [(None, None)]
+        # one seed's whole grid before the next seed's, so that an interrupted table compares like with like
+        self.cells = [Cell(s, seed, f, k) for seed in self.seeds for f, k in places for s in self.settings]
+        for setting in self.settings:  # refuse a wrong setting now, not after hours of runs
+            recipes.load(self.recipe(setting), self.changes(Cell(setting, self.seeds[0])))
+
+    def recipe(self, setting: str) -> Path:
+        path = Path(self.study.settings[setting].get("recipe") or self.options.recipe or self.study.recipe)
+        return path if path.exists() else ROOT / path  # a study of ours names its recipe from the repository's folder
+
+    def changes(self, cell: Cell) -> list[str]:
+        """The overrides of a cell's run, without those that are the same in every run."""
+        words = self.study.overrides(cell.setting)
+        for name, filled in (("{out}", str(self.out)), ("{seed}", str(cell.seed))):
+            words = [word.replace(name, filled) for word in words]
+        return [*words, *self.overrides]
+
+    def folder(self, cell: Cell) -> Path:
+        return self.out / cell.name
+
+    # ------------------------------------------------------------------------------------------------------------- runs
+
+    def run(self) -> list[str]:
+        """Runs every cell that is not finished; returns a line for each one that failed."""
+        return [line for cell in self.cells if (line := self.run_cell(cell))]
+
+    def run_cell(self, cell: Cell) -> str | None:
+        folder = self.folder(cell)
+        if not finished(folder) and not self._train(cell):
+            ended = outcome.read(folder)
+            return f"{folder.name} failed" + (f" at step {ended.step}: {ended.reason}" if ended else "")
+        if self.study.unseen and not (folder / "unseen.json").exists():
+            from tools.studies.unseen import unseen_identities  # imports torch, which the grid does not need
+
+            (folder / "unseen.json").write_text(
+                json.dumps(unseen_identities(folder, self.study.unseen, self.study.far), indent=1) + "\n"
+            )
+        return None
+
+    def make_data(self) -> None:
+        """Generated faces and subset manifests, before the first run: tasks that begin together must not write one file."""
+        made = self.study.generated
+        if made is not None and not (made.path / "heldout.bin").exists():
+            sizes = made.model_dump(mode="json", exclude={"path"})
+            words = [f"--{name}={value}" for name, value in sizes.items()]
+            command = [sys.executable, str(ROOT / "tools" / "synth_faces.py"), str(made.path), *words]
+            if subprocess.run(command).returncode:
+                raise UserError("the faces could not be generated; fix what is printed above and start again")
+        if (subsets := self.study.subsets) is not None:
+            from lvtrain.data import ShardDataset
+
+            dataset = ShardDataset(subsets.dataset)
+            for cell in self.cells:
+                self._write_subset(dataset, cell)
+
+    def _manifest(self, cell: Cell) -> Path:
+        """The same identities and images for every setting of one seed."""
+        return self.out / "subsets" / f"{cell.subset}_seed{cell.seed}.json"
+
+    def _write_subset(self, dataset: ShardDataset, cell: Cell) -> None:
+        from lvtrain.datasets.subset import choose, write_subset
+
+        path = self._manifest(cell)
+        if path.exists():
+            return
+        assert cell.fraction is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        criteria = {"fraction": cell.fraction, "shots": cell.shots}
+        ids = choose(dataset, fraction=cell.fraction, shots=cell.shots, seed=cell.seed)
+        write_subset(path, dataset, ids, criteria=criteria, seed=cell.seed)
+
+    def _train(self, cell: Cell) -> bool:
+        folder, subset = self.folder(cell), []
+        if cell.fraction is not None:  # the recipe's counts are those of the whole dataset
+            subset = [f"data.path={self._manifest(cell)}", "data.num_classes=null", "data.num_samples=null"]
+        print(f"== {folder.name}", flush=True)
+        code = subprocess.run(
+            [
+                *self._launcher(),
+                str(ROOT / "lvtrain" / "main.py"),
+                *("--recipe", str(self.recipe(cell.setting)), "--ds_config", str(self.options.ds_config)),
+                *(f"name={folder.name}", f"runs={folder.parent}", f"seed={cell.seed}"),
+                *subset,
+                *self.changes(cell),
+            ]
+        ).returncode
+        ended = outcome.read(folder)
+        if code == EXIT_STOPPED or (code and ended is not None and ended.outcome == "requeue"):
+            sys.exit(EXIT_STOPPED)
+        return code == 0
+
+    def _launcher(self) -> list[str]:
+        ranks = self.options.ranks
+        if self.options.array is not None and "SLURM_JOB_ID" in os.environ:
+            # tasks of a job step: Slurm's warning before the time limit reaches them
+            return ["srun", f"--ntasks={ranks}", "--kill-on-bad-exit=1", sys.executable]
+        return ["torchrun", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in `folder` reached its end."""
+    ended = outcome.read(folder)
+    return ended is not None and ended.outcome == "done"
