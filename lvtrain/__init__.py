@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lvtrain.backbones import create_backbone
     from lvtrain.classifier import ShardedClassifier
     from lvtrain.classifier.margins import AdaFace, ArcFace, Combined, CosFace, Margin
-    from lvtrain.data import SampleOrder, ShardDataset
+    from lvtrain.data import SampleOrder, ShardDataset, StreamDataset
     from lvtrain.errors import UserError
     from lvtrain.weights import Model, load_model
 
@@ -37,6 +37,7 @@ _FROM = {
     "Margin": "lvtrain.classifier.margins",
     "SampleOrder": "lvtrain.data",
     "ShardDataset": "lvtrain.data",
+    "StreamDataset": "lvtrain.data",
     "UserError": "lvtrain.errors",
     "Model": "lvtrain.weights",
     "load_model": "lvtrain.weights",
@@ -52,6 +53,7 @@ __all__ = [
     "SampleOrder",
     "ShardDataset",
     "ShardedClassifier",
+    "StreamDataset",
     "UserError",
     "create_backbone",
     "load_model",

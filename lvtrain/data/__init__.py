@@ -1,4 +1,4 @@
-"""Serves a dataset during training: from shards on disk to batches on the device. Only `Loader` and `Batch` need torch."""
+"""Serves a dataset during training: from shards on disk to batches on the device. Only `Loader`, `Batch` and `StreamDataset` need torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from lvtrain.data.shards import ShardDataset
 
 if TYPE_CHECKING:
     from lvtrain.data.loader import BadSample, Batch, Loader
+    from lvtrain.data.stream import StreamDataset
 
-__all__ = ["BadSample", "Batch", "Loader", "SampleOrder", "ShardDataset"]
+__all__ = ["BadSample", "Batch", "Loader", "SampleOrder", "ShardDataset", "StreamDataset"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from lvtrain.data import loader
 
         return getattr(loader, name)
+    if name == "StreamDataset":
+        from lvtrain.data import stream
+
+        return stream.StreamDataset
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

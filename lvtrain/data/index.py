@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from lvtrain.files.atomic import commit, write_json, write_text
 SCHEMA = 2
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("shard", "<u4")])
 _MAGIC = b"LVTINDEX"
+_REMOTE = re.compile(r"pipe:|[a-z][a-z0-9]+:/")  # as text of a Path, which holds no double slash
 _HEADER = struct.Struct("<8sIIQ32s8x")  # magic, schema, bytes a record, samples, sha256 of the records
 
 
@@ -177,6 +179,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         body = json.loads(path.read_text())
     except FileNotFoundError:
+        if _REMOTE.match(str(path)):
+            raise UserError(
+                f"{path.parent} is not on a disk, and samples are read by their place: copy the dataset to one. "
+                "In a loop of your own lvtrain.StreamDataset reads it from there, in no exact order"
+            ) from None
         if (path.parent / ".pack").exists():
             raise UserError(
                 f"{path.parent} holds a pack that did not end; run tools/pack_dataset.py again with the same options"
