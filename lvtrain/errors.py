@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 EXIT_DONE = 0
 EXIT_ERROR = 2
-EXIT_STOPPED = 75  # stopped on request, with a checkpoint; start again to go on (EX_TEMPFAIL of sysexits)
+EXIT_STOPPED = 75  # stopped on request, with a checkpoint; the same command resumes (EX_TEMPFAIL of sysexits)
 
 
 class UserError(Exception):

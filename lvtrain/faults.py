@@ -1,11 +1,14 @@
-"""Faults on demand, for tests: `LVTRAIN_FAULT="point:rank:step:action"` (several with `;`, `*` for any rank or step).
+"""Faults on demand, for tests.
 
-Points are named where they stand in the code, e.g. `save.mid_file`, `loop.step`. Actions:
+`LVTRAIN_FAULT="point:rank:step:action"` injects one; several are separated by `;`, and `*` means any rank or step.
+Points are named where they stand in the code, such as `save.mid_file` or `loop.step`. Actions:
 
-- `sigkill`, `sigstop`, `sigterm`, `sigusr2`: that signal to this process;
-- `asked`: waits until this process has been asked to stop;  `hold=FILE`: waits, deaf to that, for as long as that file exists;
-- `raise`: a RuntimeError;  `enospc`, `eio`, `erofs`: an OSError of that number;
-- any other word is returned to the caller, which knows what to do with it (`nan` at `loop.outputs`).
+- `sigkill`, `sigstop`, `sigterm`, `sigusr2`: sends that signal to this process.
+- `asked`: waits until this process has been asked to stop.
+- `hold=FILE`: waits while that file exists, even if asked to stop.
+- `raise`: raises a RuntimeError.
+- `enospc`, `eio`, `erofs`: raises an OSError of that number.
+- Any other word is returned to the caller, which acts on it (`nan` at `loop.outputs`).
 
 Without the variable a point costs one dictionary look-up.
 """
@@ -25,7 +28,7 @@ _ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "erofs": errno.EROFS}
 
 
 def point(name: str, *, rank: int, step: int) -> str | None:
-    """A place where a fault may be injected; returns the action's word if it is for the caller to carry out."""
+    """A place where a fault may be injected. Returns the action if the caller must carry it out, else None."""
     faults = os.environ.get(VARIABLE)
     if not faults:
         return None

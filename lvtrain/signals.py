@@ -1,7 +1,7 @@
 """The signals that ask a run to stop.
 
-`main.py` listens before it imports torch, so that a signal that comes meanwhile does not kill the rank. That is why this
-file needs only the standard library. A handler only sets a flag, which `training.stopping` reads after every step.
+`main.py` calls `listen` before it imports torch, so that a signal during the import does not kill the rank. So this file
+needs only the standard library. A handler only sets a flag, which `training.stopping` reads after every step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _listeners = 0
 
 
 def listen() -> None:
-    """Notes the signals from now on, until `restore` was called as often as `listen`. Main thread only."""
+    """Notes the signals from now on, until `restore` has been called as often as `listen`. Main thread only."""
     global _listeners
     if _listeners == 0:
         for number in SIGNALS:
@@ -35,7 +35,7 @@ def received() -> int | None:
 
 
 def restore() -> None:
-    """The last call restores the former handlers and forgets what was noted."""
+    """Ends one `listen`. The last one reinstalls the former handlers and clears the recorded signal."""
     global _received, _listeners
     _listeners -= 1
     if _listeners == 0:

@@ -242,7 +242,7 @@ def test_there_is_always_a_valid_checkpoint(tmp_path: Path) -> None:
 def _whole(path: Path) -> bool:
     try:
         content = files.read_manifest(path)
-    except files.Damaged:  # being deleted under the observer's eyes: another must be whole
+    except files.Damage:  # being deleted under the observer's eyes: another must be whole
         return False
     return all(files.check_file(path, name, entry["sha256"]) is None for name, entry in content["files"].items())
 

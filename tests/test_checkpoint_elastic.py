@@ -14,7 +14,7 @@ import torch
 
 from lvtrain.checkpoint import plan as layout
 from lvtrain.checkpoint.checkpoints import Checkpoints
-from lvtrain.checkpoint.lease import Lease, Lost, hold
+from lvtrain.checkpoint.lease import Lease, Takeover, hold
 from lvtrain.checkpoint.plan import describe, plan
 from lvtrain.checkpoint.state import Replicated, Rows, State
 from lvtrain.distributed.world import World
@@ -162,7 +162,7 @@ def test_a_dead_job_of_another_host_is_known_by_its_still_heartbeat(tmp_path: Pa
     waited: list[float] = []
     second = Lease(tmp_path, stale_after=3.0, sleep=waited.append)
     assert sum(waited) == 3.0
-    with pytest.raises(Lost, match="taken over by process"):
+    with pytest.raises(Takeover, match="taken over by process"):
         frozen.check()
     second.check()
     frozen.release()

@@ -125,7 +125,7 @@ def test_flipped_bits_of_the_manifest_are_found(tmp_path: Path) -> None:
     good, content = manifest.read_bytes(), files.read_manifest(folder)
     for position in range(0, len(good), 3):
         manifest.write_bytes(good[:position] + bytes([good[position] ^ 4]) + good[position + 1 :])
-        with contextlib.suppress(files.Damaged):
+        with contextlib.suppress(files.Damage):
             assert files.read_manifest(folder) == content
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lvtrain.errors import UserError
 from lvtrain.launch.attempt import Attempt, stop
 from lvtrain.launch.chain import Chain, load_chain
-from lvtrain.launch.decide import Again, Ended, Finished, Stop, decide, fate, suspect_node
+from lvtrain.launch.decide import AttemptResult, Finish, Retry, Stop, decide, fate, suspect_node
 from lvtrain.launch.ledger import Ledger
 from lvtrain.launch.script import sbatch_text
 from lvtrain.launch.site import Site, read_site
@@ -150,7 +150,7 @@ def links(tmp_path: Path) -> World:
 
 # ------------------------------------------------------------------------------------------------------- decisions
 
-BASE = Ended("alignment", False, None, 1, step_before=100, step_after=200, fruitless=0)
+BASE = AttemptResult("alignment", False, None, 1, step_before=100, step_after=200, fruitless=0)
 
 
 def outcome_of(verdict: outcome.Verdict) -> Outcome:
@@ -160,30 +160,30 @@ def outcome_of(verdict: outcome.Verdict) -> Outcome:
 @pytest.mark.parametrize(
     ("ended", "expected"),
     [
-        (replace(BASE, phase_done=True), Finished("phase alignment is done at step 200")),
+        (replace(BASE, phase_done=True), Finish("phase alignment is done at step 200")),
         # done is done, even if a rank fell over its own feet at exit
-        (replace(BASE, phase_done=True, exit_code=139), Finished("phase alignment is done at step 200")),
-        (replace(BASE, outcome=outcome_of("requeue"), exit_code=75), Again("stopped early (because) at step 200")),
+        (replace(BASE, phase_done=True, exit_code=139), Finish("phase alignment is done at step 200")),
+        (replace(BASE, outcome=outcome_of("requeue"), exit_code=75), Retry("stopped early (because) at step 200")),
         (
             replace(BASE, outcome=outcome_of("fatal"), exit_code=2),
             Stop("error in phase alignment at step 200: because"),
         ),
-        (replace(BASE, exit_code=137), Again("crashed (exit code 137) at step 200")),
+        (replace(BASE, exit_code=137), Retry("crashed (exit code 137) at step 200")),
         (
             replace(BASE, exit_code=2),
             Stop("phase alignment was refused at the start (exit code 2); its reason is the log's last line"),
         ),
         (
             replace(BASE, step_after=100, fruitless=1),
-            Again("crashed (exit code 1) without progress past step 100", hold_seconds=60),
+            Retry("crashed (exit code 1) without progress past step 100", hold_seconds=60),
         ),
         (
             replace(BASE, step_after=100, fruitless=2, suspects=("n7", "n7")),
-            Again("crashed (exit code 1) without progress past step 100", hold_seconds=120, exclude=("n7",)),
+            Retry("crashed (exit code 1) without progress past step 100", hold_seconds=120, exclude=("n7",)),
         ),
         (
             replace(BASE, step_after=100, fruitless=2, suspects=("n7", "n8")),
-            Again("crashed (exit code 1) without progress past step 100", hold_seconds=120),
+            Retry("crashed (exit code 1) without progress past step 100", hold_seconds=120),
         ),
         (
             replace(BASE, step_after=100, fruitless=3),
@@ -195,7 +195,7 @@ def outcome_of(verdict: outcome.Verdict) -> Outcome:
         ),
     ],
 )
-def test_decisions(ended: Ended, expected: object) -> None:
+def test_decisions(ended: AttemptResult, expected: object) -> None:
     assert decide(ended) == expected
 
 
@@ -208,7 +208,7 @@ def test_any_history_ends_within_three_attempts_without_progress(gains: list[int
         starts.append(step)
         before, step = step, step + gain
         fruitless = sum(start >= step for start in starts)
-        decision = decide(Ended("p", False, None, 1, before, step, fruitless))
+        decision = decide(AttemptResult("p", False, None, 1, before, step, fruitless))
         if isinstance(decision, Stop):
             assert starts[-3:] == [step] * 3
             return

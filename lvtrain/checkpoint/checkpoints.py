@@ -1,11 +1,14 @@
-"""Checkpoints that can be trusted: written beside under a fresh name, hashed, synced, voted on, then renamed. The rename is the commit.
+"""The checkpoints of a run: saving in the background, and finding the newest one that is whole.
 
-Every rank writes one file (what it alone holds, and its share of what all hold); rank 0 decides and the others follow. What a crash leaves is
-either a whole checkpoint or a folder nobody will look at. What is found damaged is put aside, and the checkpoint before it is taken; when
-something is there but nothing is valid, that is an error and never a fresh start.
+Every rank writes one file: what only it holds, and its share of what all ranks hold. The files are written under a
+temporary name, hashed and flushed to disk. Then the ranks vote, and rank 0 renames the folder. The rename is the commit.
 
-The format is the same for every ZeRO stage, number of ranks and GPU: see `checkpoint_files` (folder), `checkpoint_reader` (reading) and the
-README. Writing goes on in the background from a snapshot in host memory, over a process group of its own.
+- A crash leaves either a whole checkpoint or a folder that nobody reads.
+- A damaged checkpoint is renamed, and the one before it is used. If no valid one is left, that is an error and never a
+  fresh start.
+- The format is the same for every ZeRO stage, number of ranks and GPU: see `files` (the folder), `reader` (reading) and
+  the README.
+- A save runs in the background, from a snapshot in host memory, over its own process group.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from typing import Any
 from lvtrain import faults
 from lvtrain.checkpoint import files as files
 from lvtrain.checkpoint import plan as layout
-from lvtrain.checkpoint.commit import Commit, Committer, Job
-from lvtrain.checkpoint.folder import INTACT, Choice, Found, on_first
+from lvtrain.checkpoint.commit import Commit, Committer, SaveJob
+from lvtrain.checkpoint.folder import INTACT, CheckpointFolder, CheckpointInfo, on_first
 from lvtrain.checkpoint.lease import Lease
 from lvtrain.checkpoint.reader import Reader, Weights, open_weights
 from lvtrain.checkpoint.snapshot import Snapshot
@@ -34,16 +37,26 @@ from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.files.patience import FULL, in_words, patiently
 
-__all__ = ["Checkpoints", "Commit", "Found", "Reader", "Weights", "open_weights"]
+__all__ = ["CheckpointInfo", "Checkpoints", "Commit", "Reader", "Weights", "open_weights"]
 
-_TRIES = 3  # saves in a row that may fail for a reason that may pass
+_TRIES = 3  # this many failed saves in a row end the run, even if the reason may pass
 
 
 class Checkpoints:
     """The checkpoints of one run folder, for one job at a time (see `lease`). Construction and all methods are collectives.
 
-    `keep_last` newest ones are kept (at least 2), the first one past every `keep_every_samples`, and those saved with `keep=True`.
-    `lease`, on rank 0, is the folder's, held by the caller.
+    Three kinds are kept: the newest `keep_last`, the first one past every `keep_every_samples`, and those saved with
+    `keep=True`. The others are deleted after a newer commit.
+
+    Args:
+        run_folder: holds `checkpoints/`.
+        world: this process among the ranks.
+        keep_last: at least 2.
+        keep_every_samples: None = keep none for good.
+        run_id: of the run; a checkpoint of another run is refused.
+        fingerprint: of the dataset; a checkpoint from another dataset is refused.
+        background: return from `save` when the host has a copy.
+        lease: of the folder, held by the caller on rank 0.
 
     Raises:
         UserError: the folder cannot be written.
@@ -67,19 +80,19 @@ class Checkpoints:
         self.run_id, self.fingerprint, self._background = run_id, fingerprint, background
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
-        self._job: Job | None = None
+        self._job: SaveJob | None = None
         self._failures = 0
         self._trusted: set[Path] = set()  # committed by this very process: read back without hashing it all again
         self._commits: list[Commit] = []
         on_first(self.folder, self._open)
         self._committer = Committer(self.folder, world, lease, keep_last, keep_every_samples)
-        self._choice = Choice(self.folder, world, run_id, fingerprint)
+        self._choice = CheckpointFolder(self.folder, world, run_id, fingerprint)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        # after an error the other ranks may be gone: give a save under way a chance, do not wait for them for ever
+        # after an error the other ranks may be gone: wait for a save under way, but not for ever
         self.close(timeout=None if kind is None else 60.0)
 
     def close(self, timeout: float | None = None) -> None:
@@ -91,13 +104,20 @@ class Checkpoints:
     def save(
         self, step: int, samples_seen: int, phase: str, state: State, meta: dict[str, Any], *, keep: bool = False
     ) -> None:
-        """Saves `state` as `step_{step}`; returns when the host has a copy (`background`) or when it is committed.
+        """Saves `state` as `step_{step}`. Returns when the host has a copy (`background`), or when it is committed.
 
-        `meta` must be JSON. A save under way is waited for first: there are never two.
+        An earlier save is waited for first: there are never two. Whatever is raised, earlier checkpoints are intact.
+
+        Args:
+            step: optimizer steps so far.
+            samples_seen: images so far.
+            phase: name of the current phase.
+            state: tensors by name.
+            meta: JSON values, which `newest` returns.
+            keep: never delete this one.
 
         Raises:
-            UserError: not enough room on the disk, it became full or read-only, another job took over, or saves keep failing. What was
-                committed before is untouched.
+            UserError: the disk is full or read-only, another job took over, or saves keep failing.
             FileExistsError: a checkpoint of that step is there already.
         """
         started = time.perf_counter()
@@ -119,7 +139,7 @@ class Checkpoints:
         }
         text = json.dumps({"meta": meta}, indent=1)
         tensors = self._snapshot.take(plan.mine, plan.given)
-        self._job = Job(step, temporary, tensors, text, content, started)
+        self._job = SaveJob(step, temporary, tensors, text, content, started)
         self._thread = threading.Thread(target=self._committer.write, args=(self._job,), name="checkpoint", daemon=True)
         self._thread.start()
         if not self._background:
@@ -129,17 +149,17 @@ class Checkpoints:
         """Waits until the last save is committed.
 
         Raises:
-            UserError: it could not be.
+            UserError: it could not be committed.
         """
         self._settle(final=True)
 
     def finished(self) -> list[Commit]:
-        """The saves that became visible since the last call; no collective."""
+        """The saves that were committed since the last call. Not a collective."""
         done, self._commits = self._commits, []
         return done
 
     def _begin(self, step: int, total_bytes: int) -> Path:
-        """On rank 0: room enough? Then a folder that did not exist before."""
+        """Makes a new temporary folder, if the disk has room for the checkpoint. On rank 0."""
         target = self.folder / files.folder_name(step)
         if patiently(target.exists):
             raise FileExistsError(f"{target} exists already")
@@ -148,15 +168,15 @@ class Checkpoints:
         needed = total_bytes * 1.05 + (1 << 20)
         if free < needed:
             raise UserError(
-                f"{self.folder} has {free / 1e6:.1f} MB free but a checkpoint needs {needed / 1e6:.1f} MB; free some and start again "
-                "(nothing was written, earlier checkpoints are intact)"
+                f"{self.folder} has {free / 1e6:.1f} MB free, but a checkpoint needs {needed / 1e6:.1f} MB; free some and start again "
+                "(earlier checkpoints are intact)"
             )
         temporary = self.folder / f"{files.WRITING}{files.folder_name(step)}_{uuid.uuid4().hex[:8]}"
         patiently(temporary.mkdir, exist_ok=True)
         return temporary
 
     def _settle(self, *, final: bool) -> None:
-        """Joins the save under way and looks at how it ended, which every rank knows alike."""
+        """Waits for the save under way, and raises what it failed with. It ends the same way on every rank."""
         if self._thread is None or self._job is None:
             return
         self._thread.join()
@@ -180,23 +200,26 @@ class Checkpoints:
             reason = (
                 f"the checkpoint of step {job.step} could not be written to {self.folder}: {error.strerror or error}"
             )
-            print(f"warning: {reason}; training goes on, try {self._failures} of {_TRIES}", file=sys.stderr, flush=True)
+            print(
+                f"warning: {reason}; training continues, try {self._failures} of {_TRIES}", file=sys.stderr, flush=True
+            )
 
     # ----------------------------------------------------------------------------------------------------------------- loading
 
-    def newest(self) -> Found | None:
-        """The newest checkpoint that is whole, decided by rank 0; None when there never was one.
+    def newest(self) -> CheckpointInfo | None:
+        """The newest checkpoint that is whole; None if there never was one. Rank 0 decides.
 
-        Files are hashed again, each rank its share. A damaged one is renamed to `damaged_step_...` and the one before it is taken.
+        Every rank hashes its share of the files. A damaged checkpoint is renamed to `damaged_step_...`, and the one before
+        it is used.
 
         Raises:
-            UserError: something is there but nothing is valid, or it is another run's or another dataset's.
+            UserError: there are checkpoints but none is valid, or the newest is of another run or dataset.
         """
         self._settle(final=True)
         return self._choice.newest(self._trusted)
 
-    def load(self, found: Found) -> Reader:
-        """Opens a checkpoint that `newest` gave; each rank then reads only what it asks for."""
+    def load(self, found: CheckpointInfo) -> Reader:
+        """Opens a checkpoint that `newest` returned. Each rank then reads only what it asks for."""
         faults.point("load.begin", rank=self.world.rank, step=found.step)
         return Reader(found.path, on_first(self.folder, lambda: files.read_manifest(found.path)), found.meta)
 
@@ -204,6 +227,6 @@ class Checkpoints:
 
     def _open(self) -> None:
         patiently(self.folder.mkdir, parents=True, exist_ok=True)
-        for name in patiently(os.listdir, self.folder):  # what attempts that are dead now left behind
+        for name in patiently(os.listdir, self.folder):  # left by attempts that are dead now
             if name.startswith((files.WRITING, files.TRASH)):
                 shutil.rmtree(self.folder / name, ignore_errors=True)

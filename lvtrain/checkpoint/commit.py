@@ -1,6 +1,6 @@
-"""The background half of a save: every rank writes its file, all vote, rank 0 renames, and what is superseded goes.
+"""The background half of a save: every rank writes its file, all ranks vote, rank 0 renames, and old checkpoints go.
 
-The rename is the commit. Runs in a thread on every rank, over a process group of its own: the main one is training's.
+It runs in a thread on every rank, over its own process group, because training uses the main one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from lvtrain import faults
 from lvtrain.checkpoint import files as files
 from lvtrain.checkpoint import plan as layout
-from lvtrain.checkpoint.lease import Lease, Lost
+from lvtrain.checkpoint.lease import Lease, Takeover
 from lvtrain.distributed.world import World
 from lvtrain.files.atomic import sync_folder
 from lvtrain.files.patience import patiently
@@ -31,7 +31,7 @@ from lvtrain.files.patience import patiently
 
 @dataclass(frozen=True)
 class Commit:
-    """A save that became visible: bytes on disk, seconds from `save` to the rename."""
+    """A committed save: its step, its size in bytes, and the seconds from `save` to the rename."""
 
     step: int
     size: int
@@ -39,8 +39,19 @@ class Commit:
 
 
 @dataclass
-class Job:
-    """One save under way: this rank's tensors on the host, what the manifest will say, and in the end why it failed or what was committed."""
+class SaveJob:
+    """One save under way.
+
+    Attributes:
+        step: which `step_...` folder it becomes.
+        temporary: the folder it is written to.
+        tensors: this rank's, on the host.
+        state_text: content of `state.json`.
+        content: what the manifest will hold.
+        started: `time.perf_counter()` at `save`.
+        failure: why it failed.
+        commit: what was committed.
+    """
 
     step: int
     temporary: Path
@@ -53,7 +64,7 @@ class Job:
 
 
 class Committer:
-    """Makes jobs visible in `folder`, under rank 0's `lease`. Construction is a collective."""
+    """Writes and commits jobs in `folder`, under rank 0's `lease`. Construction is a collective."""
 
     def __init__(
         self, folder: Path, world: World, lease: Lease | None, keep_last: int, keep_every_samples: int | None
@@ -64,23 +75,26 @@ class Committer:
         self._group: Any = dist.new_group(backend="gloo") if several else None
 
     def check_lease(self) -> None:
-        """On rank 0.
+        """Checks that this job still holds the folder. On rank 0.
 
         Raises:
-            Lost: the folder is not this job's (any more).
+            Takeover: another job holds it, or nobody.
         """
         if self.lease is None:
-            raise Lost(f"{self.folder} is not held by this process")
+            raise Takeover(f"{self.folder} is not held by this process")
         self.lease.check()
 
-    def write(self, job: Job) -> None:
-        """In the background, on every rank: write, vote, commit. Sets the job's failure or commit, the same kind on every rank."""
+    def write(self, job: SaveJob) -> None:
+        """Writes, votes and commits, in the background on every rank.
+
+        Sets the job's `failure` or its `commit`: on every rank the same one of the two.
+        """
         rank = self.world.rank
-        written: list[files.Written] | Exception
+        written: list[files.FileRecord] | Exception
         try:
             written = self._write_files(job)
             self._point("save.before_vote", job)
-        except Exception as error:  # told to the others: all give up together, or all go on
+        except Exception as error:  # the vote tells the others: all give up together, or all go on
             written = error
         try:
             votes = self._gather(written)
@@ -104,7 +118,7 @@ class Committer:
             size = sum(entry["size"] for entry in job.content["files"].values()) if rank == 0 else 0
             job.commit = Commit(job.step, size, time.perf_counter() - job.started)
 
-    def _write_files(self, job: Job) -> list[files.Written]:
+    def _write_files(self, job: SaveJob) -> list[files.FileRecord]:
         rank = self.world.rank
         written = []
         if rank == 0:
@@ -115,7 +129,7 @@ class Committer:
         self._point("save.after_files", job)
         return written
 
-    def _write_tensors(self, job: Job) -> files.Written:
+    def _write_tensors(self, job: SaveJob) -> files.FileRecord:
         chunks = 0
 
         def progress() -> None:
@@ -130,8 +144,8 @@ class Committer:
             files.write_tensors, job.temporary / layout.file_name(rank), job.tensors, metadata, progress=progress
         )
 
-    def _make_visible(self, job: Job, written: list[files.Written]) -> None:
-        """On rank 0, when all ranks' files are on disk."""
+    def _make_visible(self, job: SaveJob, written: list[files.FileRecord]) -> None:
+        """Writes the manifest and renames the folder. On rank 0, when the files of all ranks are on disk."""
         job.content["files"] = {entry.name: {"size": entry.size, "sha256": entry.sha256} for entry in written}
         job.content["created"] = round(time.time(), 3)
         for entry in written:
@@ -150,9 +164,8 @@ class Committer:
             raise FileExistsError(f"{target} exists already")
 
         def rename() -> None:
-            if not (
-                target.exists() and not job.temporary.exists()
-            ):  # else an earlier try got through, whatever it was answered
+            done = target.exists() and not job.temporary.exists()  # an earlier try worked, although it raised an error
+            if not done:
                 os.rename(job.temporary, target)
 
         patiently(rename)
@@ -160,8 +173,8 @@ class Committer:
         self._point("save.after_rename", job)
         self._retire(job)
 
-    def _retire(self, job: Job) -> None:
-        """Deletes what need not be kept; only ever after a newer commit. A failure to delete is no failure to save."""
+    def _retire(self, job: SaveJob) -> None:
+        """Deletes what need not be kept, after a newer commit. If that fails, the save has still succeeded."""
         self._point("retention.begin", job)
         try:
             for path in layout.superseded(self.folder, self._keep_last, self._keep_every):
@@ -181,11 +194,11 @@ class Committer:
         dist.all_gather_object(box, value, group=self._group)
         return box
 
-    def _point(self, name: str, job: Job) -> None:
+    def _point(self, name: str, job: SaveJob) -> None:
         faults.point(name, rank=self.world.rank, step=job.step)
 
 
-def _afresh(write: Callable[..., files.Written], path: Path, *arguments: Any, **more: Any) -> files.Written:
-    """`write` in a folder that is this save's alone: what is there is of a try that failed."""
+def _afresh(write: Callable[..., files.FileRecord], path: Path, *arguments: Any, **more: Any) -> files.FileRecord:
+    """Calls `write` after deleting what a failed try left. Nobody else writes in this save's folder."""
     path.unlink(missing_ok=True)
     return write(path, *arguments, **more)

@@ -1,12 +1,12 @@
-"""A checkpoint folder on disk: tensor files hashed while they are written, and the manifest that makes them a checkpoint.
+"""A checkpoint folder on disk: tensor files that are hashed while they are written, and the manifest that lists them.
 
     checkpoints/step_000012000/
-        manifest.json           step, samples seen and phase; the run; sizes and sha256 of all other files; where every tensor lies
+        manifest.json           step, samples seen, phase, run; size and sha256 of every other file; where each tensor lies
         state.json              the trainer's other numbers
         rank_00000.safetensors  what rank 0 wrote; and so on
 
-The manifest carries the sha256 of its own content, so that a flipped byte anywhere is found. Files are plain safetensors; the few lines that
-write them are here because the library cannot hash what it writes.
+The manifest holds the sha256 of its own content, so a flipped byte anywhere is found. The tensor files are plain
+safetensors. They are written here, because the library cannot hash while it writes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MANIFEST, STATE = "manifest.json", "state.json"
 WRITING, TRASH, DAMAGED = ".writing_", ".trash_", "damaged_"
 _NAME = re.compile(r"step_(\d{9,})")
 _CHUNK = 16 << 20
-_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # what cannot be a disk that fails for a moment
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # a disk that fails for a moment raises others
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -47,12 +47,15 @@ DTYPE_NAMES = _DTYPES
 DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
-class Damaged(Exception):
-    """A checkpoint folder is not what its manifest says: a file is missing, or has another size or hash. Nothing else is damage."""
+class Damage(Exception):
+    """A checkpoint folder differs from its manifest: a file is missing, or has another size or hash.
+
+    Nothing else counts as damage.
+    """
 
 
 @dataclass(frozen=True)
-class Written:
+class FileRecord:
     """A finished file: its name within the folder, size in bytes, sha256."""
 
     name: str
@@ -61,10 +64,12 @@ class Written:
 
 
 def folder_name(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
     return f"step_{step:09d}"
 
 
 def step_of(folder: Path) -> int | None:
+    """The step that a folder's name gives; None if it is not named like a checkpoint."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else None
 
@@ -75,11 +80,17 @@ def write_tensors(
     metadata: dict[str, str],
     *,
     progress: Callable[[], object] = lambda: None,
-) -> Written:
-    """Writes host tensors as one safetensors file and syncs it to disk; `progress` is called after every chunk.
+) -> FileRecord:
+    """Writes host tensors as one safetensors file and flushes it to disk.
+
+    Args:
+        path: must not exist.
+        tensors: by name, on the host.
+        metadata: texts for the file's header.
+        progress: called after every chunk.
 
     Raises:
-        OSError: disk full, read-only and their like.
+        OSError: the disk is full or read-only, or fails otherwise.
     """
     # widest elements first: every tensor is then aligned to its own element
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -110,7 +121,7 @@ def write_tensors(
                 progress()
         file.flush()
         os.fsync(file.fileno())
-    return Written(path.name, size, digest.hexdigest())
+    return FileRecord(path.name, size, digest.hexdigest())
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -118,8 +129,8 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def write_text(path: Path, text: str, *, middle: Callable[[], object] = lambda: None) -> Written:
-    """Writes and syncs a small file; `middle` is called when half of it is written."""
+def write_text(path: Path, text: str, *, middle: Callable[[], object] = lambda: None) -> FileRecord:
+    """Writes a small file and flushes it to disk. `middle` is called when half of it is written."""
     data = text.encode()
     with open(path, "xb") as file:
         file.write(data[: len(data) // 2])
@@ -128,46 +139,47 @@ def write_text(path: Path, text: str, *, middle: Callable[[], object] = lambda: 
         file.write(data[len(data) // 2 :])
         file.flush()
         os.fsync(file.fileno())
-    return Written(path.name, len(data), hashlib.sha256(data).hexdigest())
+    return FileRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def manifest_text(content: dict[str, Any]) -> str:
+    """The text of a manifest: its content and the sha256 of that."""
     return json.dumps({"sha256": _digest(content), "content": content}, indent=1)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest's content, after every check that needs no file to be read through.
+    """The manifest's content, after every check that does not read whole files.
 
     Raises:
-        Damaged: a missing or altered manifest; another step's; a file that it names is missing or has another size.
-        OSError: the file system kept failing, which says nothing of the checkpoint.
+        Damage: the manifest is missing, altered or of another step; a file is missing or has another size.
+        OSError: the file system kept failing. The checkpoint may be intact.
     """
     try:
         manifest = json.loads(patiently((folder / MANIFEST).read_bytes))
         content = manifest["content"]
         if manifest["sha256"] != _digest(content):
-            raise Damaged("the manifest was altered")
+            raise Damage("the manifest was altered")
     except _GONE as error:
-        raise Damaged("the manifest is missing") from error
+        raise Damage("the manifest is missing") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"the manifest cannot be read ({type(error).__name__})") from error
+        raise Damage(f"the manifest cannot be read ({type(error).__name__})") from error
     if content["format"] != FORMAT or content["step"] != step_of(folder):
-        raise Damaged("the manifest belongs to another folder")
+        raise Damage("the manifest belongs to another folder")
     for name, entry in content["files"].items():
         try:
             size = patiently((folder / name).stat).st_size
         except _GONE as error:
-            raise Damaged(f"{name} is missing") from error
+            raise Damage(f"{name} is missing") from error
         if size != entry["size"]:
-            raise Damaged(f"{name} has {size} bytes instead of {entry['size']}")
+            raise Damage(f"{name} has {size} bytes instead of {entry['size']}")
     return content
 
 
 def check_file(folder: Path, name: str, sha256: str) -> str | None:
-    """Reads a file through; what is wrong with it, or None.
+    """Hashes a file. Returns what is wrong with it, or None.
 
     Raises:
-        OSError: the file system kept failing, which says nothing of the file.
+        OSError: the file system kept failing. The file may be intact.
     """
 
     def read() -> str:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is whole and its own. Damaged ones are put aside, never deleted."""
+"""Which checkpoint a run resumes from: its newest one that is whole. Damaged ones are renamed, never deleted."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.files.patience import in_words, patiently
 
-INTACT = "earlier checkpoints are intact, start again when the disk works"
+INTACT = "earlier checkpoints are intact; start again when the disk works"
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint of this run, verified: `meta` is what `save` was given."""
+class CheckpointInfo:
+    """A verified checkpoint of this run. `meta` is what `save` was given."""
 
     path: Path
     step: int
@@ -38,7 +38,7 @@ def on_first(folder: Path, action: Callable[[], Any]) -> Any:
 
     Raises:
         UserError: the disk is full or read-only.
-        OSError: the file system kept failing; in a user's words.
+        OSError: the file system kept failing. The text says what to do.
     """
 
     def explained() -> Any:
@@ -52,21 +52,21 @@ def on_first(folder: Path, action: Callable[[], Any]) -> Any:
     return worlds.on_first(explained)
 
 
-class Choice:
-    """Among the checkpoints in `folder`, those of the run `run_id` on the dataset `fingerprint`."""
+class CheckpointFolder:
+    """The checkpoints in `folder`; those of another run or dataset than `run_id` and `fingerprint` are refused."""
 
     def __init__(self, folder: Path, world: World, run_id: str, fingerprint: str) -> None:
         self.folder, self.world, self.run_id, self.fingerprint = folder, world, run_id, fingerprint
 
-    def newest(self, trusted: set[Path]) -> Found | None:
-        """See `Checkpoints.newest`. Files are hashed again, shared out over the ranks, except those of `trusted` folders."""
+    def newest(self, trusted: set[Path]) -> CheckpointInfo | None:
+        """See `Checkpoints.newest`. Files in `trusted` folders are not hashed again."""
         while True:
             candidate: tuple[Path, dict[str, Any]] | None = on_first(self.folder, self._candidate)
             if candidate is None:
                 return None
             path, content = candidate
             verdicts = worlds.gather_objects([] if path in trusted else self._verify(path, content))
-            for verdict in verdicts:  # a rank that cannot read says nothing of the checkpoint: all stop
+            for verdict in verdicts:  # if a rank cannot read, the checkpoint may be intact: all stop
                 if isinstance(verdict, OSError):
                     raise in_words(verdict, path, INTACT)
             problems = [problem for verdict in verdicts for problem in verdict]
@@ -74,24 +74,24 @@ class Choice:
                 break
             on_first(self.folder, partial(self._quarantine, path, problems[0]))
         state = json.loads(on_first(self.folder, partial(patiently, (path / files.STATE).read_text)))
-        return Found(path, content["step"], content["samples_seen"], content["phase"], state["meta"])
+        return CheckpointInfo(path, content["step"], content["samples_seen"], content["phase"], state["meta"])
 
     def _candidate(self) -> tuple[Path, dict[str, Any]] | None:
-        """On rank 0: the newest folder whose manifest and sizes are right; damaged ones are put aside on the way."""
+        """The newest folder whose manifest and sizes are right. Damaged newer ones are renamed. On rank 0."""
         there = layout.committed(self.folder)
         for path in there:
             try:
                 content = files.read_manifest(path)
-            except files.Damaged as damage:
+            except files.Damage as damage:
                 self._quarantine(path, str(damage))
                 continue
             self._own(path, content)
             return path, content
-        names = patiently(os.listdir, self.folder)  # not glob, to which a folder that cannot be read is empty
+        names = patiently(os.listdir, self.folder)  # not glob: it takes a folder that cannot be read for empty
         put_aside = sorted(name for name in names if name.startswith(files.DAMAGED))
         if put_aside:
             raise UserError(
-                f"{self.folder} holds checkpoints but none is valid ({', '.join(put_aside)}); restore one, or remove them to start afresh"
+                f"{self.folder} holds checkpoints, but none is valid ({', '.join(put_aside)}); restore one, or remove them to start afresh"
             )
         return None
 
@@ -106,7 +106,7 @@ class Choice:
             )
 
     def _verify(self, path: Path, content: dict[str, Any]) -> list[str] | OSError:
-        """Hashes this rank's share of the files: what is wrong with them, or why they cannot be read."""
+        """Hashes this rank's share of the files. Returns what is wrong with them, or why they cannot be read."""
         names = sorted(content["files"])[self.world.rank :: self.world.size]
         try:
             checked = [files.check_file(path, name, content["files"][name]["sha256"]) for name in names]
@@ -119,4 +119,4 @@ class Choice:
         if patiently(aside.exists):
             aside = aside.with_name(f"{aside.name}_{uuid.uuid4().hex[:8]}")
         patiently(os.rename, path, aside)
-        print(f"damaged checkpoint {path}: {problem}; put aside as {aside.name}", file=sys.stderr, flush=True)
+        print(f"damaged checkpoint {path}: {problem}; renamed to {aside.name}", file=sys.stderr, flush=True)

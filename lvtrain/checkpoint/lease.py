@@ -1,9 +1,14 @@
-"""One job at a time in a run folder: a lease with a heartbeat, and a token that fences off whoever lost it.
+"""One job at a time in a run folder: a lease with a heartbeat.
 
-The holder touches `lease.json` every few seconds. A second job refuses to start while the holder lives, and takes over when it is dead: at once
-if that can be seen (same host and no such process, or an earlier start of the same Slurm job), else when the heartbeat has stood still
-long enough. Before a checkpoint becomes visible the holder looks whether the lease is still its own; a job that was frozen and replaced
-meanwhile commits nothing. Ages are measured with the file system's clock alone, so the nodes' clocks need not agree.
+The holder touches `lease.json` every few seconds. While the holder lives, a second job refuses to start. When the holder
+is dead, the second job takes over:
+
+- at once, if the death can be seen: the process does not exist on this host, or the holder was an earlier start of the
+  same Slurm job;
+- otherwise, when the heartbeat has stood still long enough.
+
+Before a commit the holder checks that the lease still has its token. So a job that was frozen and replaced commits
+nothing. Ages are measured by the file system's clock only, so the nodes' clocks need not agree.
 """
 
 from __future__ import annotations
@@ -30,11 +35,11 @@ NAME = "lease.json"
 ELSEWHERE = "make room or get the permission, or choose another folder with runs=PATH"
 
 
-class InUse(UserError):
-    """The run folder is another job's."""
+class FolderInUse(UserError):
+    """Another job works in the run folder."""
 
 
-class Lost(InUse):
+class Takeover(FolderInUse):
     """Another job has taken the run folder over."""
 
 
@@ -42,7 +47,7 @@ class Lease:
     """Held from construction to `release`.
 
     Raises:
-        InUse: another job works in the folder; its host, process and job are named.
+        FolderInUse: another job works in the folder; its host, process and job are named.
     """
 
     def __init__(
@@ -61,16 +66,20 @@ class Lease:
         self._beat.start()
 
     def check(self) -> None:
-        """Raises Lost if the lease is another job's."""
+        """Checks that this job still holds the lease.
+
+        Raises:
+            Takeover: another job holds it, or nobody.
+        """
         holder = _read(self.path)
         if holder is None or holder["token"] != self.token:
             who = "nobody" if holder is None else _describe(holder)
-            raise Lost(f"{self.path.parent} was taken over by {who}; this job stops without writing")
+            raise Takeover(f"{self.path.parent} was taken over by {who}; this job stops without writing")
 
     def release(self) -> None:
         self._stop.set()
         self._beat.join()
-        with contextlib.suppress(OSError):  # a lease that stays is a dead process's
+        with contextlib.suppress(OSError):  # a lease that stays behind is that of a dead process
             holder = _read(self.path)
             if holder is not None and holder["token"] == self.token:
                 self.path.unlink(missing_ok=True)
@@ -80,7 +89,7 @@ class Lease:
         first = _stamp(self.path)
         while (holder := _read(self.path)) is not None and not _is_dead(holder):
             if _stamp(self.path) != first:
-                raise InUse(f"{self.path.parent} is in use by {_describe(holder)}; wait for it or stop it")
+                raise FolderInUse(f"{self.path.parent} is in use by {_describe(holder)}; wait for it or stop it")
             if waited >= stale_after or _age(self.path) >= stale_after:
                 break
             sleep(0.5)
@@ -104,18 +113,21 @@ class Lease:
             try:
                 holder = _read(self.path)
                 if holder is None or holder["token"] != self.token:
-                    return  # the next commit will notice and say so
+                    return  # the next commit notices it and reports it
                 os.utime(self.path)
             except OSError:
-                continue  # a full or absent file system is the save's business to report
+                continue  # the next save reports a full or absent file system
 
 
 @contextmanager
 def hold(folder: Path, world: World) -> Iterator[Lease | None]:
-    """The folder's lease for the time of a `with`: on rank 0 the lease itself, elsewhere None. The folder is made if need be. A collective.
+    """Holds the folder's lease during a `with`. Makes the folder if it is missing. A collective.
+
+    Yields:
+        The lease on rank 0, None elsewhere.
 
     Raises:
-        InUse: another job works in the folder; nothing in it has been touched.
+        FolderInUse: another job works in the folder. Nothing in it has changed.
         UserError: the folder cannot be made or written.
     """
     mine: Lease | None = None
@@ -139,10 +151,10 @@ def hold(folder: Path, world: World) -> Iterator[Lease | None]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Who holds the lease: nobody (None), a holder, or somebody unknown where a crash left half a file.
+    """The holder of the lease; None = nobody. If a crash left half a file, an unknown holder is returned.
 
     Raises:
-        OSError: the file system kept failing, which says nothing of the holder.
+        OSError: the file system kept failing. There may be a holder.
     """
     try:
         return json.loads(patiently(path.read_text))
@@ -183,7 +195,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process of this host started, in clock ticks since boot; None if there is none (a zombie counts as none)."""
+    """When a process of this host started, in clock ticks since boot; None if it does not run (nor does a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

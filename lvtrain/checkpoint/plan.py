@@ -1,4 +1,4 @@
-"""Who writes which tensor, and which checkpoint folders stay: decisions without communication, from what all ranks know."""
+"""Which rank writes which tensor, and which checkpoints are kept. Every rank decides the same without communication."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lvtrain.files.patience import patiently
 
 @dataclass(frozen=True)
 class Entry:
-    """What a rank tells the others of one of its tensors. `rows` is its (start, stop, total), None for a replicated tensor."""
+    """Description of one rank's tensor, for the other ranks. `rows` is (start, stop, total); None for a replicated one."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -26,7 +26,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """`mine`: what this rank writes; `given`: those of them that are private host copies already; `tensors`: the manifest's table."""
+    """What this rank writes, and the manifest's table.
+
+    Attributes:
+        mine: the tensors that this rank writes.
+        given: names of those that are private host copies already.
+        tensors: where each tensor lies, for the manifest.
+        total_bytes: of all ranks.
+    """
 
     mine: dict[str, torch.Tensor]
     given: frozenset[str]
@@ -35,10 +42,12 @@ class Plan:
 
 
 def file_name(rank: int) -> str:
+    """Name of the file that a rank writes."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def describe(state: State) -> dict[str, Entry]:
+    """What the other ranks must know of this rank's tensors, by name."""
     described = {}
     for name, saved in state.items():
         tensor = saved.tensor
@@ -51,7 +60,14 @@ def describe(state: State) -> dict[str, Entry]:
 
 
 def plan(state: State, rank: int, ranks: list[dict[str, Entry]]) -> Plan:
-    """Shares the tensors out: rows are written by who holds them, a replicated tensor by the rank with least to write among those that have it.
+    """Distributes the tensors over the ranks.
+
+    A rank writes its own rows. A replicated tensor is written by the rank with least to write among those that hold it.
+
+    Args:
+        state: this rank's tensors.
+        rank: this rank.
+        ranks: `describe` of every rank.
 
     Raises:
         RuntimeError: ranks disagree on a tensor, or the rows do not cover their tensor exactly once.
@@ -107,10 +123,10 @@ def _plan_rows(name: str, entries: list[Entry], table: dict[str, Any], load: lis
 
 
 def committed(folder: Path) -> list[Path]:
-    """The folders named as checkpoints are, newest first, whatever is in them.
+    """The folders that are named like checkpoints, newest first, whatever they hold.
 
     Raises:
-        OSError: the file system kept failing. That is not a folder without checkpoints.
+        OSError: the file system kept failing. There may be checkpoints.
     """
 
     def look() -> list[Path]:
@@ -123,14 +139,17 @@ def committed(folder: Path) -> list[Path]:
 
 
 def superseded(folder: Path, keep_last: int, keep_every_samples: int | None) -> list[Path]:
-    """The committed checkpoints that need not be kept, oldest first: not among the `keep_last` newest, not marked to be kept, not the first past
-    a multiple of `keep_every_samples`. One that cannot be read is left alone."""
+    """The committed checkpoints that need not be kept, oldest first.
+
+    Kept are the `keep_last` newest, those marked `keep`, the first past each multiple of `keep_every_samples`, and those
+    that cannot be read.
+    """
     drop = []
     before = 0
     for position, path in enumerate(reversed(newest_first := committed(folder))):
         try:
             content = files.read_manifest(path)
-        except files.Damaged:
+        except files.Damage:
             continue
         samples = content["samples_seen"]
         passed = keep_every_samples is not None and samples // keep_every_samples > before // keep_every_samples

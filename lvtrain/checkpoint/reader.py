@@ -1,4 +1,4 @@
-"""Reading a checkpoint: whole tensors or a range of rows, by whoever needs them, with or without a process group."""
+"""Reading a checkpoint: whole tensors or a range of rows, with or without a process group."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from lvtrain.recipe import files as recipes
 
 
 class Reader:
-    """The tensors of a verified checkpoint folder, on the host. It notes what was asked for; `finish` complains of what was not."""
+    """The tensors of a verified checkpoint folder, on the host.
+
+    It notes which tensors were read. `finish` raises an error if some were not.
+    """
 
     def __init__(self, path: Path, content: dict[str, Any], meta: dict[str, Any]) -> None:
         self.path, self.meta = path, meta
@@ -46,14 +49,14 @@ class Reader:
         return files.DTYPES[self._entry(name)["dtype"]]
 
     def is_rows(self, name: str) -> bool:
-        """Whether the tensor is split by rows (ask for it with `rows`) or whole (with `replicated`)."""
+        """Whether the tensor is split by rows. If so, read it with `rows`, else with `replicated`."""
         return "pieces" in self._entry(name)
 
     def replicated(self, name: str) -> torch.Tensor:
         """A tensor that is the same on every rank.
 
         Raises:
-            UserError: the checkpoint has none of that name, or it is rows.
+            UserError: the checkpoint has no such tensor, or it is split by rows.
         """
         entry = self._entry(name)
         if "file" not in entry:
@@ -64,10 +67,10 @@ class Reader:
         return self._file(entry["file"]).get_tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `[start, stop)` of a tensor that was split over the ranks, from however many files they lie in.
+        """Rows `[start, stop)` of a tensor that is split by rows, from all the files they lie in.
 
         Raises:
-            UserError: the checkpoint has none of that name, or fewer rows.
+            UserError: the checkpoint has no such tensor, or it has fewer rows.
         """
         entry = self._entry(name)
         if "pieces" not in entry:
@@ -91,10 +94,10 @@ class Reader:
         return torch.cat(parts) if parts else torch.empty((0, *entry["shape"][1:]), dtype=self.dtype(name))
 
     def finish(self) -> None:
-        """Says that the whole state has been taken; a collective.
+        """Checks that everything in the checkpoint was read. A collective.
 
         Raises:
-            UserError: the checkpoint holds tensors nobody asked for, or more rows than all ranks together asked for.
+            UserError: no rank has read some tensor, or some rows of one.
         """
         asked: dict[str, int] = {}
         for part in worlds.gather_objects(self._asked):
@@ -103,7 +106,7 @@ class Reader:
         extra = sorted(self._tensors.keys() - asked.keys())
         if extra:
             raise UserError(
-                f"{self.path} holds {len(extra)} tensors this run has no place for ({', '.join(extra[:3])}): it was written by another "
+                f"{self.path} holds {len(extra)} tensors that this run does not use ({', '.join(extra[:3])}): it was written by another "
                 "method or model; use init_from to take weights only"
             )
         for name, stop in asked.items():
@@ -127,7 +130,7 @@ class Reader:
 
 
 def _open(path: Path) -> Any:
-    """safetensors, and torch for it, say a disk's failure in words of their own."""
+    """Opens a file. A disk that fails is an OSError, whatever safetensors or torch raise for it."""
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, RuntimeError) as error:
@@ -138,11 +141,18 @@ def _open(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a checkpoint holds for those who do not train.
+    """What a checkpoint holds for evaluation, export and fine-tuning.
 
-    `backbone`: state dict (parameters and buffers) of the method's trained module; `average`: that of the evaluated module's moving average, if
-    the run kept one; `recipe`: the run's resolved recipe as a plain dict, None if it is not there; `reader` gives the class rows
-    (`classifier.weight`) and everything else.
+    Attributes:
+        path: the checkpoint folder.
+        step: optimizer steps.
+        samples_seen: images.
+        phase: name of the phase.
+        backbone: parameters and buffers of the method's trained module.
+        average: those of the evaluated module's moving average; None if the run kept none.
+        recipe: the run's resolved recipe as a plain dict; None if it is missing.
+        meta: what `save` was given.
+        reader: for the class centres (`classifier.weight`) and everything else.
     """
 
     path: Path
@@ -157,19 +167,23 @@ class Weights:
 
 
 def open_weights(path: str | Path, *, verify: bool = True) -> Weights:
-    """Opens a run folder (its newest valid checkpoint), its `checkpoints` folder or one checkpoint folder; no process group, nothing is renamed.
+    """Opens a checkpoint without a process group. Renames nothing.
+
+    Args:
+        path: a run folder or its `checkpoints` folder (the newest valid checkpoint is opened), or one checkpoint folder.
+        verify: hash every file again.
 
     Raises:
-        UserError: nothing there, or damaged (`verify`: every file is hashed again).
+        UserError: there is no checkpoint, or none that is intact.
     """
     return _weights(*_newest(Path(path), verify=verify))
 
 
 def open_shapes(path: str | Path) -> dict[str, torch.Size]:
-    """The whole shape of every tensor in what `open_weights` would open, by its name in the checkpoint; only the manifest is read.
+    """The whole shape of every tensor in the checkpoint that `open_weights` would open, by name. Reads only the manifest.
 
     Raises:
-        UserError: nothing there, or a damaged manifest.
+        UserError: there is no checkpoint, or its manifest is damaged.
     """
     _, content = _newest(Path(path), verify=False)
     return {name: torch.Size(entry["shape"]) for name, entry in content["tensors"].items()}
@@ -177,7 +191,7 @@ def open_shapes(path: str | Path) -> dict[str, torch.Size]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Whose a checkpoint is, and what `save` was given besides tensors."""
+    """Which run a checkpoint belongs to, and what `save` was given besides tensors."""
 
     path: Path
     run_id: str
@@ -185,11 +199,11 @@ class Summary:
 
 
 def newest_summary(run_folder: Path) -> Summary | None:
-    """Of a run's newest checkpoint whose manifest and `state.json` are whole; None if there is none."""
+    """Summary of a run's newest checkpoint whose manifest and `state.json` are intact; None if there is none."""
     for path in layout.committed(run_folder / "checkpoints"):
         try:
             content = files.read_manifest(path)
-        except files.Damaged:
+        except files.Damage:
             continue
         if files.check_file(path, files.STATE, content["files"][files.STATE]["sha256"]) is None:
             meta = json.loads(patiently((path / files.STATE).read_text))["meta"]
@@ -210,7 +224,7 @@ def _newest(path: Path, *, verify: bool) -> tuple[Path, dict[str, Any]]:
     for candidate in candidates:
         try:
             content = files.read_manifest(candidate)
-        except files.Damaged as damage:
+        except files.Damage as damage:
             problems.append(f"{candidate.name}: {damage}")
             continue
         checks = (

@@ -1,4 +1,4 @@
-"""A rank's share of a checkpoint as a private copy in host memory, so that training may go on while it is written."""
+"""A private copy of a rank's tensors in host memory, so that training can continue while they are written."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import torch
 
 
 class Snapshot:
-    """Copies tensors to the host, into buffers kept from one save to the next (page-locked when they come from a GPU: several times faster)."""
+    """Copies tensors to the host, into buffers that are reused by the next save.
+
+    Buffers for a GPU's tensors are page-locked, which makes the copy several times faster.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, tensors: dict[str, torch.Tensor], given: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
-        """Private host copies of `tensors`; those named in `given` are the caller's gift and are not copied again.
+        """Private host copies of `tensors`. The next `take` overwrites them.
 
-        The result is overwritten by the next `take`.
+        Those named in `given` are private copies already, and are not copied again.
         """
         taken: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():

@@ -1,6 +1,7 @@
-"""The two kinds of tensors a checkpoint knows: replicated ones and row shards.
+"""The two kinds of tensors in a checkpoint: replicated ones, and those that are split by rows.
 
-Rooms hand their state out, and take it back, as `dict[str, Saved]` keyed by dotted names; `training.checkpoint` decides who writes what.
+Rooms return their state, and take it back, as `dict[str, Saved]` by dotted names. `lvtrain.checkpoint.plan` decides which
+rank writes what.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ import torch
 
 @dataclass(frozen=True)
 class Replicated:
-    """A tensor that is the same on every rank. On the meta device: this rank knows its shape and leaves the writing to others. `given`: a host
-    copy that nobody else will change."""
+    """A tensor that is the same on every rank.
+
+    Attributes:
+        tensor: on the meta device where this rank only knows its shape and another rank writes it.
+        given: it is a host copy that nobody else changes.
+    """
 
     tensor: torch.Tensor
     given: bool = False
@@ -21,7 +26,7 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Rows:
-    """This rank's rows `[start, start + len(tensor))` of a tensor of `total` rows that is split over the ranks along dim 0."""
+    """This rank's rows `[start, start + len(tensor))` of a tensor that is split along dimension 0 and has `total` rows."""
 
     tensor: torch.Tensor
     start: int

@@ -1,1 +1,1 @@
-"""How a file is written whole or not at all, and how a file system that fails is given time. The standard library alone."""
+"""Writing files whole or not at all, and retrying when a file system fails. Needs only the standard library."""

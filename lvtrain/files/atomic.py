@@ -1,6 +1,8 @@
-"""The one writer of small files that a later start reads: a kill, a full disk or a power cut leaves the old content or the new, never half of it.
+"""The one writer of small files that a later start reads.
 
-Written beside, synced, renamed, and the folder synced. A file system that fails for a moment is tried again (`patience`).
+After a kill, a full disk or a power cut the file holds the old content or the new, never half of it. It is written under
+another name, flushed to disk and renamed, and then its folder is flushed. A file system that fails for a moment is tried
+again (`patience`).
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from lvtrain.files.patience import patiently
 
 
 def write_bytes(path: Path, data: bytes, *, writer: str = "") -> None:
-    """Replaces `path`. Where several processes may write it at once, each gives a `writer` of its own.
+    """Replaces the content of `path`. Processes that may write it at the same time each pass another `writer`.
 
     Raises:
-        OSError: it could not be written; what was there before still is.
+        OSError: it could not be written. The old content is still there.
     """
     beside = path.with_name(f".{path.name}{'.' if writer else ''}{writer}.new")
 
@@ -40,17 +42,17 @@ def write_bytes(path: Path, data: bytes, *, writer: str = "") -> None:
 
 
 def write_text(path: Path, text: str, *, writer: str = "") -> None:
-    """`write_bytes` of a text."""
+    """Writes a text; otherwise like `write_bytes`."""
     write_bytes(path, text.encode(), writer=writer)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None, writer: str = "") -> None:
-    """`write_text` of a value as JSON, with a newline at its end."""
+    """Writes a value as JSON, with a newline at its end; otherwise like `write_bytes`."""
     write_text(path, json.dumps(value, indent=indent) + "\n", writer=writer)
 
 
 def clear(folder: Path) -> None:
-    """Removes what writers that were killed left beside the files of a folder. Nobody may be writing there."""
+    """Removes the temporary files that killed writers left in a folder. Nobody may be writing there."""
     for name in patiently(os.listdir, folder):
         if name.startswith(".") and name.endswith(".new"):
             with contextlib.suppress(OSError):
@@ -58,7 +60,7 @@ def clear(folder: Path) -> None:
 
 
 def commit(file: IO[Any], path: Path) -> None:
-    """Gives a file that was written beside, too large to hold in memory, its final name; closes it."""
+    """Closes a file that was written under a temporary name, and renames it to `path`. For files too large for memory."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
@@ -67,7 +69,7 @@ def commit(file: IO[Any], path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names created or renamed in a folder survive a power cut, where the file system can."""
+    """Flushes a folder to disk, so that new and renamed files survive a power cut, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,7 @@
-"""Reading files that may be anything: only regular files, and never more bytes than a limit, checked before they are allocated.
+"""Reading files that may hold anything.
 
-What another library raises on a damaged file becomes one line that names the file (`reading`).
+Only regular files are read, and never more bytes than a limit, which is checked before memory is allocated. What another
+library raises on a damaged file becomes one line that names the file (`reading`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ _LFS = b"version https://git-lfs"
 
 
 def check_regular(path: Path) -> int:
-    """The size in bytes of a file that may be opened.
+    """The size in bytes of a regular file.
 
     Raises:
-        UserError: missing, a pipe, socket, device or folder, empty, or a git-LFS pointer in place of the file.
+        UserError: it is missing, empty, a folder, pipe, socket or device, or a git-LFS pointer.
     """
     try:
         found = os.stat(path)
@@ -39,7 +40,11 @@ def check_regular(path: Path) -> int:
 
 
 def check_length(length: int, limit: int, where: str) -> None:
-    """Raises UserError where more than `limit` bytes would be read."""
+    """Refuses to read more than `limit` bytes.
+
+    Raises:
+        UserError: `length` is larger.
+    """
     if length > limit:
         raise UserError(f"{where} announces {length:,} bytes; at most {limit:,} are read")
 
@@ -48,7 +53,7 @@ def inflate(data: bytes, limit: int, where: str) -> bytes:
     """Raw deflate data, unpacked to at most `limit` bytes.
 
     Raises:
-        UserError: more than that, damaged, or cut short.
+        UserError: they are more, damaged, or cut short.
     """
     engine = zlib.decompressobj(wbits=-15)
     try:
@@ -63,10 +68,10 @@ def inflate(data: bytes, limit: int, where: str) -> bytes:
 
 @contextlib.contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
-    """Turns what a library raises on the file's content into one line. A disk that fails stays an OSError.
+    """Turns what a library raises on a file's content into one line. A disk that fails remains an OSError.
 
     Raises:
-        UserError: the content is damaged, or of another kind than `kind`.
+        UserError: the content is damaged, or is not of the kind `kind`.
     """
     try:
         yield

@@ -1,7 +1,9 @@
-"""A file system that fails may work again: NFS and Lustre answer EIO, ESTALE, EACCES or ETIMEDOUT for a moment while a server changes over.
+"""Retrying after errors of the file system that may pass.
 
-Such an error says nothing of the file. It is tried again after `WAITS`; what still fails then is raised as it came, an OSError, and ends the process
-with exit status 1, as a crash that a chain of jobs repeats. Never is a file deleted or renamed because it could not be read.
+NFS and Lustre answer EIO, ESTALE, EACCES or ETIMEDOUT while a server is replaced. Such an error does not mean that the
+file is bad. The call is tried again after `WAITS`. If it still fails, the OSError is raised as it is. It ends the process
+with exit code 1, as a crash does, and a chain of jobs tries again. No file is deleted or renamed because it could not be
+read.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from lvtrain.errors import UserError
 Result = TypeVar("Result")
 
 WAITS = (0.5, 2.0, 8.0)  # seconds before the second, third and fourth try
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # the user's to clear, before another start makes sense
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # the user must act before another start can work
 FORBIDDEN = FULL | {errno.EACCES, errno.EPERM}  # the same for a folder that is to be made or written for the first time
 # what trying again cannot change
 _LASTING = FULL | {
@@ -41,10 +43,10 @@ def may_pass(error: OSError) -> bool:
 
 
 def patiently(action: Callable[..., Result], *arguments: Any, **more: Any) -> Result:
-    """`action(*arguments, **more)`, tried again while what it raises may pass.
+    """Calls `action(*arguments, **more)`, and again after an error that may pass.
 
     Raises:
-        OSError: it failed for good, or in every try.
+        OSError: it will not pass, or it came in every try.
     """
     for wait in WAITS:
         try:
@@ -57,7 +59,11 @@ def patiently(action: Callable[..., Result], *arguments: Any, **more: Any) -> Re
 
 
 def in_words(error: OSError, path: Path, advice: str, *, users: frozenset[int] = FULL) -> UserError | OSError:
-    """`error` with advice: a UserError where the user must act before another start (`users`), else an OSError, which ends the process with 1."""
+    """`error` with advice.
+
+    It becomes a UserError if the user must act before another start (`users` holds those errors' numbers). Otherwise it
+    remains an OSError, which ends the process with exit code 1.
+    """
     where, what = error.filename or str(path), f"{error.strerror or error}; {advice}"
     if error.errno in users or not may_pass(error):
         return UserError(f"{where}: {what}")

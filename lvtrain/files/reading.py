@@ -1,6 +1,7 @@
-"""Reading that is never silently less: of a file's bytes, and of what a folder holds.
+"""Reading that never returns less than there is without an error: bytes of a file, and files in a folder.
 
-`glob`, `rglob` and `os.walk` take a folder that cannot be read for an empty one, and one `pread` may return less than was asked for.
+`glob`, `rglob` and `os.walk` take a folder that cannot be read for an empty one. One `pread` may return fewer bytes than
+were asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ def pread(handle: int, length: int, offset: int) -> bytes:
     """`length` bytes at `offset`; fewer only where the file ends.
 
     Raises:
-        OSError: the read failed; nothing is tried again here.
+        OSError: the read failed. It is not tried again here.
     """
     data = os.pread(handle, length, offset)
     if len(data) == length:

@@ -1,4 +1,7 @@
-"""`python -m lvtrain.launch submit ...` (slurm/*.sh) and `... attempt RUN PHASE` (the jobs)."""
+"""Slurm chains from the command line.
+
+`python -m lvtrain.launch submit ...` is called by slurm/*.sh, and `... attempt RUN PHASE` by the jobs.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,17 @@ from lvtrain.errors import EXIT_ERROR, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs a command. Returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m lvtrain.launch", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     submit = commands.add_parser("submit", help="submit the chain of a recipe, or what is left of it")
     submit.add_argument("--recipe", required=True)
     submit.add_argument("--ds_config", required=True)
-    submit.add_argument("--home", type=Path, default=Path.cwd(), help="the checkout the jobs run in")
-    submit.add_argument("--main", default="lvtrain/main.py", help="the program each task runs")
-    submit.add_argument("--check", action="store_true", help="refuse what would be refused, submit nothing")
+    submit.add_argument("--home", type=Path, default=Path.cwd(), help="the checkout that the jobs run in")
+    submit.add_argument("--main", default="lvtrain/main.py", help="the program that each task runs")
+    submit.add_argument("--check", action="store_true", help="check everything, submit nothing")
     submit.add_argument("overrides", nargs="*", help="section.key=value")
-    attempt = commands.add_parser("attempt", help="one job's attempt at a phase; called by the jobs")
+    attempt = commands.add_parser("attempt", help="try a phase once; called by the jobs")
     attempt.add_argument("run_folder", type=Path)
     attempt.add_argument("phase")
     given = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
-"""One job's attempt at a phase: run the tasks, look at how they ended, do what was decided.
+"""One job's attempt at a phase: run the tasks, look at how they ended, carry out the decision.
 
-Runs in the batch script on the job's first node, outside any container, with the standard library alone.
+It runs in the batch script, on the job's first node, outside any container. It needs only the standard library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from lvtrain.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from lvtrain.launch import decide as decisions
 from lvtrain.launch.chain import Chain, load_chain
-from lvtrain.launch.decide import MAX_FRUITLESS, Again, Decision, Ended, Finished, Stop
+from lvtrain.launch.decide import MAX_FRUITLESS, AttemptResult, Decision, Finish, Retry, Stop
 from lvtrain.launch.ledger import Ledger
 from lvtrain.launch.slurm import Slurm
 from lvtrain.launch.tasks import run_tasks, srun_command, task_environment
@@ -53,14 +53,14 @@ class Attempt:
             return EXIT_CHAIN_STOPPED
         try:
             decision = self.refuse_or_finish() or self.train()
-        except UserError as error:  # Slurm does not answer, though asked for a minute
+        except UserError as error:  # Slurm has not answered for a minute
             decision = Stop(f"job {self.job} could not start phase {self.phase}: {error}")
         return self.act(decision)
 
     def refuse_or_finish(self) -> Decision | None:
-        """What is known before anything is started."""
+        """Decides what is known before anything is started; None: start the tasks."""
         if self.chain.is_done(self.phase):
-            return Finished(f"phase {self.phase} was done before this job")
+            return Finish(f"phase {self.phase} was done before this job")
         earlier = self.chain.first_open_phase()
         if earlier != self.phase:
             return Stop(f"phase {self.phase} cannot start: phase {earlier} is not done and has no jobs left")
@@ -68,12 +68,12 @@ class Attempt:
         fruitless = self.ledger.fruitless(self.phase, step)
         if fruitless >= MAX_FRUITLESS:
             return Stop(
-                f"{fruitless} attempts at phase {self.phase} made no progress past step {step}; the last one died silently"
+                f"{fruitless} attempts at phase {self.phase} made no progress past step {step}; the last one left no reason"
             )
         return None
 
     def train(self) -> Decision:
-        """Starts the tasks, waits, judges."""
+        """Starts the tasks, waits for them, and decides what comes next."""
         step, attempt = outcomes.committed_step(self.run_folder), self.ledger.next_attempt()
         outcomes.path_in(self.run_folder).unlink(missing_ok=True)
         where = {"attempt": attempt, "job": self.job, "phase": self.phase}
@@ -82,13 +82,12 @@ class Attempt:
         environment = task_environment(self.slurm.first_address(self.nodes))
         code, messages = self.tasks(command, environment, self.interrupted)
         after, found = outcomes.committed_step(self.run_folder), outcomes.read(self.run_folder)
-        suspect = (
-            decisions.suspect_node(messages) if found is None else None
-        )  # a node that ends first with 75 was asked to stop, so it is not blamed
+        # a node that ends first with exit code 75 was asked to stop, so it is not blamed
+        suspect = decisions.suspect_node(messages) if found is None else None
         if found is not None and found.outcome == "done":
             self.chain.mark_done(self.phase, found)
         decision = decisions.decide(
-            Ended(
+            AttemptResult(
                 phase=self.phase,
                 phase_done=self.chain.is_done(self.phase),
                 outcome=found,
@@ -100,15 +99,22 @@ class Attempt:
                 suspects=(*self.ledger.suspects(self.phase), suspect),
             )
         )
-        said = found.outcome if found else "none"
-        kind, reason = type(decision).__name__.lower(), decision.reason
+        result = found.outcome if found else "none"
+        reason = decision.reason
         self.ledger.add(
-            "end", **where, step=after, outcome=said, exit_code=code, decision=kind, reason=reason, suspect=suspect
+            "end",
+            **where,
+            step=after,
+            outcome=result,
+            exit_code=code,
+            decision=decision.kind,
+            reason=reason,
+            suspect=suspect,
         )
         return decision
 
     def minutes_left(self) -> float | None:
-        """Until the time limit, less what starting the tasks may take (a tenth, two minutes at most)."""
+        """Minutes until the time limit, less what starting the tasks may take (a tenth, at most two minutes)."""
         end = self.slurm.job(self.job).end
         if end is None:
             return None
@@ -116,7 +122,10 @@ class Attempt:
         return max(0.0, left - min(120.0, 0.1 * left)) / 60
 
     def interrupted(self) -> None:
-        """SIGTERM reached the batch script. At the time limit Slurm never starts the job again: hand over while we can."""
+        """Called when SIGTERM reaches the batch script. Submits the next job if the time limit is why.
+
+        After the time limit Slurm never starts this job again.
+        """
         if not self.chain.site.links and self.fate() == "timeout":
             self.resubmit(f"time limit of job {self.job}")
 
@@ -130,13 +139,13 @@ class Attempt:
     # ------------------------------------------------------------------------------------------------- carrying it out
 
     def act(self, decision: Decision) -> int:
-        if isinstance(decision, Finished):
+        if isinstance(decision, Finish):
             return self.finish(decision)
-        if isinstance(decision, Again):
+        if isinstance(decision, Retry):
             return self.go_on(decision)
         return stop(self.chain, self.ledger, self.slurm, decision.reason, phase=self.phase, job=self.job)
 
-    def finish(self, decision: Finished) -> int:
+    def finish(self, decision: Finish) -> int:
         say(decision.reason)
         following = self.chain.next_phase(self.phase)
         if self.chain.site.links:
@@ -152,10 +161,10 @@ class Attempt:
             say(f"all phases of {self.chain.run_folder} are done")
         return EXIT_DONE
 
-    def go_on(self, decision: Again) -> int:
+    def go_on(self, decision: Retry) -> int:
         fate = self.fate()
         if fate == "not ours":
-            say(f"{decision.reason}; Slurm or its user ended the job, so what happens next is theirs")
+            say(f"{decision.reason}; Slurm or a user ended the job, so it is not started again here")
             return EXIT_STOPPED
         if self.chain.site.links:
             return self.leave_to_next_link(decision)
@@ -170,7 +179,7 @@ class Attempt:
             self.resubmit(decision.reason, decision.hold_seconds, decision.exclude)
         return EXIT_STOPPED
 
-    def leave_to_next_link(self, decision: Again) -> int:
+    def leave_to_next_link(self, decision: Retry) -> int:
         links = self.waiting(self.phase)
         if not links:
             reason = f"phase {self.phase} is not done after its {self.chain.site.links} links; {decision.reason}"
@@ -181,7 +190,7 @@ class Attempt:
         return EXIT_STOPPED
 
     def resubmit(self, reason: str, hold_seconds: int = 0, exclude: tuple[str, ...] = ()) -> None:
-        """A new job for the phase, where requeuing is not possible or would come too soon."""
+        """Submits a new job for the phase, where a requeue is not possible or would come too soon."""
         if self.continued:
             return
         self.continued = True
@@ -193,7 +202,7 @@ class Attempt:
             except UserError:
                 if not without:
                     raise
-                # a small partition cannot spare the blamed node: better try it once more than not at all
+                # a small partition cannot do without the blamed node: try with it
                 job = submit_phase(self.chain, self.ledger, self.slurm, self.phase, *options)
         except UserError as error:
             reason = f"{reason}; the job to take over could not be submitted: {error}"
@@ -202,27 +211,29 @@ class Attempt:
         say(f"{reason}; job {job} takes over" + (f" in {hold_seconds} s" if hold_seconds else ""))
 
     def waiting(self, phase: str) -> list[int]:
-        """Jobs of this chain for a phase that are still in the queue, this one left out."""
+        """Other jobs of this chain for a phase that are still in the queue."""
         try:
             queued = {row.job for row in self.slurm.queue(self.chain.job_name)}
         except UserError as error:
-            say(f"{error}; going by the ledger alone")
+            say(f"{error}; using the ledger only")
             return []
         return [job for job in self.ledger.jobs(phase) if job in queued and job != self.job]
 
 
 def submit_phase(chain: Chain, ledger: Ledger, slurm: Slurm, phase: str, *options: str) -> int:
+    """Submits a phase's script with these sbatch options, and records it. Returns the job's id."""
     job = slurm.submit(chain.script(phase), *options)
     ledger.add("submit", job=job, phase=phase, options=list(options))
     return job
 
 
 def stopped_path(chain: Chain) -> Path:
+    """The file that says why a chain was stopped."""
     return chain.folder / "stopped.json"
 
 
 def stop(chain: Chain, ledger: Ledger, slurm: Slurm, reason: str, *, phase: str, job: int) -> int:
-    """Ends the chain: the reason is written and said once, jobs that still wait are cancelled."""
+    """Ends the chain: writes and prints the reason once, and cancels the jobs that still wait. Returns the exit code."""
     try:
         with stopped_path(chain).open("x") as file:
             record = ledger.add("stop", job=job, phase=phase, reason=reason)
@@ -234,10 +245,11 @@ def stop(chain: Chain, ledger: Ledger, slurm: Slurm, reason: str, *, phase: str,
     try:
         slurm.cancel([row.job for row in slurm.queue(chain.job_name) if row.job != job])
     except UserError as error:
-        say(f"{error}; jobs that wait will end by themselves when they find the chain stopped")
+        say(f"{error}; the jobs that wait will see that the chain is stopped, and end")
     return EXIT_CHAIN_STOPPED
 
 
 def say(text: str) -> None:
+    """Prints one line on standard error."""
     sys.stderr.write(f"lvtrain: {text}\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""A chain: the phases of one run, one resumable Slurm job each, frozen at submission in `runs/NAME/slurm/chain.json`."""
+"""A chain: one resumable Slurm job for each phase of a run. Submission freezes it in `runs/NAME/slurm/chain.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lvtrain.training.outcome import Outcome
 
 @dataclass(frozen=True)
 class Chain:
-    """Absolute paths, because jobs may start anywhere; `home` is the checkout the jobs run in."""
+    """What was submitted. Paths are absolute, because jobs may start anywhere; `home` is the checkout they run in."""
 
     name: str
     home: str
@@ -35,8 +35,11 @@ class Chain:
 
     @property
     def job_name(self) -> str:
-        """The same for every job of the chain, and no other's: singleton dependencies, the queue and `scancel --name` go by it, and two runs of one
-        name may lie in different folders."""
+        """The name of every job of this chain, and of no other's.
+
+        Singleton dependencies, the queue and `scancel --name` use it. It contains a hash of the folder, because two runs
+        of one name may lie in different folders.
+        """
         return f"lvtrain-{self.name}-{hashlib.sha256(self.run_folder.encode()).hexdigest()[:6]}"
 
     def script(self, phase: str) -> Path:
@@ -50,7 +53,7 @@ class Chain:
         return (Path(self.run_folder) / "phase_done" / f"{phase}.json").is_file()
 
     def mark_done(self, phase: str, outcome: Outcome) -> None:
-        """Leaves the mark that makes every later start of this phase a no-op."""
+        """Writes the mark that makes every later start of this phase do nothing."""
         folder = Path(self.run_folder) / "phase_done"
         folder.mkdir(exist_ok=True)
         write_json(folder / f"{phase}.json", asdict(outcome))
@@ -59,7 +62,7 @@ class Chain:
         return next((phase for phase in self.phases if not self.is_done(phase)), None)
 
     def task_command(self, phase: str, max_minutes: float | None) -> list[str]:
-        """What one task runs: the trainer for this phase, for at most so many minutes."""
+        """The command of one task: the trainer for this phase, for at most `max_minutes`."""
         limit = [] if max_minutes is None else ["--max-time", f"{max_minutes:.2f}"]
         recipe = ["--recipe", self.recipe, "--ds_config", self.ds_config]
         return [self.site.python, self.main, *recipe, "--phase", phase, *limit, *self.overrides]
@@ -70,7 +73,11 @@ class Chain:
 
 
 def load_chain(run_folder: Path) -> Chain:
-    """Raises UserError when the run has no chain."""
+    """Reads the chain of a run.
+
+    Raises:
+        UserError: the run has no chain, or its file is damaged.
+    """
     path = Path(run_folder) / "slurm" / "chain.json"
     if not path.is_file():
         raise UserError(

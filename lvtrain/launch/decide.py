@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lvtrain.errors import EXIT_ERROR
 from lvtrain.training.outcome import Outcome
@@ -13,8 +13,8 @@ MAX_FRUITLESS = 3
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How an attempt ended, as seen by the batch script."""
+class AttemptResult:
+    """How an attempt ended, as the batch script sees it."""
 
     phase: str
     phase_done: bool
@@ -28,14 +28,18 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Finished:
+class Finish:
+    """The phase is done."""
+
+    kind: ClassVar[str] = "finished"
     reason: str
 
 
 @dataclass(frozen=True)
-class Again:
-    """Try the phase again: now, or after `hold_seconds`, without the nodes in `exclude`."""
+class Retry:
+    """Try the phase again: after `hold_seconds`, without the nodes in `exclude`."""
 
+    kind: ClassVar[str] = "again"
     reason: str
     hold_seconds: int = 0
     exclude: tuple[str, ...] = ()
@@ -43,16 +47,24 @@ class Again:
 
 @dataclass(frozen=True)
 class Stop:
+    """Do not try again: a person must fix something first."""
+
+    kind: ClassVar[str] = "stop"
     reason: str
 
 
-Decision = Finished | Again | Stop
+Decision = Finish | Retry | Stop
 
 
-def decide(ended: Ended) -> Decision:
-    """Done: finished. Error: stop. Stopped on request, or crashed: again, unless three attempts made no progress."""
+def decide(ended: AttemptResult) -> Decision:
+    """What happens after an attempt.
+
+    - The phase is done: finish.
+    - An error: stop.
+    - Stopped on request, or crashed: try again, unless three attempts made no progress.
+    """
     if ended.phase_done:
-        return Finished(f"phase {ended.phase} is done at step {ended.step_after}")
+        return Finish(f"phase {ended.phase} is done at step {ended.step_after}")
     if ended.outcome is not None and ended.outcome.outcome == "fatal":
         return Stop(f"error in phase {ended.phase} at step {ended.outcome.step}: {ended.outcome.reason}")
     if ended.outcome is None and ended.exit_code == EXIT_ERROR:
@@ -67,8 +79,8 @@ def decide(ended: Ended) -> Decision:
             f"{ended.fruitless} attempts at phase {ended.phase} made no progress past step {ended.step_after}; the last {how}"
         )
     if ended.outcome is not None or ended.step_after > ended.step_before:
-        return Again(f"{how} at step {ended.step_after}")
-    return Again(
+        return Retry(f"{how} at step {ended.step_after}")
+    return Retry(
         f"{how} without progress past step {ended.step_after}",
         hold_seconds=ended.first_hold_seconds * 2 ** (ended.fruitless - 1),
         exclude=_blamed_twice(ended.suspects),
@@ -76,13 +88,13 @@ def decide(ended: Ended) -> Decision:
 
 
 def _blamed_twice(suspects: tuple[str | None, ...]) -> tuple[str, ...]:
-    """A node is left out once the last two attempts failed there first; once may be chance."""
+    """The node where the last two attempts failed first, if it is the same; one failure may be chance."""
     last = suspects[-2:]
     return (last[0],) if len(last) == 2 and last[0] is not None and last[0] == last[1] else ()
 
 
 def suspect_node(srun_stderr: str) -> str | None:
-    """The node whose task failed first, by srun's own messages: `srun: error: n1: task 3: Exited with exit code 1`."""
+    """The node whose task failed first, from srun's messages: `srun: error: n1: task 3: Exited with exit code 1`."""
     match = re.search(
         r"^srun: error: (\S+): tasks? \S+: (?:Exited|Killed|Terminated|Segmentation|Bus|Aborted|Out)",
         srun_stderr,
@@ -95,7 +107,10 @@ JobFate = Literal["ours", "timeout", "not ours"]
 
 
 def fate(state: str, reason: str) -> JobFate:
-    """Who decides about a job in this state: we while it runs; its time limit ends it for good; else Slurm or its user."""
+    """Who decides what happens to a job in this state.
+
+    We do while it runs (`ours`). Its time limit ends it for good (`timeout`). Otherwise Slurm or a user ended it.
+    """
     if state in ("RUNNING", "SUSPENDED"):
         return "ours"
     return "timeout" if state == "TIMEOUT" or reason == "TimeLimit" else "not ours"

@@ -1,7 +1,7 @@
-"""`runs/NAME/slurm/attempts.jsonl`: what was submitted, started and ended, one line each, appended for good.
+"""`runs/NAME/slurm/attempts.jsonl`: what was submitted, started and ended, one line each. Lines are only appended.
 
-A job that dies without a word (node failure, time limit) leaves a start without an end; progress is judged by comparing
-the committed steps at starts, so such attempts count too.
+A job that dies suddenly (node failure, time limit) leaves a start without an end. Such attempts count too, because
+progress is judged by the committed steps at starts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Ledger:
         return record
 
     def read(self) -> list[Record]:
-        """All records; a line torn by a crash is passed over."""
+        """All records; a line that a crash cut short is skipped."""
         records = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
@@ -41,7 +41,7 @@ class Ledger:
         return records
 
     def this_chain(self) -> list[Record]:
-        """The records since the last submission by hand, which starts the counting anew."""
+        """The records since the last submission by hand, which resets the counts."""
         records = self.read()
         starts = [number for number, record in enumerate(records) if record["event"] == "chain"]
         return records[starts[-1] :] if starts else records
@@ -50,7 +50,7 @@ class Ledger:
         return 1 + max((record["attempt"] for record in self.read() if record["event"] == "start"), default=0)
 
     def fruitless(self, phase: str, step: int) -> int:
-        """How many attempts at this phase started at `step` (or later, if a checkpoint was lost) and got no further."""
+        """How many attempts at this phase started at `step`, or later if a checkpoint was lost, and made no progress."""
         starts = (r for r in self.this_chain() if r["event"] == "start" and r["phase"] == phase)
         return sum(record["step"] >= step for record in starts)
 

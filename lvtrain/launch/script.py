@@ -8,7 +8,7 @@ from lvtrain.launch.chain import Chain
 
 
 def sbatch_text(chain: Chain, phase: str) -> str:
-    """A job that runs attempts at one phase; all decisions are made by `python -m lvtrain.launch attempt`."""
+    """The batch script of one phase. It runs `python -m lvtrain.launch attempt`, which makes all decisions."""
     site = chain.site
     options = [
         f"--job-name={chain.job_name}",
@@ -23,7 +23,7 @@ def sbatch_text(chain: Chain, phase: str) -> str:
         *([f"--qos={site.qos}"] if site.qos else []),
         f"--time={site.time}",
         f"--signal=USR2@{site.signal_seconds}",
-        # a singleton link that dies is followed by the next link; a requeued one would run beside it
+        # after a singleton link dies, the next link starts; a requeued one would run at the same time
         "--no-requeue" if site.links else "--requeue",
         "--kill-on-invalid-dep=yes",
         "--open-mode=append",
@@ -45,5 +45,6 @@ def sbatch_text(chain: Chain, phase: str) -> str:
 
 
 def quoted(option: str) -> str:
+    """An sbatch option with its value quoted if it contains a space."""
     name, equals, value = option.partition("=")
     return f'{name}{equals}"{value}"' if " " in value else option

@@ -1,4 +1,4 @@
-"""What differs from cluster to cluster, read from `LVTRAIN_*` variables (slurm/site.env sets them)."""
+"""Settings that differ from cluster to cluster, read from `LVTRAIN_*` variables (slurm/site.env sets them)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lvtrain.errors import UserError
 
 @dataclass(frozen=True)
 class Site:
-    """One field a variable: `LVTRAIN_` and the field's name in capitals. Empty means: leave it to Slurm's default."""
+    """One field for each variable: `LVTRAIN_` and the field's name in capitals. Empty: Slurm's default."""
 
     partition: str = ""
     account: str = ""
     qos: str = ""
     nodes: int = 1
     gpus_per_node: int = 8  # 0: CPU nodes
-    tasks_per_node: int = 0  # 0: one a GPU, one on a CPU node
+    tasks_per_node: int = 0  # 0: one per GPU, or one on a CPU node
     cpus_per_task: int = 0
     memory: str = ""  # of a node, Slurm's notation; "0" is all of it
     time: str = "24:00:00"
@@ -31,7 +31,7 @@ class Site:
     srun: str = ""  # further srun options, such as --container-image=...
     container: str = ""  # a command put before python in every task, such as apptainer exec --nv lvtrain.sif
     python: str = ".venv/bin/python"  # of the tasks, inside the container if there is one
-    launch_python: str = ""  # of the batch script, outside the container; the submitting one when empty
+    launch_python: str = ""  # of the batch script, outside the container; empty: the one that submits
     site: str = "slurm/site.env"  # sourced again by each job
     modules: str = ""  # environment modules each job loads
     setup: str = ""  # a shell file each job sources
@@ -39,7 +39,7 @@ class Site:
 
     @property
     def tasks(self) -> int:
-        """Tasks on a node: one a GPU."""
+        """Tasks on a node: by default one per GPU."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
     @property
@@ -48,16 +48,18 @@ class Site:
 
     @property
     def links(self) -> int:
-        """Jobs submitted ahead for each phase in singleton mode; 0 in requeue mode."""
+        """Jobs submitted in advance for each phase in singleton mode; 0 in requeue mode."""
         if self.chain == "requeue":
             return 0
         match = re.fullmatch(r"singleton:([1-9]\d*)", self.chain)
         if not match:
-            raise UserError(f"LVTRAIN_CHAIN is {self.chain!r}; it must be requeue, or singleton:N with N links a phase")
+            raise UserError(
+                f"LVTRAIN_CHAIN is {self.chain!r}; it must be requeue, or singleton:N with N jobs per phase"
+            )
         return int(match[1])
 
     def words(self, name: str) -> list[str]:
-        """A setting that holds several words (sbatch, srun, container, overrides), split as the shell would."""
+        """The words of a setting that holds several (sbatch, srun, container, overrides), split as a shell does."""
         try:
             return shlex.split(getattr(self, name))
         except ValueError as error:
@@ -65,7 +67,7 @@ class Site:
 
 
 def read_site(environment: Mapping[str, str] = os.environ) -> Site:
-    """The settings of this site; partition and account not set are those of the submitting job, if there is one.
+    """The settings of this site. Partition and account default to those of the submitting job, if there is one.
 
     Raises:
         UserError: a value that is not a number where one is needed, or a chain mode that does not exist.
@@ -89,8 +91,6 @@ def read_site(environment: Mapping[str, str] = os.environ) -> Site:
     site = Site(**values)  # type: ignore[arg-type]
     if site.nodes < 1:
         raise UserError("LVTRAIN_NODES is 0; it must be at least 1")
-    _ = (
-        site.links,
-        [site.words(name) for name in ("sbatch", "srun", "container", "overrides")],
-    )  # refused now, not in the job
+    # check these now, not in the job
+    _ = site.links, [site.words(name) for name in ("sbatch", "srun", "container", "overrides")]
     return site

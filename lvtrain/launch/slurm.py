@@ -1,4 +1,4 @@
-"""Slurm's commands, as few as the chain needs; every call goes through one function that tests replace."""
+"""The commands of Slurm that a chain needs. Every call goes through one function, which tests replace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Run = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
 
 @dataclass(frozen=True)
 class Job:
-    """A job as `scontrol show job` tells it; `end` is when its time limit strikes (seconds since 1970)."""
+    """A job as `scontrol show job` describes it. `end` is its time limit, in seconds since 1970."""
 
     state: str
     reason: str
@@ -28,8 +28,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Queued:
-    """A job as squeue tells it."""
+class QueuedJob:
+    """A job in the queue, as `squeue` lists it."""
 
     job: int
     state: str
@@ -38,14 +38,17 @@ class Queued:
 
 
 def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Without the variables of the job we are in: sbatch would take them for options of the job it submits."""
+    """The environment without the variables of the current job: sbatch would apply them to the job that it submits."""
     return {name: value for name, value in environment.items() if name == "SLURM_CONF" or not name.startswith("SLURM")}
 
 
 def run_command(command: list[str], *, pause: Callable[[float], None] = time.sleep) -> subprocess.CompletedProcess[str]:
-    """Runs it, again for a minute while the controller does not answer: a busy controller must not end a chain.
+    """Runs a command, and again for a minute while the controller does not answer. A busy controller must not end a chain.
 
-    A submission whose answer was lost may have been accepted, so it is repeated only if no controller was reached.
+    A submission may have been accepted even if its answer was lost. So it is repeated only if no controller was reached.
+
+    Raises:
+        UserError: the command does not exist here.
     """
     environment = clean_environment() if command[0] == "sbatch" else None
     away = _NOT_REACHED if command[0] == "sbatch" else _NO_ANSWER
@@ -64,11 +67,17 @@ def run_command(command: list[str], *, pause: Callable[[float], None] = time.sle
 
 
 class Slurm:
+    """Submits, requeues, cancels and lists jobs."""
+
     def __init__(self, run: Run = run_command) -> None:
         self.run = run
 
     def submit(self, script: Path, *options: str) -> int:
-        """The new job's id. Raises UserError with sbatch's own words when it is refused."""
+        """Submits a script. Returns the new job's id.
+
+        Raises:
+            UserError: sbatch refused it; the line quotes why.
+        """
         done = self.run(["sbatch", "--parsable", *options, str(script)])
         match = re.match(r"(\d+)", done.stdout)
         if done.returncode or not match:
@@ -76,7 +85,7 @@ class Slurm:
         return int(match[1])
 
     def requeue(self, job: int) -> str | None:
-        """None if the job will start again, else why not."""
+        """Requeues a job. Returns None if it will start again, else why not."""
         done = self.run(["scontrol", "requeue", str(job)])
         return _last_line(done.stderr) if done.returncode else None
 
@@ -85,28 +94,40 @@ class Slurm:
             self.run(["scancel", *map(str, jobs)])
 
     def postpone(self, job: int, seconds: int, exclude: tuple[str, ...]) -> None:
-        """A pending job starts no earlier than in so many seconds, and not on these nodes."""
+        """Makes a pending job start in `seconds` at the earliest, and not on the nodes in `exclude`."""
         nodes = [f"ExcNodeList={','.join(exclude)}"] if exclude else []
         self.run(["scontrol", "update", f"JobId={job}", f"StartTime=now+{seconds}", *nodes])
 
     def job(self, job: int) -> Job:
-        """Raises UserError when Slurm does not know the job (any more)."""
+        """State, reason and time limit of a job.
+
+        Raises:
+            UserError: Slurm does not know the job, or no longer.
+        """
         done = self.run(["scontrol", "show", "job", "--oneliner", str(job)])
         fields = dict(re.findall(r"(\w+)=(\S*)", done.stdout))
         if done.returncode or "JobState" not in fields:
             raise UserError(f"scontrol does not know job {job}: {_last_line(done.stderr)}")
         return Job(fields["JobState"], fields.get("Reason", "None"), _seconds(fields.get("EndTime", "Unknown")))
 
-    def queue(self, job_name: str) -> list[Queued]:
-        """This user's jobs of that name that have not ended. Raises UserError when Slurm does not answer."""
+    def queue(self, job_name: str) -> list[QueuedJob]:
+        """This user's jobs of that name that have not ended.
+
+        Raises:
+            UserError: Slurm does not answer.
+        """
         done = self.run(["squeue", "--noheader", "--me", f"--name={job_name}", "--format=%i|%T|%r|%N"])
         if done.returncode:
             raise UserError(f"squeue failed: {_last_line(done.stderr)}")
         rows = [line.strip().split("|") for line in done.stdout.splitlines() if line.count("|") == 3]
-        return [Queued(int(job), state, reason, nodes) for job, state, reason, nodes in rows if job.isdigit()]
+        return [QueuedJob(int(job), state, reason, nodes) for job, state, reason, nodes in rows if job.isdigit()]
 
     def first_address(self, nodelist: str) -> str:
-        """The address of a node list's first node, as Slurm itself would reach it."""
+        """The address of the first node of a node list, as Slurm reaches it.
+
+        Raises:
+            UserError: Slurm cannot read the list.
+        """
         names = self.run(["scontrol", "show", "hostnames", nodelist]).stdout.split()
         if not names:
             raise UserError(f"scontrol cannot read the node list {nodelist!r}")

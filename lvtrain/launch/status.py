@@ -1,4 +1,4 @@
-"""Where a chain stands: one line a phase, from the run folder and, where Slurm can be asked, the queue."""
+"""The status of a chain: one line for each phase, from the run folder and, if Slurm can be asked, the queue."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from lvtrain.errors import UserError
 from lvtrain.launch.attempt import stopped_path
 from lvtrain.launch.chain import Chain, load_chain
 from lvtrain.launch.ledger import Ledger, Record
-from lvtrain.launch.slurm import Queued, Slurm
+from lvtrain.launch.slurm import QueuedJob, Slurm
 from lvtrain.training.heartbeat import read_all
 from lvtrain.training.outcome import committed_step
 
 
 @dataclass(frozen=True)
 class PhaseStatus:
+    """Status of one phase."""
+
     phase: str
     state: str  # done, skipped, running, queued, lost, stopped or waiting
     attempts: int
@@ -30,20 +32,26 @@ class PhaseStatus:
 
 @dataclass(frozen=True)
 class ChainStatus:
+    """Status of a chain."""
+
     chain: Chain
     phases: list[PhaseStatus]
     step: int  # of the newest checkpoint
     stopped: str | None  # why, if the chain was stopped
-    advice: str | None  # what to do, if nothing goes on by itself
+    advice: str | None  # what to do, if nothing continues by itself
     heartbeat: str | None
 
 
 def chain_status(run_folder: Path, slurm: Slurm, *, now: float | None = None) -> ChainStatus:
-    """Raises UserError when the run has no chain. Without Slurm's commands the queue is taken to be empty."""
+    """Reads the status of a run's chain. If Slurm does not answer, the run folder alone decides.
+
+    Raises:
+        UserError: the run has no chain.
+    """
     chain = load_chain(run_folder)
     run_folder, ledger, now = Path(run_folder), Ledger(chain.folder), time.time() if now is None else now
     try:
-        queue: list[Queued] | None = slurm.queue(chain.job_name)
+        queue: list[QueuedJob] | None = slurm.queue(chain.job_name)
     except UserError:
         queue = None
     stopped = _stop_reason(chain)
@@ -57,7 +65,7 @@ def _phase(
     phase: str,
     ledger: Ledger,
     records: list[Record],
-    queue: list[Queued] | None,
+    queue: list[QueuedJob] | None,
     step: int,
     stopped: str | None,
 ) -> PhaseStatus:
@@ -97,7 +105,7 @@ def _phase(
 
 
 def _entered(chain: Chain, phase: str) -> bool:
-    """Whether the trainer ever began the phase, by its own events."""
+    """Whether the trainer ever began the phase, according to its `events.jsonl`."""
     try:
         with (Path(chain.run_folder) / "events.jsonl").open() as file:
             return any('"event": "phase_start"' in line and f'"phase": "{phase}"' in line for line in file)
@@ -113,15 +121,15 @@ def _stop_reason(chain: Chain) -> str | None:
     return str(record.get("reason", "no reason written"))
 
 
-def _advice(chain: Chain, queue: list[Queued] | None, stopped: str | None) -> str | None:
+def _advice(chain: Chain, queue: list[QueuedJob] | None, stopped: str | None) -> str | None:
     if chain.first_open_phase() is None:
         return f"all phases are done; report: python tools/report.py {chain.run_folder}"
     if stopped is not None:
-        return "fix the reason, then submit the same script again: it goes on from the last checkpoint"
+        return "fix the reason, then submit the same script again: it resumes from the last checkpoint"
     if queue is None:
-        return "Slurm cannot be asked here; this is what the run folder says"
+        return "Slurm does not answer here; this is from the run folder only"
     if not queue:
-        return "no job is left in the queue (cancelled, or a time limit in requeue mode); submit the same script again to go on"
+        return "no job is left in the queue (cancelled, or a time limit in requeue mode); submit the same script again to resume"
     return None
 
 

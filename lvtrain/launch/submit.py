@@ -1,4 +1,4 @@
-"""Submitting a chain: freeze the plan, write the phases' scripts, hand the first job (or all links) to Slurm."""
+"""Submitting a chain: freeze the plan, write the phases' scripts, and give the first job (or all links) to Slurm."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ def submit_chain(
     main: str = "lvtrain/main.py",
     clock: Callable[[], float] = time.time,
 ) -> tuple[Chain, list[int]]:
-    """Submits what is left of the run; a chain that was stopped, or lost its jobs, goes on from its last checkpoint.
+    """Submits the phases that are not done. A chain that was stopped, or lost its jobs, resumes from its last checkpoint.
 
-    Returns the chain and the ids of the jobs submitted (none when every phase is done).
+    Returns:
+        The chain, and the ids of the submitted jobs (none if every phase is done).
 
     Raises:
         UserError: what `plan_chain` refuses, or sbatch's refusal.
     """
     chain = plan_chain(recipe_path, ds_config, overrides, site, home=home, slurm=slurm, main=main)
     chain.save()
-    # copies, because somebody will edit the originals in the weeks a chain takes
+    # copies, because somebody may edit the originals in the weeks that a chain takes
     write_bytes(Path(chain.recipe), Path(_absolute(home, recipe_path)).read_bytes())
     write_bytes(Path(chain.ds_config), Path(_absolute(home, ds_config)).read_bytes())
     for phase in chain.phases:
@@ -69,7 +70,7 @@ def plan_chain(
     slurm: Slurm,
     main: str = "lvtrain/main.py",
 ) -> Chain:
-    """The chain as it would be submitted; nothing is written.
+    """The chain that would be submitted. Writes nothing.
 
     Raises:
         UserError: a recipe that is refused, a number of ranks that does not divide a phase's micro-batches, a DeepSpeed

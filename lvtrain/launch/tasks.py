@@ -1,4 +1,4 @@
-"""Running the tasks of an attempt: `srun`, seen from the batch script."""
+"""Running the tasks of an attempt with `srun`, from the batch script."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from typing import IO
 
 from lvtrain.launch.chain import Chain
 
-# what Slurm sends the batch script when it ends a job; the tasks get theirs from Slurm directly
+# what Slurm sends to the batch script when it ends a job; it signals the tasks itself
 _SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 def srun_command(chain: Chain, phase: str, max_minutes: float | None) -> list[str]:
-    """All tasks at once; one that fails takes the others, who would wait for it in a collective, down with it."""
+    """The `srun` command that starts all tasks of a phase.
+
+    If one task fails, srun kills the others, which would wait for it in a collective.
+    """
     site = chain.site
-    # since Slurm 22.05 srun no longer takes the CPUs of a task over from sbatch
+    # since Slurm 22.05 srun no longer inherits --cpus-per-task from sbatch
     cpus = [f"--cpus-per-task={site.cpus_per_task}"] if site.cpus_per_task else []
     shape = [f"--nodes={site.nodes}", f"--ntasks={site.ranks}", f"--ntasks-per-node={site.tasks}", *cpus]
     start = ["srun", "--kill-on-bad-exit=1", *shape, *site.words("srun"), *site.words("container")]
@@ -28,10 +31,10 @@ def srun_command(chain: Chain, phase: str, max_minutes: float | None) -> list[st
 
 
 def run_tasks(command: list[str], environment: dict[str, str], interrupted: Callable[[], None]) -> tuple[int, str]:
-    """Runs srun to its end; returns its exit code and its own error messages.
+    """Runs srun to its end. Returns its exit code and its error messages.
 
-    The batch script outlives the signals that end a job, to write down what happened; `interrupted` is called once, soon
-    after the first SIGTERM.
+    The batch script survives the signals that end a job, so that it can record what happened. `interrupted` is called
+    once, soon after the first SIGTERM.
     """
     asked = threading.Event()
 
@@ -63,6 +66,7 @@ def run_tasks(command: list[str], environment: dict[str, str], interrupted: Call
 
 
 def task_environment(master_address: str) -> dict[str, str]:
+    """The tasks' environment: this one, and the address where the ranks meet."""
     return {**os.environ, "MASTER_ADDR": master_address, "PYTHONUNBUFFERED": "1"}
 
 

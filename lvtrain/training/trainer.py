@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from lvtrain import faults, randomness
-from lvtrain.checkpoint.checkpoints import Checkpoints, Found
-from lvtrain.checkpoint.lease import InUse, Lease, hold
+from lvtrain.checkpoint.checkpoints import CheckpointInfo, Checkpoints
+from lvtrain.checkpoint.lease import FolderInUse, Lease, hold
 from lvtrain.data import Batch, ShardDataset
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
@@ -130,7 +130,7 @@ class Trainer:
                 outcome = self.train_phases()
             self._report_outcome(outcome)
             return outcome
-        except InUse:  # another job took the folder over: its events and its outcome are that job's
+        except FolderInUse:  # another job took the folder over: its events and its outcome are that job's
             raise
         except UserError as error:
             self.telemetry.event("error", reason=str(error))
@@ -176,7 +176,7 @@ class Trainer:
                 del phase
                 gc.collect()
 
-    def open_phase(self, found: Found | None, position: Position) -> PhaseState:
+    def open_phase(self, found: CheckpointInfo | None, position: Position) -> PhaseState:
         """Builds the phase that is trained next, from a checkpoint or, if there is none, from its first weights."""
         enters = found is None or position.phase_over
         start = position.next_phase() if position.phase_over else replace(position)
@@ -196,7 +196,7 @@ class Trainer:
             self._event(phase, "phase_start", world_size=self.world.size, accumulation=phase.accumulation)
         return phase
 
-    def roll_back(self, after: Position, rolled_back_to: list[int]) -> tuple[Found, Position]:
+    def roll_back(self, after: Position, rolled_back_to: list[int]) -> tuple[CheckpointInfo, Position]:
         """The newest checkpoint, and its position moved past the stretch of data that was not finite.
 
         Args:
@@ -396,7 +396,7 @@ class Trainer:
             self.telemetry.event_of_rank("bad_sample", step=phase.position.step, **asdict(sample))
         phase.loader.bad_samples.clear()
 
-    def _report_start(self, found: Found | None, position: Position) -> None:
+    def _report_start(self, found: CheckpointInfo | None, position: Position) -> None:
         where: dict[str, Any] = {
             "step": position.step,
             "samples_seen": position.samples_seen,
@@ -428,7 +428,7 @@ class Trainer:
     def _event(self, phase: PhaseState, event: str, **fields: Any) -> None:
         self.telemetry.event(event, **(phase.place() | fields))
 
-    def _first_checkpoint(self) -> Found | None:
+    def _first_checkpoint(self) -> CheckpointInfo | None:
         """The checkpoint to go on from, as `checkpoint.resume` allows."""
         found, resume = self.checkpoints.newest(), self.recipe.checkpoint.resume
         folder = self.folder.path
@@ -447,7 +447,7 @@ class Trainer:
         return Outcome(verdict, phase, step, reason, self.folder.attempt)
 
 
-def _position_of(found: Found) -> Position:
+def _position_of(found: CheckpointInfo) -> Position:
     header = {"step": found.step, "samples_seen": found.samples_seen}  # repeated in checkpoints of version 1
     return Position(**(found.meta["position"] | header))
 
