@@ -183,7 +183,7 @@ def test_missing_extra_and_misshapen_tensors_are_refused(tmp_path: Path) -> None
             reader.rows("classifier.weight", 6, 12)
         reader.replicated("backbone.param.w")
         reader.rows("classifier.weight", 0, 10)
-        with pytest.raises(UserError, match=r"no place for \(backbone\.buffer\.count\)"):
+        with pytest.raises(UserError, match=r"backbone\.buffer\.count"):
             reader.finish()
         reader.replicated("backbone.buffer.count")
         with pytest.raises(UserError, match="11 rows, this run has 10"):

@@ -18,7 +18,7 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 from lvtrain.data import jpeg
 from lvtrain.data.augment import Draws, View
-from lvtrain.data.job import Decoded, Job, Wanted
+from lvtrain.data.job import DecodedViews, DecodeSpec, Job
 from lvtrain.data.pixels import Memory, mirror_and_normalise
 
 fn: Any = dali_fn  # its type stubs are incomplete
@@ -29,15 +29,15 @@ MID_GREY = 128
 class DaliBackend:
     """Jobs in, normalised float32 views [m, 3, size, size] out, in order."""
 
-    def __init__(self, wanted: Wanted) -> None:
-        self._wanted = wanted
-        self._check = jpeg.HeaderCheck(wanted.stored_size)
-        self._black = jpeg.black(*(wanted.stored_size or [wanted.image_size] * 2))
+    def __init__(self, spec: DecodeSpec) -> None:
+        self._spec = spec
+        self._check = jpeg.HeaderCheck(spec.stored_size)
+        self._black = jpeg.black(*(spec.stored_size or [spec.image_size] * 2))
         self._flying: deque[Job] = deque()
         self._fed = 0
-        self._on_gpu = wanted.device.type == "cuda"
-        self._device_id = (wanted.device.index or 0) if self._on_gpu else None
-        self._memory = Memory(keep=2 * (wanted.depth + 1))
+        self._on_gpu = spec.device.type == "cuda"
+        self._device_id = (spec.device.index or 0) if self._on_gpu else None
+        self._memory = Memory(keep=2 * (spec.depth + 1))
         self._probe: Any = None
         self._pipeline: Any = self._build()
 
@@ -52,7 +52,7 @@ class DaliBackend:
         except RuntimeError as error:
             self._recover(error)
 
-    def collect(self) -> Decoded:
+    def collect(self) -> DecodedViews:
         while True:
             try:
                 outputs = self._pipeline.outputs()
@@ -61,16 +61,16 @@ class DaliBackend:
                 self._recover(error)
         job = self._flying.popleft()
         # DALI's buffers go back to DALI; the tensors that leave here are torch's, ordered by torch's streams
-        pixels = {view.name: torch.from_dlpack(output.as_tensor()) for view, output in zip(self._wanted.views, outputs)}
+        pixels = {view.name: torch.from_dlpack(output.as_tensor()) for view, output in zip(self._spec.views, outputs)}
         if self._on_gpu:
             views = {name: images.clone() for name, images in pixels.items()}
-            torch.cuda.current_stream(self._wanted.device).synchronize()
+            torch.cuda.current_stream(self._spec.device).synchronize()
         else:
             views = {}
             for name, images in pixels.items():
                 views[name] = self._memory.lend(len(images), 3, *images.shape[1:3])
                 mirror_and_normalise(images.numpy(), job.draws[name].flip, views[name])
-        return Decoded(job, views)
+        return DecodedViews(job, views)
 
     def close(self) -> None:
         self._flying.clear()
@@ -78,17 +78,17 @@ class DaliBackend:
 
     def _feed(self, job: Job) -> None:
         self._pipeline.feed_input("encoded", _as_list(job.encoded))
-        for view in self._wanted.views:
-            size, stored = self._wanted.size(view), self._wanted.stored_size
+        for view in self._spec.views:
+            size, stored = self._spec.size(view), self._spec.stored_size
             for name, values in _inputs(job.draws[view.name], size, stored, self._on_gpu).items():
                 self._pipeline.feed_input(f"{view.name}.{name}", values)
         self._fed += 1
-        if self._fed >= self._wanted.depth:  # the first call runs as many iterations as the queue is deep
+        if self._fed >= self._spec.depth:  # the first call runs as many iterations as the queue is deep
             self._pipeline.schedule_run()
 
     def _replace(self, job: Job, row: int, problem: str) -> None:
         """Another reader's view of the sample, or black and bad."""
-        rescued = None if row in job.bad else jpeg.rescue(job.encoded[row], self._wanted.stored_size)
+        rescued = None if row in job.bad else jpeg.rescue(job.encoded[row], self._spec.stored_size)
         if rescued is None:
             job.bad[row] = problem
         job.encoded[row] = rescued or self._black
@@ -127,18 +127,18 @@ class DaliBackend:
         return True
 
     def _build(self) -> Any:
-        wanted = self._wanted
+        spec = self._spec
         pipeline = _graph(
-            batch_size=wanted.micro_batch,
-            num_threads=wanted.threads,
+            batch_size=spec.micro_batch,
+            num_threads=spec.threads,
             device_id=self._device_id,
-            prefetch_queue_depth=wanted.depth,
+            prefetch_queue_depth=spec.depth,
             exec_dynamic=True,
             views=[
-                (view.name, wanted.size(view), sorted(_inputs(_example(view), 1, None, self._on_gpu)))
-                for view in wanted.views
+                (view.name, spec.size(view), sorted(_inputs(_example(view), 1, None, self._on_gpu)))
+                for view in spec.views
             ],
-            stored_size=wanted.stored_size,
+            stored_size=spec.stored_size,
             on_gpu=self._on_gpu,
         )
         pipeline.build()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DecodeSpec:
     """What a backend makes of every job, and with which resources.
 
     Attributes:
@@ -58,7 +58,7 @@ class Job:
 
 
 @dataclass
-class Decoded:
+class DecodedViews:
     """A job's views, float32 [m, 3, size, size] in [-1, 1], on the device; rows in `job.bad` are to be ignored."""
 
     job: Job
@@ -70,6 +70,6 @@ class Backend(Protocol):
 
     def submit(self, job: Job) -> None: ...
 
-    def collect(self) -> Decoded: ...
+    def collect(self) -> DecodedViews: ...
 
     def close(self) -> None: ...

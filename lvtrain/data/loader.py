@@ -23,7 +23,7 @@ import torch
 
 from lvtrain.data.augment import augmentation as augmentation_views
 from lvtrain.data.augment import draw
-from lvtrain.data.job import Backend, Decoded, Job, Wanted
+from lvtrain.data.job import Backend, DecodedViews, DecodeSpec, Job
 from lvtrain.data.order import SampleOrder
 from lvtrain.data.shards import ReadError, ShardDataset
 from lvtrain.distributed.world import to_device
@@ -124,7 +124,7 @@ class Loader:
         self._read_ahead = max(1, read_ahead)
         self._known_bad: set[int] = set()
         self._backend = backend
-        self._wanted = Wanted(
+        self._spec = DecodeSpec(
             self.views,
             image_size=image_size,
             stored_size=dataset.manifest.image_size,
@@ -133,7 +133,7 @@ class Loader:
             threads=threads,
             depth=max(1, prefetch),
         )
-        self._queue: queue.Queue[_Ready | BaseException] = queue.Queue(maxsize=self._wanted.depth)
+        self._queue: queue.Queue[_Ready | BaseException] = queue.Queue(maxsize=self._spec.depth)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -216,11 +216,11 @@ class Loader:
         readers = ThreadPoolExecutor(self._read_ahead, "reader")
         reading: deque[Future[Job]] = deque()
         try:
-            backend = make_backend(self._backend, self._wanted)
+            backend = make_backend(self._backend, self._spec)
             stream = self._stream()
             submitted = collected = 0
             while not self._stop.is_set():
-                while submitted - collected < self._wanted.depth:
+                while submitted - collected < self._spec.depth:
                     while len(reading) <= self._read_ahead:  # the one that is due, and those ahead of it
                         reading.append(readers.submit(self._job, *next(stream)))
                     backend.submit(reading.popleft().result())
@@ -265,7 +265,7 @@ class Loader:
             job.encoded.append(data)
         return job
 
-    def _finish(self, decoded: Decoded) -> _Ready:
+    def _finish(self, decoded: DecodedViews) -> _Ready:
         job = decoded.job
         labels = torch.from_numpy(job.labels.copy())
         rows = sorted(job.bad)
@@ -298,7 +298,7 @@ class _Ready:
         return self.batch
 
 
-def make_backend(name: str, wanted: Wanted) -> Backend:
+def make_backend(name: str, spec: DecodeSpec) -> Backend:
     """Raises UserError for an unknown name, or DALI where it cannot be imported."""
     if name not in ("auto", "dali", "torch"):
         raise UserError(f"data.backend={name} is not known; choose auto, dali or torch")
@@ -311,10 +311,10 @@ def make_backend(name: str, wanted: Wanted) -> Backend:
             raise UserError(
                 f"DALI cannot be imported ({error}); install nvidia-dali or set data.backend=torch"
             ) from None
-        return DaliBackend(wanted)
+        return DaliBackend(spec)
     from lvtrain.data.torch_backend import TorchBackend
 
-    return TorchBackend(wanted)
+    return TorchBackend(spec)
 
 
 def _has_dali() -> bool:

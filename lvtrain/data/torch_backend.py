@@ -15,7 +15,7 @@ import simplejpeg
 import torch
 
 from lvtrain.data import jpeg
-from lvtrain.data.job import Decoded, Job, Wanted
+from lvtrain.data.job import DecodedViews, DecodeSpec, Job
 from lvtrain.data.pixels import TOGETHER, Memory, mirror, normalise, normalise_on, scratch, split
 
 MID_GREY = 128
@@ -28,37 +28,37 @@ _YIQ_TO_RGB = torch.tensor([[1.0, 0.956, 0.621], [1.0, -0.272, -0.647], [1.0, -1
 class TorchBackend:
     """Jobs in, normalised float32 views out, in order. A pool's threads handle some samples each: the decoder releases the interpreter lock."""
 
-    def __init__(self, wanted: Wanted) -> None:
-        self._wanted = wanted
-        self._check = jpeg.HeaderCheck(wanted.stored_size)
-        kind = wanted.device.type
+    def __init__(self, spec: DecodeSpec) -> None:
+        self._spec = spec
+        self._check = jpeg.HeaderCheck(spec.stored_size)
+        kind = spec.device.type
         self._floats_here = kind == "cpu"
         self._memory = Memory(
-            keep=2 * (wanted.depth + 1),
+            keep=2 * (spec.depth + 1),
             dtype=torch.float32 if self._floats_here else torch.uint8,
             pinned=kind == "cuda",
         )
-        self._pool = ThreadPoolExecutor(wanted.threads, thread_name_prefix="decode")
-        self._flying: deque[tuple[Decoded, list[Future[None]]]] = deque()
+        self._pool = ThreadPoolExecutor(spec.threads, thread_name_prefix="decode")
+        self._flying: deque[tuple[DecodedViews, list[Future[None]]]] = deque()
 
     def submit(self, job: Job) -> None:
         count = len(job.ids)
-        views = {view.name: self._memory.lend(count, 3, *[self._wanted.size(view)] * 2) for view in self._wanted.views}
-        share = math.ceil(count / self._wanted.threads)  # a task for each image would cost more than reading it
+        views = {view.name: self._memory.lend(count, 3, *[self._spec.size(view)] * 2) for view in self._spec.views}
+        share = math.ceil(count / self._spec.threads)  # a task for each image would cost more than reading it
         parts = [
             self._pool.submit(self._part, job, range(start, min(start + share, count)), views)
             for start in range(0, count, share)
         ]
-        self._flying.append((Decoded(job, views), parts))
+        self._flying.append((DecodedViews(job, views), parts))
 
-    def collect(self) -> Decoded:
+    def collect(self) -> DecodedViews:
         decoded, parts = self._flying.popleft()
         for part in parts:
             part.result()
         if self._floats_here:
             return decoded
-        views = {name: normalise_on(planes, self._wanted.device) for name, planes in decoded.views.items()}
-        return Decoded(decoded.job, views)
+        views = {name: normalise_on(planes, self._spec.device) for name, planes in decoded.views.items()}
+        return DecodedViews(decoded.job, views)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -69,9 +69,9 @@ class TorchBackend:
         for start in range(rows.start, rows.stop, TOGETHER):
             few = slice(start, min(start + TOGETHER, rows.stop))
             images = self._decode(job, few)
-            for view in self._wanted.views:
+            for view in self._spec.views:
                 draws = {name: values[few] for name, values in job.draws[view.name].arrays().items()}
-                self._view(images, self._wanted.size(view), draws, views[view.name][few])
+                self._view(images, self._spec.size(view), draws, views[view.name][few])
 
     def _view(self, images: list[np.ndarray], size: int, draws: dict[str, np.ndarray], batch: torch.Tensor) -> None:
         planes = scratch("planes", len(images), 3, size, size) if self._floats_here else batch.numpy()
@@ -86,7 +86,7 @@ class TorchBackend:
 
     def _decode(self, job: Job, rows: slice) -> list[np.ndarray]:
         """uint8 [h, w, 3] each; what cannot be decoded is marked bad and is black."""
-        stored = self._wanted.stored_size
+        stored = self._spec.stored_size
         room = scratch("decoded", TOGETHER, *stored, 3) if stored else [None] * TOGETHER
         encoded, numbers = job.encoded[rows], range(rows.start, rows.stop)
         # all headers first: alternating with decoding makes threads compete for the interpreter and its caches
@@ -103,11 +103,11 @@ class TorchBackend:
         return images
 
     def _rescue(self, job: Job, row: int, problem: str) -> np.ndarray:
-        stored = self._wanted.stored_size
+        stored = self._spec.stored_size
         image = None if row in job.bad else jpeg.with_pillow(job.encoded[row], stored)
         if image is None:
             job.bad[row] = problem
-            image = np.zeros((*(stored or [self._wanted.image_size] * 2), 3), dtype=np.uint8)
+            image = np.zeros((*(stored or [self._spec.image_size] * 2), 3), dtype=np.uint8)
         return image
 
 

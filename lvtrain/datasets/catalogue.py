@@ -1,6 +1,7 @@
-"""What a source holds, as flat files next to the pack: one row an image, so that 42 million of them need no Python objects and no second listing.
+"""The catalogue of a source: flat files in the pack's scratch folder, one row for each image.
 
-Written once per pack, in the source's own order; worker processes map it.
+So 42 million images need no Python objects, and the source is listed once. The catalogue is written in the source's order;
+worker processes map it into memory.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from lvtrain.data.folders import natural_key
 from lvtrain.errors import UserError
 from lvtrain.files import atomic
 
-# container: number of the archive; offset, length: what the source needs to find the bytes; name: offset into names.bin
+# container: number of the archive; offset and length: where the source finds the bytes; name: offset into names.bin
 ROW = np.dtype([("offset", "<u8"), ("name", "<u8"), ("container", "<u4"), ("length", "<u4"), ("identity", "<u4")])
 LABEL_ORDERS = ("natural", "lexicographic")
-LISTED = 10_000  # names kept of each reason; the count is exact
+LISTED = 10_000  # names kept for each reason; the count is exact
 
 
 @dataclass
 class Tally:
-    """How many of one kind, and the names of the first `LISTED`."""
+    """A count, and the names of the first `LISTED` that were counted."""
 
     count: int = 0
     names: list[str] = field(default_factory=list)
@@ -38,14 +39,14 @@ class Tally:
 
 @dataclass
 class Ledger:
-    """What became of everything in a source that is not in the catalogue. Nothing may be left out without being counted here.
+    """Counts of everything in a source that is not in the catalogue. Whatever is left out must be counted here.
 
     Attributes:
         left_out: files, members or records that are not packed, by reason.
-        ignored: what belongs to a packed image and holds no image itself (metadata beside it), by kind.
+        ignored: members that belong to a packed image but hold no image (its metadata), by kind.
         unlabelled: images without a label.
-        mismatches: one line for each announcement (header, index, manifest, ...) that does not agree with what was found.
-        missing: images that were announced and not found.
+        mismatches: one line for each announcement (header, index, manifest, ...) that differs from what was found.
+        missing: images that were announced but not found.
         unannounced: images that were found beyond an announcement.
     """
 
@@ -69,7 +70,7 @@ class Ledger:
 
 
 class CatalogueWriter:
-    """Takes images in any order of identities; `close` numbers the identities in the order asked for."""
+    """Takes images in any order of identities. `close` numbers the identities."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -86,7 +87,7 @@ class CatalogueWriter:
 
     @property
     def found(self) -> int:
-        """Everything found so far that counts as an image or in the place of one."""
+        """Everything found so far that is an image, or stands where an image should be."""
         left_out = sum(tally.count for tally in self.ledger.left_out.values())
         return self.count + left_out + self.ledger.unlabelled.count
 
@@ -99,15 +100,18 @@ class CatalogueWriter:
         self.ledger.left_out.setdefault(reason, Tally()).add(_printable(name))
 
     def ignored(self, kind: str, name: str) -> None:
-        """Counts what belongs to a packed image and holds no image itself."""
+        """Counts a member that belongs to a packed image but holds no image."""
         self.ledger.ignored.setdefault(kind, Tally()).add(_printable(name))
 
     def unlabelled(self, name: str) -> None:
-        """Counts an image without a label; the policy `unlabelled` decides whether that is an error."""
+        """Counts an image without a label. The policy `unlabelled` decides whether that is an error."""
         self.ledger.unlabelled.add(_printable(name))
 
     def announced(self, where: str, announced: int, found: int, what: str = "images") -> None:
-        """Compares what the source says it holds with what was found. The policy `mismatch` decides whether a difference is an error."""
+        """Compares what the source announces with what was found.
+
+        The policy `mismatch` decides whether a difference is an error.
+        """
         if announced == found:
             return
         self.ledger.mismatches.add(_printable(f"{where} announces {announced:,} {what}, {found:,} were found"))
@@ -116,7 +120,7 @@ class CatalogueWriter:
             self.ledger.unannounced += max(0, found - announced)
 
     def identity(self, identity: str | int) -> int:
-        """Registers an identity; it may stay without an image. Integers are labels of the source, strings its names."""
+        """Registers an identity, which may have no image. Integers are labels of the source, strings are names."""
         return self._identities.setdefault(identity, len(self._identities))
 
     def add(self, identity: str | int, name: str, *, container: str = "", offset: int = 0, length: int = 0) -> None:
@@ -134,7 +138,14 @@ class CatalogueWriter:
         self._buffer.clear()
 
     def close(self, label_order: str) -> None:
-        """Raises UserError when the source mixes names and numbers, or holds nothing."""
+        """Numbers the identities and commits the catalogue.
+
+        Args:
+            label_order: one of `LABEL_ORDERS`.
+
+        Raises:
+            UserError: the source mixes names and numbers, or holds no image.
+        """
         self._flush()
         for file in (self._rows, self._names):
             file.flush()
@@ -149,7 +160,7 @@ class CatalogueWriter:
             without = f"; {self.ledger.unlabelled.count} without a label" if self.ledger.unlabelled.count else ""
             raise UserError(f"the source holds no image{left_out}{without}; check SRC and --kind")
         if not numeric and any(isinstance(identity, int) for identity in identities):
-            raise UserError("the source has labels that are numbers and labels that are names; use one of both")
+            raise UserError("the source has labels that are numbers and labels that are names; use one kind")
         if numeric:
             order = sorted(range(len(identities)), key=lambda i: identities[i])
         elif label_order == "natural":
@@ -177,7 +188,7 @@ class CatalogueWriter:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """A finished catalogue, mapped. `identities[i]` is the name or source label of rows whose `identity` is i."""
+    """A finished catalogue, mapped into memory. `identities[i]` is the name or source label of the rows with `identity` i."""
 
     rows: np.ndarray
     identities: list[str | int]
@@ -207,5 +218,5 @@ class Catalogue:
 
 
 def _printable(name: str) -> str:
-    """A name as one line that JSON and a terminal take, also where it is not UTF-8."""
+    """A name as one line for JSON and terminals, even if it is not UTF-8."""
     return " ".join(name.encode(errors="surrogateescape").decode(errors="backslashreplace").split("\n"))

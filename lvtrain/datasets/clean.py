@@ -1,18 +1,23 @@
-"""What embeddings say about a dataset: wrong labels, one person under two labels, repeated images, identities of a test set.
+"""Finds faults of a dataset from embeddings: wrong labels, one identity under two labels, repeated images, test identities.
 
-Cosines of two models cannot be compared, so thresholds come from the dataset itself unless they are given:
+Cosines of two models cannot be compared. So the thresholds are computed from the dataset, unless they are given.
 
-    outlier         An image is an outlier if its cosine to its own identity is below the threshold (median cosine to a random other
-                    identity plus 3 standard deviations) and it is closer to another identity. The second condition keeps images that
-                    are merely difficult.
-    same person     Half way between two values: what nearest identities hardly ever reach (median plus 4 standard deviations), and what
-                    two halves of one identity reach nine times in ten.
-    overlap         The same for single images and centres.
-    near duplicate  A cosine of 0.9 makes a candidate. The pixels decide: correlation of 32 x 32 grey thumbnails, also mirrored.
+Outlier:
+    Its cosine to its own identity is below the threshold, and it is closer to another identity. The threshold is the
+    median cosine to a random other identity plus 3 standard deviations. The second condition keeps images that are
+    merely difficult.
+Same person:
+    Half way between two values: what nearest identities hardly ever reach (median plus 4 standard deviations), and what
+    two halves of one identity reach nine times in ten.
+Overlap with an evaluation set:
+    The same threshold, computed for single images and centres.
+Near duplicate:
+    A cosine of 0.9 makes a candidate. The pixels decide: the correlation of 32 x 32 grey thumbnails, also mirrored.
 
-Standard deviations are estimated by the median deviation, because the faults looked for are the far ends of these distributions.
+Standard deviations are estimated from the median deviation, because the faults lie at the far ends of these
+distributions.
 
-Nothing is copied or deleted. The result is lists, and a choice of sample ids and labels for `lvtrain.datasets.subset.write_subset`.
+Nothing is copied or deleted. The result is lists, and sample ids and labels for `lvtrain.datasets.subset.write_subset`.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from lvtrain.datasets.contact_sheet import decode
 from lvtrain.errors import UserError
 
 _CHUNK = 1 << 16
-_EXACT = 100_000  # up to so many vectors the neighbour search is exhaustive
+_EXACT = 100_000  # up to this many vectors the neighbour search is exhaustive
 _NEIGHBOURS = 6
 _SAMPLED = 200_000  # cosines drawn to estimate a threshold
 _SIDE = 32
@@ -40,7 +45,7 @@ Read = Callable[[int], bytes]
 
 @dataclass(frozen=True)
 class Limits:
-    """Cosines; None is read off the data."""
+    """Thresholds, cosines; None = computed from the data. `same_pixels` is a correlation."""
 
     outlier: float | None = None
     same_person: float | None = None
@@ -56,11 +61,11 @@ class Limits:
 
 @dataclass
 class Findings:
-    """Sample ids and labels are those of the whole dataset; cosines float.
+    """What was found. Sample ids and labels are those of the whole dataset.
 
     Attributes:
         outliers: (sample, label, cosine to its own centre, label it looks most like, cosine to that one's centre).
-        same_person: groups of labels that are one person, with the highest cosine between their centres.
+        same_person: groups of labels that are one identity, with the highest cosine between their centres.
         duplicates: (kept sample, repeated sample, pixel correlation), the smaller id kept.
         overlaps: (evaluation set, image number in it, label, cosine to its centre).
         repeated_images: (evaluation set, image number, sample, pixel correlation).
@@ -116,7 +121,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Images [m] of a verification set (encoded) and their embeddings [m, d]."""
+    """A verification set: embeddings [m, d] of its images, and `read`, from image number to encoded image."""
 
     name: str
     embeddings: np.ndarray
@@ -131,14 +136,17 @@ def analyse(
     limits: Limits | None = None,
     evaluation: list[EvaluationSet] | None = None,
 ) -> Findings:
-    """Finds everything that the module's text lists.
+    """Finds all the faults that the module describes.
 
     Args:
-        embeddings: float [n, d] of all samples by id, of any scale (a memory map is fine); [labels] int [n].
-        read: sample id to encoded image.
+        embeddings: float [n, d] of all samples, by id, of any scale; may be a memory map.
+        labels: int [n].
+        read: from sample id to encoded image.
+        limits: thresholds; None = computed from the data.
+        evaluation: verification sets to compare with.
 
     Raises:
-        UserError: shapes that do not fit, too few identities for the statistics, or embeddings that know no identity.
+        UserError: shapes do not fit, there are too few identities for statistics, or the embeddings do not separate them.
     """
     given = limits or Limits()
     if embeddings.ndim != 2 or len(embeddings) != len(labels):
@@ -198,10 +206,17 @@ def analyse(
 def choose(
     findings: Findings, labels: np.ndarray, classes: int, *, same_person: str = "merge", min_images: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sample ids int64 to keep, and the new label of each identity uint32 [classes] (`DROPPED` where none is left).
+    """Chooses the samples to keep. Leaves out outliers, repeats, unusable samples and identities of an evaluation set.
 
-    Outliers, repeats, unusable samples and identities that overlap an evaluation set are left out. `same_person`: merge the groups under one
-    label, drop all but the largest of each, or keep them apart. Identities with fewer than `min_images` images left are dropped.
+    Args:
+        findings: of `analyse`.
+        labels: int [n] of all samples.
+        classes: number of identities.
+        same_person: `merge` each group under one label, `drop` all but its largest identity, or `keep` them apart.
+        min_images: identities with fewer images left are dropped.
+
+    Returns:
+        Sample ids int64 to keep, and the new label of each identity, uint32 [classes] (`DROPPED` if it is left out).
     """
     keep = np.ones(len(labels), dtype=bool)
     keep[[sample for sample, *_ in findings.outliers]] = False
@@ -242,7 +257,7 @@ def _normalised(rows: np.ndarray) -> np.ndarray:
 
 
 def _unit(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [n, d] of length one (zero where unusable) and the usable ones, bool [n]."""
+    """Unit vectors float32 [n, d] (zero where unusable), and which are usable, bool [n]."""
     unit = np.zeros(embeddings.shape, dtype=np.float32)
     usable = np.zeros(len(embeddings), dtype=bool)
     for start in range(0, len(embeddings), _CHUNK):
@@ -255,7 +270,7 @@ def _unit(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sums(unit: np.ndarray, labels: np.ndarray, classes: int, member: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the members of each identity, float32 [classes, d], and their number."""
+    """Sum of the members of each identity, float32 [classes, d], and their number [classes]."""
     from scipy.sparse import csr_array
 
     sums = np.zeros((classes, unit.shape[1]), dtype=np.float32)
@@ -270,7 +285,7 @@ def _sums(unit: np.ndarray, labels: np.ndarray, classes: int, member: np.ndarray
 def _own_cosine(
     unit: np.ndarray, labels: np.ndarray, sums: np.ndarray, counts: np.ndarray, *, member: np.ndarray
 ) -> np.ndarray:
-    """Cosine of each sample to the centre of its identity without itself, float32 [n]; NaN where no other member is left."""
+    """Cosine of each sample to the mean of the other members of its identity, float32 [n]; NaN where there are none."""
     cosine = np.full(len(unit), np.nan, dtype=np.float32)
     squares = (sums**2).sum(axis=1)
     for start in range(0, len(unit), _CHUNK):
@@ -303,13 +318,16 @@ def _outlier_limit(unit: np.ndarray, labels: np.ndarray, sums: np.ndarray, usabl
 
 
 def _usual(cosines: np.ndarray, deviations: float) -> float:
-    """Median plus so many standard deviations, estimated from the median deviation."""
+    """Median plus `deviations` standard deviations, estimated from the median deviation."""
     middle = float(np.median(cosines))
     return middle + deviations * 1.4826 * float(np.median(np.abs(cosines - middle)))
 
 
 def _between(different: np.ndarray, same: np.ndarray) -> float:
-    """A limit above the cosines of different identities, and half way to what nine in ten of the same identity reach where that is higher."""
+    """A threshold between the cosines of different identities and those of the same one.
+
+    It lies above the first, and half way to the value that nine in ten of the second reach, if that is higher.
+    """
     guard = _usual(different, 4)
     return max(guard, (guard + float(np.quantile(same, 0.1))) / 2)
 
@@ -340,7 +358,13 @@ def _overlap_limit(
 
 
 def neighbours(queries: np.ndarray, base: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Highest cosines [q, count] and their rows in `base`, unit float32 vectors; exhaustive up to 100 000, an inverted file above."""
+    """Highest cosines [q, count] of each query and their rows in `base`. All vectors are unit float32.
+
+    Up to 100 000 vectors the search is exhaustive, beyond that it uses an inverted file.
+
+    Raises:
+        UserError: faiss is not installed.
+    """
     try:
         import faiss
     except ImportError:
@@ -372,7 +396,7 @@ def _find_outliers(
     *,
     at_any: bool,
 ) -> None:
-    """`at_any`: whatever they are like; else only those that are more like another identity."""
+    """Adds the outliers among `samples`: those closer to another identity, or with `at_any` all of them."""
     if not len(samples):
         return
     cosines, found = neighbours(unit[samples], centres[alive], 2)
@@ -409,9 +433,8 @@ def _find_duplicates(
     cosines, found = neighbours(unit[rows], unit[rows], _NEIGHBOURS)
     left, right = np.repeat(rows, found.shape[1]), rows[found.ravel()]
     likely = (cosines.ravel() >= limits.near_duplicate) & (left < right) & (found.ravel() >= 0)
-    also = (
-        (cosines.ravel() >= limits.near_duplicate) & (left > right) & (found.ravel() >= 0)
-    )  # a neighbour may list us, but not we it
+    # a sample may be listed by its neighbour, without listing it itself
+    also = (cosines.ravel() >= limits.near_duplicate) & (left > right) & (found.ravel() >= 0)
     pairs = np.unique(
         np.concatenate([np.stack([left[likely], right[likely]], 1), np.stack([right[also], left[also]], 1)]), axis=0
     )
@@ -447,7 +470,7 @@ def _find_overlap(
 
 
 class _Thumbnails:
-    """Grey 32 x 32 thumbnails with mean 0 and length 1, made when asked for."""
+    """Grey 32 x 32 thumbnails with mean 0 and length 1, made on demand and cached."""
 
     def __init__(self, read: Read) -> None:
         self._read = read

@@ -1,4 +1,4 @@
-"""One PNG to look at before training: some images of some identities, channel means, and whether red and blue look swapped."""
+"""A PNG to look at before training: some images of some identities, channel means, and a check of the colour order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIZE = 12  # of letters, in pixels
 
 
 def decode(data: bytes) -> np.ndarray | None:
-    """uint8 RGB [h, w, 3], or None when it cannot be decoded."""
+    """Decodes an image to uint8 RGB [h, w, 3]; None if that fails."""
     try:
         return images.decode(data, upright=False)
     except images.ImageError:
@@ -26,7 +26,10 @@ def decode(data: bytes) -> np.ndarray | None:
 
 
 def colour_order(means: np.ndarray) -> str:
-    """A guess from the mean of the middle of the images, float [3]: skin of every tone reflects more red than blue."""
+    """Guesses the colour order from the channel means [3] of the images' middle.
+
+    Skin of every tone reflects more red than blue.
+    """
     difference = float(means[0] - means[2])
     if difference > 4:
         return "RGB (red above blue, as skin has it)"
@@ -48,7 +51,7 @@ def channel_means(decoded: Sequence[np.ndarray | None]) -> np.ndarray:
 
 
 def fonts_for(texts: Iterable[str]) -> dict[str, Path | None]:
-    """A font of this system that has every letter of a text, for each text that is not plain ASCII; None where there is none."""
+    """For each text that is not ASCII, a font of this system that has all its letters; None if there is none."""
     missing = {text for text in texts if not text.isascii()}
     found: dict[str, Path | None] = dict.fromkeys(missing)
     if not missing:
@@ -70,7 +73,7 @@ def fonts_for(texts: Iterable[str]) -> dict[str, Path | None]:
 
 
 class _Pen:
-    """Draws text in a font that has its letters; where no font has them, their code points (\\u738b), never empty boxes."""
+    r"""Draws text in a font that has its letters. If no font has them, it draws their code points, such as \u738b."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._fonts = fonts_for(texts)
@@ -101,9 +104,15 @@ class _Pen:
 
 
 def draw(rows: Sequence[tuple[str, Sequence[bytes]]], title: str, path: str | Path) -> str:
-    """Draws one row an identity, (name, encoded images), and returns the line written under the title.
+    """Draws the sheet: one row for each identity. Images that cannot be decoded are drawn as crossed boxes.
 
-    Images that cannot be decoded are drawn as a crossed box.
+    Args:
+        rows: (name, encoded images) of each identity.
+        title: written at the top.
+        path: PNG to write.
+
+    Returns:
+        The line under the title: channel means and colour order.
     """
     columns = max(len(encoded) for _, encoded in rows)
     decoded = [[decode(image) for image in encoded] for _, encoded in rows]
@@ -141,11 +150,15 @@ def draw(rows: Sequence[tuple[str, Sequence[bytes]]], title: str, path: str | Pa
 def of_index(
     labels: np.ndarray, names: Sequence[str], read: Callable[[int], bytes], *, identities: int = 8, images: int = 10
 ) -> list[tuple[str, list[bytes]]]:
-    """Rows for `draw` from a dataset: identities spread evenly over the labels of the samples looked at.
+    """Rows for `draw` from a dataset, with identities that are spread evenly over the labels.
 
     Args:
-        labels: int [n] of all samples; at most the first two million are looked at, so that a huge index is not read for a few images.
-        read: sample id to encoded image.
+        labels: int [n] of all samples. Only the first two million are used, so that a huge index is not read for a few
+            images.
+        names: of the identities, by label.
+        read: from sample id to encoded image.
+        identities: rows.
+        images: of each identity, at most.
     """
     labels = np.asarray(labels[:2_000_000])
     present = np.unique(labels)

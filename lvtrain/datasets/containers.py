@@ -1,4 +1,4 @@
-"""Files that hold many images: found by suffix, opened once a process, read by position."""
+"""Files that hold many images. They are found by suffix, opened once per process, and read by position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Containers:
 
     Args:
         path: the source.
-        suffix: such as `.tar`; files in hidden and system folders, and `._*`, are not looked at.
+        suffix: such as `.tar`. Files in hidden and system folders, and `._*`, are ignored.
     """
 
     def __init__(self, path: Path, suffix: str) -> None:
@@ -26,10 +26,10 @@ class Containers:
         self._open: dict[str, int] = {}
 
     def files(self, out: CatalogueWriter) -> list[Path]:
-        """In natural order; each is a regular file. Files that look like containers and are not read are counted in `out`.
+        """The files in natural order. Files that look like containers but are not read are counted in `out`.
 
         Raises:
-            UserError: none, or one that is empty, a pipe or a git-LFS pointer.
+            UserError: there are none, or one is empty, a pipe or a git-LFS pointer.
         """
         found = [self.path] if not self.path.is_dir() else []
         if self.path.is_dir():
@@ -56,7 +56,11 @@ class Containers:
         return self.path / name if self.path.is_dir() else self.path
 
     def read_at(self, name: str, offset: int, length: int) -> bytes:
-        """Raises UserError where the file ends before, or `length` is more than an image may have."""
+        """`length` bytes at `offset` of a file.
+
+        Raises:
+            UserError: the file ends before them, or `length` is more than an image may have.
+        """
         check_length(length, MAX_BYTES, f"{self.absolute(name)}: the image at byte {offset}")
         if name not in self._open:
             self._open[name] = os.open(self.absolute(name), os.O_RDONLY)

@@ -1,7 +1,8 @@
-"""What an importer says of itself, and the registry of all of them.
+"""The base class of importers, and their registry.
 
-One file of `lvtrain/datasets/importers/` holds one kind of source: a class that lists the images of a source and reads one of them,
-registered under the name that `tools/pack_dataset.py --kind` takes. `lvtrain/datasets/README.md` shows how to add one.
+Each file of `lvtrain/datasets/importers/` holds one kind of source: a class that lists the images of a source and reads
+one of them. It is registered under the name that `tools/pack_dataset.py --kind` takes. `lvtrain/datasets/README.md` shows
+how to add one.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from lvtrain.recipe.registry import Registry
 
 
 class Options(Section):
-    """Options of a kind of source; subclass it to add some. `--option NAME=VALUE` sets them."""
+    """Options of a kind of source. A subclass adds some. `--option NAME=VALUE` sets them."""
 
 
 class Importer(ABC):
-    """One source.
+    """Lists the images of one source, and reads them.
 
     Class attributes:
         options_class: its options.
@@ -40,8 +41,10 @@ class Importer(ABC):
 
     @abstractmethod
     def scan(self, out: CatalogueWriter) -> None:
-        """Lists every image and identity: `out.add` for an image, and `out.left_out`, `out.ignored` or `out.unlabelled` for everything else.
-        What the source announces about itself is compared by `out.announced`.
+        """Lists every image and identity in `out`.
+
+        It calls `out.add` for an image, and `out.left_out`, `out.ignored` or `out.unlabelled` for everything else.
+        `out.announced` compares the numbers that the source announces with what was found.
 
         Raises:
             UserError: the source is damaged, or of another kind.
@@ -57,7 +60,7 @@ class Importer(ABC):
         """
 
     def read_groups(self, catalogue: Catalogue) -> np.ndarray | None:
-        """The number of each row's group, int [n], where whole groups are read at once; None where any order is as good."""
+        """The group of each row, int [n], if whole groups are read at once; None if any order is equally fast."""
         return None
 
 
@@ -68,7 +71,7 @@ def check_options(kind: str, given: Mapping[str, Any]) -> Options:
     """The options of a kind of source, checked.
 
     Raises:
-        UserError: an unknown kind or option, or a value that it does not take.
+        UserError: an unknown kind or option, or a bad value.
     """
     section = IMPORTERS.get(kind).options_class
     try:
@@ -80,7 +83,11 @@ def check_options(kind: str, given: Mapping[str, Any]) -> Options:
 
 
 def open_importer(kind: str, path: Path, options: Mapping[str, Any]) -> Importer:
-    """Raises UserError for an unknown kind or option, or a path that does not exist."""
+    """The importer of a kind, for a source.
+
+    Raises:
+        UserError: an unknown kind or option, or a path that does not exist.
+    """
     chosen = check_options(kind, options)
     if not path.exists():
         raise UserError(f"{path} does not exist; correct SRC")

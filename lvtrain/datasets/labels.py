@@ -1,6 +1,9 @@
-"""The one reader of labels. The rule: what is written differently is another identity, and what cannot be read is refused, never replaced.
+"""The one reader of labels.
 
-A label is an identity's number (int) or its name (str). Only plain ASCII digits are a number. Missing labels (NaN, null, empty, -1) are None.
+Two rules: labels that are written differently are different identities, and a label that cannot be read is an error.
+
+A label is an identity's number (int) or its name (str). Only plain ASCII digits are a number. A missing label (NaN, null,
+empty, -1) is None.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class LabelReader:
-    """Reads the labels of one source; remembers their form, because one file alone may be ambiguous (a byte 53 is also the text `5`).
+    """Reads the labels of one source.
+
+    It remembers their form, because one file alone may be ambiguous: a byte 53 is also the text `5`.
 
     Args:
-        encoding: of labels that are text, decoded strictly.
-        form: whether label files hold text or a little-endian integer of 1, 2, 4 or 8 bytes; `auto` recognises integers by bytes that no text has,
-            and refuses a source where both seem to occur.
+        encoding: of labels that are text; decoded strictly.
+        form: what label files hold: `text`, or `binary`, a little-endian integer of 1, 2, 4 or 8 bytes. `auto` recognises
+            integers by bytes that no text has, and refuses a source where both seem to occur.
     """
 
     def __init__(self, encoding: str = "utf-8", form: Form = "auto") -> None:
@@ -44,7 +49,7 @@ class LabelReader:
         """The label in the bytes of a file.
 
         Raises:
-            UserError: not text of this encoding, text and binary integers in one source, or no possible label.
+            UserError: not text of this encoding, a source with both text and binary integers, or not a label.
         """
         if len(data) > MAX_TEXT:
             raise UserError(f"{where} has {len(data):,} bytes, too many for a label; it holds something else")
@@ -58,17 +63,17 @@ class LabelReader:
             )
         if text.strip():
             self._agree("text", where)
-        elif self._seen and self._seen[0] == _integer(data):  # 9, 10 and 13 are tab and line ends
+        elif self._seen and self._seen[0] == _integer(data):  # the integers 9, 10 and 13 are also a tab and line ends
             return self._binary(data, where)
         elif self.form == "auto" and data and (self._seen is None or self._seen[0] != "text"):
             raise UserError(
                 f"{where} holds white space only ({data[:12].hex(' ')}): a missing label, or a binary integer; "
-                "say --option labels=text or --option labels=binary"
+                "give --option labels=text or --option labels=binary"
             )
         return self.of_text(text, where)
 
     def _text(self, data: bytes) -> str | None:
-        """Decoded, without a line's end and byte order mark; None where it is not text."""
+        """The decoded text, without line end and byte order mark; None if it is not text."""
         try:
             text = data.decode(self.encoding)
         except UnicodeError:
@@ -91,12 +96,16 @@ class LabelReader:
             self._seen = form, where
         elif self._seen[0] != form:
             raise UserError(
-                f"{where} looks like {form}, {self._seen[1]} like {self._seen[0]}; say which they are: "
+                f"{where} looks like {form}, {self._seen[1]} like {self._seen[0]}; give their form: "
                 "--option labels=text or --option labels=binary"
             )
 
     def of_text(self, text: str, where: str) -> Label | None:
-        """A number where the text is plain digits, else a name; None where it is empty."""
+        """A number if the text is plain digits, else a name; None if it is empty.
+
+        Raises:
+            UserError: a negative number, or a number that was written differently before (`7` and `007`).
+        """
         trimmed = text.strip(" \t\r\n")
         if not trimmed or trimmed == "-1":
             return None
@@ -134,10 +143,10 @@ class LabelReader:
         return None if value == -1 else self._number(value, where)
 
     def of_json(self, data: bytes, where: str) -> Label | None:
-        """The first of `label`, `cls` and `class` that a JSON object holds; None where it has none.
+        """The first of `label`, `cls` and `class` that a JSON object holds; None if it holds none.
 
         Raises:
-            UserError: damaged JSON, a key that comes twice, or no possible label.
+            UserError: damaged JSON, a key that occurs twice, or a value that is not a label.
         """
         if len(data) > MAX_JSON:
             raise UserError(f"{where} has {len(data):,} bytes; a JSON with a label has at most {MAX_JSON:,}")

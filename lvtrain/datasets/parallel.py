@@ -1,4 +1,4 @@
-"""An ordered map over processes which holds only a few results and notices a worker that was killed."""
+"""An ordered map over processes. It holds only a few results at a time, and detects a killed worker."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def ordered_map(
     initializer: Callable[..., None] | None = None,
     initargs: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
-    """`map(function, items)` in `workers` spawned processes, results in the items' order; with one worker, in this process.
+    """Like `map(function, items)`, in `workers` processes. Results come in the items' order.
 
-    Spawned, not forked: the caller may hold threads (a progress bar, torch) whose locks a fork would copy.
+    One worker means this process. Processes are spawned, not forked: the caller may hold threads (a progress bar, torch),
+    whose locks a fork would copy.
 
     Raises:
-        UserError: a worker died without an exception (killed for memory, most likely).
+        UserError: a worker died without an exception, probably because memory ran out.
     """
     if workers == 1:
         if initializer:
@@ -67,7 +68,7 @@ def _start(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -
     try:
         if initializer:
             initializer(*initargs)
-    except Exception as error:  # raised here, it would be a traceback and a pool that is broken without a reason
+    except Exception as error:  # raised here, it would break the pool without a reason that the user can read
         _refusal = error
 
 
@@ -78,7 +79,7 @@ def _call(function: Callable[[Item], Result], item: Item) -> Result:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would go on writing beside the one that is started again."""
+    """Ends this worker when its parent is killed. Otherwise it would go on writing while the next pack runs."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,13 +1,22 @@
 """MXNet RecordIO (`train.rec`, `train.idx`), read and written without mxnet.
 
-A record is `uint32 magic | uint32 lrec | payload | zero pad to 4 bytes`, little-endian. `lrec >> 29` is 0 for a whole record and 1, 2, 3 for the
-first, a middle and the last part. The low 29 bits are the part's length. A payload that holds the magic at a multiple of 4 bytes is cut there:
-the magic is dropped, and put back when the parts are joined. A payload begins with `<IfQQ`: flag, label, id, id2. With flag k > 0, k float32
-labels follow.
+A record, little-endian:
 
-insightface's files begin with a header record (key 0, flag 2, labels [N+1, N+1+C]). Images have the keys 1..N. Identity records have the keys
-N+1..N+C, and their labels are the half-open range of their image keys. Files of other tools hold images only, from key 0. The header's numbers
-are float32 too: from 2^24 on they are rounded.
+    uint32 magic | uint32 lrec | payload | zeros up to a multiple of 4 bytes
+
+- The low 29 bits of `lrec` are the length. `lrec >> 29` is 0 for a whole record, and 1, 2, 3 for the first, a middle and
+  the last part of one.
+- A payload that holds the magic at a multiple of 4 bytes is cut there. The magic is dropped, and inserted again when the
+  parts are joined.
+- A payload begins with `<IfQQ`: flag, label, id, id2. With flag k > 0, k float32 labels follow.
+
+insightface's files:
+
+- Key 0 is a header record: flag 2, labels [N+1, N+1+C].
+- Keys 1..N are images.
+- Keys N+1..N+C are identity records. Their labels are the half-open range of their images' keys.
+
+Files of other tools hold images only, from key 0. All these numbers are float32, so they are rounded from 2^24 on.
 """
 
 from __future__ import annotations
@@ -29,7 +38,7 @@ from lvtrain.files import atomic
 from lvtrain.files.checked import check_length, check_regular
 
 MAGIC = 0xCED7230A
-LARGEST_LABEL = 1 << 24  # labels are float32: from here on neighbouring integers are one
+LARGEST_LABEL = 1 << 24  # labels are float32, which cannot represent every integer from here on
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _LENGTH_BITS = 29
 _LENGTH_MASK = (1 << _LENGTH_BITS) - 1
@@ -39,7 +48,7 @@ _HEADER = struct.Struct("<IfQQ")
 
 @dataclass(frozen=True)
 class Record:
-    """One unpacked record: `labels` float32 [1] for flag 0, else [flag]; `image` is empty in header and identity records."""
+    """An unpacked record. `labels` is float32 [1] for flag 0, else [flag]. Header and identity records have no image."""
 
     flag: int
     labels: np.ndarray
@@ -49,7 +58,7 @@ class Record:
 
 
 def pack_record(label: float | Iterable[float], image: bytes = b"", *, id: int = 0, id2: int = 0) -> bytes:
-    """The payload of one record: a number is written as flag 0, a sequence of k numbers as flag k."""
+    """The payload of a record. A number is written with flag 0, a sequence of k numbers with flag k."""
     if isinstance(label, (int, float, np.integer, np.floating)):
         return _HEADER.pack(0, float(label), id, id2) + image
     labels = np.asarray(list(label), dtype="<f4")
@@ -57,7 +66,11 @@ def pack_record(label: float | Iterable[float], image: bytes = b"", *, id: int =
 
 
 def unpack_record(payload: bytes) -> Record:
-    """Raises ValueError when the payload is shorter than its header says."""
+    """Unpacks a payload.
+
+    Raises:
+        ValueError: it is shorter than its header says.
+    """
     if len(payload) < _HEADER.size:
         raise ValueError(f"{len(payload)} bytes are too few for a record header")
     flag, label, id_, id2 = _HEADER.unpack_from(payload)
@@ -73,9 +86,9 @@ def unpack_record(payload: bytes) -> Record:
 
 
 class RecordWriter:
-    """Writes `path` and, beside it, the `.idx`; both get their final names when the block ends well.
+    """Writes a `.rec` and its `.idx`: `with RecordWriter("train.rec") as rec: rec.write(key, pack_record(label, jpeg))`.
 
-    `with RecordWriter("train.rec") as rec: rec.write(key, pack_record(label, jpeg))`
+    Both get their final names when the block ends without an exception.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -86,7 +99,11 @@ class RecordWriter:
         self._idx: IO[str] = open(self._temporary[1], "w")  # noqa: SIM115
 
     def write(self, key: int, payload: bytes) -> int:
-        """Appends one payload and returns its offset; a first label at or above 2^24 raises UserError."""
+        """Appends a payload. Returns its offset.
+
+        Raises:
+            UserError: its label is 2^24 or more, or it is too long.
+        """
         if len(payload) > _LENGTH_MASK:
             raise UserError(f"{self.path}: record {key} has {len(payload)} bytes, RecordIO ends at {_LENGTH_MASK}")
         record = unpack_record(payload)
@@ -131,7 +148,7 @@ def integer_label(record: Record, where: str) -> int:
     """The identity of an image record (its first label).
 
     Raises:
-        UserError: negative, not an integer, or at or above 2^24, where float32 no longer tells identities apart.
+        UserError: it is negative, not an integer, or 2^24 or more, where float32 cannot distinguish identities.
     """
     label = float(record.labels[0])
     if not label.is_integer() or label < 0:
@@ -157,7 +174,7 @@ class RecordFile:
         return len(self._map)
 
     def parts(self, offset: int) -> Iterator[tuple[int, int, int]]:
-        """(start, length, offset behind it) of each part of the record at `offset`.
+        """The parts of the record at `offset`: start, length, and the offset after it.
 
         Raises:
             UserError: no record starts there, or the file ends inside it.
@@ -186,7 +203,7 @@ class RecordFile:
                 return
 
     def payload(self, offset: int) -> tuple[bytes, int]:
-        """The joined payload of the record at `offset`, and the offset behind it.
+        """The joined payload of the record at `offset`, and the offset after it.
 
         Raises:
             UserError: no record starts there, the file ends inside it, or it has more bytes than an image may have.
@@ -196,7 +213,11 @@ class RecordFile:
         return _MAGIC_BYTES.join(self._map[start : start + length] for start, length, _ in found), found[-1][2]
 
     def record(self, offset: int) -> Record:
-        """The unpacked record at `offset`; raises UserError when it is damaged."""
+        """The unpacked record at `offset`.
+
+        Raises:
+            UserError: it is damaged.
+        """
         payload, _ = self.payload(offset)
         try:
             return unpack_record(payload)
@@ -206,7 +227,7 @@ class RecordFile:
             ) from None
 
     def scan(self) -> Iterator[int]:
-        """Offsets of all records from the first byte on, for a `.rec` without `.idx`."""
+        """Offsets of all records, for a `.rec` without `.idx`."""
         offset = 0
         while offset < len(self._map):
             yield offset
@@ -214,10 +235,10 @@ class RecordFile:
 
 
 def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and offsets, int64 [n] each, in the file's order.
+    """Reads an `.idx`: keys and offsets, int64 [n] each, in the file's order.
 
     Raises:
-        UserError: missing, or a line which is not `key<TAB>offset`.
+        UserError: the file is missing or damaged, or a line is not `key<TAB>offset`.
     """
     try:
         check_regular(Path(path))
@@ -244,12 +265,12 @@ def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_index(path: str | Path, keys: Iterable[int], offsets: Iterable[int]) -> None:
-    """Writes an `.idx` of chosen records. The `.rec` stays as it is; DALI's `fn.readers.mxnet` reads a subset this way."""
+    """Writes an `.idx` of chosen records. With it DALI's `fn.readers.mxnet` reads a subset of an unchanged `.rec`."""
     atomic.write_text(Path(path), "".join(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets)))
 
 
 def read_property(path: Path) -> int | None:
-    """The number of identities in insightface's `property` file (`C,height,width`); None without a readable one."""
+    """Number of identities in insightface's `property` file (`C,height,width`); None if it cannot be read."""
     try:
         if check_regular(path) > 4096:
             return None
@@ -263,12 +284,14 @@ class RecordCatalogue:
     """Which records are images, and how many were announced.
 
     Attributes:
-        keys, offsets, labels: int64 [n] of the image records.
-        empty: labels of identities that own no image.
-        announced: images by the header, or more where the .rec holds image records that the index does not name.
-        announced_by: the file that says so.
-        announced_identities: by the header; None without one.
-        identity_records: found.
+        keys: int64 [n], of the image records.
+        offsets: int64 [n], of the image records.
+        labels: int64 [n], of the image records.
+        empty: labels of identities without an image.
+        announced: images according to the header; more if the .rec holds image records that the index does not list.
+        announced_by: the file that announces them.
+        announced_identities: according to the header; None without one.
+        identity_records: how many were found.
     """
 
     keys: np.ndarray
@@ -282,17 +305,17 @@ class RecordCatalogue:
 
 
 def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
-    """All image records of a `.rec`, of insightface's arrangement or flat, with `.idx` or without.
+    """Lists all image records of a `.rec`: insightface's layout or images only, with `.idx` or without.
 
     Raises:
-        UserError: a damaged record, a bad label, an `.idx` that does not belong to the file, or no image at all.
+        UserError: a damaged record, a bad label, an `.idx` of another file, or no image at all.
     """
     indexed = index is not None and Path(index).exists()
     if indexed:
         keys, offsets = read_index(Path(str(index)))
         if int(offsets.max()) >= len(file):
             raise UserError(
-                f"{index} points behind the end of {file.path}; it belongs to another file, or the .rec was cut short"
+                f"{index} points beyond the end of {file.path}; it belongs to another file, or the .rec was cut short"
             )
     else:
         offsets = np.fromiter(file.scan(), dtype=np.int64)
@@ -336,7 +359,7 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
 
 
 def _unnamed_images(file: RecordFile, offsets: np.ndarray) -> int:
-    """Image records that lie in the file and not in its index."""
+    """Number of image records in the file that its index does not list."""
     count = at = 0
     for offset in [*np.sort(offsets).tolist(), len(file)]:
         while at < offset:
@@ -352,7 +375,10 @@ def _unnamed_images(file: RecordFile, offsets: np.ndarray) -> int:
 
 
 def _first_identity(file: RecordFile, keys: np.ndarray, offsets: np.ndarray, stated: np.float32) -> int:
-    """Key of the first identity record: the header's number, or where that may be rounded, the first record near it without an image."""
+    """Key of the first identity record.
+
+    It is the header's number. If that may be rounded, it is the first record near it without an image.
+    """
     start = int(stated)
     if start < LARGEST_LABEL:
         return start

@@ -1,4 +1,4 @@
-"""Writes a dataset as RecordIO, and an `.idx` of chosen records of an existing `.rec`, for trainers that read only RecordIO."""
+"""Writes a dataset as RecordIO, or an `.idx` of some records of a `.rec`, for trainers that read only RecordIO."""
 
 from __future__ import annotations
 
@@ -20,12 +20,21 @@ if TYPE_CHECKING:
 def write_recordio(
     dataset: ShardDataset, path: str | Path, *, progress: Callable[[int, int], None] | None = None
 ) -> int:
-    """Writes insightface's arrangement (header, images sorted by identity, identity records) and its `property` file; returns the images.
+    """Writes a dataset in insightface's layout: header, images sorted by identity, identity records, and `property`.
 
-    Image bytes are passed through. With more than 2^24 records, whose header float32 would round, the file is flat as im2rec's: images from key 0.
+    Image bytes are copied. With more than 2^24 records float32 would round the header, so the file then has im2rec's
+    layout: only images, from key 0.
+
+    Args:
+        dataset: to write.
+        path: `*.rec`.
+        progress: called with (images written, images in all).
+
+    Returns:
+        Number of images.
 
     Raises:
-        UserError: 2^24 identities or more, which float32 labels cannot tell apart.
+        UserError: there are 2^24 identities or more, which float32 labels cannot distinguish.
     """
     path = Path(path)
     if path.suffix != ".rec":
@@ -67,17 +76,21 @@ def filter_index(
     without_keys: Iterable[int] = (),
     seed: int = 0,
 ) -> tuple[int, int]:
-    """Writes an `.idx` of some image records of an untouched `.rec` and returns (images, identities) chosen.
+    """Writes an `.idx` of some image records of a `.rec`, which does not change. Returns (images, identities).
 
-    Header and identity records are never in it: DALI's `fn.readers.mxnet` cannot decode them. Labels stay the file's own.
+    Header and identity records are left out, because DALI's `fn.readers.mxnet` cannot decode them. Labels do not change.
 
     Args:
-        identities: labels to keep to.
+        rec: the `.rec`.
+        out: the `.idx` to write.
+        identities: labels to choose from; None = all.
         min_images: identities with fewer images are left out (counted after `without_keys`).
-        shots: at most so many images an identity, drawn by `seed`.
+        shots: images of each identity, at most.
+        without_keys: records to leave out.
+        seed: of the draw of the shots.
 
     Raises:
-        UserError: a key or label the file does not have, nothing is left, `out` is the file itself or its index, or the file is damaged.
+        UserError: the file has no such key or label or is damaged, nothing is left, or `out` is the file or its index.
     """
     rec, out = Path(rec), Path(out)
     if out.resolve() in (rec.resolve(), rec.with_suffix(".idx").resolve()):

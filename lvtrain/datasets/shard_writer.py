@@ -1,6 +1,7 @@
-"""Writes one WebDataset shard: `key.jpg` and `key.cls` for each sample. It has a temporary name until it is complete.
+"""Writes one WebDataset shard: `key.jpg` and `key.cls` for each sample.
 
-The bytes depend on the samples only, not on clock, owner or umask. So the same input gives the same sha256 on every machine.
+The shard has a temporary name until it is complete. Its bytes depend on the samples only, not on clock, owner or umask.
+So the same input gives the same sha256 on every machine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lvtrain.files.atomic import commit
 
 @dataclass
 class WrittenShard:
-    """A finished tar: its size and sha256, and per sample the offset and length of the image bytes, and the label."""
+    """A finished tar: its size in bytes and sha256, and for each sample the image's offset and length, and its label."""
 
     name: str
     size: int
@@ -30,7 +31,7 @@ class WrittenShard:
 
 
 class _HashingFile:
-    """Counts and hashes what tarfile writes, so that the shard is not read a second time."""
+    """Counts and hashes what tarfile writes, so that the shard need not be read again."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -47,9 +48,9 @@ class _HashingFile:
 
 
 class ShardWriter:
-    """`with ShardWriter(folder, "shards/000000.tar") as shard: shard.add(key, jpeg, label)`; then `shard.written`.
+    """Writes a shard: `with ShardWriter(folder, "shards/000000.tar") as shard: shard.add(key, jpeg, label)`.
 
-    Leaving the block without an exception renames the temporary file to its final name; an exception removes it.
+    When the block ends, the temporary file gets its final name, and `shard.written` describes it. An exception removes it.
     """
 
     def __init__(self, folder: str | Path, name: str) -> None:
@@ -62,7 +63,16 @@ class ShardWriter:
         self.written = WrittenShard(name, 0, "")
 
     def add(self, key: str, image: bytes, label: int) -> None:
-        """One sample; `key` must be new in this shard, at most 90 characters and hold no dot (WebDataset splits names there)."""
+        """Adds a sample.
+
+        Args:
+            key: new in this shard, at most 90 characters, without a dot (WebDataset splits names there).
+            image: encoded.
+            label: of its identity.
+
+        Raises:
+            UserError: the key is not possible.
+        """
         if "." in key or not 0 < len(key) <= 90:
             raise UserError(f"{self.path}: {key!r} cannot be a WebDataset key; use 1 to 90 characters without a dot")
         self.written.offsets.append(self._member(f"{key}.jpg", image))

@@ -1,6 +1,7 @@
-"""Choosing part of a dataset and writing it as a manifest (`lvtrain.data.subset`); no image is copied.
+"""Choosing part of a dataset and writing it as a manifest (`lvtrain.data.subset`). No image is copied.
 
-Choices are by hash of (seed, identity) and (seed, sample): with one seed, 1% of the identities lie inside 10% of them, and 1 shot inside 4.
+Choices are made by hashes of (seed, identity) and (seed, sample). So with one seed, 1% of the identities lie inside 10% of
+them, and 1 shot lies inside 4.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ def choose(
     without_samples: Iterable[int] = (),
     seed: int = 0,
 ) -> np.ndarray:
-    """Sample ids int64, ascending.
+    """Chooses samples. Returns their ids, int64, ascending.
 
     Args:
-        dataset: whole, or a subset already (the few shots of a cleaned set).
-        fraction: share of the identities that are left by the filters, rounded up.
-        shots: at most so many images an identity.
+        dataset: whole, or already a subset (for example a few shots of a cleaned set).
+        fraction: share of the identities that pass the filters, rounded up.
+        shots: images of each identity, at most.
         min_images: identities with fewer are left out (counted before `shots`).
-        identities, without_identities: names (lines of labels.txt) to keep to, or to leave out.
+        identities: names (lines of labels.txt) to choose from; None = all.
+        without_identities: names to leave out.
         without_samples: sample ids to leave out.
+        seed: of the draws.
 
     Raises:
         UserError: an unknown name or sample id, a fraction outside (0, 1], or nothing left.
@@ -59,9 +62,8 @@ def choose(
     candidates = np.flatnonzero(allowed & (images >= max(1, min_images)))
     drawn = randomness.bits(seed, "subset/identity", candidates).argsort(kind="stable")
     chosen = np.zeros(dataset.num_classes, dtype=bool)
-    chosen[candidates[drawn[: math.ceil(round(fraction * len(candidates), 6))]]] = (
-        True  # 0.28 x 25 is 7.000000000000001
-    )
+    count = math.ceil(round(fraction * len(candidates), 6))  # rounded, because 0.28 x 25 is 7.000000000000001
+    chosen[candidates[drawn[:count]]] = True
     ids = np.flatnonzero(keep & chosen[labels])
     if shots is not None:
         order = ids[np.lexsort((randomness.bits(seed, "subset/shot", ids), labels[ids]))]
@@ -76,7 +78,7 @@ def check_target(path: Path) -> Path:
     """The .bin that belongs to a manifest to be written.
 
     Raises:
-        UserError: not NAME.json, or another kind of file (a verification set, mostly) is called NAME.bin and would be lost.
+        UserError: the name is not NAME.json, or NAME.bin is another file (such as a verification set) and would be lost.
     """
     if path.suffix != ".json" or path.name == "dataset.json":
         raise UserError(f"{path}: a subset manifest is NAME.json (and not dataset.json)")
@@ -85,7 +87,7 @@ def check_target(path: Path) -> Path:
         with open(binary, "rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
                 raise UserError(
-                    f"{path}: {binary.name} beside it is not a subset's and would be lost; choose another name"
+                    f"{path}: {binary.name} is not of a subset and would be overwritten; choose another name"
                 )
     return binary
 
@@ -99,15 +101,20 @@ def write_subset(
     criteria: dict[str, Any] | None = None,
     seed: int | None = None,
 ) -> Path:
-    """Writes `path` (.json) and its .bin.
+    """Writes a subset: `path` (.json) and its .bin.
 
     Args:
-        ids: sample ids of `dataset`, any order, no duplicates. If it is a subset, what is written is a subset of the dataset that one is of.
-        label_of: uint32 [num_classes of `dataset`]: new label of each identity (two may share one), `DROPPED` for those left out; by default the identities
-            that have a sample are numbered in their old order.
+        path: NAME.json.
+        dataset: what `ids` belong to. If it is a subset, the new one refers to the whole dataset, too.
+        ids: sample ids of `dataset`, in any order, without duplicates.
+        label_of: uint32 [num_classes of `dataset`], new label of each identity; two may share one. `DROPPED`: left out. By
+            default the identities with a sample are numbered in their old order.
+        criteria: how the samples were chosen, for the manifest.
+        seed: the same.
 
     Raises:
-        UserError: no samples, a duplicate or foreign id, a sample whose identity is dropped, labels with gaps, or what `check_target` refuses.
+        UserError: no samples, an id that is repeated or out of range, a sample whose identity is dropped, labels with
+            gaps, or what `check_target` refuses.
     """
     path = Path(path)
     binary = check_target(path)

@@ -1,7 +1,10 @@
-"""Checks that a dataset folder is what its `dataset.json` says; each fault is named.
+"""Checks a dataset folder against its `dataset.json`. Every fault is listed.
 
-The fast mode takes seconds and reads no image: manifest, label map, index (with its sha256; 850 MB for 42 million samples) and shard sizes.
-The full mode reads everything: the sha256 of each shard, tar headers and labels against the index, and it decodes every image.
+The fast mode takes seconds and reads no image. It checks the manifest, the label map, the index (with its sha256; 850 MB
+for 42 million samples) and the sizes of the shards.
+
+The full mode reads everything. It checks the sha256 of each shard, tar headers and labels against the index, and decodes
+every image.
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ from lvtrain.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 _CHUNK = 1 << 20
-_NAMED = 20  # faults of one kind listed for each shard; the rest is counted
+_NAMED = 20  # faults of one kind that are listed for each shard; the rest are counted
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`kind` is one word for scripts, `where` a file (and sample), `what` a sentence."""
+    """One fault. `kind` is one word for scripts, `where` a file (and sample), `what` a sentence."""
 
     kind: str
     where: str
@@ -40,7 +43,7 @@ class Fault:
 
 @dataclass
 class Verdict:
-    """`faults` make the dataset unfit; `notes` are worth knowing."""
+    """The result of a check. With `faults` the dataset cannot be used; `notes` are only information."""
 
     samples: int = 0
     identities: int = 0
@@ -50,7 +53,14 @@ class Verdict:
 
 
 def verify(folder: str | Path, *, full: bool = False, workers: int = 1, progress: Progress | None = None) -> Verdict:
-    """Checks a dataset folder. Faults are collected, not raised; a folder that is not a dataset ends the check at once."""
+    """Checks a dataset folder. Faults are collected, not raised.
+
+    Args:
+        folder: of the dataset.
+        full: read every byte and decode every image.
+        workers: processes of the full mode.
+        progress: called with (stage, done, total).
+    """
     folder = Path(folder)
     verdict = Verdict()
     tell = progress or (lambda stage, done, total: None)
@@ -112,7 +122,7 @@ def _check_label_map(folder: Path, manifest: Manifest, verdict: Verdict) -> None
 
 
 def _check_sizes(folder: Path, manifest: Manifest, verdict: Verdict) -> list[int]:
-    """Numbers of the shards that are there."""
+    """Numbers of the shards that exist."""
     present = []
     for number, shard in enumerate(manifest.shards):
         path = folder / shard.name
@@ -135,7 +145,7 @@ def _check_sizes(folder: Path, manifest: Manifest, verdict: Verdict) -> list[int
 
 
 def _check_index(folder: Path, manifest: Manifest, verdict: Verdict) -> bool:
-    """False when the index cannot be used at all."""
+    """Checks the index. Returns False if it cannot be used."""
     path = str(folder / "index.bin")
     try:
         index = open_index(folder, manifest)
@@ -151,11 +161,11 @@ def _check_index(folder: Path, manifest: Manifest, verdict: Verdict) -> bool:
         expected = np.searchsorted(bounds, np.arange(start, start + len(part)), side="right")
         problems = (
             ("bad-label", part["label"] >= manifest.num_classes, "has a label beyond the last identity"),
-            ("stale-index", part["shard"] != expected, "is said to lie in another shard than dataset.json counts"),
+            ("stale-index", part["shard"] != expected, "lies in another shard than dataset.json says"),
             (
                 "stale-index",
                 part["offset"] + part["length"] > sizes[np.minimum(part["shard"], len(sizes) - 1)],
-                "ends behind its shard",
+                "ends beyond its shard",
             ),
         )
         for kind, wrong, what in problems:
@@ -189,7 +199,7 @@ def _look_around(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
 
 
 def check_shard(task: tuple[int, int], *, folder: Path, manifest: Manifest, use_index: bool) -> list[Fault]:
-    """Every byte of one shard: (number, id of its first sample)."""
+    """Checks every byte of one shard. `task` is its number and the id of its first sample."""
     number, first = task
     shard = manifest.shards[number]
     path = folder / shard.name

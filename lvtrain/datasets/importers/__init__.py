@@ -1,1 +1,1 @@
-"""One file, one kind of source that can be packed; see `lvtrain/datasets/importer.py` for what each of them says of itself."""
+"""Importers: each file holds one kind of source that can be packed. `lvtrain/datasets/importer.py` has the base class."""

@@ -1,4 +1,4 @@
-"""Images in folders, one folder an identity."""
+"""Images in folders, one folder for each identity."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from lvtrain.datasets.importer import IMPORTERS, Importer, Options
 
 
 class FolderOptions(Options):
+    """Options of `--kind folder` and `--kind webface`."""
+
     level: int | None = Field(
         None,
         ge=1,
@@ -21,7 +23,7 @@ class FolderOptions(Options):
 
 @IMPORTERS.register("folder")
 class Folder(Importer):
-    """SRC/identity/**/image: every folder below SRC is an identity, also an empty one."""
+    """SRC/identity/**/image. Every folder in SRC is an identity, even an empty one."""
 
     options_class = FolderOptions
     lists_folders = True

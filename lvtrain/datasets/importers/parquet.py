@@ -18,12 +18,14 @@ from lvtrain.datasets.labels import Label, LabelReader
 from lvtrain.errors import UserError
 from lvtrain.files.checked import check_length, reading
 
-_KEPT = 24  # decoded row groups of a process; a shard is made of whole groups, so each is read once
-_KEPT_BYTES = 1 << 30  # of them together, beyond the one in use
+_KEPT = 24  # row groups that a process caches; a shard consists of whole groups, so each is read once
+_KEPT_BYTES = 1 << 30  # of the cache, besides the group in use
 _GROUP_BYTES = 1 << 32  # of the images of one row group
 
 
 class ParquetOptions(Options):
+    """Options of `--kind parquet`."""
+
     image_column: str = Field("image", description="column with encoded images, or structs with `bytes`")
     label_column: str = Field("label", description="column with numbers, names or a ClassLabel")
     encoding: str = Field("utf-8", description="of labels that are bytes")
@@ -31,7 +33,7 @@ class ParquetOptions(Options):
 
 @IMPORTERS.register("parquet")
 class Parquet(Importer):
-    """SRC/*.parquet. Files whose ClassLabel numbers mean different names are joined by name."""
+    """SRC/*.parquet. If the files number their ClassLabel names differently, identities are joined by name."""
 
     options_class = ParquetOptions
 
@@ -64,7 +66,7 @@ class Parquet(Importer):
             self._scan_file(file, classes[file], by_name, reader, out)
 
     def _class_names(self, file: Path) -> dict[int, str]:
-        """Names of a ClassLabel feature, which `datasets` keeps in the schema's metadata; empty without one."""
+        """Names of the ClassLabel, which `datasets` stores in the schema's metadata; empty if there is none."""
         with reading(file, "a Parquet file"):
             schema = self._parquet.read_schema(file)
         for option, column in (
@@ -83,7 +85,7 @@ class Parquet(Importer):
             return {}
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{file}: the ClassLabel names hold {twice!r} twice; give each class a name of its own")
+            raise UserError(f"{file}: the ClassLabel names hold {twice!r} twice; give each class another name")
         return dict(enumerate(names))
 
     def _scan_file(
@@ -116,7 +118,7 @@ class Parquet(Importer):
         return data
 
     def read_groups(self, catalogue: Catalogue) -> np.ndarray:
-        """Row groups are read whole, so they are what is shuffled (and then the rows inside a shard)."""
+        """Row groups: they are read whole. So the groups are shuffled, and then the rows inside each shard."""
         return np.asarray(catalogue.rows["container"])
 
     def _group(self, container: str) -> Any:
@@ -144,7 +146,7 @@ class Parquet(Importer):
 
 
 def _named(label: Label, names: dict[int, str], by_name: bool, where: str) -> Label:
-    """The identity of a label, by its class name where the files number the classes differently."""
+    """The identity of a label; its class name if the files number the classes differently."""
     if names and isinstance(label, int) and label not in names:
         raise UserError(
             f"{where} has the label {label}, but the ClassLabel has only {len(names)} names; write the file again"

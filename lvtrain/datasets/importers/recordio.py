@@ -1,4 +1,4 @@
-"""insightface's train.rec, with or without train.idx, or any flat .rec."""
+"""RecordIO: insightface's train.rec, with or without train.idx, or any .rec that holds only images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lvtrain.errors import UserError
 
 @IMPORTERS.register("recordio")
 class RecordIO(Importer):
-    """SRC is the .rec file or its folder. The header, the .idx and `property` are compared with what the .rec holds."""
+    """SRC is the .rec file or its folder. The header, the .idx and `property` are compared with the content."""
 
     def __init__(self, path: Path, options: Any) -> None:
         if path.is_dir():

@@ -1,6 +1,7 @@
-"""WebDataset tars: key.jpg (or png, webp, ...) with key.cls, or key.json that holds label, cls or class. Also datasets of lvtrain.
+"""WebDataset tars: key.jpg (or png, webp, ...) with key.cls, or with key.json that holds label, cls or class.
 
-The rule of grouping: members of a sample lie side by side. A sample ends where its key ends, or where a suffix comes again.
+It also reads datasets of lvtrain. The members of a sample follow each other. A sample ends where the key changes, or where
+a suffix occurs again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ _PREFERRED = ("jpg", "jpeg", "png", "webp")
 
 
 class WebDatasetOptions(Options):
+    """Options of `--kind webdataset`."""
+
     encoding: str = Field("utf-8", description="of .cls files that are text, such as gbk")
     labels: Form = Field(
         "auto", description=".cls files are text, binary (little-endian integers of 1, 2, 4 or 8 bytes), or auto"
@@ -38,7 +41,7 @@ class WebDatasetOptions(Options):
 
 @dataclass
 class _Sample:
-    """Members of one key by suffix: name, offset and length of their bytes."""
+    """The members of a sample by suffix: name, offset and length of their bytes."""
 
     key: str
     members: dict[str, tuple[str, int, int]] = field(default_factory=dict)
@@ -75,7 +78,7 @@ class WebDataset(Importer):
                 images = out.count + out.ledger.unlabelled.count - images_before
                 out.announced(*stated, images)
                 out.ledger.unannounced += out.found - before - images  # masks, hidden files
-        for who, count in announced.values():  # shards that a manifest names and that are gone
+        for who, count in announced.values():  # shards that a manifest lists but that do not exist
             out.announced(who, count, 0)
 
     def _own_manifest(self) -> Manifest | None:
@@ -85,20 +88,23 @@ class WebDataset(Importer):
         return read_manifest(self.path)
 
     def _add(self, run: list[_Sample], file: Path, raw: Any, reader: LabelReader, out: CatalogueWriter) -> None:
-        """The samples of one key that lie side by side; several are taken only if each is complete, or a label could go to another's image."""
+        """Adds consecutive samples of one key.
+
+        Several are added only if each is complete. Otherwise a label could go to the image of another sample.
+        """
         relative = self.tars.relative(file)
         found = [(sample, self._image(sample), self._label(sample, file, raw, reader)) for sample in run]
         incomplete = len(run) > 1 and any(image is None or label is None for _, image, label in found)
         for sample, image, label in found:
             name = f"{relative}: {sample.key}"
             if image is None:
-                out.left_out("sample without an image that is told apart by its suffix", name)
+                out.left_out("sample without an image that its suffix identifies", name)
                 continue
             for suffix, (member, _, _) in sample.members.items():
                 if suffix == image or suffix == "cls" or (suffix == "json" and "cls" not in sample.members):
                     continue
                 if is_image_name("x." + suffix):
-                    out.left_out(f"image .{suffix} beside .{image} of a sample", f"{relative}: {member}")
+                    out.left_out(f"second image .{suffix} of a sample with .{image}", f"{relative}: {member}")
                 else:
                     out.ignored(f"member .{suffix} of a sample", f"{relative}: {member}")
             member, offset, size = sample.members[image]
@@ -108,7 +114,7 @@ class WebDataset(Importer):
                 out.add(label, member, container=relative, offset=offset, length=size)
 
     def _image(self, sample: _Sample) -> str | None:
-        """The suffix of the sample's image: the one asked for, a plain one (jpg), or the only one."""
+        """The suffix of the sample's image: the one in the options, a plain one (jpg), or the only one."""
         if self.options.image is not None:
             return self.options.image if self.options.image in sample.members else None
         images = [suffix for suffix in sample.members if is_image_name("x." + suffix)]
@@ -118,7 +124,7 @@ class WebDataset(Importer):
         return images[0] if len(images) == 1 else None
 
     def _label(self, sample: _Sample, file: Path, raw: Any, reader: LabelReader) -> Label | None:
-        """From .cls; from .json only where there is no .cls."""
+        """The label from .cls, or from .json if there is no .cls."""
         for suffix, read in (("cls", reader.of_bytes), ("json", reader.of_json)):
             if suffix in sample.members:
                 name, offset, size = sample.members[suffix]
@@ -135,7 +141,7 @@ class WebDataset(Importer):
 
 
 def _runs(tar: tarfile.TarFile, relative: str, out: CatalogueWriter) -> Iterator[list[_Sample]]:
-    """Samples of one key that lie side by side: one, or several where a suffix comes again."""
+    """Groups of consecutive samples of one key: one sample, or several if a suffix occurs again."""
     run: list[_Sample] = []
     files: dict[str, tarfile.TarInfo] = {}
     for member in tar:
@@ -164,7 +170,7 @@ def _runs(tar: tarfile.TarFile, relative: str, out: CatalogueWriter) -> Iterator
 
 
 def _check_end(tar: tarfile.TarFile, raw: Any, file: Path, out: CatalogueWriter) -> None:
-    """tarfile ends without a word at a damaged header and at a block of zeros; what lies behind would be lost.
+    """Checks what follows the last member. tarfile silently ends at a damaged header and at a block of zeros.
 
     Raises:
         UserError: a damaged header.
@@ -179,21 +185,20 @@ def _check_end(tar: tarfile.TarFile, raw: Any, file: Path, out: CatalogueWriter)
     while block := raw.read(1 << 20):
         if block.strip(b"\0"):
             out.ledger.mismatches.add(
-                f"{file} has data behind its end-of-archive mark at byte {end}; were two tars joined? they are not read"
+                f"{file} has data after its end-of-archive mark at byte {end}, which is not read; were two tars joined?"
             )
             return
 
 
 def _announcements(path: Path, ours: Manifest | None) -> dict[str, tuple[str, int]]:
-    """What manifests beside the tars say, by the tar's name relative to the source: (who says it, images)."""
+    """What manifests in the folder announce: tar (relative to the source) -> (the manifest, number of images)."""
     if not path.is_dir():
         return {}
     found = {}
     if ours is not None:
         found = {shard.name: (f"{path / 'dataset.json'} ({shard.name})", shard.samples) for shard in ours.shards}
-    for file in (
-        sorted(path.glob("*.json")) if ours is None else ()
-    ):  # webdataset's own index: {"shardlist": [{"url", "nsamples"}]}
+    # webdataset's index: {"shardlist": [{"url", "nsamples"}]}
+    for file in sorted(path.glob("*.json")) if ours is None else ():
         if file.is_file() and file.stat().st_size <= MAX_JSON:
             try:
                 listed = json.loads(file.read_bytes())["shardlist"]
@@ -205,7 +210,7 @@ def _announcements(path: Path, ours: Manifest | None) -> dict[str, tuple[str, in
 
 
 def _img2dataset(file: Path) -> tuple[str, int] | None:
-    """What img2dataset's 00000_stats.json beside 00000.tar counts as written."""
+    """The number of images that img2dataset's 00000_stats.json gives for 00000.tar; None without one."""
     stats = file.with_name(f"{file.stem}_stats.json")
     if not stats.is_file() or stats.stat().st_size > MAX_JSON:
         return None

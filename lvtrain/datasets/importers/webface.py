@@ -1,4 +1,4 @@
-"""WebFace4M, 12M, 42M and 260M as extracted: SRC/0_0_0000000/0_0.jpg."""
+"""WebFace4M, 12M, 42M and 260M after extraction: SRC/0_0_0000000/0_0.jpg."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WebFace's zips, read in place: entries named .../0_0_0000000/0_0.jpg, stored or deflated."""
+"""WebFace's zips, read without extraction: entries named .../0_0_0000000/0_0.jpg, stored or deflated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lvtrain.files.checked import inflate, reading
 
 @IMPORTERS.register("webface-zip")
 class WebFaceZip(Importer):
-    """SRC/*.zip."""
+    """SRC/*.zip of WebFace."""
 
     def __init__(self, path: Path, options: Any) -> None:
         super().__init__(path, options)
@@ -61,6 +61,8 @@ class WebFaceZip(Importer):
         magic, _, _, method, name, extra = struct.unpack("<4sHHH16xHH", self.zips.read_at(file, offset, 30))
         where = f"{self.zips.absolute(file)}: the entry at byte {offset}"
         if magic != b"PK\3\4":
-            raise UserError(f"{where} is gone; the zip changed since it was listed: start again in an empty OUT")
+            raise UserError(
+                f"{where} does not exist any more; the zip changed since it was listed: start again in an empty OUT"
+            )
         data = self.zips.read_at(file, offset + 30 + name + extra, length)
         return data if method == zipfile.ZIP_STORED else inflate(data, MAX_BYTES, where)

@@ -1,4 +1,4 @@
-"""Packs any source into a dataset folder: lists it, looks at every image, decides, writes. It can be killed and started again."""
+"""Packs any source into a dataset folder: list it, inspect every image, decide, write. A killed pack can be continued."""
 
 from lvtrain.datasets.packing.pack import PackOptions, pack
 from lvtrain.datasets.packing.policies import POLICIES, Policies

@@ -1,7 +1,7 @@
-"""One image of a source: what is wrong with it, and the JPEG that goes into the shard.
+"""One image of a source: its problems, and the JPEG that goes into the shard.
 
-A JPEG that needs no change is copied byte for byte. Everything else (PNG, WebP, a fix, an alignment) is encoded once, without chroma
-subsampling, at the quality asked for.
+A JPEG that needs no change is copied byte for byte. Everything else (PNG, WebP, a fix, an alignment) is encoded once, at
+the quality in the options, without chroma subsampling.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ UNREADABLE = (ImageError, OSError, zlib.error, UserError)
 
 @dataclass(frozen=True)
 class Target:
-    """What an image in a shard must look like: `size` pixels square (None: as it is), JPEG `quality` where one is encoded."""
+    """What images in the shards are: `size` pixels a side (None = any), and the JPEG `quality` where one is encoded."""
 
     size: int | None
     quality: int
@@ -35,7 +35,10 @@ class Target:
 def inspect(
     data: bytes, target: Target, detector: align.Detector | None
 ) -> tuple[int, int, int, int, np.ndarray | None]:
-    """(hash of the bytes, width, height, flags, alignment matrix [2, 3]); bad bytes are a flag, never an exception."""
+    """Inspects an encoded image: hash of its bytes, width, height, flags, alignment matrix [2, 3].
+
+    Bytes that cannot be decoded give a flag, not an exception.
+    """
     digest = int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
     try:
         picture = open_image(data, upright=detector is not None)
@@ -64,8 +67,8 @@ def inspect(
 
 
 def jpeg(data: bytes, target: Target, *, resize: bool, widen: bool, matrix: np.ndarray | None) -> bytes:
-    """The JPEG of an image that cannot be passed through: aligned by `matrix`, or resized, or three-channelled, or only converted."""
-    picture = open_image(data)  # the encoded picture carries no EXIF
+    """The JPEG of an image that cannot be copied: aligned by `matrix`, resized, made RGB (`widen`), or only converted."""
+    picture = open_image(data)  # the encoded image has no EXIF
     if matrix is not None:
         picture = Image.fromarray(
             align.warp(np.asarray(picture.convert("RGB")), matrix, target.size or align.TEMPLATE_SIZE)

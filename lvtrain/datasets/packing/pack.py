@@ -1,7 +1,8 @@
 """Packs any source into a dataset folder: list, inspect, decide, write.
 
-Every stage leaves files in `OUT/.pack`. So a pack that was killed goes on when it is started again with the same options. A shard gets its final
-name when it is complete. `dataset.json` is written last and makes the folder a dataset. The result does not depend on the number of workers.
+Every stage leaves files in `OUT/.pack`. So a killed pack continues when it is started again with the same options. A shard
+gets its final name when it is complete. `dataset.json` is written last and makes the folder a dataset. The result does not
+depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lvtrain.datasets import contact_sheet
 from lvtrain.datasets.catalogue import LABEL_ORDERS, Catalogue, CatalogueWriter
 from lvtrain.datasets.importer import IMPORTERS, check_options, open_importer
 from lvtrain.datasets.packing import images, work
-from lvtrain.datasets.packing.policies import Policies, Troubles
+from lvtrain.datasets.packing.policies import Issues, Policies
 from lvtrain.datasets.packing.reconcile import reconcile
 from lvtrain.datasets.parallel import ordered_map
 from lvtrain.errors import UserError
@@ -34,21 +35,31 @@ from lvtrain.files.patience import patiently
 
 Progress = Callable[[str, int, int], None]
 REPORT = "pack_report.json"
-FINISHED = ".pack_finished"  # the scratch folder of a pack that is done, to be removed
+FINISHED = ".pack_finished"  # the scratch folder of a finished pack, until it is removed
 SHEET = "contact_sheet.png"
 _LARGEST_KEPT = 1 << 26  # labels; each costs a line of labels.txt and a class centre
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What decides the bytes of the result.
+    """The options that decide the bytes of the result.
 
     Attributes:
-        size: pixels of a side every image must have; None takes all sizes.
-        quality: of a JPEG that has to be encoded (PNG and WebP, fixes, alignment); other JPEGs are passed through.
-        shuffle: write the samples in an order drawn from `seed`, so that shards are not sorted by identity.
-        label_order: how identity names are numbered: natural (id2 before id10, as CVLface) or lexicographic (as torchvision's ImageFolder).
+        kind: of the source.
+        seed: of the order.
+        shuffle: write the samples in random order, so that shards are not sorted by identity.
+        samples_per_shard: images in one tar.
+        size: pixels a side that every image must have; None = any.
+        quality: of a JPEG that must be encoded (PNG, WebP, fixes, alignment). Other JPEGs are copied.
+        label_order: how identity names are numbered: `natural` (id2 before id10, as CVLface) or `lexicographic` (as
+            torchvision's ImageFolder).
+        align: detect faces and align them.
+        licence: of the images, for the manifest.
+        policies: what is done about each kind of problem.
         options: of the kind of source, by name; see the classes of `lvtrain/datasets/importers/`.
+
+    Raises:
+        UserError: an unknown name, or a value out of range.
     """
 
     kind: str
@@ -78,11 +89,18 @@ class PackOptions:
 def pack(
     source: str | Path, out: str | Path, options: PackOptions, *, workers: int = 1, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Packs `source` into the dataset folder `out` and returns what `pack_report.json` says.
+    """Packs a source into a dataset folder. Returns the content of `pack_report.json`.
+
+    Args:
+        source: file or folder.
+        out: folder of the dataset; new, or of a pack that was killed.
+        options: see `PackOptions`.
+        workers: processes.
+        progress: called with (stage, done, total).
 
     Raises:
-        UserError: nothing to pack, a trouble whose policy is `fail`, an `out` that is finished, was begun with other options, is being packed by
-            another process or cannot be written.
+        UserError: there is nothing to pack, or a problem whose policy is `fail`; or `out` is finished, was begun with other
+            options, is in use by another pack, or cannot be written.
     """
     source, out = Path(source), Path(out)
     new = not (out / ".pack").exists()
@@ -92,18 +110,15 @@ def pack(
             try:
                 return _pack(source, out, scratch, options, workers, progress or (lambda stage, done, total: None))
             except UserError:
-                if new and not any(
-                    out.glob(work.shard_name(0))
-                ):  # refused before anything was written: the corrected command begins anew
+                # refused before anything was written: the corrected command starts from scratch
+                if new and not any(out.glob(work.shard_name(0))):
                     shutil.rmtree(scratch)
                     if not any(out.iterdir()):
                         out.rmdir()
                 raise
     except OSError as error:
         reason = f"{error.filename or out}: {error.strerror or error}"
-        raise UserError(
-            f"{reason}; fix that and start again with the same options, which goes on where it was"
-        ) from error
+        raise UserError(f"{reason}; fix that and start again with the same options: the pack continues") from error
 
 
 def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers: int, tell: Progress) -> dict[str, Any]:
@@ -113,7 +128,7 @@ def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers:
     )  # fmt: skip
     opened = open_importer(options.kind, source, options.options)
     if options.align:
-        align.Detector()  # refused here, before the listing, where it is not installed
+        align.Detector()  # raises an error now, before the listing, if it is not installed
     if not (scratch / "rows.bin").exists():
         tell("listing", 0, 0)
         writer = CatalogueWriter(scratch)
@@ -130,14 +145,14 @@ def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers:
     report = _report(job, catalogue, inspection, plan, manifest, encoded, options)
     report["contact_sheet"] = _sheet(out, manifest)
     atomic.write_json(out / REPORT, report, indent=1)
-    # renamed first: a scratch folder that was removed in part would be gone on from
+    # renamed first: otherwise a later start would continue from a half-removed scratch folder
     finished = patiently(scratch.rename, out / FINISHED)
     shutil.rmtree(finished, ignore_errors=True)
     return report
 
 
 def _begin(source: Path, out: Path, options: PackOptions) -> Path:
-    """The scratch folder, new or of the pack that is continued."""
+    """The scratch folder, new or of the pack to continue."""
     shutil.rmtree(out / FINISHED, ignore_errors=True)
     if (out / "dataset.json").exists() and not (out / ".pack").exists():
         raise UserError(f"{out} is a finished dataset; choose another folder, or remove it")
@@ -164,7 +179,7 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
 
 @contextlib.contextmanager
 def _alone(scratch: Path) -> Iterator[None]:
-    """Two packs in one folder would write over each other. The lock goes with the process, however that ends."""
+    """Locks the folder: two packs in it would overwrite each other. The lock ends with the process."""
     with open(scratch / "lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,7 +193,7 @@ def _alone(scratch: Path) -> Iterator[None]:
 
 
 def _inspect(job: work.Job, count: int, workers: int, tell: Progress) -> None:
-    """Every image is read and decoded once before anything is written, because labels and duplicates need the whole."""
+    """Reads and decodes every image before anything is written: labels and duplicates need all of them."""
     final = job.work / work.INSPECTION_FILE
     if final.exists():
         return
@@ -203,19 +218,27 @@ def _inspect(job: work.Job, count: int, workers: int, tell: Progress) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """`order` int64 [kept]: catalogue rows in writing order; `bounds`: where shards begin and end in it; `labels` uint32 by catalogue identity."""
+    """What is written.
+
+    Attributes:
+        order: int64 [kept], catalogue rows in the order of writing.
+        bounds: where shards begin and end in `order`.
+        labels: uint32, by catalogue identity.
+        label_map: names by label.
+        issues: what was found.
+    """
 
     order: np.ndarray
     bounds: np.ndarray
     labels: np.ndarray
     label_map: list[str]
-    troubles: Troubles
+    issues: Issues
 
 
 def _decide(catalogue: Catalogue, inspection: np.ndarray, groups: np.ndarray | None, options: PackOptions) -> _Plan:
-    troubles = Troubles(options.policies)
+    issues = Issues(options.policies)
     for kind, tally in (("mismatch", catalogue.ledger.mismatches), ("unlabelled", catalogue.ledger.unlabelled)):
-        troubles.add(kind, tally.count, tally.names)
+        issues.add(kind, tally.count, tally.names)
     flags = np.asarray(inspection["flags"])
     keep = np.ones(len(flags), dtype=bool)
     for kind, flag in (
@@ -225,32 +248,32 @@ def _decide(catalogue: Catalogue, inspection: np.ndarray, groups: np.ndarray | N
         ("grey", images.GREY),
     ):
         found = np.flatnonzero((flags & flag > 0) & keep)
-        _note(troubles, kind, found, catalogue, inspection)
-        if troubles.policy(kind) == "skip":
+        _note(issues, kind, found, catalogue, inspection)
+        if issues.policy(kind) == "skip":
             keep[found] = False
     candidates = np.flatnonzero(keep & (flags & images.UNDECODABLE == 0))
     first_of = np.unique(inspection["hash"][candidates], return_index=True)[1]
     repeated = np.delete(candidates, first_of)
-    _note(troubles, "duplicate", repeated, catalogue, inspection)
-    if troubles.policy("duplicate") == "skip":
+    _note(issues, "duplicate", repeated, catalogue, inspection)
+    if issues.policy("duplicate") == "skip":
         keep[repeated] = False
-    labels, label_map = _labels(catalogue, keep, troubles)
+    labels, label_map = _labels(catalogue, keep, issues)
     kept = np.flatnonzero(keep)
     if not len(kept):
         raise UserError("every image would be skipped; check the policies and the source")
     order, bounds = _order(kept, groups, options)
-    return _Plan(order, bounds, labels, label_map, troubles)
+    return _Plan(order, bounds, labels, label_map, issues)
 
 
-def _note(troubles: Troubles, kind: str, rows: np.ndarray, catalogue: Catalogue, inspection: np.ndarray) -> None:
+def _note(issues: Issues, kind: str, rows: np.ndarray, catalogue: Catalogue, inspection: np.ndarray) -> None:
     def name(row: int) -> str:
         size = f" ({inspection[row]['width']}x{inspection[row]['height']})" if kind == "wrong_size" else ""
         return _line(catalogue.name(row)) + size
 
-    troubles.add(kind, len(rows), [name(row) for row in rows[: Troubles.LISTED].tolist()])
+    issues.add(kind, len(rows), [name(row) for row in rows[: Issues.LISTED].tolist()])
 
 
-def _labels(catalogue: Catalogue, keep: np.ndarray, troubles: Troubles) -> tuple[np.ndarray, list[str]]:
+def _labels(catalogue: Catalogue, keep: np.ndarray, issues: Issues) -> tuple[np.ndarray, list[str]]:
     """Final label of each catalogue identity, and the names by final label."""
     identities = catalogue.identities
     images_left = np.bincount(catalogue.rows["identity"][keep], minlength=len(identities))
@@ -261,26 +284,30 @@ def _labels(catalogue: Catalogue, keep: np.ndarray, troubles: Troubles) -> tuple
         if gaps:
             present = set(numbers.tolist())
             examples = (str(n) for n in range(int(numbers.max())) if n not in present)
-            troubles.add("label_gap", gaps, [next(examples) for _ in range(min(gaps, 100))])
-    numbers_stay = catalogue.numeric and troubles.policy("label_gap") == "keep"
-    if numbers_stay:  # the source's own numbers: an identity without images cannot be dropped from the middle
+            issues.add("label_gap", gaps, [next(examples) for _ in range(min(gaps, 100))])
+    numbers_stay = catalogue.numeric and issues.policy("label_gap") == "keep"
+    if numbers_stay:  # the source's numbers stay, so an identity without images cannot be dropped
         if int(numbers.max()) >= _LARGEST_KEPT:
             raise UserError(
                 f"--label-gap keep would make {int(numbers.max()) + 1:,} classes for {len(numbers):,} identities; choose fix"
             )
-        troubles.overrule("empty_identity", "keep")
+        issues.overrule("empty_identity", "keep")
     empty = np.flatnonzero(images_left == 0)
-    troubles.add("empty_identity", len(empty), [names[i] for i in empty[: Troubles.LISTED].tolist()])
+    issues.add("empty_identity", len(empty), [names[i] for i in empty[: Issues.LISTED].tolist()])
     if numbers_stay:
         label_map = [catalogue.class_names.get(n, str(n)) for n in range(int(numbers.max()) + 1)]
         return numbers.astype(np.uint32), _distinct([_line(name) for name in label_map])
-    stays = images_left > 0 if troubles.policy("empty_identity") == "skip" else np.ones(len(identities), dtype=bool)
+    stays = images_left > 0 if issues.policy("empty_identity") == "skip" else np.ones(len(identities), dtype=bool)
     labels = (np.cumsum(stays) - 1).clip(0).astype(np.uint32)
     return labels, _distinct([name for name, stay in zip(names, stays) if stay])
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Raises UserError where two identities would have one name in labels.txt: choices by name could not tell them apart."""
+    """The names, if they differ.
+
+    Raises:
+        UserError: two identities would have one name in labels.txt, so a choice by name would be ambiguous.
+    """
     if len(set(names)) < len(names):
         twice, count = Counter(names).most_common(1)[0]
         raise UserError(f"{count} identities would be written as {twice!r}; rename them in the source")
@@ -288,12 +315,15 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _line(name: str) -> str:
-    """A file's or identity's name as text of one line, also where it is not UTF-8."""
+    """A name as one line of text, even if it is not UTF-8."""
     return name.replace("\n", " ").encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _order(kept: np.ndarray, groups: np.ndarray | None, options: PackOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in writing order and the shards' bounds. Sources that are read in runs have their runs shuffled, then the rows within a shard."""
+    """Rows in the order of writing, and the bounds of the shards.
+
+    If the source is read in groups, the groups are shuffled first, and then the rows inside each shard.
+    """
     size = options.samples_per_shard
     if groups is None or not options.shuffle:
         bounds = np.append(np.arange(0, len(kept), size), len(kept))
@@ -357,7 +387,7 @@ def _commit(job: work.Job, plan: _Plan, options: PackOptions) -> tuple[Manifest,
 
 
 def _sizes(job: work.Job, plan: _Plan, options: PackOptions) -> tuple[int, int] | None:
-    """(height, width) when all written images agree, else None."""
+    """(height, width) if all written images have the same, else None."""
     if options.size is not None and (options.align or options.policies.wrong_size != "keep"):
         return options.size, options.size
     inspection = np.memmap(job.work / work.INSPECTION_FILE, dtype=job.inspection_dtype, mode="r")
@@ -376,7 +406,7 @@ def _report(
     encoded: int,
     options: PackOptions,
 ) -> dict[str, Any]:
-    troubles = plan.troubles.report()
+    issues = plan.issues.report()
     return {
         "source": str(job.source),
         "options": asdict(options),
@@ -389,10 +419,10 @@ def _report(
         "shards": len(manifest.shards),
         "bytes": sum(shard.size for shard in manifest.shards),
         "fingerprint": manifest.fingerprint,
-        "reconciliation": reconcile(catalogue.ledger, len(catalogue.rows), manifest.samples, troubles),
+        "reconciliation": reconcile(catalogue.ledger, len(catalogue.rows), manifest.samples, issues),
         "left_out": {reason: asdict(tally) for reason, tally in catalogue.ledger.left_out.items()},
         "ignored": {reason: asdict(tally) for reason, tally in catalogue.ledger.ignored.items()},
-        "troubles": troubles,
+        "troubles": issues,
     }
 
 

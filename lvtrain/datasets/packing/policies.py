@@ -1,4 +1,4 @@
-"""What is done about each kind of trouble: keep the image (or identity), skip it, fix it, or fail."""
+"""What is done about each kind of problem: keep the image (or identity), skip it, fix it, or fail."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ POLICIES = {
         ("keep", "skip", "fix", "fail"),
     ),
     "undecodable": (
-        "an image that cannot be decoded; kept, it keeps its place and training ignores it",
+        "an image that cannot be decoded; if kept, training ignores it",
         ("keep", "skip", "fail"),
     ),
     "grey": ("an image without colour; fix writes three equal channels", ("keep", "skip", "fix", "fail")),
     "empty_identity": (
-        "an identity without an image; kept, it is a class without samples",
+        "an identity without an image; if kept, it is a class without samples",
         ("keep", "skip", "fail"),
     ),
     "duplicate": ("the same bytes as an earlier image; skip keeps the first", ("keep", "skip", "fail")),
@@ -28,7 +28,7 @@ POLICIES = {
     ),
     "unlabelled": ("an image without a label (missing, empty, null, NaN, -1)", ("fail", "skip")),
     "mismatch": (
-        "a source that does not hold what its header, index or manifest announces; keep packs what is there",
+        "a source whose content differs from its header, index or manifest; keep packs what exists",
         ("fail", "keep"),
     ),
     "no_face": ("with --align: a photograph in which no face was found", ("skip", "fail")),
@@ -37,6 +37,12 @@ POLICIES = {
 
 @dataclass(frozen=True)
 class Policies:
+    """The policy for each kind of problem; see `POLICIES`.
+
+    Raises:
+        UserError: a policy that does not exist.
+    """
+
     wrong_size: str = "fix"
     undecodable: str = "skip"
     grey: str = "keep"
@@ -54,8 +60,8 @@ class Policies:
                 raise UserError(f"--{kind.replace('_', '-')} {policy} is unknown; choose one of {', '.join(allowed)}")
 
 
-class Troubles:
-    """Counts and lists what was found, for `pack_report.json`; the count is exact, the list ends at `LISTED` names."""
+class Issues:
+    """Counts and lists the problems for `pack_report.json`. Counts are exact, lists end at `LISTED` names."""
 
     LISTED = 10_000
 
@@ -68,12 +74,16 @@ class Troubles:
         return str(self._policies[kind])
 
     def overrule(self, kind: str, policy: str) -> None:
-        """Another kind's policy leaves no choice but `policy`; what fails, fails."""
+        """Sets a policy that follows from that of another kind. `fail` remains."""
         if self.policy(kind) != "fail":
             self._policies[kind] = policy
 
     def add(self, kind: str, count: int, names: list[str]) -> None:
-        """Raises UserError when the policy of this kind is `fail`."""
+        """Counts problems of a kind.
+
+        Raises:
+            UserError: the policy of this kind is `fail`.
+        """
         if not count:
             return
         if self.policy(kind) == "fail":

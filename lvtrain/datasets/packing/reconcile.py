@@ -1,4 +1,4 @@
-"""The sum at the end of a pack: announced + unannounced = packed + skipped + refused. It must add up, or something was lost."""
+"""The sum at the end of a pack: announced + unannounced = packed + skipped + refused. It shows that nothing was lost."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ _SKIPPED = ("wrong_size", "grey", "duplicate", "no_face")  # sound images that a
 
 
 def reconcile(ledger: Ledger, listed: int, packed: int, troubles: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The sum with its parts and as a `line`.
+    """The sum, with its parts and as a line of text.
 
     Args:
+        ledger: of the catalogue.
         listed: images of the catalogue.
         packed: images written.
         troubles: of the report, by kind, with policy and count.
 
     Returns:
-        `announced`: what the source says it holds (its header, index or manifest), or what was found in it where it says nothing.
-        `unannounced`: images found beyond that. `skipped` and `refused`: counts by reason; what is refused cannot be taken, what is
-        skipped was left out by a rule or policy.
+        A dict:
+
+        - `announced`: images according to the source's header, index or manifest; without one, what was found.
+        - `unannounced`: images found beyond that.
+        - `packed`: images written.
+        - `skipped`: counts by reason; left out by a rule or a policy.
+        - `refused`: counts by reason; could not be packed.
+        - `line`: the sum as text.
 
     Raises:
-        RuntimeError: the sum does not add up, which is a fault of lvtrain.
+        RuntimeError: the sum is wrong, which is a bug of lvtrain.
     """
     skipped = {reason: tally.count for reason, tally in ledger.left_out.items()}
     skipped |= {kind: troubles[kind]["count"] for kind in _SKIPPED if troubles[kind]["policy"] == "skip"}

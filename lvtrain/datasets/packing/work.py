@@ -1,4 +1,4 @@
-"""What a worker process of a pack does: inspect a chunk of images, or write one shard. Each leaves a file when it is done."""
+"""The work of a pack's worker process: inspect a chunk of images, or write one shard. Each result is a file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _open: _Open | None = None
 
 
 def start(job: Job, inspecting: bool) -> None:
-    """Initializer of a worker."""
+    """Prepares a worker process."""
     global _open
     import cv2
 
@@ -92,7 +92,7 @@ def inspect_chunk(task: tuple[Path, int, int]) -> int:
 
 
 def write_shard(task: tuple[int, int, int]) -> int:
-    """Positions [start, stop) of the final order into shard `number`; returns how many images were encoded anew."""
+    """Writes a shard. `task` is its number and its range of the final order. Returns how many images were encoded."""
     number, first, stop = task
     state = _state()
     job = state.job
@@ -101,7 +101,7 @@ def write_shard(task: tuple[int, int, int]) -> int:
     inspection = np.memmap(job.work / INSPECTION_FILE, dtype=job.inspection_dtype, mode="r")
     finished: dict[int, bytes] = {}
     encoded = 0
-    for row in np.sort(order).tolist():  # in the source's order: sequential reads, and each row group once
+    for row in np.sort(order).tolist():  # in the source's order: reads are sequential, and each row group is read once
         finished[row], again = _image(state, row, inspection[row])
         encoded += again
     with ShardWriter(job.out, shard_name(number)) as shard:
@@ -118,24 +118,26 @@ def write_shard(task: tuple[int, int, int]) -> int:
 
 
 def save(path: Path, array: np.ndarray) -> None:
-    """`numpy.save`, whole or not at all."""
+    """Like `numpy.save`, but a crash leaves no partial file."""
     with open(path.with_name(path.name + ".tmp"), "wb") as file:
         np.save(file, array)
         commit(file, path)
 
 
 def shard_name(number: int) -> str:
+    """Name of a shard in the dataset folder."""
     return f"shards/{number:06d}.tar"
 
 
 def part_path(work: Path, number: int) -> Path:
+    """Scratch file with the index entries of a written shard."""
     return work / f"part-{number:06d}.npz"
 
 
 def _image(state: _Open, row: int, record: np.void) -> tuple[bytes, bool]:
-    """The bytes for the shard, and whether they were encoded anew."""
+    """The bytes for the shard, and whether they were encoded here."""
     flags, job = int(record["flags"]), state.job
-    if flags & images.UNDECODABLE:  # kept on request: it keeps its place, and training ignores it
+    if flags & images.UNDECODABLE:  # kept because of the policy; training ignores it
         try:
             return state.source.read(state.catalogue, row), False
         except images.UNREADABLE:
@@ -150,11 +152,11 @@ def _image(state: _Open, row: int, record: np.void) -> tuple[bytes, bool]:
         return images.jpeg(data, job.target, resize=resize, widen=widen, matrix=matrix), True
     except images.UNREADABLE as error:
         raise UserError(
-            f"{state.catalogue.name(row)} was readable before and is not now ({error}); check the disk, then start again"
+            f"{state.catalogue.name(row)} could be read before, but not now ({error}); check the disk, then start again"
         ) from None
 
 
 def _safe(name: str) -> str:
-    """The source's name as part of a WebDataset key: no dot, no slash, at most 70 of its last characters."""
+    """The source's name as part of a WebDataset key: without dot and slash, at most its last 70 characters."""
     stem = os.path.splitext(name)[0]
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in stem)[-70:]

@@ -1,6 +1,7 @@
-"""Generated identities on disk: a dataset to train on, one of identities that are not trained on, and verification pairs of these.
+"""Generated identities on disk: a training dataset, a held-out dataset of other identities, and verification pairs of these.
 
-An image depends on (seed, identity, image) only, and so does the order in the shards. The number of processes changes only the time.
+An image depends on (seed, identity, image) only, and so does the order in the shards. The number of processes changes only
+the time.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _CHUNK = 64
 
 
 @dataclass(frozen=True)
-class FacesWritten:
-    """What `write_faces` left: manifests of both dataset folders, and the encoded images of each held-out identity."""
+class GeneratedFaces:
+    """What `write_faces` wrote: manifests of both dataset folders, and the encoded images of each held-out identity."""
 
     train: Manifest
     heldout: Manifest
@@ -37,7 +38,7 @@ class FacesWritten:
 
 
 def encode_face(seed: int, identity: int, image: int, difficulty: Difficulty) -> bytes:
-    """The picture as JPEG, quality 95, 4:4:4 as cv2 writes it by default at this quality."""
+    """A generated face as JPEG: quality 95, 4:4:4, which is cv2's default at this quality."""
     ok, data = cv2.imencode(
         ".jpg", render_face(seed, identity, image, difficulty)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
     )
@@ -68,12 +69,17 @@ def write_faces(
     difficulty: str = "normal",
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
-) -> FacesWritten:
-    """Writes `folder/train` (identities 0 .. identities-1) and `folder/heldout` (the next `heldout` people, never seen in training).
+) -> GeneratedFaces:
+    """Writes `folder/train` (identities 0 .. identities-1) and `folder/heldout` (the next `heldout` identities).
 
     Args:
+        folder: holds both datasets.
+        identities: for training.
         images: of each identity.
+        heldout: identities that are not in the training set.
+        seed: of every draw.
         difficulty: a name in `DIFFICULTIES`.
+        workers: processes.
         progress: called with (images done, images in all).
 
     Raises:
@@ -91,7 +97,7 @@ def write_faces(
     manifests = []
     done = 0
     for name, first, count in (("train", 0, identities), ("heldout", identities, heldout)):
-        # shuffled, so that a reader which only goes straight through the shards still sees mixed identities
+        # shuffled, so that identities are mixed even for a reader that goes through the shards in order
         order = np.argsort(randomness.bits(seed, f"synthetic/order/{name}", np.arange(count * images)), kind="stable")
         tasks = [(first + int(sample) // images, int(sample) % images) for sample in order]
         encoded = _encoded(tasks, seed, DIFFICULTIES[difficulty], workers)
@@ -124,14 +130,14 @@ def write_faces(
         )
     if progress:
         progress(done, total)
-    return FacesWritten(manifests[0], manifests[1], kept)
+    return GeneratedFaces(manifests[0], manifests[1], kept)
 
 
 def heldout_pairs(identities: int, images: int, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Verification pairs in insightface's arrangement: 10 consecutive folds, each half genuine (first) and half impostor.
+    """Verification pairs as insightface arranges them: 10 consecutive folds, each half genuine (first) and half impostor.
 
     Returns:
-        (pairs, 2, 2) int64 of (identity, image), no pair twice; (pairs,) bool, True where both pictures show one person.
+        int64 [pairs, 2, 2] of (identity, image), no pair twice; bool [pairs], True where both images show one identity.
 
     Raises:
         UserError: `pairs` is not a multiple of 20, or more than the images allow.

@@ -1,7 +1,7 @@
-"""What a generated identity looks like, and how its images differ: named numbers, each from (seed, identity[, image]).
+"""What a generated identity looks like, and how its images differ: named numbers, each a function of (seed, identity[, image]).
 
-Every number is uniform in [0, 1) unless its helper says otherwise; the renderer gives it its meaning. The order of the names is part of the
-format: a name appended at the end changes no other number, a name inserted changes every face.
+Every number is uniform in [0, 1) unless its helper says otherwise. The renderer gives it its meaning. The order of the
+names is part of the format: a name that is appended changes no other number, a name that is inserted changes every face.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ IMAGE_NAMES = (
 
 @dataclass(frozen=True)
 class Difficulty:
-    """`spread` of the identities' numbers around the average face (1 = all of [0, 1)), `nuisance` of pose, lens and occlusion, `light` of lamps."""
+    """How difficult the verification problem is.
+
+    Attributes:
+        spread: of the identities' numbers around the average face; 1 = all of [0, 1).
+        nuisance: strength of pose, lens and occlusion.
+        light: strength of the light's variation.
+    """
 
     spread: float
     nuisance: float
@@ -49,7 +55,7 @@ DIFFICULTIES = {
 
 
 def identity_numbers(seed: int, identity: int, difficulty: Difficulty) -> dict[str, float]:
-    """The numbers of one person, float in [0, 1)."""
+    """The numbers of one identity, float in [0, 1)."""
     draws = randomness.uniform(seed, "synthetic/identity", identity, np.arange(len(IDENTITY_NAMES)))
     draws = 0.5 + difficulty.spread * (draws - 0.5)
     return dict(zip(IDENTITY_NAMES, draws.tolist()))

@@ -1,7 +1,8 @@
-"""Draws one generated face: features are polygons on an ellipsoid head that turns, under a lamp, in front of something, through a poor lens.
+"""Draws a generated face: polygons on an ellipsoid head that turns, under a lamp, before a background, through a poor lens.
 
-Units: one is half the width of an average head, x to the right, y down, z towards the camera, origin between eyes and mouth. The eyes of an
-average frontal face fall near (38, 52) and (74, 52) of 112 x 112 pixels, as in the five-point template real datasets are aligned to.
+The unit is half the width of an average head. x points right, y down, z towards the camera; the origin lies between eyes
+and mouth. The eyes of an average frontal face are near (38, 52) and (74, 52) of 112 x 112 pixels, as in the five-point
+template that real datasets are aligned to.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from lvtrain.datasets.synthetic.faces import Difficulty, identity_numbers, image_numbers, noise_bytes
 
 SIZE = 112
-_PIXELS = 38.5  # pixels a unit
+_PIXELS = 38.5  # pixels per unit
 _CENTRE = (56.0, 57.0)
 _SHIFT = 4  # sub-pixel bits of cv2's polygons
 _ANGLES = np.linspace(0, 2 * np.pi, 28, endpoint=False)
@@ -30,7 +31,7 @@ _HAIR = np.array(
 _IRIS = np.array(
     [(58, 36, 20), (110, 72, 34), (96, 112, 50), (60, 130, 96), (70, 120, 170), (130, 150, 165)], dtype=float
 )
-# a uniform byte's standard normal deviate: a table look-up, because noise is half of all numbers drawn
+# standard normal deviate of each byte: a look-up, because noise is half of all numbers drawn
 _NORMAL = np.array([NormalDist().inv_cdf((byte + 0.5) / 256) for byte in range(256)], dtype=np.float32)
 
 
@@ -39,7 +40,7 @@ def _span(number: float, low: float, high: float) -> float:
 
 
 def _bell(number: float, width: float) -> float:
-    """A uniform number made bell-shaped in (-width, width): small values often, large ones sometimes."""
+    """Turns a uniform number into a bell-shaped one in (-width, width)."""
     t = 2 * number - 1
     return width * t * (0.35 + 0.65 * abs(t))
 
@@ -105,7 +106,7 @@ def _line(canvas: np.ndarray, points: np.ndarray, colour: np.ndarray, thickness:
 
 
 def render_face(seed: int, identity: int, image: int, difficulty: Difficulty) -> np.ndarray:
-    """One picture of one person: uint8 RGB [112, 112, 3], a pure function of the arguments."""
+    """One image of one identity: uint8 RGB [112, 112, 3], a pure function of the arguments."""
     who, how = identity_numbers(seed, identity, difficulty), image_numbers(seed, identity, image)
     k = difficulty.nuisance
     head = _Head(
@@ -368,7 +369,7 @@ def _hair_front(canvas: np.ndarray, head: _Head, who: dict[str, float], hair: np
 
 
 def _glasses(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[str, float]) -> None:
-    """Some identities wear glasses in most images; others wear them now and then."""
+    """Draws glasses. Some identities wear them in most images, others sometimes."""
     wears = who["glasses"] > 0.75
     if (how["glasses worn"] > 0.85) == wears:
         return
@@ -384,7 +385,7 @@ def _glasses(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[s
 
 
 def _occlusion(canvas: np.ndarray, head: _Head, how: dict[str, float], nuisance: float) -> None:
-    """In a quarter of the images: a hand or object, dark glasses, a mask over mouth and nose, or a cap."""
+    """Covers part of the face in a quarter of the images: hand, object, dark glasses, mask or cap."""
     if how["occlusion"] > 0.25 * nuisance:
         return
     colour = _hue(how["occlusion colour"], how["occlusion shade"], 0.6)
@@ -435,7 +436,7 @@ def _camera(
     exposure = 1 + _bell(how["exposure"], 0.45 * light)
     warmth, tint = _bell(how["warmth"], 0.24 * light), _bell(how["tint"], 0.10 * light)
     gain = (exposure * np.array([1 + warmth, 1 + tint, 1 - warmth])).astype(np.float32)
-    # one plane a channel: numpy is slow where the innermost axis is three long
+    # one plane per channel: numpy is slow where the innermost axis has length three
     picture = canvas.transpose(2, 0, 1).astype(np.float32, order="C")
     picture *= shade
     picture *= gain[:, None, None]
