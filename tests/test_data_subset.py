@@ -132,7 +132,7 @@ def test_stale_missing_and_cut_subsets_are_refused(whole, tmp_path):
 
 def test_a_verification_set_of_the_same_name_is_not_written_over(whole, tmp_path):
     (tmp_path / "heldout.bin").write_bytes(b"pairs")
-    with pytest.raises(UserError, match=r"heldout\.bin beside it is not a subset's"):
+    with pytest.raises(UserError, match=r"heldout\.bin"):
         write_subset(tmp_path / "heldout.json", whole, np.arange(5))
     assert [path.name for path in tmp_path.iterdir()] == ["heldout.bin"] and (
         tmp_path / "heldout.bin"

@@ -93,10 +93,10 @@ def test_the_plain_suffix_wins_and_the_rest_is_counted(tmp_path: Path) -> None:
     assert people(tmp_path / "out") == {"ann": 4, "ben": 1}  # a hard link is the image it stands for
     assert report["reconciliation"]["skipped"] == {
         "hidden file of a tar": 4,
-        "second image .mask.png of a sample with .jpg": 4,
+        "image .mask.png of a sample with .jpg": 4,
         "sample without an image that its suffix identifies": 2,
     }
-    assert report["left_out"]["second image .mask.png of a sample with .jpg"]["names"][0] == "0.tar: x0.mask.png"
+    assert report["left_out"]["image .mask.png of a sample with .jpg"]["names"][0] == "0.tar: x0.mask.png"
     assert report["ignored"]["member .json of a sample"]["count"] == 4
     masks = packed("webdataset", tmp_path / "src", tmp_path / "masks", image="mask.png")
     assert masks["images_written"] == 4

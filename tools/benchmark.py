@@ -1,4 +1,4 @@
-"""Benchmarks, each printing JSON. The same commands run on a CPU and on a GPU.
+"""Runs a benchmark and prints JSON. The same commands run on a CPU and on a GPU.
 
 \b
 python tools/benchmark.py backbone --name vit_l --batch 384
@@ -6,9 +6,9 @@ python tools/benchmark.py step --name vit_s --batch 384 --classes 360232
 python tools/benchmark.py allpairs --images 200000
 python tools/benchmark.py all
 
-A subject is a module of `tools/benchmarks` with a function `run(...) -> dict`
-whose arguments become the options, and `SMALL`, with which `all` takes seconds.
-"""
+A subject is a module of `tools/benchmarks`. The arguments of its function
+`run(...) -> dict` are the options. `SMALL` makes `all` take seconds.
+"""  # noqa: D301 (click's mark of a paragraph that is not wrapped)
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 
 
 def signatures() -> dict[str, Callable[..., None]]:
-    """By subject: a function with the arguments and the docstring of its `run`, and an empty body.
+    """For each subject, a function with the arguments and the docstring of its `run`, and an empty body.
 
     They are taken from the source text, because the modules import torch and `--help` must answer at once. A default
     may be a literal or a constant of its module.
@@ -78,7 +78,7 @@ def _command(name: str, signature: Callable[..., None]) -> Callable[..., None]:
 
 @app.command("all")
 def run_all() -> None:
-    """Every subject at a size that takes seconds, as one JSON object."""
+    """Runs every subject at a size that takes seconds, and prints one JSON object."""
     modules = {name: _module(name) for name in signatures()}
     found = {name: module.run(**module.SMALL) for name, module in modules.items() if hasattr(module, "SMALL")}
     typer.echo(json.dumps(found, indent=1))

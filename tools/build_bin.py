@@ -1,4 +1,4 @@
-"""Writes a verification set (`.bin`) from a list of pairs and the images it names."""
+"""Writes a verification set (`.bin`) from a list of pairs and the images in it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from lvtrain.errors import UserError, one_line_errors
 
 
 def main(
-    pairs: Annotated[Path, typer.Argument(help="text file, a line a pair: IMAGE IMAGE 1|0 (tab or space between)")],
-    images: Annotated[Path, typer.Argument(help="folder the images' paths start from")],
-    out: Annotated[Path, typer.Argument(help=".bin file to write; a sidecar .bin.json is written beside it")],
+    pairs: Annotated[
+        Path, typer.Argument(help="text file, one pair per line: IMAGE IMAGE 1|0, separated by tabs or spaces")
+    ],
+    images: Annotated[Path, typer.Argument(help="folder that the images' paths are relative to")],
+    out: Annotated[Path, typer.Argument(help=".bin file to write; .bin.json is written next to it")],
     image_size: Annotated[
-        int, typer.Option(help="images of another size are resized and encoded again; 0 keeps every file as it is")
+        int, typer.Option(help="images of another size are resized and encoded again; 0 keeps every file")
     ] = 112,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of images that are encoded again")] = 95,
     balance_folds: Annotated[
         bool,
         typer.Option(
-            help="reorder the pairs into ten folds with equally many positive ones (the order is kept within each kind)"
+            help="reorder the pairs into ten folds with equally many positive ones; the order within each kind stays"
         ),
     ] = False,
     alignment: Annotated[
         str,
-        typer.Option(help="how the faces were aligned, for the sidecar; figures of sets aligned differently differ"),
+        typer.Option(help="how the faces were aligned, for .bin.json; accuracies depend on it"),
     ] = "unknown",
 ) -> None:
-    """Ten consecutive folds are part of such a set: keep the list's order, or ask for --balance-folds."""
+    """Writes a verification set. It has ten consecutive folds: keep the list's order, or give --balance-folds."""
     from lvtrain.evaluation.bins import balanced_order, check_folds, write_bin
 
     with one_line_errors("build_bin", out):
@@ -41,12 +43,12 @@ def main(
             order = balanced_order(issame)
             names, issame = [names[i] for i in order], issame[order]
         check_folds(issame, out)
-        # one image often stands in many pairs: read it once
+        # an image is often in many pairs: read it once
         encoded = {
             name: encode(images / name, image_size, quality) for name in dict.fromkeys(chain.from_iterable(names))
         }
         write_bin(out, [encoded[name] for pair in names for name in pair], issame, about={"alignment": alignment})
-    print(f"{out}: {len(issame)} pairs, {int(issame.sum())} of one person, {len(encoded)} images")
+    print(f"{out}: {len(issame)} pairs, {int(issame.sum())} of one identity, {len(encoded)} images")
 
 
 def read_pairs(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
@@ -57,7 +59,7 @@ def read_pairs(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
     try:
         lines = path.read_text().splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"list of pairs {path} is no text") from error
+        raise UserError(f"list of pairs {path} is not a text file") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -70,7 +72,7 @@ def read_pairs(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
 
 
 def encode(path: Path, image_size: int, quality: int) -> bytes:
-    """The file's own bytes where it is an image of the right size, or a new JPEG of it."""
+    """The file's bytes if the image has the right size, else a new JPEG of it."""
     from PIL import Image
 
     from lvtrain.evaluation.extract import decode

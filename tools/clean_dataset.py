@@ -1,7 +1,8 @@
-"""Find wrong labels, identities that are one person, repeated images and identities of test sets; write a subset without them.
+"""Finds wrong labels, identities under two labels, repeated images and identities of test sets. Writes a subset without them.
 
-The model is a matrix of embeddings (.npy, one row a sample id), or a run, weights or .onnx that `lvtrain.load_model` opens. No image is copied
-or deleted: OUT.json is a subset for `data.path`, OUT.report.json the findings, OUT.png examples of each.
+The model is a matrix of embeddings (.npy, one row per sample id), or a run, weights or .onnx that `lvtrain.weights.load_model`
+opens. No image is copied or deleted. OUT.json is a subset for `data.path`, OUT.report.json lists what was found, and
+OUT.png shows examples.
 """
 
 from __future__ import annotations
@@ -36,23 +37,26 @@ def main(
     outlier: Annotated[
         float | None,
         typer.Option(
-            help="cosine to its own identity below which an image is an outlier; default: from the data, and only if it is closer to another identity"
+            help="an image with a lower cosine to its identity is an outlier; default: from the data, and only if it is closer to another identity"
         ),
     ] = None,
     same_person: Annotated[
         float | None,
-        typer.Option(help="cosine of centres from which two identities are one person; default: from the data"),
+        typer.Option(help="two identities whose centres have a higher cosine are one; default: from the data"),
     ] = None,
     overlap: Annotated[
         float | None,
-        typer.Option(help="cosine from which an image of a test set shows a training identity; default: from the data"),
+        typer.Option(
+            help="an image of a test set with a higher cosine shows a training identity; default: from the data"
+        ),
     ] = None,
     merges: Annotated[
-        str, typer.Option(help="what to do with one person under several labels: merge, drop or keep")
+        str, typer.Option(help="what to do with an identity under several labels: merge, drop or keep")
     ] = "merge",
     min_images: Annotated[int, typer.Option(help="identities with fewer images left are dropped")] = 1,
     batch: int = 128,
 ) -> None:
+    """Finds faults of DATASET by embeddings and writes OUT.json, a subset without them."""
     with one_line_errors("clean_dataset", out):
         report = _clean(
             dataset, out, embeddings, evaluation or [], evaluation_embeddings or [],
@@ -118,7 +122,7 @@ def _clean(
         without = clean.choose(
             replace(findings, overlaps=[]), labels, data.num_classes, same_person=merges, min_images=min_images
         )
-        raise UserError(f"{out}: nothing would be left. {_blame(findings, len(without[0]), min_images)} See {path}")
+        raise UserError(f"{out}: no image would be left. {_blame(findings, len(without[0]), min_images)} See {path}")
     criteria = {
         "cleaned_with": model.name,
         "limits": findings.limits,
@@ -135,7 +139,7 @@ def _blame(findings: clean.Findings, left_without_overlap: int, min_images: int)
     if left_without_overlap:
         return (
             f"{findings.counts()['overlapping_identities']} identities overlap with an evaluation set at a cosine of "
-            f"{findings.limits['overlap']:.2f}: it holds the same people, or the model cannot tell them apart. Raise --overlap, "
+            f"{findings.limits['overlap']:.2f}: it holds the same identities, or the model cannot separate them. Raise --overlap, "
             "or leave --evaluation out."
         )
     return (
@@ -171,7 +175,7 @@ class _Samples:
 
 
 def _model(path: Path, batch: int) -> Callable[[Any], np.ndarray]:
-    """Embeds encoded images with whatever `load_model` opens, on the GPU if there is one."""
+    """A function that embeds encoded images with a model, on the GPU if there is one."""
     import torch
 
     from lvtrain.distributed.world import alone
@@ -193,7 +197,7 @@ def _draw(
     sets: dict[str, Callable[[int], bytes]],
     path: Path,
 ) -> None:
-    """One row a finding: the image in question first, then three of its own identity and three of the other."""
+    """Draws one row for each finding: the image in question, three of its identity, and three of the other one."""
 
     def some(label: int, without: int = -1) -> list[bytes]:
         return [read(int(sample)) for sample in np.flatnonzero(labels == label)[:4] if sample != without][:3]

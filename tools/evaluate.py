@@ -1,4 +1,7 @@
-"""Evaluates a model on the field's benchmarks: a table, a JSON file and plots. On several GPUs: start it with torchrun or accelerate launch."""
+"""Evaluates a model on benchmarks: prints a table, writes a JSON file and plots.
+
+On several GPUs, start it with torchrun or accelerate launch.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def main(
             "-b",
             "--benchmark",
             metavar="NAME:PATH",
-            help="what is evaluated; the protocol follows from the path. NAME:PROTOCOL:PATH names it: verification (.bin file), "
+            help="a benchmark; its path decides the protocol. NAME:PROTOCOL:PATH chooses it: verification (.bin file), "
             "ijb (folder with meta/), all_pairs, clustering, calibration (labelled set; the last also a .bin file), "
             "megaface (PROBES,DISTRACTORS). Repeat it for more benchmarks",
         ),
@@ -38,16 +41,16 @@ def main(
         typer.Option(
             "-o",
             "--out",
-            help="folder for evaluation.json and plots; by default RUN/evaluated for a run, RUN/evaluated_CHECKPOINT for a checkpoint, "
-            "else evaluation/ here",
+            help="folder for evaluation.json and plots; default: RUN/evaluated for a run, RUN/evaluated_CHECKPOINT for a checkpoint, "
+            "otherwise evaluation/",
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="images per forward call")] = 128,
-    average: Annotated[bool, typer.Option(help="take a run's moving average of the weights (ema)")] = False,
+    average: Annotated[bool, typer.Option(help="use the moving average of a run's weights (ema)")] = False,
     cpu: Annotated[bool, typer.Option(help="do not use a GPU")] = False,
     debug: Annotated[bool, typer.Option(help="show tracebacks")] = False,
 ) -> None:
-    """Evaluates MODEL on every benchmark that is named."""
+    """Evaluates MODEL on every benchmark that is given."""
     folder = out or _folder(Path(model))
     with one_line_errors("evaluate", folder, debug=debug):
         # imported here, because they import torch: --help answers at once
@@ -60,13 +63,13 @@ def main(
         options = _options(option or [])
         tasks = [suite.parse(text, options) for text in benchmark or []]
         if not tasks:
-            raise UserError("nothing to do; name at least one --benchmark NAME:PATH")
+            raise UserError("no benchmark; give at least one --benchmark NAME:PATH")
         state = PartialState(cpu=cpu)
         console = Console(quiet=not state.is_main_process)
         name, forward, image_size, weights = _model(model, state.device, average)
         world = World(state.process_index, state.num_processes, state.local_process_index, state.device)
         setting = suite.Setting(world, state.device, batch, image_size)
-        refused: dict[str, str] = {}  # what one benchmark lacks costs none of the others
+        refused: dict[str, str] = {}  # a benchmark that fails does not stop the others
         results = suite.evaluate(
             forward, tasks, setting, say=lambda text: console.print(f"[dim]{text}"), refused=refused
         )
@@ -94,7 +97,7 @@ def _options(words: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _folder(model: Path) -> Path:
-    """A run's own figures lie in the run, where its report finds them, beside `evaluation/`, which is the trainer's."""
+    """The default folder. For a run it lies in the run, where its report finds it; `evaluation/` is the trainer's."""
     from lvtrain.export.model_card import run_of
 
     run = run_of(model)
@@ -104,7 +107,7 @@ def _folder(model: Path) -> Path:
 
 
 def _model(path, device, average):
-    """Name, forward on normalised images, image size, and which weights these are."""
+    """Name of the model, its forward for normalised images, image size, and which weights they are."""
     from lvtrain.evaluation import raw_pixels
 
     if path == "raw_pixels":
@@ -145,7 +148,7 @@ def _write(name, results, tasks, out: Path, image_size: int) -> None:
 
 
 def _calibration(model: Path, weights: str, results, console) -> None:
-    """Thresholds go where the model card is written from."""
+    """Writes the calibrated thresholds where the model card reads them."""
     from lvtrain.export.model_card import keep_calibration
 
     found = {name: result for name, result in results.items() if result["kind"] == "calibration"}

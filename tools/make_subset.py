@@ -1,4 +1,4 @@
-"""Writes a subset of a dataset as a manifest (no image is copied); use it as data.path.
+"""Writes a subset of a dataset as a manifest, for data.path. No image is copied.
 
 python tools/make_subset.py DATASET OUT.json --fraction 0.1 --shots 4 --seed 1
 """
@@ -19,14 +19,14 @@ def main(
     dataset: Annotated[Path, typer.Argument(help="dataset folder, or a subset to choose from")],
     out: Annotated[Path, typer.Argument(help="manifest to write, NAME.json")],
     fraction: Annotated[float, typer.Option(help="share of the identities")] = 1.0,
-    shots: Annotated[int | None, typer.Option(help="at most so many images an identity")] = None,
+    shots: Annotated[int | None, typer.Option(help="images per identity, at most")] = None,
     min_images: Annotated[int, typer.Option(help="leave out identities with fewer")] = 1,
-    identities: Annotated[Path | None, typer.Option(help="file of identity names to keep, one a line")] = None,
+    identities: Annotated[Path | None, typer.Option(help="file of identity names to keep, one per line")] = None,
     without_identities: Annotated[Path | None, typer.Option(help="file of identity names to leave out")] = None,
     without_samples: Annotated[Path | None, typer.Option(help="file of sample ids to leave out")] = None,
     seed: Annotated[int, typer.Option(help="with the same seed, a smaller subset is part of a larger one")] = 0,
 ) -> None:
-    """Writes a subset of a dataset as a manifest (no image is copied); use it as data.path."""
+    """Writes a subset of a dataset as a manifest, for data.path. No image is copied."""
     with one_line_errors("make_subset", out):
         whole = ShardDataset(dataset)
         ids = choose(
@@ -66,14 +66,14 @@ def _lines(path: Path | None) -> list[str] | None:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; correct the path of the list") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; write names of labels.txt, one a line") from None
+        raise UserError(f"{path} is not UTF-8 text; write names of labels.txt, one per line") from None
 
 
 def _numbers(path: Path | None) -> list[int]:
     try:
         return [int(line) for line in _lines(path) or ()]
     except ValueError as error:
-        raise UserError(f"{path} must hold one sample id a line ({error})") from None
+        raise UserError(f"{path} must hold one sample id per line ({error})") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Pack a face dataset: SRC (image folders, WebFace, RecordIO, Parquet, tars) to WebDataset shards with an index in OUT.
+"""Packs a face dataset SRC (image folders, WebFace, RecordIO, Parquet, tars) into WebDataset shards with an index in OUT.
 
-A pack that was killed goes on when it is started again with the same options. JPEGs are copied byte for byte.
+To continue a pack that was killed, give the same command again. JPEGs are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(
         bool, typer.Option(help="write in random order, so that shards are not sorted by identity")
     ] = True,
     samples_per_shard: int = 8192,
-    size: Annotated[int, typer.Option(help="pixels a side; 0 accepts every size")] = 112,
+    size: Annotated[int, typer.Option(help="pixels per side; 0 accepts every size")] = 112,
     quality: Annotated[
         int, typer.Option(help="JPEG quality where an image must be encoded: PNG, WebP, fixes, alignment")
     ] = 95,
@@ -71,7 +71,7 @@ def main(
     unlabelled: Annotated[str, _policy("unlabelled")] = "fail",
     mismatch: Annotated[str, _policy("mismatch")] = "fail",
 ) -> None:
-    """Packs SRC into WebDataset shards with an index in OUT. A pack that was killed goes on when it is started again."""
+    """Packs SRC into WebDataset shards with an index in OUT. The same command continues a pack that was killed."""
     with one_line_errors("pack_dataset", out):
         options = PackOptions(
             kind=kind, seed=seed, shuffle=shuffle, samples_per_shard=samples_per_shard, size=size or None, quality=quality,
@@ -97,7 +97,7 @@ def main(
 def _summary(report: dict[str, Any], out: Path) -> None:
     typer.echo(
         f"{out}: {report['identities']} identities, {report['images_written']} images in {report['shards']} shard(s), {report['bytes'] / 1e6:.1f} MB; "
-        f"{report['images_untouched']} passed through, {report['images_encoded']} encoded, {report['images_skipped']} skipped"
+        f"{report['images_untouched']} copied, {report['images_encoded']} encoded, {report['images_skipped']} skipped"
     )
     for name, trouble in report["troubles"].items():
         if trouble["count"]:

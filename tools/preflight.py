@@ -1,12 +1,15 @@
-"""Can these ranks train together? Run it as the training would be started, before a long run.
+"""Can these ranks train together? Start it as you would start the training, before a long run.
 
     torchrun --nproc_per_node 8 tools/preflight.py --shared runs --data /data/glint360k         # on every node, with --nnodes, --rdzv-endpoint …
     deepspeed --hostfile hosts tools/preflight.py …          srun python tools/preflight.py …
 
-Meets, compares what the ranks run on, looks whether they share the run folder's file system and see the same data, and measures the collectives a
-step is made of. --timeout begins when python does. torchrun waits for its nodes before that, ten minutes, and starts no rank until they are there:
-`torchrun --rdzv-conf timeout=120,join_timeout=120 …` makes it two. Exit status 0: nothing found; 2: something that would stop or spoil a run, one
-line each.
+The ranks meet and compare their software. They check that they share the run folder's file system and see the same data,
+and measure the collectives of a training step.
+
+--timeout begins when python starts. Before that, torchrun waits ten minutes for its nodes and starts no rank until they
+are there; `torchrun --rdzv-conf timeout=120,join_timeout=120 …` makes it two.
+
+Exit code 0: no problem. 2: something that would stop or spoil a run; one line each.
 """
 
 from __future__ import annotations
@@ -16,9 +19,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault(
-    "TORCH_CPP_LOG_LEVEL", "FATAL"
-)  # read by torch's import: its own words on ranks that do not meet are forty lines
+# read when torch is imported: torch prints forty lines when ranks do not meet
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 from lvtrain.errors import EXIT_ERROR, one_line_errors
 
@@ -45,14 +47,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--timeout", type=float, default=120, help="seconds that started ranks wait for each other (default: 120)"
     )
-    parser.add_argument("--json", type=Path, help="write what was found to this file, too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args()
 
 
 def main() -> int:
     options = parse()
-    from lvtrain.training.preflight import preflight  # imports torch: not before --help has answered
+    from lvtrain.training.preflight import preflight  # here, because it imports torch: --help answers at once
 
     with one_line_errors("preflight", options.shared):
         problems = preflight(

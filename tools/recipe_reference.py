@@ -1,7 +1,7 @@
 """Writes the page of all recipe keys, lvtrain/recipe/REFERENCE.md, from the recipe's fields.
 
 python tools/recipe_reference.py            write it
-python tools/recipe_reference.py --check    exit with 1 where it is not up to date
+python tools/recipe_reference.py --check    exit with 1 if it is out of date
 """
 
 from __future__ import annotations

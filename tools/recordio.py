@@ -1,4 +1,4 @@
-"""RecordIO for other trainers: write a dataset as train.rec, or choose records of a train.rec for DALI."""
+"""RecordIO for other trainers: writes a dataset as train.rec, or chooses records of a train.rec for DALI."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ app = typer.Typer(help=__doc__, add_completion=False)
 @app.command()
 def write(
     dataset: Annotated[Path, typer.Argument(help="dataset folder or subset manifest")],
-    out: Annotated[Path, typer.Argument(help="OUT.rec; OUT.idx and property are written beside it")],
+    out: Annotated[Path, typer.Argument(help="OUT.rec; OUT.idx and property are written next to it")],
 ) -> None:
-    """Write a dataset or subset as train.rec, train.idx and property."""
+    """Writes a dataset or subset as train.rec, train.idx and property."""
     with one_line_errors("recordio", out):
         opened = ShardDataset(dataset)
         with Progress() as bar:
@@ -33,13 +33,13 @@ def write(
 def filter_(
     rec: Annotated[Path, typer.Argument(help="existing .rec; it is not changed")],
     out: Annotated[Path, typer.Argument(help="OUT.idx")],
-    identities: Annotated[Path | None, typer.Option(help="file of labels to keep, one a line")] = None,
-    without_keys: Annotated[Path | None, typer.Option(help="file of record keys to leave out, one a line")] = None,
+    identities: Annotated[Path | None, typer.Option(help="file of labels to keep, one per line")] = None,
+    without_keys: Annotated[Path | None, typer.Option(help="file of record keys to leave out, one per line")] = None,
     min_images: Annotated[int, typer.Option(help="leave out identities with fewer")] = 1,
-    shots: Annotated[int | None, typer.Option(help="at most so many images an identity")] = None,
+    shots: Annotated[int | None, typer.Option(help="images per identity, at most")] = None,
     seed: int = 0,
 ) -> None:
-    """Write an .idx of some image records beside an untouched .rec."""
+    """Writes an .idx of some image records of a .rec, which does not change."""
     with one_line_errors("recordio", out):
         images, found = filter_index(
             rec,
@@ -61,7 +61,7 @@ def _numbers(path: Path | None) -> list[int] | None:
     try:
         return [int(line) for line in path.read_text().split()]
     except ValueError as error:
-        raise UserError(f"{path} must hold one whole number a line ({error})") from None
+        raise UserError(f"{path} must hold one whole number per line ({error})") from None
 
 
 if __name__ == "__main__":

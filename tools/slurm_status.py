@@ -1,4 +1,4 @@
-"""Where a Slurm chain stands: python tools/slurm_status.py runs/NAME [--json]"""
+"""Prints the status of a Slurm chain: `python tools/slurm_status.py runs/NAME [--json]`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lvtrain.launch.status import chain_status
 COLOURS = {"done": "green", "skipped": "green", "running": "cyan", "queued": "yellow", "stopped": "red", "lost": "red"}
 
 
-def main(run: Path, as_json: bool = typer.Option(False, "--json", help="for programs")) -> None:
-    """One line a phase, then why the chain stopped, if it did, and what to do about it."""
+def main(run: Path, as_json: bool = typer.Option(False, "--json", help="print JSON")) -> None:
+    """Prints one line for each phase, why the chain stopped (if it did), and what to do."""
     with one_line_errors("slurm_status", run):
         status = chain_status(run, Slurm())
     if as_json:

@@ -4,9 +4,9 @@
     python tools/study.py tools/studies/learning_rate.yaml --recipe MY_RECIPE.yaml --settings 1e-4,3e-4 data.path=/data/mine
     python tools/study.py tools/studies/fewshot.yaml study.subsets.shots=[1,4] --ranks 8
 
-A study is a YAML file (tools/studies/README.md lists its keys). Each cell of the grid is an ordinary run below --out. A finished
-cell is not run again, an interrupted one goes on, and a failed one is named and does not stop the others. --submit hands the
-grid to Slurm as one array job; --table only prints what is there.
+A study is a YAML file (tools/studies/README.md lists its keys). Each cell of the grid is a normal run in --out. A finished
+cell is not run again, an interrupted one is resumed, and a failed one is reported and does not stop the others. --submit
+gives the grid to Slurm as one array job. --table only prints what is finished.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from tools.studies.grid import ROOT, Grid
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="YAML file, see tools/studies/")
-    parser.add_argument("--recipe", type=Path, help="instead of the study's")
+    parser.add_argument("--recipe", type=Path, help="replaces the study's")
     parser.add_argument(
         "--seeds",
         type=lambda text: [int(seed) for seed in text.split(",")],
         metavar="N,N,...",
-        help="instead of the study's",
+        help="replaces the study's",
     )
     parser.add_argument("--settings", type=lambda text: text.split(","), metavar="NAME,NAME,...", help="only these")
     parser.add_argument("--ranks", type=int, default=1, help="of each run")
     parser.add_argument("--ds_config", type=Path, default=ROOT / "ds_configs" / "zero1.json")
-    parser.add_argument("--out", type=Path, help="runs/NAME of the study by default")
+    parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/NAME of the study")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")
-    parser.add_argument("--submit", action="store_true", help="as a Slurm array job, one cell a task")
+    parser.add_argument("--submit", action="store_true", help="run it as a Slurm array job, one task per cell")
     parser.add_argument("--dry-run", action="store_true", help="with --submit: print the job, submit nothing")
     parser.add_argument("--array", type=int, metavar="N", help="run only cell N (a task of the array does this)")
     parser.add_argument(
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             (grid.out / "study.json").write_text(json.dumps(rows, indent=1) + "\n")
             table.show(rows)
         if failures or not rows:
-            raise UserError("; ".join(failures) or f"nothing is finished under {grid.out}")
+            raise UserError("; ".join(failures) or f"no cell is finished in {grid.out}; run the study without --table")
     except UserError as error:
         print(f"study: error: {error}", file=sys.stderr)
         return EXIT_ERROR

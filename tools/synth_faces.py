@@ -1,4 +1,7 @@
-"""Generate faces: OUT/train (shards to train on), OUT/heldout (identities not trained on) and OUT/heldout.bin (their verification pairs)."""
+"""Generates faces.
+
+OUT/train has shards to train on, OUT/heldout other identities, and OUT/heldout.bin verification pairs of these.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,13 @@ def main(
     out: Annotated[Path, typer.Argument(help="folder to write")],
     identities: Annotated[int, typer.Option(help="identities to train on")] = 500,
     images: Annotated[int, typer.Option(help="images of each identity")] = 16,
-    heldout: Annotated[int, typer.Option(help="identities not trained on")] = 60,
+    heldout: Annotated[int, typer.Option(help="identities that are not trained on")] = 60,
     pairs: Annotated[int, typer.Option(help="verification pairs, a multiple of 20")] = 3000,
     seed: int = 0,
     difficulty: Annotated[str, typer.Option(help="normal or hard")] = "normal",
     workers: Annotated[int, typer.Option(min=1, help="processes; the bytes do not depend on it")] = 2,
 ) -> None:
+    """Generates faces: a training dataset, a held-out dataset, and verification pairs."""
     # imported here, so that --help answers at once
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

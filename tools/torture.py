@@ -1,11 +1,16 @@
-"""Ill-treats a small quick-start run in every way we know and counts what it cost: python tools/torture.py [--kills 50] [--only kill,flip]
+"""Damages a small quick-start run in every known way and counts what was lost: `python tools/torture.py [--kills 50] [--only kill,flip]`.
 
-(a) `kill`: kill -9 at random instants, also inside saves, until done; (b) `elastic`: a chain of world sizes; (c) `flip`: a byte of the newest
-checkpoint; (d) `disk`: the disk fills up (a small tmpfs; needs root); (e) `nan`: outputs that are not finite; (f) `freeze`: a rank stands still;
-(g) `syscalls`: system calls that fail, tear or kill in a save, a resume, a pack and an evaluation (`tools/faults`, results/syscalls.md).
-Each ends with a finished run whose checkpoint is compared, tensor by tensor and byte by byte, with that of a run left in peace.
+(a) `kill`: kill -9 at random instants, also during saves, until the run is done.
+(b) `elastic`: resumes on other numbers of ranks.
+(c) `flip`: a byte of the newest checkpoint changes.
+(d) `disk`: the disk becomes full (a small tmpfs; needs root).
+(e) `nan`: outputs that are not finite.
+(f) `freeze`: a rank stands still.
+(g) `syscalls`: system calls fail, tear or kill in a save, a resume, a pack and an evaluation (`tools/faults`,
+    results/syscalls.md).
 
-Results go to tools/results/torture.json and torture.md. The run, on 2 gloo ranks, is tools/trial.py's.
+Each case ends with a finished run. Its checkpoint is compared, tensor by tensor and byte by byte, with that of an
+undisturbed run. Results go to tools/results/torture.json and torture.md. `tools/trial.py` has the run, on 2 gloo ranks.
 """
 
 from __future__ import annotations
@@ -37,8 +42,9 @@ from tools.trial import EVERY, TOTAL, Bench, end, last_step, newest_committed, r
 RESULTS = ROOT / "tools" / "results"
 HEADING = """# Torture
 
-`python tools/torture.py`: the quick start, shortened to {total} steps of 16 images with a checkpoint every {every}, on 2 gloo ranks under ZeRO-{zero}; every
-final state is compared with that of a run left in peace, tensor by tensor, byte by byte, and so is what every step logged.
+`python tools/torture.py` runs the quick start, shortened to {total} steps of 16 images with a
+checkpoint every {every}, on 2 gloo ranks under ZeRO-{zero}. Every final state, and what every step
+logged, is compared byte by byte with an undisturbed run.
 
 """
 CASES = ("kill", "elastic", "flip", "disk", "nan", "freeze", "syscalls")
@@ -58,7 +64,7 @@ POINTS = (
 
 @dataclass
 class Case:
-    """One way of ill-treating and what came of it."""
+    """One kind of fault and its results."""
 
     name: str
     faults: int = 0
@@ -71,7 +77,7 @@ class Case:
 
 
 def finish(bench: Bench, case: Case, runs: Path, size: int = 2) -> None:
-    """Runs on undisturbed to the end and counts what is not the same as in the peaceful run."""
+    """Runs to the end without faults, and counts what differs from the undisturbed run."""
     codes = bench.run(runs, size)
     if codes != [0] * size:
         case.wrong_bits = -1
@@ -83,7 +89,7 @@ def finish(bench: Bench, case: Case, runs: Path, size: int = 2) -> None:
 
 
 def kill(bench: Bench, case: Case, kills: int, seed: int) -> None:
-    """(a) kill -9 of one rank or all, at a random instant or at a random point of a save, until there were enough kills and the run is done."""
+    """(a) kill -9 of one rank or all, at a random instant or at a random point of a save, until `kills` is reached."""
     chance = random.Random(seed)
     runs = bench.folder / "kill"
     before = 0
@@ -101,7 +107,7 @@ def kill(bench: Bench, case: Case, kills: int, seed: int) -> None:
         else:
             processes = bench.start(runs)
             delay = chance.uniform(0.0, 6.0)
-            # half of the delays count from the first step, so that training is hit as well as starting up
+            # most delays begin at the first step, so that training is hit, not only the start
             if chance.random() < 0.7:
                 limit = time.monotonic() + bench.limit
                 while last_step(runs) == at_once and all(p.is_alive() for p in processes) and time.monotonic() < limit:
@@ -112,13 +118,13 @@ def kill(bench: Bench, case: Case, kills: int, seed: int) -> None:
             detail |= {"delay": round(delay, 2)}
             codes = end(processes, 20.0)
         if codes == [0, 0]:
-            # the run was over before the blow fell: start another
+            # the run ended before the kill: start another
             case.wrong_bits += len(bench.differing(runs))
             shutil.rmtree(runs)
             before = 0
             continue
         reached, before = last_step(runs), newest_committed(runs)
-        if -9 not in codes:  # nobody was killed: the start itself did not survive what the kill before it left
+        if -9 not in codes:  # no rank was killed: this start failed because of what the last kill left
             detail["note"] = f"ended with {codes}: {bench.last_line(runs)[:200]}"
         case.faults += 1
         case.survived += -9 in codes
@@ -129,7 +135,7 @@ def kill(bench: Bench, case: Case, kills: int, seed: int) -> None:
 
 
 def elastic(bench: Bench, case: Case) -> None:
-    """(b) stopped and resumed through world sizes 2 -> 1 -> 4 -> 2, a phase change on the way."""
+    """(b) stopped and resumed on 2, 1, 4 and 2 ranks, across a phase change."""
     runs = bench.folder / "elastic"
     for size, stop in ((2, 17), (1, 38), (4, 61)):
         codes = bench.run(runs, size, f"loop.step:0:{stop}:sigterm")
@@ -139,7 +145,7 @@ def elastic(bench: Bench, case: Case) -> None:
     codes = bench.run(runs, 2)
     case.survived += codes == [0, 0]
     case.faults += 1
-    ours, theirs = rows(run_folder(runs)), rows(run_folder(bench.peace()))
+    ours, theirs = rows(run_folder(runs)), rows(run_folder(bench.undisturbed()))
     apart = [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours, theirs)]
     changed = case.details[0]["stopped_at"]  # the first step on another number of ranks starts from the same bits
     same_samples = [row["samples_seen"] for row in ours] == [row["samples_seen"] for row in theirs]
@@ -151,7 +157,7 @@ def elastic(bench: Bench, case: Case) -> None:
 
 
 def flip(bench: Bench, case: Case, seed: int) -> None:
-    """(c) one byte of one file of the newest checkpoint, each kind of file in turn."""
+    """(c) one bit of one file of the newest checkpoint changes, for each kind of file."""
     chance = random.Random(seed)
     runs = bench.folder / "flip"
     for position, name in enumerate(
@@ -169,16 +175,16 @@ def flip(bench: Bench, case: Case, seed: int) -> None:
     finish(bench, case, runs)
     put_aside = len(list((run_folder(runs) / "checkpoints").glob("damaged_*")))
     case.survived = case.faults if case.wrong_bits == 0 else 0
-    case.note = case.note or f"{put_aside} checkpoints put aside"
+    case.note = case.note or f"{put_aside} damaged checkpoints renamed"
 
 
 def disk(bench: Bench, case: Case) -> None:
-    """(d) the run folder lies on a tmpfs with room for two checkpoints only; then it is made larger."""
+    """(d) the run folder is a tmpfs with room for two checkpoints; later it is enlarged."""
     if os.geteuid() != 0:
         case.note = "not run: mounting a tmpfs needs root"
         return
     one = sum(
-        path.stat().st_size for path in next((run_folder(bench.peace()) / "checkpoints").glob("step_*")).iterdir()
+        path.stat().st_size for path in next((run_folder(bench.undisturbed()) / "checkpoints").glob("step_*")).iterdir()
     )
     runs = bench.folder / "disk"
     runs.mkdir()
@@ -189,20 +195,20 @@ def disk(bench: Bench, case: Case) -> None:
     try:
         case.faults = 1
         codes = bench.run(runs)
-        told = [line for line in bench.said(runs).splitlines() if "lvtrain: error" in line]
-        case.details.append({"codes": codes, "told": told[-1:], "committed": newest_committed(runs)})
-        stopped = codes == [2, 2] and bool(told) and newest_committed(runs) > 0
+        errors = [line for line in bench.output(runs).splitlines() if "lvtrain: error" in line]
+        case.details.append({"codes": codes, "errors": errors[-1:], "committed": newest_committed(runs)})
+        stopped = codes == [2, 2] and bool(errors) and newest_committed(runs) > 0
         subprocess.run(["mount", "-o", f"remount,size={64 * one + (64 << 20)}", str(runs)], check=True)
         case.lost_samples = max(0, last_step(runs) - newest_committed(runs)) * 16
         finish(bench, case, runs)
         case.survived = int(stopped and case.wrong_bits == 0)
-        case.note = case.note or (told[-1] if told else "")
+        case.note = case.note or (errors[-1] if errors else "")
     finally:
         subprocess.run(["umount", "-l", str(runs)], check=False)
 
 
 def nan(bench: Bench, case: Case) -> None:
-    """(e) one rank's outputs are NaN in one step (skipped, the run goes on), then in three in a row (stopped, with a checkpoint from before)."""
+    """(e) one rank's outputs are NaN in one step (it is skipped), then in three in a row (the run stops)."""
     runs = bench.folder / "nan_once"
     codes = bench.run(runs, 2, "loop.outputs:1:20:nan")
     case.faults += 1
@@ -219,7 +225,7 @@ def nan(bench: Bench, case: Case) -> None:
 
 
 def freeze(bench: Bench, case: Case) -> None:
-    """(f) a rank is stopped (SIGSTOP) in the middle: the others end within the collective timeout, and the next start goes on."""
+    """(f) a rank gets SIGSTOP: the others end within the collective timeout, and the next start resumes."""
     runs = bench.folder / "freeze"
     started = time.monotonic()
     codes = end(bench.start(runs, 2, "loop.step:1:25:sigstop", "safety.collective_timeout=20"), 240.0)
@@ -234,7 +240,7 @@ def freeze(bench: Bench, case: Case) -> None:
 
 
 def syscalls(bench: Bench, case: Case, count: int, results: Path) -> None:
-    """(g) `count` trials of each operation (0: all), in a process of their own, whose children have a library preloaded."""
+    """(g) `count` trials of each operation (0: all), in another process, whose children have a library preloaded."""
     sweep = [sys.executable, "-m", "tools.faults", "--count", str(count), "--results", str(results)]
     subprocess.run([*sweep, "--folder", str(bench.folder / "syscalls")], cwd=ROOT, check=False)
     verdicts = Counter(trial.verdict for trial in read_log(bench.folder / "syscalls" / "trials.jsonl"))
@@ -259,16 +265,16 @@ def table(cases: list[Case]) -> str:
 
 
 def main(
-    kills: int = typer.Option(50, help="kill -9s of case (a)"),
+    kills: int = typer.Option(50, help="kills of case (a)"),
     only: str = typer.Option(",".join(CASES), help="cases to run"),
     trials: int = typer.Option(50, help="trials of each operation of case (g); 0: all, which takes hours"),
     zero: int = typer.Option(2, help="ZeRO stage"),
     seed: int = typer.Option(0, help="of the random instants"),
-    folder: Path = typer.Option(None, help="work here and keep it; a temporary folder otherwise"),  # noqa: B008
+    folder: Path = typer.Option(None, help="folder to work in, which is kept; default: a temporary one"),  # noqa: B008
     results: Path = typer.Option(RESULTS, help="where torture.json and torture.md go"),  # noqa: B008
-    limit: float = typer.Option(600.0, help="seconds one start may take before it counts as hung"),
+    limit: float = typer.Option(600.0, help="seconds after which a start counts as hung"),
 ) -> None:
-    """Runs the cases and writes the table; exit status 1 if a fault was not survived or a bit is wrong."""
+    """Runs the cases and writes the table. Exit code 1: a fault was not survived, or a bit is wrong."""
     chosen = only.split(",")
     if unknown := set(chosen) - set(CASES):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: the cases are {', '.join(CASES)}", param_hint="--only")
@@ -276,7 +282,7 @@ def main(
         work = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(work.resolve(), zero, limit)
-        bench.peace()
+        bench.undisturbed()
         cases = []
         ways: dict[str, Callable[[Case], None]] = {
             "kill": lambda case: kill(bench, case, kills, seed),

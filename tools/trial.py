@@ -1,7 +1,7 @@
-"""A small run of the real trainer on forked ranks: started, ended, and compared byte by byte with one left in peace.
+"""A small run of the real trainer on forked ranks. It is started, ended, and compared byte by byte with an undisturbed one.
 
-The run is lvtrain/recipes/quickstart.yaml, smaller and shorter, on generated faces. Ranks are forked from a process that has imported everything
-already, so that fifty restarts take minutes; they run `lvtrain.main.main` as any launcher would.
+The run is lvtrain/recipes/quickstart.yaml, smaller and shorter, on generated faces. Ranks are forked from a process that
+has imported everything, so fifty restarts take minutes. They run `lvtrain.main.main`, as under any launcher.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMALL = [
     "evaluation.benchmarks={}",
     "data.block=8",
 ]
-# imported once, by the process the ranks are forked from: a start costs a tenth of a second, not ten
+# imported once, by the process that the ranks are forked from: a start takes a tenth of a second, not ten
 PRELOADED = ["lvtrain.training.trainer", "lvtrain.training.checks", "sklearn.metrics", "nvidia.dali", "torch._dynamo"]
 
 
@@ -53,7 +53,7 @@ def _rank(rank: int, size: int, port: int, arguments: list[str], environment: di
 
 
 def start(size: int, arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> list[Any]:
-    """`size` ranks of `lvtrain/main.py ARGUMENTS`; each is a multiprocessing Process, output goes to `log`."""
+    """Starts `size` ranks of `lvtrain/main.py ARGUMENTS`, as processes whose output goes to `log`."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
@@ -69,7 +69,7 @@ def start(size: int, arguments: list[str], log: Path, environment: dict[str, str
 
 
 def end(processes: list[Any], seconds: float) -> list[int | None]:
-    """Waits for the ranks; when one fails, the others get a moment and are killed, as launchers do. Exit codes by rank."""
+    """Waits for the ranks, and returns their exit codes. If one fails, the others are killed soon, as launchers do."""
     limit = time.monotonic() + seconds
     while any(process.is_alive() for process in processes):
         failed = any(process.exitcode not in (None, 0, 75) for process in processes)
@@ -85,7 +85,7 @@ def end(processes: list[Any], seconds: float) -> list[int | None]:
 
 
 class Bench:
-    """Data, recipe and the run left in peace, and how a tortured run compares with it."""
+    """Data, recipe and the undisturbed run that others are compared with."""
 
     def __init__(self, folder: Path, zero: int, limit: float, *overrides: str) -> None:
         self.folder, self.zero, self.limit, self.overrides = folder, zero, limit, overrides
@@ -107,25 +107,25 @@ class Bench:
     def run(self, runs: Path, size: int = 2, fault: str = "", *more: str) -> list[int | None]:
         return end(self.start(runs, size, fault, *more), self.limit)
 
-    def said(self, runs: Path) -> str:
+    def output(self, runs: Path) -> str:
         return (self.folder / f"{runs.name}.txt").read_text()
 
     def last_line(self, runs: Path) -> str:
-        return (self.said(runs).strip().splitlines() or ["(nothing was said)"])[-1]
+        return (self.output(runs).strip().splitlines() or ["(no output)"])[-1]
 
-    def peace(self) -> Path:
-        """A run nobody disturbed, made once."""
-        runs = self.folder / "peace"
+    def undisturbed(self) -> Path:
+        """Folder of the undisturbed run, which is made once."""
+        runs = self.folder / "undisturbed"
         if not (runs / "done").exists():
             codes = self.run(runs)
             if codes != [0, 0]:
-                raise SystemExit(f"the undisturbed run failed with {codes}:\n{self.said(runs)[-3000:]}")
+                raise SystemExit(f"the undisturbed run failed with {codes}:\n{self.output(runs)[-3000:]}")
             (runs / "done").touch()
         return runs
 
     def differing(self, runs: Path) -> list[str]:
-        """Names of the tensors (and telemetry rows) that are not the same, byte by byte, as the peaceful run's."""
-        ours, theirs = contents(run_folder(runs)), contents(run_folder(self.peace()))
+        """Names of the tensors and logged rows that differ, byte by byte, from the undisturbed run."""
+        ours, theirs = contents(run_folder(runs)), contents(run_folder(self.undisturbed()))
         return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 
 
@@ -134,7 +134,7 @@ def run_folder(runs: Path) -> Path:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics."""
+    """The complete lines of a run's metrics."""
     path = folder / "metrics.jsonl"
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -144,7 +144,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """The final checkpoint's tensors as bytes (rows whole, whatever the ranks that wrote them), and what every step logged of the training."""
+    """The final checkpoint's tensors as bytes, with split ones joined, and what every step logged."""
     import torch
 
     from lvtrain.checkpoint.checkpoints import open_weights

@@ -1,4 +1,7 @@
-"""Check a dataset folder: its structure in seconds, or every hash, label and image with --full. With a fault the exit status is 2."""
+"""Checks a dataset folder: its structure in seconds, or with --full every hash, label and image.
+
+With a fault the exit code is 2.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="processes of --full")] = os.cpu_count() or 1,
     sheet: Annotated[Path | None, typer.Option(help="draw a contact sheet (PNG) here")] = None,
 ) -> None:
-    """Checks a dataset folder and names every fault. With a fault the exit status is 2."""
+    """Checks a dataset folder and lists every fault. With a fault the exit code is 2."""
     columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with one_line_errors("verify_dataset", sheet or dataset):
         with Progress(*columns, disable=not full) as bar:

@@ -1,4 +1,4 @@
-"""Time and memory of all-pairs TAR at FAR on generated embeddings, and what they say of a larger set."""
+"""Time and memory of all-pairs TAR at FAR on generated embeddings, and an estimate for a larger set."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def run(
     device: str = "cpu",
     larger: int = 1_600_000,
 ) -> dict[str, Any]:
-    """TAR at FAR over all pairs of generated embeddings: seconds, peak resident memory (GB), and the estimate for `larger` images.
+    """Seconds and peak resident memory (GB) of TAR at FAR over all pairs, and the estimate for `larger` images.
 
-    Time grows with the square of `images`, memory with their number. `cpu_seconds` is what a shared machine's load does not blur.
+    Time grows with the square of `images`, memory with their number. `cpu_seconds` does not depend on other load on the
+    machine.
     """
     generator = np.random.default_rng(0)
     labels = np.arange(images) // per_identity

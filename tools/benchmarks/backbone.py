@@ -1,6 +1,4 @@
-"""Images/s of a backbone's training step (forward, backward, fused AdamW) against the machine's matmul rate, and
-against arcface_torch's.
-"""
+"""Images/s of a backbone's training step (forward, backward, fused AdamW), against the machine's matmul rate and arcface_torch."""
 
 from __future__ import annotations
 
@@ -35,10 +33,10 @@ def run(
     peer: Path | None = None,
     profiled: bool = True,
 ) -> dict[str, Any]:
-    """images_per_second, tflops (three forwards, nothing recomputed), mfu, breakdown in ms, peak memory; `peer`: the
-    same of arcface_torch.
+    """Images per second, TFLOP/s (three forwards, nothing recomputed), MFU, breakdown in ms, peak memory.
 
-    mask_ratio: None keeps the backbone's own. Flops are counted with the tokens that really go through the blocks.
+    peer: measure the same of arcface_torch. mask_ratio: None = the backbone's. Flops are counted for the tokens that go
+    through the blocks.
     """
     place = pick_device(device)
     overrides: dict[str, Any] = {} if mask_ratio is None else {"mask_ratio": mask_ratio}
@@ -77,13 +75,13 @@ def run(
         variants["arcface_torch"] = _step(_peer(peer, name, backbone).to(place), images, autocast, foreach=True)
         variants["arcface_torch"](None), variants["arcface_torch"](None)
     clocks: dict[str, list[Clock]] = {variant: [] for variant in variants}
-    for _ in range(steps):  # interleaved, so that what else the machine does hits both alike
+    for _ in range(steps):  # interleaved, so that other load on the machine affects both
         for variant, step in variants.items():
             clock = Clock(place)
             clock.mark("start")
             step(clock)
             clocks[variant].append(clock)
-    # read when all is done: a look after every step would let the device run dry
+    # read at the end: reading after every step would let the device wait
     for variant, taken in clocks.items():
         found = [clock.seconds() for clock in taken]
         total = median([sum(parts.values()) for parts in found])
@@ -106,8 +104,9 @@ def run(
 def _step(
     module: nn.Module, images: torch.Tensor, autocast: Callable[[], AbstractContextManager[Any]], foreach: bool = False
 ) -> Callable[[Clock | None], None]:
-    """A training step that marks where forward, backward and optimizer end. foreach: torch's default AdamW, as
-    arcface_torch uses.
+    """A training step that marks the ends of forward, backward and optimizer.
+
+    foreach: use torch's default AdamW, as arcface_torch does.
     """
     module.train()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -133,10 +132,9 @@ def _step(
 def _compile_difference(
     backbone: nn.Module, images: torch.Tensor, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> dict[str, float]:
-    """Largest relative difference (by norm) that torch.compile makes to embeddings and to any parameter's gradient,
-    in evaluation mode.
+    """Largest relative difference (of norms) that torch.compile makes to embeddings and gradients, in evaluation mode.
 
-    `bfloat16` is the same measure between autocast and float32 in eager mode: the yardstick.
+    `bfloat16` is the same measure between autocast and float32 in eager mode, to compare with.
     """
     backbone.eval()
     direction = torch.randn(len(images), cast(int, backbone.embedding_dim), device=images.device)
@@ -165,7 +163,7 @@ def _compile_difference(
 
 
 def _peer(path: Path, name: str, like: Any) -> nn.Module:
-    """arcface_torch's module of the same shape with our weights, its gradient checkpointing off."""
+    """arcface_torch's module of the same shape with our weights, without gradient checkpointing."""
     import timm.layers
 
     if not (path / "backbones" / "vit.py").is_file():

@@ -1,7 +1,8 @@
-"""How long a save stops training, how long until it is committed, and how long a resume takes: ViT-L and millions of classes, at a scale that fits.
+"""How long a save stops training, how long until it is committed, and how long a resume takes, for ViT-L and millions of classes.
 
-The state is what PCO keeps in its second and third phase: weights and two Adam moments of the backbone; rows, two moments and the feature expectations of
-every class, all float32. `scale` shrinks both; times are taken as they are and then scaled back linearly in the bytes a rank holds.
+The state is that of PCO's second and third phase, all float32: weights and two Adam moments of the backbone, and for every
+class its centre, two moments and its feature expectation. `scale` shrinks both. Times are measured at that scale, and then
+scaled linearly to the bytes that a rank holds.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def run(
     folder: str = "",
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Seconds on one process, and the arithmetic for 1, 8 and 64 ranks. `folder`: where to write (a temporary folder otherwise)."""
+    """Seconds on one process, and the arithmetic for 1, 8 and 64 ranks. `folder`: where to write; default: a temporary one."""
     rows, floats = int(classes * scale), int(backbone * scale)
     state: State = {f"classifier.{name}": Rows(torch.ones(rows, dim, device=device), 0, rows) for name in "wmve"}
-    # the engine hands over host copies; the copying of the backbone is timed here as the export's
+    # the engine gives host copies; copying the backbone is timed here as its export
     parts = [torch.ones(floats, device=device) for _ in range(3)]
     world = World(0, 1, 0, torch.device(device))
     work = Path(tempfile.mkdtemp(dir=folder or None))

@@ -1,12 +1,12 @@
-"""The classifier's forward and backward: time, memory and the share of its own matmuls, against storing the logits and against arcface_torch.
+"""The classifier's forward and backward: time, memory, and the ratio to its matmuls, to stored logits and to arcface_torch.
 
     python tools/benchmark.py classifier --batch 512 --classes 50000 --peer PATH/recognition/arcface_torch
     python tools/benchmark.py classifier --device cuda --batch 24576 --classes 32186 --precisions half,tf32 --kernels torch,triton --kept
     python tools/benchmark.py classifier --device cuda --batch 1024 --classes 2059906 --precisions half,tf32 --kernels torch,triton --no-materialised
 
-Variants take turns in one process and medians are compared. On a CPU the time is process CPU time with one thread and malloc keeps what it freed
-(otherwise whoever allocates most also pays the page faults); memory is measured in a process of its own each, with malloc as it comes.
-`classifier_table` runs a whole grid of these.
+Variants take turns in one process, and medians are compared. On a CPU the time is process CPU time with one thread, and
+malloc keeps freed memory (otherwise the variant that allocates most pays for page faults). Memory is measured in a
+separate process for each variant, with malloc's defaults. `classifier_table` runs a whole grid of these.
 """
 
 from __future__ import annotations
@@ -48,7 +48,18 @@ Step = Callable[[], Any]
 
 @dataclass
 class Problem:
-    """One shape: the embeddings of this rank and of all, the labels of this rank and of all, the class rows of this rank."""
+    """One shape.
+
+    Attributes:
+        x: embeddings of this rank.
+        all_x: embeddings of all ranks.
+        labels: of this rank.
+        all_labels: of all ranks.
+        weight: class centres of this rank.
+        classes: over all ranks.
+        rows: this rank's range of classes.
+        rate: share of the classes that take part.
+    """
 
     x: torch.Tensor
     all_x: torch.Tensor
@@ -65,7 +76,7 @@ class Problem:
 
 
 def problem(batch: int, classes: int, rate: float, weight: torch.nn.Parameter) -> Problem:
-    """`batch` samples over all ranks; `weight`: this rank's rows of `classes`."""
+    """A shape with `batch` samples over all ranks. `weight` holds this rank's centres of `classes`."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, weight.shape[1], generator=generator).to(weight.device)
@@ -95,17 +106,15 @@ def run(
     two_anchors: bool = False,
     only: str = "",
 ) -> dict[str, Any]:
-    """Milliseconds (CPU time on a CPU) of forward + backward without optimizer; extra MB beyond weights and the rows' gradient.
+    """Milliseconds (CPU time on a CPU) of forward and backward, and MB beyond weights and the centres' gradient.
 
-    `kept`: also with memory for all exponentials, for batches whose exponentials the rows' gradient does not hold. `peer`: folder of an arcface_torch
-    checkout, to time its PartialFC_V2 as well.
-    `only`: one variant, its peak memory alone (what the memory measurement starts in a process of its own)."""
+    kept: also measure with memory for all exponentials, for batches too large for the gradient's memory. peer: folder of
+    an arcface_torch checkout, to time its PartialFC_V2. only: measure the peak memory of this variant only.
+    """
     given = dict(locals())
     check_peer(peer)
     if device == "cpu" and not only and os.environ.get("MALLOC_MMAP_THRESHOLD_") != _MALLOC["MALLOC_MMAP_THRESHOLD_"]:
-        return in_children(
-            "classifier", given, threads=threads
-        )  # malloc reads its settings at start-up: once more, with them
+        return in_children("classifier", given, threads=threads)  # malloc reads its settings when a process starts
     torch.set_num_threads(threads)
     weight = torch.nn.Parameter(initial_centres((0, classes), dim, 0).to(device))
     shape = problem(batch, classes, rate, weight)
@@ -136,7 +145,7 @@ def run(
 
 
 def compared(milliseconds: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Each variant's time: as it is, over the three and the four matmuls in its own number formats, over the peer's and over one anchor's."""
+    """Each variant's time, and its ratios: to three and four matmuls in its number formats, to the peer, to one anchor."""
     rows: dict[str, dict[str, Any]] = {}
     for name, value in milliseconds.items():
         row: dict[str, Any] = {"ms": round(value, 2)}
@@ -167,9 +176,11 @@ def in_children(
     malloc: bool = True,
     limit_s: float = 3600,
 ) -> dict[str, Any]:
-    """`tools.benchmarks.MODULE.FUNCTION(**arguments)` in a process of its own, or one for each gloo rank; what rank 0 returns.
+    """Calls `tools.benchmarks.MODULE.FUNCTION(**arguments)` in a new process, or one for each gloo rank. Returns rank 0's result.
 
-    UserError when it fails (a process killed for its memory among others) or takes longer than `limit_s`."""
+    Raises:
+        UserError: it fails (for example because memory ran out), or takes longer than `limit_s`.
+    """
     code = f"import json, sys; from tools.benchmarks.{module} import {function} as f; print('RESULT ' + json.dumps(f(**json.loads(sys.argv[1]))))"
     environment = {key: value for key, value in os.environ.items() if key not in _MALLOC} | (_MALLOC if malloc else {})
     with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +245,7 @@ def _ours(shape: Problem, precision: Any, kernel: Any, chunk: int, keep_mb: floa
     if keep_mb is not None:
         numerics = replace(numerics, keep_mb=keep_mb)
     head = ShardedClassifier(1, x.shape[1], margin=CosFace(), numerics=numerics, device=x.device)
-    # the same weight for all variants: the head's own would not fit several times
+    # one weight for all variants, because several would not fit
     head.num_classes, head.rows, head.weight = shape.classes, shape.rows, weight
     head.enter_phase(sample_rate=shape.rate)
     second = [Anchor(F.normalize(weight.detach()), CosFace(), is_unit=True)] if two else []
@@ -251,8 +262,11 @@ def _ours(shape: Problem, precision: Any, kernel: Any, chunk: int, keep_mb: floa
 
 
 def _matmuls(shape: Problem, precision: str, chunk: int, *, recompute: bool) -> Step:
-    """A bound: four matmuls (three without `recompute`) and nothing else, in the number formats and chunks of the precision, the rows' gradient
-    written where the classifier writes it. 16-bit factors are two chunks held in cache; nothing is normalised, rounded or exponentiated."""
+    """A lower bound: only the four matmuls (three without `recompute`), in the precision's number formats and chunks.
+
+    The centres' gradient is written where the classifier writes it. 16-bit factors are two chunks that stay in cache.
+    Nothing is normalised, rounded or exponentiated.
+    """
     x, weight, count = shape.all_x, shape.weight.detach(), shape.taking_part
     size = chunk_size(len(x), x.shape[1], count, chunk or None, x.device)
     kind = formats(precision, weight.dtype, x.device)
@@ -310,7 +324,11 @@ def _materialised(shape: Problem) -> Step:
 
 
 def check_peer(folder: str) -> None:
-    """UserError unless PartialFC_V2 is there, or no peer is wanted."""
+    """Checks that the peer's folder has PartialFC_V2. An empty `folder` means no peer.
+
+    Raises:
+        UserError: it has not.
+    """
     if folder and not Path(folder, "partial_fc_v2.py").exists():
         raise UserError(
             f"--peer {folder}: no partial_fc_v2.py there; give the recognition/arcface_torch folder of an insightface checkout"
@@ -318,7 +336,7 @@ def check_peer(folder: str) -> None:
 
 
 def _peer(folder: Path, shape: Problem) -> Step:
-    """PartialFC_V2 of an arcface_torch checkout, on a CPU with `.cuda()` made to do nothing."""
+    """PartialFC_V2 of an arcface_torch checkout. On a CPU, `.cuda()` is replaced by one that does nothing."""
     x, weight = shape.x, shape.weight
     check_peer(str(folder))
     modules: dict[str, types.ModuleType] = {}
@@ -350,7 +368,7 @@ def _peer(folder: Path, shape: Problem) -> Step:
 def interleaved(
     steps: dict[str, Step], repeats: int, device: torch.device, *, warm_up: bool = True
 ) -> dict[str, float]:
-    """Median milliseconds of each step, the steps taking turns."""
+    """Median milliseconds of each step. The steps take turns."""
     spent: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + warm_up):
         for name, step in steps.items():
@@ -371,13 +389,13 @@ def interleaved(
 
 
 def extra_memory(step: Step, device: torch.device) -> float:
-    """Peak MB of one step above what was held before it."""
+    """Peak MB of one step, beyond what was held before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    # warm up on what libraries keep for good (thread pools, oneDNN kernels), so that only the step is seen
+    # a first call, because libraries keep thread pools and kernels: only the step is to be measured
     torch.mm(torch.randn(512, 512), torch.randn(512, 512))
     resident = forget_peak()
     step()
@@ -385,12 +403,15 @@ def extra_memory(step: Step, device: torch.device) -> float:
 
 
 def forget_peak() -> float:
-    """Resident MB now; `resident_mb("VmHWM")` is the peak from here on (getrusage's cannot be reset, and is inherited from the parent)."""
+    """Resets the peak of `resident_mb("VmHWM")`, and returns the resident MB now.
+
+    getrusage's peak cannot be reset, and is inherited from the parent.
+    """
     Path("/proc/self/clear_refs").write_text("5")
     return resident_mb("VmRSS")
 
 
 def resident_mb(name: str) -> float:
-    """This process's resident memory: VmRSS now, VmHWM at its peak."""
+    """This process's resident MB: `VmRSS` now, `VmHWM` at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))

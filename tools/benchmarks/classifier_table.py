@@ -1,10 +1,10 @@
-"""The classifier's whole table in one command: times over batch, classes, sample rate and ranks; peak memory; cost per class to 8 million.
+"""The classifier's whole table in one command: times over batch, classes, sample rate and ranks; peak memory; cost per class.
 
     python tools/benchmark.py classifier_table --peer PATH/recognition/arcface_torch --out tools/results/classifier
 
-writes `OUT.json` and `OUT.md`, after every part anew, in about 25 minutes on two free cores. How it measures: `classifier`. The longest
-cells are measured once, after a first turn that warms everything up; each row says how often. A part that fails is named in the table, and the
-others go on.
+It writes `OUT.json` and `OUT.md` after every part, in about 25 minutes on two free cores. `classifier` does the measuring.
+The longest cells are measured once, after a first turn to warm up; each row says how often. A part that fails is listed in
+the table, and the others continue.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tools.benchmarks.classifier import (
 _DIM = 512
 _REPEATS = {50_000: 4, 200_000: 2}  # beyond: 1
 _PRECISIONS = ["float32", "bfloat16"]
-_PEER_GB = 10  # at 800 thousand classes and 512 samples the peer needs that much
+_PEER_GB = 10  # memory of the peer at 800 thousand classes and 512 samples
 
 
 def run(
@@ -54,8 +54,10 @@ def run(
     out: str = "",
     minutes: float = 25.0,
 ) -> dict[str, Any]:
-    """The table as a dict; with `out` also as OUT.json and OUT.md. `scale`: the classes of the table of cost per class, d = 128.
-    `minutes`: after these no further part begins."""
+    """The table as a dict; with `out` also as OUT.json and OUT.md.
+
+    scale: numbers of classes for the cost per class, d = 128. minutes: no part begins after this time.
+    """
     check_peer(peer)
     started = time.time()
     counts = _numbers(classes)
@@ -73,7 +75,7 @@ def run(
             if time.time() - started > 60 * minutes:
                 raise UserError(f"not begun within {minutes:g} minutes")
             result[into] += measure()["rows"]
-        except Exception as error:  # whatever it is, the other parts go on
+        except Exception as error:  # whatever it is, the other parts continue
             result["missing"].append(f"{what}: {error}")
         result["minutes"] = round((time.time() - started) / 60, 1)
         if out:
@@ -102,8 +104,11 @@ def _numbers(text: str) -> list[int]:
 
 
 def _cells(classes: int, shapes: list[dict[str, Any]], peer: str, ranks: int) -> dict[str, Any]:
-    """The times of every shape (batch, rate) over one set of class rows. Everybody takes turns in one process; where the peer's memory is not free
-    beside ours, in a process each, one after the other."""
+    """The times of every shape (batch, rate) with one set of class centres.
+
+    All variants take turns in one process. If the peer does not fit into memory together with ours, each has its own
+    process, one after the other.
+    """
     apart = classes not in _REPEATS
 
     def measured(whose: str) -> list[dict[str, Any]]:
@@ -122,7 +127,7 @@ def _cells(classes: int, shapes: list[dict[str, Any]], peer: str, ranks: int) ->
 
 
 def cells(classes: int, shapes: list[dict[str, Any]], peer: str, whose: str) -> dict[str, Any]:
-    """Milliseconds of `ours`, the `peer` or `both`, on one rank or, started with WORLD_SIZE 2, on each of two."""
+    """Milliseconds of `ours`, the `peer` or `both`. Started with WORLD_SIZE 2, it measures on two ranks."""
     torch.set_num_threads(1)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{os.environ['BENCHMARK_STORE']}", rank=rank, world_size=ranks)
@@ -159,7 +164,7 @@ def cells(classes: int, shapes: list[dict[str, Any]], peer: str, whose: str) -> 
 
 
 def _memory(counts: list[int], peer: str, missing: list[str]) -> dict[str, Any]:
-    """MB beyond weights and the rows' gradient, each in a process of its own with malloc as it comes; B = 512."""
+    """MB beyond weights and the centres' gradient, each in a new process with malloc's defaults; B = 512."""
     ends = sorted({min(counts), max(counts)})
     wanted = [
         (count, f"lvtrain {precision}")
@@ -191,14 +196,14 @@ def _memory(counts: list[int], peer: str, missing: list[str]) -> dict[str, Any]:
             }
         ]
 
-    with ThreadPoolExecutor(2) as two:  # memory is the same whoever else runs
+    with ThreadPoolExecutor(2) as two:  # memory does not depend on what else runs
         return {"rows": [row for rows in two.map(alone, wanted) for row in rows]}
 
 
 def whole_step(classes: int) -> dict[str, Any]:
-    """One training step over all C classes: forward, backward and AdamW; B = 256, d = 128, float32.
+    """One training step with all C classes: forward, backward and AdamW; B = 256, d = 128, float32.
 
-    The largest C is measured once, without a first step to warm up.
+    The largest C is measured once, without warming up.
     """
     torch.set_num_threads(1)
     batch, dim = 256, 128
@@ -212,7 +217,7 @@ def whole_step(classes: int) -> dict[str, Any]:
     )
     head = ShardedClassifier(classes, dim, margin=CosFace())
     for tensor in (head.optimizer.state()["exp_avg"], head.optimizer.state()["exp_avg_sq"]):
-        tensor.fill_(0.0)  # pages that were promised are there from now on
+        tensor.fill_(0.0)  # makes the system allocate the pages now
 
     def step() -> None:
         x.grad = None
@@ -256,7 +261,7 @@ def _available_gb() -> float:
 
 
 def _goals(result: dict[str, Any]) -> list[str]:
-    """Each goal with what was found: the range over the numbers of classes measured."""
+    """Each goal and its result: the range over the measured numbers of classes."""
     cells = [c["variants"] for c in result["times"] if c["ranks"] == 1 and c["batch"] == 512 and c["rate"] == 1.0]
     limits = (("lvtrain float32", 1.15, 0.85), ("lvtrain bfloat16", 1.4, 0.45))
     wanted = [(f"{v}: times its own four matmuls", v, "times_4_matmuls", limit) for v, limit, _ in limits]
@@ -313,7 +318,7 @@ def _markdown(result: dict[str, Any]) -> str:
         scale.append(
             f"| {row['classes']:,} | {row['weights_mb']:,} | {row['ms']:,.0f} | {row['us_per_class']:.2f} | {row['extra_mb']:,.0f} |"
         )
-    missing = [f"* not measured: {line}" for line in result["missing"]] or ["Everything asked for was measured."]
+    missing = [f"* not measured: {line}" for line in result["missing"]] or ["Everything was measured."]
     sections = {
         "MACHINE": [head],
         "GOALS": _goals(result),

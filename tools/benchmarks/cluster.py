@@ -1,10 +1,10 @@
-"""What the cluster paper's settings cost: CPU (or GPU) time of a step against plain ArcFace, all settings taking turns in one process.
+"""Cost of the cluster paper's settings: time of a step against plain ArcFace. All settings take turns in one process.
 
-    python tools/benchmark.py cluster                                              # the ablation's own steps
-    python tools/benchmark.py cluster --head --classes 20000 --dim 512 --batch 256    # without backbone: embeddings to rows and bank
+    python tools/benchmark.py cluster                                              # the steps of the ablation
+    python tools/benchmark.py cluster --head --classes 20000 --dim 512 --batch 256    # without the backbone
 
-`arcface` is the method `pco` with one phase, which keeps no bank; `baseline` the cluster method with all its terms off. A step is everything but
-the data: classes and bank read, forward, losses, backward, AdamW of the backbone, class rows and bank.
+`arcface` is the method `pco` with one phase, which has no bank. `baseline` is the cluster method with all its terms off.
+A step is everything but the data: forward, losses, backward, and the updates of backbone, class centres and bank.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def run(
         "settings": {
             name: {
                 "ms": round(1e3 * median(found), 2),
-                # of each round, so that what else the machine does in a round weighs on both
+                # a ratio of each round, so that other load on the machine affects both
                 "times_arcface": round(median([a / b for a, b in zip(found, seconds["arcface"])]), 3),
             }
             for name, found in seconds.items()

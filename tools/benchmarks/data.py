@@ -1,11 +1,13 @@
-"""CPU time an image costs on the way from a shard to a float32 batch, our path beside others in one run; memory over epochs; index and order at
-42.5 and 260 million samples.
+"""CPU time per image from a shard to a float32 batch, our path next to others; memory over epochs; index and order.
 
     python tools/benchmark.py data --out tools/results/data
 
-writes `OUT.json` and `OUT.md` in about 8 minutes on two free cores. CPU time (user + system of the process, all its threads) is what a shared
-machine's load blurs least; wall time stands beside it. Every path ends in a float32 [batch, 3, 112, 112] tensor of randomly mirrored images,
-except those named `decode_only`, and `lvtrain_torch_host_of_gpu`, which ends in bytes: a GPU makes floats of them.
+It writes `OUT.json` and `OUT.md` in about 8 minutes on two free cores. Index and order are measured at 42.5 and 260 million
+samples. CPU time is user and system time of the process with all its threads, which other load on the machine affects
+least; wall time is given, too.
+
+Every path ends in a float32 [batch, 3, 112, 112] tensor of randomly mirrored images. Exceptions are those named
+`decode_only`, and `lvtrain_torch_host_of_gpu`, which ends in bytes that a GPU turns into floats.
 """
 
 from __future__ import annotations
@@ -32,11 +34,8 @@ from lvtrain.datasets.shard_writer import ShardWriter
 from tools.benchmarks.data_paths import paths as all_paths
 
 SMALL = {"images": 512, "batch": 64, "batches": 4, "repeats": 1, "large": "1000000", "epochs": 2}
-OURS = (
-    "lvtrain_dali",
-    "lvtrain_torch",
-    "lvtrain_torch_host_of_gpu",
-)  # the page gives all, and says which of them meets a goal
+# the page has all three, and says which of them meets a goal
+OURS = ("lvtrain_dali", "lvtrain_torch", "lvtrain_torch_host_of_gpu")
 GOALS = {"dali_webdataset_reader": 1.0, "decode_only_simplejpeg": 1.5, "dataloader_pillow": 0.25}
 
 
@@ -51,8 +50,9 @@ def run(
     only: str = "",
     out: str = "",
 ) -> dict[str, Any]:
-    """Medians of `repeats` interleaved rounds: microseconds an image; then memory over `epochs`, opening an index and asking the order
-    for positions. With `out` also as OUT.json and OUT.md.
+    """Microseconds per image (medians of `repeats` interleaved rounds), memory over `epochs`, and times of index and order.
+
+    With `out` also as OUT.json and OUT.md.
     """
     torch.set_num_threads(1)
     load = [round(value, 1) for value in os.getloadavg()]
@@ -104,7 +104,7 @@ def run(
 
 
 def _make(folder: Path, images: int) -> int:
-    """Textured 112x112 JPEGs of quality 95, as large as those of aligned faces (4.7 KB), in four shards; bytes of all images."""
+    """Writes four shards of textured 112x112 JPEGs, quality 95, as large as aligned faces (4.7 KB). Returns their bytes."""
     from PIL import Image
 
     writer, stored = IndexWriter(folder), 0
@@ -165,8 +165,9 @@ print(json.dumps(found))
 
 
 def _memory_over_epochs(folder: Path, batch: int, threads: int, epochs: int) -> dict[str, dict[str, dict[str, float]]]:
-    """By set and backend, and epoch, MiB of a process of its own: what is resident, and what of it is allocated; the rest are free blocks kept
-    by malloc.
+    """MiB of a new process, by augmentation and backend, and by epoch: resident, and allocated.
+
+    The difference are free blocks that malloc keeps.
     """
     found = {}
     for augmentation, backend in itertools.product(("flip", "strong"), ("dali", "torch")):
@@ -213,7 +214,7 @@ print(json.dumps({"open_seconds": round(opened, 4), "open_mb": round(after["VmRS
 
 
 def _large(folder: Path, samples: int) -> dict[str, Any]:
-    """A generated index of `samples` in shards of 10,000, its tars empty files of the right size (sparse)."""
+    """Measures a generated index of `samples` in shards of 10,000. Its tars are sparse files of the right size."""
     per_shard, length = 10_000, 4700
     folder = folder.with_name(f"{folder.name}_{samples}")
     (folder / "shards").mkdir(parents=True)

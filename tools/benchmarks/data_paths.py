@@ -1,4 +1,4 @@
-"""The ways from a shard to a batch that `data` compares: ours, DALI's own reader, torch's DataLoader, and decoding alone."""
+"""The ways from a shard to a batch that `data` compares: ours, DALI's reader, torch's DataLoader, and only decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lvtrain.data import Loader, ShardDataset
 
 
 def paths(folder: Path, batch: int, threads: int) -> dict[str, Callable[[], Any]]:
-    """By name: opens the way and gives (next batch, close)."""
+    """Ways by name. Calling one opens it and returns (next batch, close)."""
     dataset = ShardDataset(folder)
     encoded = [dataset.read(sample)[0] for sample in range(min(len(dataset), 512))]
 
@@ -34,7 +34,7 @@ def paths(folder: Path, batch: int, threads: int) -> dict[str, Callable[[], Any]
         return lambda: next(made), made.close
 
     def decode_only(decode: Callable[[bytes], Any]) -> Any:
-        """On as many threads as ours has: two busy cores of a machine are each slower than one."""
+        """Decodes on as many threads as ours: two busy cores of a machine are each slower than one."""
         pool = ThreadPoolExecutor(threads)
         turn = itertools.cycle(encoded)
 
@@ -50,7 +50,7 @@ def paths(folder: Path, batch: int, threads: int) -> dict[str, Callable[[], Any]
         return step, pool.shutdown
 
     def per_image(decode: Callable[[bytes], np.ndarray]) -> Any:
-        """A map-style dataset under torch's DataLoader, in this process: no cost of worker processes is counted against it."""
+        """A map-style dataset with torch's DataLoader in this process, so worker processes cost it nothing."""
         from torch.utils.data import DataLoader
 
         def collate(samples: list[np.ndarray]) -> torch.Tensor:
@@ -98,7 +98,7 @@ def paths(folder: Path, batch: int, threads: int) -> dict[str, Callable[[], Any]
 
     found: dict[str, Callable[[], Any]] = {
         "lvtrain_torch": lambda: loader("torch"),
-        # to a device without any memory or time: what is left for the host's cores
+        # to a device without memory or time: only the host's work is left
         "lvtrain_torch_host_of_gpu": lambda: loader("torch", "meta"),
         "dataloader_pillow": pillow,
     }
@@ -135,7 +135,7 @@ def paths(folder: Path, batch: int, threads: int) -> dict[str, Callable[[], Any]
 
 
 def _dali_decoder(encoded: list[bytes], batch: int, threads: int) -> Any:
-    """DALI's decoder and nothing else: the least our path could cost."""
+    """Only DALI's decoder: the least that our path could cost."""
     from nvidia.dali import fn, pipeline_def, types
 
     turn = itertools.cycle([np.frombuffer(data, dtype=np.uint8) for data in encoded])
@@ -151,7 +151,7 @@ def _dali_decoder(encoded: list[bytes], batch: int, threads: int) -> Any:
 
 
 def _dali_reader(dataset: ShardDataset, batch: int, threads: int) -> Callable[[], Any]:
-    """DALI's own reader of the same tars, its shuffle and its random flip, the same operations after it."""
+    """DALI's reader of the same tars, with its shuffle and random flip, and the same operations after it."""
     from nvidia.dali import fn, pipeline_def, types
 
     indexes = []

@@ -1,4 +1,4 @@
-"""What every benchmark measures with: clocks, the machine's matmul and copy rates, where the time went."""
+"""What all benchmarks share: clocks, the machine's matmul and copy rates, peak memory, a profile."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def describe(device: torch.device) -> str:
 class Clock:
     """Marks points of a step and gives the seconds between them.
 
-    GPU: CUDA events, so nothing is waited for between marks. CPU: process time divided by the number of threads,
-    which what else the machine does hardly blurs (it is too short where threads stand idle: measure with one thread).
+    On a GPU it uses CUDA events, so nothing waits between marks. On a CPU it uses process time divided by the number of
+    threads, which other load on the machine hardly changes. (With idle threads that is too short: measure with one.)
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class Clock:
         self.marks: list[tuple[str, Any]] = []
 
     def mark(self, name: str) -> None:
-        """`name` is what ends here."""
+        """Marks the end of the part `name`."""
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -41,7 +41,7 @@ class Clock:
             self.marks.append((name, time.process_time() / torch.get_num_threads()))
 
     def seconds(self) -> dict[str, float]:
-        """By name, summed; the first mark only starts the clock."""
+        """Seconds of each part, summed over its marks. The first mark only starts the clock."""
         if self.cuda:
             torch.cuda.synchronize()
         found: dict[str, float] = {}
@@ -58,7 +58,7 @@ def median(values: list[float]) -> float:
 
 
 def timed(function: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
-    """Median seconds of a call, after one to warm up."""
+    """Median seconds of a call, after one call to warm up."""
     function()
     found = []
     for _ in range(repeats):
@@ -71,11 +71,11 @@ def timed(function: Callable[[], Any], device: torch.device, repeats: int = 5) -
 
 
 def machine_rates(device: torch.device, precision: str) -> dict[str, float]:
-    """Matmul flop/s of one large square matmul in the benchmark's precision and copy bytes/s, measured here and now."""
+    """This machine's rates, measured now: flop/s of a large matmul in this precision, and copied bytes/s."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     side, size = (8192, 1 << 30) if device.type == "cuda" else (768, 1 << 26)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    # as layers multiply, by the transposed: on some CPUs the plain product is ten times slower in bfloat16
+    # as layers do, by the transposed: on some CPUs the plain product is ten times slower in bfloat16
     matmul = 2 * side**3 / timed(lambda: torch.nn.functional.linear(a, b), device, 7)
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -84,8 +84,10 @@ def machine_rates(device: torch.device, precision: str) -> dict[str, float]:
 
 
 def peak_memory(step: Callable[[None], Any], device: torch.device) -> float:
-    """GB after two calls of `step` have warmed it up, before anything to compare with exists: the allocator's peak in a third call on a GPU,
-    the process's resident memory since its start on a CPU.
+    """Peak memory of a step in GB, after two calls to warm up.
+
+    On a GPU it is the allocator's peak in a third call. On a CPU it is the process's peak resident memory since its
+    start, so call this before anything else is built.
     """
     step(None), step(None)
     if device.type == "cuda":
@@ -96,8 +98,9 @@ def peak_memory(step: Callable[[None], Any], device: torch.device) -> float:
 
 
 def profile(step: Callable[[], Any], device: torch.device, rows: int = 12) -> dict[str, Any]:
-    """One step under torch's profiler: the operators (kernels on a GPU) that took most; on a GPU also the share of the time in which no kernel
-    ran, and the milliseconds of communication kernels, hidden or not.
+    """One step under torch's profiler: the operators (kernels on a GPU) that took most time.
+
+    On a GPU also the share of the time without any kernel, and the milliseconds of communication kernels, hidden or not.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -110,7 +113,7 @@ def profile(step: Callable[[], Any], device: torch.device, rows: int = 12) -> di
         if cuda:
             torch.cuda.synchronize()
         wall = time.perf_counter() - started
-    # an operator's row repeats the time of the kernels it launched: only the kernels' own rows are counted
+    # an operator's row repeats the time of its kernels: only the kernels' rows are counted
     events = [
         (event.key, (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3, event.count)
         for event in profiler.key_averages()
@@ -122,7 +125,7 @@ def profile(step: Callable[[], Any], device: torch.device, rows: int = 12) -> di
     }
     if cuda:
         communication = [ms for name, ms, _ in events if "nccl" in name.lower()]
-        busy = sum(ms for _, ms, _ in events) - sum(communication)  # those run beside the others
+        busy = sum(ms for _, ms, _ in events) - sum(communication)  # they run at the same time as the others
         found["communication_ms"] = round(sum(communication), 3)
         found["device_idle_share"] = round(max(0.0, 1 - busy / 1e3 / wall), 4)
     return found

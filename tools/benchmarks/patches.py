@@ -1,4 +1,4 @@
-"""Sampling the patches at landmarks: one `grid_sample` for all of them against a Python loop with one call a landmark."""
+"""Sampling patches at landmarks: one `grid_sample` for all of them, against a loop with one call per landmark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL = {"batch": 4, "repeats": 3}
 
 
 def looped(images: torch.Tensor, landmarks: torch.Tensor, patch: int) -> torch.Tensor:
-    """The same patches as `sample_patches`, landmark after landmark."""
+    """The same patches as `sample_patches`, one landmark after the other."""
     size = torch.tensor([images.shape[3] - 1, images.shape[2] - 1], device=images.device)
     offset = torch.arange(patch, device=images.device) - (patch - 1) / 2
     y, x = torch.meshgrid(offset, offset, indexing="ij")
@@ -29,9 +29,10 @@ def looped(images: torch.Tensor, landmarks: torch.Tensor, patch: int) -> torch.T
 
 
 def run(batch: int = 32, side: int = 14, patch: int = 8, device: str = "auto", repeats: int = 9) -> dict[str, Any]:
-    """Milliseconds of forward and of forward and backward (to images and landmarks) for `side`^2 landmarks, and how far the two ways differ.
+    """Milliseconds of forward, and of forward and backward (to images and landmarks), for `side`^2 landmarks.
 
-    `bound_ms`: reading the images' touched pixels and writing the patches once, at the machine's measured copy rate.
+    Also the difference between the two ways. `bound_ms` is the time to read the pixels and write the patches once, at the
+    measured copy rate.
     """
     place = pick_device(device)
     generator = torch.Generator().manual_seed(0)

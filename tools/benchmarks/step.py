@@ -1,8 +1,7 @@
-"""One whole training step: data, classes chosen, forward, classifier, backward, both optimizers; images/s, MFU, where
-the time went.
+"""One whole training step: data, choice of classes, forward, classifier, backward, both optimizers.
 
-Alone or under a launcher (`torchrun --nproc_per_node 8 tools/benchmark.py step ...`), where only rank 0's figures
-count.
+It gives images/s, MFU and a breakdown of the time. Start it alone or with a launcher
+(`torchrun --nproc_per_node 8 tools/benchmark.py step ...`), where only rank 0's figures count.
 """
 
 from __future__ import annotations
@@ -54,13 +53,19 @@ def run(
     peer: Path | None = None,
     profiled: bool = True,
 ) -> dict[str, Any]:
-    """batch: images a rank and micro-batch. stage: ZeRO. expectations: PCO's second anchor.
+    """Images per second, MFU, breakdown in ms, peak memory.
 
-    as_ranks: give this GPU the classifier's work of one of so many ranks, a share of the classes but every rank's
-    embeddings (made up), which is what a large run does; communication is left out. data: a dataset folder to load
-    from; absent, one batch lies on the device.
-    On a GPU the rows' update runs beside the next forward: what it costs there is in `forward`, not in `row optimizer`.
-    peer: recognition/arcface_torch of an insightface checkout; its backbone, PartialFC_V2 and AdamW on the same shapes.
+    batch: images per rank and micro-batch. stage: ZeRO. expectations: add PCO's second anchor.
+
+    as_ranks: give this GPU the classifier's work of one of this many ranks: a share of the classes, but the embeddings of
+    all ranks (random ones). Communication is left out.
+
+    data: a dataset folder to load from; without it, one batch lies on the device.
+
+    peer: recognition/arcface_torch of an insightface checkout; measures its backbone, PartialFC_V2 and AdamW, too.
+
+    On a GPU the update of the class centres runs during the next forward. Its cost is in `forward`, not in `row
+    optimizer`.
     """
     world = worlds.start()
     try:
@@ -112,7 +117,7 @@ def run(
                 one(clock)
                 clocks[variant].append(clock)
         images = batch * accumulation
-        # read when all is done: a look after every step would let the device run dry
+        # read at the end: reading after every step would let the device wait
         for variant, taken in clocks.items():
             found = [clock.seconds() for clock in taken]
             total = median([sum(parts.values()) for parts in found])
@@ -139,7 +144,7 @@ def run(
 
 
 class _Step:
-    """A step as the training loop makes it, with the loss left on the device."""
+    """A step as in the training loop. The loss stays on the device."""
 
     def __init__(
         self,
@@ -202,8 +207,8 @@ class _Step:
         self.loader = self._loaded(data, world) if data else None
         self.images = torch.randn(batch, 3, self.image_size, self.image_size, device=device)
         self.labels = self.host_labels.to(device)
-        # what the classifier is told before a step, of the whole global batch and on the host, as the data order knows it
-        self.told = torch.cat([self.host_labels, self.other_labels.cpu()])
+        # labels of the whole global batch on the host, which the classifier gets before a step
+        self.global_labels = torch.cat([self.host_labels, self.other_labels.cpu()])
 
     def _loaded(self, data: Path, world: worlds.World) -> Any:
         from lvtrain.data import Loader, ShardDataset
@@ -222,7 +227,7 @@ class _Step:
 
     def __call__(self, clock: Clock | None) -> None:
         mark = clock.mark if clock else (lambda name: None)
-        told = self.told
+        told = self.global_labels
         if self.loader:
             labels = torch.from_numpy(self.loader.global_labels(self.number * self.global_batch, self.global_batch))
             told = torch.cat([labels % self.local_classes, told[self.batch :]])
@@ -257,9 +262,7 @@ class _Step:
 
 
 class _PeerStep:
-    """arcface_torch's step: its backbone with our weights, PartialFC_V2 as train_v2.py makes it (float32), one AdamW,
-    clipping, loss.item().
-    """
+    """arcface_torch's step: its backbone with our weights, PartialFC_V2 as in train_v2.py (float32), AdamW, clipping, loss.item()."""
 
     def __init__(self, path: Path, ours: _Step, classes: int, sample_rate: float) -> None:
         device = self.device = ours.device

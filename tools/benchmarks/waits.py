@@ -1,4 +1,4 @@
-"""How often, and why, the host waits for the device."""
+"""Counts how often the host waits for the device, and why."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WAITING = {
 
 
 class _Operators(TorchDispatchMode):
-    """Counts operators of which a GPU's host must know a value or a size before it can go on."""
+    """Counts operators whose values or sizes the host must know before it can continue, so it would wait for a GPU."""
 
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Numbers(TorchFunctionMode):
-    """Counts numbers of the host that are made a tensor of a stated device: a copy that a GPU's host waits for."""
+    """Counts host numbers that are made a tensor on a given device: with a GPU, the host waits for that copy."""
 
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
@@ -60,13 +60,14 @@ class _Numbers(TorchFunctionMode):
 
 @contextmanager
 def host_waits(device: torch.device) -> Iterator[Counter[str]]:
-    """Counts what happens inside, by cause, in this thread.
+    """Counts the waits inside a `with`, by cause, in this thread.
 
-    Everywhere: synchronisations of the whole device by DeepSpeed, by place. GPU: torch's own warnings, by place; they do not cover an event's
-    wait. CPU: operators that would wait on a GPU, and numbers brought to the device; a copy of a tensor that would is not seen, and an operator on the
-    host's own tensors is.
+    - Everywhere: DeepSpeed's synchronisations of the whole device, by place in the code.
+    - On a GPU: torch's warnings, by place. They do not cover waiting for an event.
+    - On a CPU: operators that would wait on a GPU, and numbers that are copied to the device. A tensor's copy is not
+      noticed. An operator on host tensors is counted, although it would not wait.
     """
-    # when it is imported, DeepSpeed looks for a GPU and says on stdout that there is none, unless `engine` has told it before
+    # imported here: without `engine` before it, DeepSpeed looks for a GPU and prints that there is none
     from deepspeed.accelerator import get_accelerator
 
     found: Counter[str] = Counter()

@@ -1,4 +1,7 @@
-"""The sweep of system calls, in parts: python -m tools.faults --operations resume --count 50 (tools/torture.py has it among its cases)."""
+"""The sweep of system calls, or a part of it: `python -m tools.faults --operations resume --count 50`.
+
+`tools/torture.py` runs it as one of its cases.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from tools.faults.shim import Mode
 from tools.faults.sweep import GROUPS, Site, Sweep, Trial, all_of, carry_out, keep, sample
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-# what must never be taken for damage, or lost: tried in every way of failing, also by the short sweep
+# files that must never be lost or taken for damaged: the short sweep, too, makes them fail in every way
 STATE = ("/manifest.json", "/run.json", "/recipe.yaml", "/options.json")
 
 
@@ -23,18 +26,18 @@ def main(
     operations: Annotated[str, typer.Option(help="of save, resume, pack, evaluate")] = ",".join(OPERATIONS),
     ranks: Annotated[str, typer.Option(help="ranks (of a pack: workers)")] = "1,2",
     visits: Annotated[
-        int, typer.Option(help="of a file's calls of one kind the first so many and the last; 0: every call")
+        int, typer.Option(help="which calls of one kind on one file: the first VISITS and the last; 0: all")
     ] = 1,
-    count: Annotated[int, typer.Option(help="a sample of so many trials of each operation; 0: all")] = 0,
-    short: Annotated[bool, typer.Option("--short", help="a minute's sample on one rank")] = False,
+    count: Annotated[int, typer.Option(help="trials of each operation, a sample; 0: all")] = 0,
+    short: Annotated[bool, typer.Option("--short", help="a sample on one rank that takes a minute")] = False,
     seed: Annotated[int, typer.Option(help="of the sample")] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="trials at a time")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="trials at the same time")] = 1,
     folder: Annotated[
-        Path | None, typer.Option(help="work here, keep it, and go on where an earlier sweep was ended")
+        Path | None, typer.Option(help="folder to work in, which is kept; an earlier sweep in it is continued")
     ] = None,
-    results: Annotated[Path, typer.Option(help="where syscalls.json and syscalls.md go")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="folder for syscalls.json and syscalls.md")] = RESULTS,
 ) -> None:
-    """Sweeps and writes the table; exit status 1 if anything is wrong."""
+    """Runs the sweep and writes the table. Exit code 1: a trial was wrong."""
     sizes = [1] if short else [int(size) for size in ranks.split(",")]
     trials: list[Trial] = []
     with contextlib.ExitStack() as stack:
@@ -62,7 +65,7 @@ def main(
 
 
 def _short(sites: list[Site], seed: int) -> list[tuple[Site, Mode]]:
-    """Three trials of any kind, and three errors where state is read."""
+    """Three trials of any kind, and three errors while state is read."""
     pairs = all_of(sites, 1)
     state = [
         pair

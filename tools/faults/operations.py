@@ -1,6 +1,6 @@
-"""The swept operations at the tiniest size: one save, one resume, one pack, one evaluation, each through its front door.
+"""The operations of the sweep at the smallest size: a save, a resume, a pack and an evaluation, by their commands.
 
-They run in processes forked from one that has everything imported, which makes a start cost half a second instead of fifteen.
+They run in processes that are forked from one that has imported everything. So a start takes half a second, not fifteen.
 """
 
 from __future__ import annotations
@@ -43,18 +43,27 @@ GRACE = 1.0  # seconds the other ranks have after one has failed, as under a lau
 
 @dataclass(frozen=True)
 class Operation:
-    """`arguments(bench, work, workers)` of `tool`; `prepare(bench, work, size)` fills the empty folder; `result(work)` is what must come out the same."""
+    """A command of the sweep.
+
+    Attributes:
+        name: of the operation.
+        tool: `lvtrain`, or a file of `tools/`.
+        prepare: `prepare(bench, work, size)` fills the empty folder `work`.
+        arguments: `arguments(bench, work, workers)` are the tool's.
+        result: `result(work)` is what must be the same with and without a fault.
+        is_repeatable: whether the command may be given again after it has ended well.
+    """
 
     name: str
     tool: str
     prepare: Callable[[Bench, Path, int], None]
     arguments: Callable[[Bench, Path, int], list[str]]
     result: Callable[[Path], dict[str, Any]]
-    is_repeatable: bool = True  # whether the command may be given again when it has ended well
+    is_repeatable: bool = True
 
 
 class Bench:
-    """What the operations start from, made once in `folder`: generated faces as shards and as image files, a run that is stopped and one that is done."""
+    """What the operations start from, made once in `folder`: generated faces (shards and image files), a stopped and a finished run."""
 
     def __init__(self, folder: Path, limit: float = 60.0) -> None:
         self.folder, self.limit = folder, limit
@@ -92,7 +101,19 @@ class Bench:
         victim: int = 0,
         fault: str = "",
     ) -> tuple[list[int | None], str]:
-        """The operation on `size` ranks (a pack: workers), `victim` under `plan`. Exit codes (None: still running at the limit) and what was said."""
+        """Runs an operation.
+
+        Args:
+            operation: to run.
+            work: its folder.
+            size: ranks; of a pack, workers.
+            plan: file of the fault; None = no fault.
+            victim: the rank that the plan applies to.
+            fault: `LVTRAIN_FAULT`.
+
+        Returns:
+            Exit codes (None: still running at the limit), and the output.
+        """
         log = work.with_suffix(".log")
         log.unlink(missing_ok=True)
         is_pack = operation.tool == "pack_dataset"
@@ -112,7 +133,7 @@ class Bench:
         for rank in range(ranks):
             own = {**common, "RANK": rank, "LOCAL_RANK": rank}
             attached = None if rank != victim and not is_pack else plan
-            if is_pack and victim and plan:  # the workers are swept, which attach when they are spawned
+            if is_pack and victim and plan:  # the plan applies to the workers, which attach when they are spawned
                 attached, own["INTERPOSE_PLAN"] = None, str(plan)
             arguments = (operation.tool, operation.arguments(self, work, size), own, str(log), str(attached or ""))
             processes.append(context.Process(target=_enter, args=arguments))
@@ -125,7 +146,7 @@ class Bench:
             time.sleep(0.01)
         hung = [process for process in processes if process.is_alive() and not failed]
         for process in hung:
-            os.kill(process.pid or 0, signal.SIGUSR1)  # its stacks go to the log
+            os.kill(process.pid or 0, signal.SIGUSR1)  # writes its stacks to the log
             time.sleep(0.5)
         for process in processes:
             process.kill()
@@ -134,13 +155,13 @@ class Bench:
         return codes, log.read_text(errors="replace") if log.exists() else ""
 
     def fresh(self, operation: Operation, work: Path, size: int) -> None:
-        """`work` as it is before the operation on `size` ranks."""
+        """Prepares `work` for the operation on `size` ranks."""
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         operation.prepare(self, work, size)
 
     def _photos(self) -> None:
-        """The held-out faces as image files: JPEGs, one PNG and one file that is no image."""
+        """Writes the held-out faces as image files: JPEGs, one PNG and one file that is not an image."""
         from lvtrain.data.shards import ShardDataset
 
         dataset = ShardDataset(self.faces / "heldout")
@@ -167,9 +188,9 @@ class Bench:
                 work = self.folder / "making"
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir()
-                codes, said = self.run(operation, work, size, fault=fault)
+                codes, output = self.run(operation, work, size, fault=fault)
                 if codes != [code] * size:
-                    raise SystemExit(f"the {name} run failed with {codes}:\n{said}")
+                    raise SystemExit(f"the {name} run failed with {codes}:\n{output}")
                 shutil.move(work / "runs", runs)
 
 
@@ -241,7 +262,10 @@ OPERATIONS = {operation.name: operation for operation in (SAVE, RESUME, PACK, EV
 
 
 def _serve(library: Path) -> None:
-    """The process the others are forked from, with the library preloaded: the first fork starts it, with the environment it then finds."""
+    """Starts the process that the others are forked from, with the library preloaded.
+
+    The first fork starts it, with the environment of that moment.
+    """
     os.environ |= {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
@@ -255,7 +279,7 @@ def _serve(library: Path) -> None:
     process.join()
     del os.environ["LD_PRELOAD"]
     if process.exitcode:
-        raise SystemExit("the processes to be swept cannot be started")
+        raise SystemExit("the processes of the sweep cannot be started")
 
 
 def _nothing() -> None:
@@ -263,7 +287,7 @@ def _nothing() -> None:
 
 
 def _enter(tool: str, arguments: list[str], environment: dict[str, Any], log: str, plan: str) -> None:
-    """In the forked process."""
+    """Runs in the forked process."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -1,4 +1,4 @@
-"""Everything the swept operations import, and what DeepSpeed finds out about this machine, once for all forks."""
+"""Imports everything that the operations need, and lets DeepSpeed inspect this machine, once for all forks."""
 
 import importlib
 
@@ -29,6 +29,6 @@ MODULES = [
 for name in MODULES:
     importlib.import_module(name)
 deepspeed.ops.__compatible_ops__  # noqa: B018 (compiles trial programs on first access)
-# a sweep has no time for the waits of a disk that fails
+# the waits for a failing disk would take too long in a sweep
 patience.WAITS = (0.01, 0.01, 0.01)
 ShardDataset.__init__.__kwdefaults__["pause"] = 0.01  # type: ignore[index]

@@ -1,6 +1,7 @@
-"""interpose.c, built and driven: a plan file says which call of which kind on which files fails, and counts what was called.
+"""Builds and drives interpose.c. A plan file says which call on which files fails and how; calls are counted in it.
 
-The library must be preloaded (LD_PRELOAD) where the process starts; a forked child then says `attach(plan)` and is under the plan from there on.
+The library must be preloaded (LD_PRELOAD) when the process starts. A forked child calls `attach(plan)`, and is under the
+plan from then on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PATH, TRACED = 256, 8192
 
 @dataclass(frozen=True)
 class Mode:
-    """What a call is given. `number` is interpose.c's; `only`: the calls it makes sense for, empty for all."""
+    """A way of failing. `number` is that of interpose.c; `only` lists the calls it applies to, empty = all."""
 
     name: str
     number: int
@@ -41,7 +42,7 @@ class Mode:
 _ALLOCATES = frozenset({"open", "write", "pwrite", "fsync", "rename", "link", "mkdir", "ftruncate", "sendfile"})
 _MOVES = frozenset({"read", "pread", "write", "pwrite", "sendfile"})
 _WRITES = frozenset({"write", "pwrite", "sendfile"})
-# what Linux and NFS may interrupt: a stat or a rename is not
+# calls that Linux and NFS may interrupt; not a stat or a rename
 _SLOW = frozenset(
     {"open", "read", "pread", "write", "pwrite", "fsync", "close", "ftruncate", "flock", "sendfile", "statvfs"}
 )
@@ -80,7 +81,7 @@ class _Plan(ctypes.Structure):
 
 
 class Plan:
-    """A plan file at `path`: without a `mode` calls on files under `folders` are counted and noted, else the `nth` of `call` gets it."""
+    """A plan file. Without a `mode`, calls on files in `folders` are counted and recorded. With one, the `nth` `call` fails."""
 
     def __init__(
         self,
@@ -105,25 +106,25 @@ class Plan:
         return _Plan.from_buffer_copy(self.path.read_bytes())
 
     def calls(self) -> list[tuple[str, str]]:
-        """(call, path) of everything that was counted, in order."""
+        """(call, path) of every recorded call, in order."""
         values = self.read()
         if values.traced > TRACED:
-            raise RuntimeError(f"{values.traced} calls were made, {TRACED} can be noted")
+            raise RuntimeError(f"{values.traced} calls were made, {TRACED} can be recorded")
         return [(CALLS[row.call], row.path.decode(errors="replace")) for row in values.trace[: values.traced]]
 
     def fired(self) -> int:
-        """How many calls were given the fault."""
+        """How many calls failed because of the plan."""
         return int(self.read().fired)
 
 
 def build(folder: Path) -> Path:
-    """The library, compiled into `folder`."""
+    """Compiles the library into `folder`. Returns its path."""
     library = folder / "interpose.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", str(library), str(SOURCE), "-ldl"], check=True)
     return library
 
 
 def attach(plan: Path) -> None:
-    """Puts this process, where the library is preloaded, under a plan."""
+    """Puts this process under a plan. The library must be preloaded."""
     if ctypes.CDLL(None).interpose_attach(str(plan).encode()):
         raise RuntimeError(f"cannot attach to {plan}")

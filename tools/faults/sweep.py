@@ -1,7 +1,10 @@
-"""Every call of an operation that touches its files, with every way of failing: what came of it, and whether the same command then goes on.
+"""Tries every way of failing on every call of an operation, and judges what happens.
 
-A trial is right when the operation ends well with the same bits as without the fault, or ends with one line and no traceback; when no checkpoint was put
-aside; and when the same command, given again, ends with the same bits and leaves nothing behind. A kill needs no line.
+A trial is right if
+
+- the operation ends with the same bits as without the fault, or ends with one line and no traceback (a kill needs no line);
+- no checkpoint was renamed as damaged;
+- the same command, given again, ends with the same bits and leaves no temporary files.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ CODES = {"lvtrain": {0, 1, 2, 75}, "pack_dataset": {0, 1, 2}, "evaluate": {0, 1,
 
 @dataclass(frozen=True)
 class Site:
-    """The `nth` call of its kind that the victim makes (from 1), on the file `path`, which is the `visit`th such call on that file."""
+    """A call: the `nth` of its kind that the victim makes (from 1), and the `visit`th of its kind on the file `path`."""
 
     operation: str
     size: int
@@ -45,6 +48,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Trial:
+    """One fault at one call, and the verdict."""
+
     site: Site
     mode: str
     verdict: str  # survived, refused, wrong, not reached
@@ -52,7 +57,7 @@ class Trial:
 
 
 class Sweep:
-    """The operation's result without a fault, the calls it makes, and trials of them. `work` is this sweep's own folder."""
+    """Runs trials in the folder `work`, and compares with the result without a fault."""
 
     def __init__(self, bench: Bench, work: Path) -> None:
         self.bench, self.work = bench, work
@@ -61,14 +66,14 @@ class Sweep:
     def expected(self, operation: Operation, size: int) -> dict[str, Any]:
         if (operation.name, size) not in self._expected:
             self.bench.fresh(operation, self.work, size)
-            codes, said = self.bench.run(operation, self.work, size)
+            codes, output = self.bench.run(operation, self.work, size)
             if any(codes):
-                raise SystemExit(f"{operation.name} fails without any fault, {codes}:\n{said}")
+                raise SystemExit(f"{operation.name} fails without any fault, {codes}:\n{output}")
             self._expected[operation.name, size] = operation.result(self.work)
         return self._expected[operation.name, size]
 
     def sites(self, operation: Operation, size: int, victim: int) -> list[Site]:
-        """Every call, in order."""
+        """Every call that the victim makes, in order."""
         self.bench.fresh(operation, self.work, size)
         plan = self._plan()
         self.bench.run(operation, self.work, size, plan.path, victim)
@@ -85,29 +90,29 @@ class Sweep:
         expected = self.expected(operation, site.size)
         self.bench.fresh(operation, self.work, site.size)
         plan = self._plan(mode, site.call, site.nth)
-        codes, said = self.bench.run(operation, self.work, site.size, plan.path, site.victim)
+        codes, output = self.bench.run(operation, self.work, site.size, plan.path, site.victim)
         if not plan.fired():
             return Trial(
                 site,
                 mode.name,
                 "not reached" if codes == [0] * len(codes) else "wrong",
-                "" if not any(codes) else _tail(said),
+                "" if not any(codes) else _tail(output),
             )
         ended_well = codes == [0] * len(codes)
-        problem = self._problem(operation, mode, codes, said, expected if ended_well else None)
+        problem = self._problem(operation, mode, codes, output, expected if ended_well else None)
         if problem is None and (operation.is_repeatable or not ended_well):
-            again, said_again = self.bench.run(operation, self.work, site.size)
-            problem = self._problem(operation, None, again, said_again, expected)
+            again, output_again = self.bench.run(operation, self.work, site.size)
+            problem = self._problem(operation, None, again, output_again, expected)
             problem = problem and f"given again: {problem}"
         verdict = "wrong" if problem else "survived" if ended_well else "refused"
         return Trial(
             site,
             mode.name,
             verdict,
-            f"{problem} | {_tail(said)}"
+            f"{problem} | {_tail(output)}"
             if problem
-            else _lines(said)[-1][:300]
-            if not ended_well and _lines(said)
+            else _lines(output)[-1][:300]
+            if not ended_well and _lines(output)
             else "",
         )
 
@@ -119,26 +124,29 @@ class Sweep:
         operation: Operation,
         mode: Mode | None,
         codes: list[int | None],
-        said: str,
+        output: str,
         expected: dict[str, Any] | None,
     ) -> str | None:
-        """What is wrong with how it ended; `expected` is the result where it must have one, `mode` the fault it was given."""
+        """What is wrong with an end; None if nothing is.
+
+        `expected` is the result, if there must be one; `mode` is the fault.
+        """
         if None in codes:
             return "did not end"
-        if any(sign in said for sign in ("Traceback (most recent call last)", "terminate called", "frame #0")):
+        if any(sign in output for sign in ("Traceback (most recent call last)", "terminate called", "frame #0")):
             return f"a traceback, {codes}"
         if aside := list(self.work.rglob("damaged_*")):
-            return f"put aside {aside[0].name}"
+            return f"renamed as damaged: {aside[0].name}"
         if expected is not None:
             if any(codes):
-                return f"ended with {codes}: {_lines(said)[-1:]}"
+                return f"ended with {codes}: {_lines(output)[-1:]}"
             differing = _differing(operation, self.work, expected)
-            # a start removes what the one before it could not
+            # a start removes what the one before could not remove
             left = [path.name for pattern in LEFT_BEHIND for path in self.work.rglob(pattern) if mode is None]
             return f"other bits: {differing[:4]}" if differing else f"left behind {left[:3]}" if left else None
         killed = mode is not None and mode.is_kill
         if not killed:
-            errors = [line for line in _lines(said) if re.match(rf"(rank \d+: )?{operation.tool}: error: ", line)]
+            errors = [line for line in _lines(output) if re.match(rf"(rank \d+: )?{operation.tool}: error: ", line)]
             if not 1 <= len(errors) <= len(codes):
                 return f"{len(errors)} lines of error, {codes}"
             if not any(code in CODES[operation.tool] and code for code in codes):
@@ -149,7 +157,7 @@ class Sweep:
 
 
 def plain(path: str) -> str:
-    """A path without what is drawn anew at every start: tokens, and numbers of processes."""
+    """A path without what differs at every start: tokens and process ids."""
     path = re.sub(r"(?<=_\d{9}_)[0-9a-f]{8}|[0-9a-f]{32}", "X", path)
     return re.sub(r"(?<=[.\w])\.\d+(?=\.|$)", ".N", path)
 
@@ -157,31 +165,31 @@ def plain(path: str) -> str:
 def _differing(operation: Operation, work: Path, expected: dict[str, Any]) -> list[str]:
     try:
         found = operation.result(work)
-    except Exception as error:  # a result that cannot be read is another one
+    except Exception as error:  # a result that cannot be read differs
         return [f"{type(error).__name__}: {error}"]
     return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
 
 
-def _lines(said: str) -> list[str]:
-    return [line.strip() for line in said.splitlines() if line.strip()]
+def _lines(output: str) -> list[str]:
+    return [line.strip() for line in output.splitlines() if line.strip()]
 
 
-def _tail(said: str) -> str:
-    return " / ".join(_lines(said)[-4:])[-900:]
+def _tail(output: str) -> str:
+    return " / ".join(_lines(output)[-4:])[-900:]
 
 
 # -------------------------------------------------------------------------------------------------- which trials
 
 
 def all_of(sites: list[Site], visits: int) -> list[tuple[Site, Mode]]:
-    """All modes at all calls; of the calls of one kind on one file the first `visits` and the last (0: every one)."""
+    """All modes at all calls. Of the calls of one kind on one file, the first `visits` and the last (0: all)."""
     last = {(site.call, site.path): site.visit for site in sites}
     chosen = [site for site in sites if not visits or site.visit <= visits or site.visit == last[site.call, site.path]]
     return [(site, mode) for site in chosen for mode in MODES if mode.applies(site.call)]
 
 
 def sample(pairs: list[tuple[Site, Mode]], count: int, seed: int) -> list[tuple[Site, Mode]]:
-    """Some of them, in turn from every mode, so that none is left out."""
+    """`count` of the trials, taken from every mode in turn."""
     chance = random.Random(seed)
     by_mode = {mode.name: [pair for pair in pairs if pair[1] is mode] for mode in MODES}
     for some in by_mode.values():
@@ -191,7 +199,7 @@ def sample(pairs: list[tuple[Site, Mode]], count: int, seed: int) -> list[tuple[
 
 
 def carry_out(bench: Bench, pairs: list[tuple[Site, Mode]], jobs: int, log: Path) -> Iterator[Trial]:
-    """The trials, `jobs` at a time. Each goes to `log`; what is there from before is not made again."""
+    """Runs the trials, `jobs` at the same time, and writes each to `log`. A trial that is in `log` is not repeated."""
     done = {(trial.site, trial.mode): trial for trial in read_log(log)}
     free = [Sweep(bench, bench.folder / f"work{job}") for job in range(jobs)]
 
@@ -212,6 +220,7 @@ def carry_out(bench: Bench, pairs: list[tuple[Site, Mode]], jobs: int, log: Path
 
 
 def read_log(log: Path) -> list[Trial]:
+    """The trials in a log."""
     lines = log.read_text().splitlines() if log.exists() else []
     return [Trial(Site(**one.pop("site")), **one) for one in map(json.loads, lines)]
 
@@ -220,7 +229,7 @@ def read_log(log: Path) -> list[Trial]:
 
 
 def table(trials: list[Trial]) -> str:
-    """Calls x modes, each cell `survived / refused / wrong`."""
+    """The table of calls and modes. A cell is `survived / refused / wrong`."""
     names = [mode.name for mode in MODES]
     cells: dict[tuple[str, str], Counter[str]] = {}
     for trial in trials:
@@ -242,7 +251,7 @@ def _cell(counts: Counter[str]) -> str:
 
 
 def keep(results: Path, trials: list[Trial], conditions: dict[str, Any]) -> None:
-    """Writes syscalls.json and syscalls.md; groups (operation, ranks, victim) that were not swept now stay as they were."""
+    """Writes syscalls.json and syscalls.md. Groups (operation, ranks, victim) that were not swept now stay."""
     path = results / "syscalls.json"
     before = json.loads(path.read_text())["trials"] if path.exists() else []
     old = [Trial(Site(**one.pop("site")), **one) for one in before]
@@ -259,10 +268,10 @@ def keep(results: Path, trials: list[Trial], conditions: dict[str, Any]) -> None
         ]
         if own:
             counts = Counter(trial.verdict for trial in own)
-            said = ", ".join(
+            output = ", ".join(
                 f"{counts[verdict]} {verdict}" for verdict in ("survived", "refused", "wrong", "not reached")
             )
-            text += [f"## {operation}, {_who(operation, size, victim)}: {said}", "", table(own)]
+            text += [f"## {operation}, {_who(operation, size, victim)}: {output}", "", table(own)]
     results.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps({"conditions": conditions, "trials": [asdict(trial) for trial in together]}, indent=0) + "\n"
@@ -278,7 +287,10 @@ def _who(operation: str, size: int, victim: int) -> str:
 
 HEADING = """# System calls that fail
 
-`python tools/torture.py --only syscalls`: one save, one resume, one pack and one evaluation, each made again for every call on its files and
-every way of failing. A cell counts trials that **survived** (ended well, same bits) / **refused** (ended with one line, or were killed; the same
-command then ended with the same bits) / were **wrong** (anything else).
+`python tools/torture.py --only syscalls` repeats a save, a resume, a pack and an evaluation for every
+call on their files and every way of failing. A cell counts three kinds of trials:
+
+- **survived**: ended well, with the same bits;
+- **refused**: ended with one line or was killed, and the same command then ended with the same bits;
+- **wrong**: anything else.
 """

@@ -1,4 +1,4 @@
-"""A study as one Slurm array job, one cell a task."""
+"""A study as one Slurm array job, one task per cell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.studies.grid import ROOT, Grid
 
 
 def array_script(grid: Grid, arguments: list[str]) -> str:
-    """The batch script of an array with one task a cell. A task that stopped on request goes back into the queue."""
+    """The batch script of an array with one task per cell. A task that was asked to stop is queued again."""
     site, ranks = read_site(), grid.options.ranks
     settings = [
         f"--job-name={grid.options.study.stem}",
@@ -61,9 +61,11 @@ def submit(grid: Grid, arguments: list[str]) -> None:
         print(script, end="")
         return
     if any("{out}" in json.dumps(grid.study.settings[setting]) for setting in grid.settings):
-        raise UserError("--submit runs cells at the same time, but a setting starts from another one; run it without")
+        raise UserError(
+            "--submit runs cells at the same time, but a setting starts from another one; run it without --submit"
+        )
     grid.make_data()
     path = grid.out / "slurm" / "array.sbatch"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script)
-    print(f"{len(grid.cells)} cells as job {Slurm().submit(path)}; --table prints what is there")
+    print(f"{len(grid.cells)} cells as job {Slurm().submit(path)}; --table prints what is finished")

@@ -1,4 +1,4 @@
-"""What a study file says."""
+"""The keys of a study file, and its reader."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lvtrain.recipe.base import Section
 
 
 class Generated(Section):
-    """Faces that `tools/synth_faces.py` makes where there are none yet."""
+    """Faces that `tools/synth_faces.py` generates if they do not exist."""
 
     path: Path
     identities: int = Field(gt=1)
     images: int = Field(gt=1, description="per identity")
-    heldout: int = Field(gt=1, description="identities never trained on")
+    heldout: int = Field(gt=1, description="identities that are not trained on")
     pairs: int = Field(gt=0)
     difficulty: str = "normal"
 
@@ -35,21 +35,21 @@ class Subsets(Section):
 
 class Study(Section):
     recipe: Path = Field(description="of every setting that does not name its own")
-    common: dict[str, Any] = Field(default_factory=dict, description="what every setting changes in its recipe")
+    common: dict[str, Any] = Field(default_factory=dict, description="changes to the recipe that all settings share")
     settings: dict[str, dict[str, Any]] = Field(
         min_length=1,
         description="by name: dotted keys of the recipe and their values; `recipe` takes another recipe. {out} and "
-        "{seed} in a text stand for the study's folder and the seed, so that a setting can start from an earlier one",
+        "{seed} in a text are replaced by the study's folder and the seed, so a setting can start from an earlier one",
     )
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     generated: Generated | None = None
     subsets: Subsets | None = None
-    unseen: Path | None = Field(None, description="a dataset of identities never trained on")
-    # DBSCAN and agglomeration join at the cosine of this false accept rate, because losses lead to different cosines
+    unseen: Path | None = Field(None, description="a dataset of identities that are not trained on")
+    # DBSCAN and agglomeration join at the cosine of this false accept rate, because cosines depend on the loss
     far: str = Field("1e-02", description="false accept rate of the table")
 
     def overrides(self, setting: str) -> list[str]:
-        """What the setting changes in its recipe, as `key=value` words."""
+        """The changes of a setting to its recipe, as `key=value` words."""
         values = self.common | self.settings[setting]
         return [f"{key}={json.dumps(value)}" for key, value in values.items() if key != "recipe"]
 

@@ -1,4 +1,4 @@
-"""The cells of a study, and how one is trained."""
+"""The cells of a study, and how each is trained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid. `fraction` and `shots` are None without subsets; `shots` None within one means all images."""
+    """One run of the grid. `fraction` and `shots` are None without subsets; in a subset, `shots` None means all images."""
 
     setting: str
     seed: int
@@ -43,7 +43,7 @@ class Cell:
 
 
 class Grid:
-    """A study with what the command line changed about it."""
+    """A study, with the changes of the command line."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         own = [word for word in options.overrides if word.startswith("study.")]
@@ -57,17 +57,17 @@ class Grid:
             raise UserError(f"--settings {','.join(sorted(unknown))}: the study has {', '.join(self.study.settings)}")
         subsets = self.study.subsets
         places = [(f, k) for f in subsets.fractions for k in subsets.shots] if subsets else [(None, None)]
-        # one seed's whole grid before the next seed's, so that an interrupted table compares like with like
+        # all cells of one seed come first, so that the table of an interrupted study is balanced
         self.cells = [Cell(s, seed, f, k) for seed in self.seeds for f, k in places for s in self.settings]
-        for setting in self.settings:  # refuse a wrong setting now, not after hours of runs
+        for setting in self.settings:  # find a wrong setting now, not after hours of runs
             recipes.load(self.recipe(setting), self.changes(Cell(setting, self.seeds[0])))
 
     def recipe(self, setting: str) -> Path:
         path = Path(self.study.settings[setting].get("recipe") or self.options.recipe or self.study.recipe)
-        return path if path.exists() else ROOT / path  # a study of ours names its recipe from the repository's folder
+        return path if path.exists() else ROOT / path  # our studies give recipes relative to the repository
 
     def changes(self, cell: Cell) -> list[str]:
-        """The overrides of a cell's run, without those that are the same in every run."""
+        """The overrides of a cell's run, without those that every run has."""
         words = self.study.overrides(cell.setting)
         for name, filled in (("{out}", str(self.out)), ("{seed}", str(cell.seed))):
             words = [word.replace(name, filled) for word in words]
@@ -79,7 +79,7 @@ class Grid:
     # ------------------------------------------------------------------------------------------------------------- runs
 
     def run(self) -> list[str]:
-        """Runs every cell that is not finished; returns a line for each one that failed."""
+        """Runs every cell that is not finished. Returns a line for each one that failed."""
         return [line for cell in self.cells if (line := self.run_cell(cell))]
 
     def run_cell(self, cell: Cell) -> str | None:
@@ -96,14 +96,14 @@ class Grid:
         return None
 
     def make_data(self) -> None:
-        """Generated faces and subset manifests, before the first run: tasks that begin together must not write one file."""
+        """Writes generated faces and subset manifests before the first run: two tasks must not write one file."""
         made = self.study.generated
         if made is not None and not (made.path / "heldout.bin").exists():
             sizes = made.model_dump(mode="json", exclude={"path"})
             words = [f"--{name}={value}" for name, value in sizes.items()]
             command = [sys.executable, str(ROOT / "tools" / "synth_faces.py"), str(made.path), *words]
             if subprocess.run(command).returncode:
-                raise UserError("the faces could not be generated; fix what is printed above and start again")
+                raise UserError("the faces could not be generated; fix the error above and start again")
         if (subsets := self.study.subsets) is not None:
             from lvtrain.data import ShardDataset
 
@@ -112,7 +112,7 @@ class Grid:
                 self._write_subset(dataset, cell)
 
     def _manifest(self, cell: Cell) -> Path:
-        """The same identities and images for every setting of one seed."""
+        """Manifest of the cell's subset, which is the same for every setting of one seed."""
         return self.out / "subsets" / f"{cell.subset}_seed{cell.seed}.json"
 
     def _write_subset(self, dataset: ShardDataset, cell: Cell) -> None:
@@ -150,7 +150,7 @@ class Grid:
     def _launcher(self) -> list[str]:
         ranks = self.options.ranks
         if self.options.array is not None and "SLURM_JOB_ID" in os.environ:
-            # tasks of a job step: Slurm's warning before the time limit reaches them
+            # as a job step: then Slurm's warning before the time limit reaches the ranks
             return ["srun", f"--ntasks={ranks}", "--kill-on-bad-exit=1", sys.executable]
         return ["torchrun", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
 

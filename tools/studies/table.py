@@ -1,4 +1,4 @@
-"""The figures of a study's finished cells, as rows and as a printed table."""
+"""The results of a study's finished cells, as rows and as a printed table."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from tools.studies.grid import Grid, finished
 
 
 def collect(grid: Grid) -> list[dict[str, Any]]:
-    """A row for every setting (of every subset) with a finished cell: `{setting, subset…, seeds, figures}`, where
-    `figures` is `{title: {mean, std, values}}` over the seeds."""
+    """A row for every setting (of every subset) with a finished cell.
+
+    A row is `{setting, subset…, seeds, figures}`, where `figures` is `{title: {mean, std, values}}` over the seeds.
+    """
     rows = []
     for place in dict.fromkeys((cell.fraction, cell.shots, cell.setting) for cell in grid.cells):
         members = [cell for cell in grid.cells if (cell.fraction, cell.shots, cell.setting) == place]
@@ -35,7 +37,7 @@ def collect(grid: Grid) -> list[dict[str, Any]]:
 
 
 def _figures(folder: Path, study: Study) -> dict[str, float] | None:
-    """What one finished run reached, by title."""
+    """Results of a finished run, by title; None if it is not finished."""
     final, identities = folder / "evaluation" / "final.json", folder / "unseen.json"
     if not finished(folder) or (study.unseen and not identities.exists()):
         return None

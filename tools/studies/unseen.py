@@ -1,4 +1,4 @@
-"""A finished run measured on identities that it was never trained on."""
+"""Evaluates a finished run on identities that were not trained on."""
 
 from __future__ import annotations
 

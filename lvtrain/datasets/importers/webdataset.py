@@ -104,7 +104,7 @@ class WebDataset(Importer):
                 if suffix == image or suffix == "cls" or (suffix == "json" and "cls" not in sample.members):
                     continue
                 if is_image_name("x." + suffix):
-                    out.left_out(f"second image .{suffix} of a sample with .{image}", f"{relative}: {member}")
+                    out.left_out(f"image .{suffix} of a sample with .{image}", f"{relative}: {member}")
                 else:
                     out.ignored(f"member .{suffix} of a sample", f"{relative}: {member}")
             member, offset, size = sample.members[image]
