@@ -42,7 +42,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from lvtrain.checkpoint.state import Rows, State
@@ -58,7 +58,7 @@ from lvtrain.methods.base import LossOutput, StepInfo
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.heads import classifier_section
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection, batch_cosine
-from lvtrain.recipe.base import Duration, in_steps_or_epochs
+from lvtrain.recipe.base import Duration, in_steps_or_epochs, setting
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Phase, Recipe
 
@@ -109,29 +109,29 @@ class Clusters:
 class ClusterSection(SupervisedSection):
     """Joint label classification and supervised contrastive clustering; the defaults are the paper's setting 6."""
 
-    guided: bool = Field(True, description="cluster-guided margins; false: ArcFace with classifier.margin.m")
-    m_low: float = Field(0.4, ge=0, description="margin of the tightest cluster of the step, radians")
-    m_high: float = Field(0.6, ge=0, description="margin of the loosest")
-    clustering: Literal["contrastive", "triplet", "centre", "none"] = Field(
-        "contrastive", description="triplet and centre loss are the paper's comparisons"
+    guided: bool = setting(True, "cluster-guided margins; false: ArcFace with classifier.margin.m")
+    m_low: float = setting(0.4, "margin of the tightest cluster of the step", unit="radians", ge=0)
+    m_high: float = setting(0.6, "margin of the loosest cluster of the step", unit="radians", ge=0)
+    clustering: Literal["contrastive", "triplet", "centre", "none"] = setting(
+        "contrastive", "clustering loss; triplet and centre loss are the paper's comparisons"
     )
-    alpha: float = Field(1.0, ge=0, description="weight of the clustering loss; 0 is off")
-    beta: float = Field(1.0, ge=0, description="weight of the cluster-aligning loss; 0 is off")
-    temperature: Literal["concentration", "learnable"] = Field(
-        "concentration", description="one per class, phi_j, or a single learnable tau0"
+    alpha: float = setting(1.0, "weight of the clustering loss; 0: off", ge=0)
+    beta: float = setting(1.0, "weight of the cluster-aligning loss; 0: off", ge=0)
+    temperature: Literal["concentration", "learnable"] = setting(
+        "concentration", "one temperature per class, phi_j, or a single learnable tau0"
     )
-    tau0: float = Field(0.07, gt=0, description="first value of the learnable temperature")
-    mean_temperature: float | None = Field(
-        None, gt=0, description="rescale the temperatures to this mean over the step's classes, as PCL does"
+    tau0: float = setting(0.07, "first value of the learnable temperature", gt=0)
+    mean_temperature: float | None = setting(
+        None, "rescale the temperatures to this mean over the step's classes, as PCL does", gt=0
     )
-    min_temperature: float = Field(0.05, gt=0, description="smallest temperature of a class")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of the cluster centres")
-    recent: int = Field(100, gt=0, description="Z: most recent features a concentration is taken over")
-    smoothing: float = Field(10.0, gt=0, description="PCL's alpha in Z log(Z + alpha)")
-    triplet_margin: float = Field(0.2, ge=0, description="margin of the triplet loss")
-    warmup: Duration = Field(
-        default_factory=lambda: Duration("1 epochs"),
-        description="the bank follows the features, the losses are plain ArcFace's; in steps or epochs",
+    min_temperature: float = setting(0.05, "smallest temperature of a class", gt=0)
+    momentum: float = setting(0.9, "decay of the cluster centres", ge=0, lt=1)
+    recent: int = setting(100, "Z: a concentration is taken over this many most recent features", unit="features", gt=0)
+    smoothing: float = setting(10.0, "PCL's alpha in Z log(Z + alpha)", gt=0)
+    triplet_margin: float = setting(0.2, "margin of the triplet loss", ge=0)
+    warmup: Duration = setting(
+        lambda: Duration("1 epochs"),
+        "in this time only the bank follows the features, and the loss is plain ArcFace; in steps or epochs",
     )
 
     @model_validator(mode="after")

@@ -40,7 +40,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import nn
 from torch.nn import functional
 
@@ -52,6 +51,7 @@ from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Method, MethodSection, StepInfo, initial_backbone
 from lvtrain.methods.cost import Cost
+from lvtrain.recipe.base import setting
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Phase, Recipe
 
@@ -145,22 +145,25 @@ def dino_loss(
     return loss / pairs
 
 
+_HEAD = "the head in the checkpoints has this shape"
+
+
 class DinoSection(MethodSection):
     """The defaults are DINO's; the size of the head is LAFS's."""
 
-    prototypes: int = Field(100_000, gt=1, description="prototypes K of the head")
-    hidden: int = Field(2048, gt=0, description="width of the head's hidden layers")
-    bottleneck: int = Field(256, gt=0, description="width of the head's last layer before the prototypes")
-    student_temperature: float = Field(0.1, gt=0, description="tau_s of the student's softmax")
-    teacher_temperature: float = Field(0.04, gt=0, description="tau_t of the teacher's softmax, after its warm-up")
-    teacher_temperature_start: float = Field(0.04, gt=0, description="tau_t at the start of its warm-up")
-    teacher_warmup_epochs: float = Field(
-        0, ge=0, description="epochs over which tau_t goes from its start to its value"
+    prototypes: int = setting(100_000, "prototypes K of the head", because=_HEAD, gt=1)
+    hidden: int = setting(2048, "width of the head's hidden layers", because=_HEAD, gt=0)
+    bottleneck: int = setting(256, "width of the head's last layer before the prototypes", because=_HEAD, gt=0)
+    student_temperature: float = setting(0.1, "tau_s of the student's softmax", gt=0)
+    teacher_temperature: float = setting(0.04, "tau_t of the teacher's softmax, after its warm-up", gt=0)
+    teacher_temperature_start: float = setting(0.04, "tau_t at the start of its warm-up", gt=0)
+    teacher_warmup_epochs: float = setting(
+        0, "time in which tau_t goes from its start to its value", unit="epochs", ge=0
     )
-    teacher_momentum: float = Field(0.996, gt=0, le=1, description="first value; goes to 1 by a cosine")
-    centre_momentum: float = Field(0.9, ge=0, lt=1, description="decay of the centre of the teacher's outputs")
-    freeze_last_layer: float = Field(
-        1, ge=0, description="epochs at the start in which the prototypes stay as they are"
+    teacher_momentum: float = setting(0.996, "first momentum of the teacher; it goes to 1 by a cosine", gt=0, le=1)
+    centre_momentum: float = setting(0.9, "decay of the centre of the teacher's outputs", ge=0, lt=1)
+    freeze_last_layer: float = setting(
+        1, "time at the start in which the prototypes do not change", unit="epochs", ge=0
     )
 
 

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 
 from lvtrain import randomness
 from lvtrain.backbones.part_fvit import PartFViT
@@ -36,6 +35,7 @@ from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
 from lvtrain.methods.base import StepInfo
 from lvtrain.methods.dino import DinoMethod, DinoSection, view_names
+from lvtrain.recipe.base import setting
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Recipe
 from lvtrain.weights.source import open_source
@@ -47,12 +47,10 @@ View = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class LafsSection(DinoSection):
     """The teacher sees all landmarks, the student a subset."""
 
-    landmarks: int = Field(36, gt=0, description="landmarks the student sees")
-    shuffle: bool = Field(True, description="the student sees its landmarks in random order")
-    perturbation: float = Field(2.0, ge=0, description="alpha, pixels")
-    landmark_weights: Path | None = Field(
-        None, description="supervised Part fViT run whose landmark CNN is taken, frozen"
-    )
+    landmarks: int = setting(36, "landmarks that the student sees", gt=0)
+    shuffle: bool = setting(True, "the student sees its landmarks in random order")
+    perturbation: float = setting(2.0, "alpha of the landmarks' perturbation", unit="pixels", ge=0)
+    landmark_weights: Path | None = setting(None, "supervised Part fViT whose landmark CNN is used, frozen")
 
     def sources(self) -> dict[str, Path]:
         return {"landmark_weights": self.landmark_weights} if self.landmark_weights else {}

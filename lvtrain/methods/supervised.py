@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from lvtrain.backbones import Backbone
@@ -21,6 +20,7 @@ from lvtrain.methods.base import LossOutput, Method, MethodSection, StepInfo, in
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.distill import Distill, Distillation, Teacher
 from lvtrain.methods.heads import centre_rates, classifier_section, create_classifier
+from lvtrain.recipe.base import setting
 from lvtrain.recipe.sections import Phase, Recipe
 
 
@@ -36,8 +36,8 @@ def batch_cosine(embeddings: torch.Tensor) -> torch.Tensor:
 class SupervisedSection(MethodSection):
     """The options of every method with a classifier."""
 
-    distill: Distill | None = Field(None, description="a frozen teacher that the embeddings follow")
-    window: int = Field(20, gt=0, description="steps over which CSS averages the batch mean of cos^2")
+    distill: Distill | None = setting(None, "a frozen teacher that the embeddings follow")
+    window: int = setting(20, "CSS averages the batch mean of cos^2 over this many steps", unit="steps", gt=0)
 
     def sources(self) -> dict[str, Path]:
         return {"distill.teacher": self.distill.teacher} if self.distill else {}

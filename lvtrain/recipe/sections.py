@@ -280,7 +280,9 @@ class Recipe(Section):
     data: Data = setting(REQUIRED, "what is trained on and how it reaches the GPU")
     backbone: Backbone = setting(Backbone, "image to embedding")
     classifier: Classifier | None = setting(Classifier, "embedding and label to loss; null for self-supervision")
-    method: MethodSection = setting(REQUIRED, "what is trained, after which paper; a name, or a section with a name")
+    method: MethodSection = setting(
+        REQUIRED, "what is trained, after which paper; a name, or a section with a name", because=LOSS
+    )
     phases: list[AnyPhase] = setting(REQUIRED, "phases of training, in order", min_length=1)
     optimizer: AnyOptimizer = setting(dict, "optimizer of the backbone; a name, or a section with a name")
     schedule: Schedule = setting(REQUIRED, "length of the run and learning rate over it", resume="reported")

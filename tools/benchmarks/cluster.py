@@ -37,7 +37,7 @@ def run(
     settings: str = "",
     device: str = "auto",
 ) -> dict[str, Any]:
-    """batch, dim: 0 takes the recipe's (cluster_ablation.yaml). head: the embeddings are given, no backbone runs.
+    """Milliseconds of each setting. batch, dim: 0 = the recipe's (cluster_ablation.yaml). head: no backbone runs.
 
     settings: of tools/studies/cluster.yaml, with commas between; empty for all.
     """

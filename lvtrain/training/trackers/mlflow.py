@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any, ClassVar
 
-from pydantic import Field
-
+from lvtrain.recipe.base import setting
 from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSection, numbers
 
 
 class MlflowSection(TrackerSection):
     """Keys of the tracker `mlflow`."""
 
-    uri: str | None = Field(None, description="tracking server or file: folder; absent: MLFLOW_TRACKING_URI")
-    experiment: str = Field("lvtrain", description="experiment that the run belongs to")
+    uri: str | None = setting(None, "tracking server, or a file: folder; absent: MLFLOW_TRACKING_URI")
+    experiment: str = setting("lvtrain", "experiment that the run belongs to")
 
 
 @TRACKERS.register("mlflow")

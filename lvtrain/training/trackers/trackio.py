@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import Field
-
+from lvtrain.recipe.base import setting
 from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSection, numbers
 
 
 class TrackioSection(TrackerSection):
     """Keys of the tracker `trackio`."""
 
-    project: str = Field("lvtrain", description="project that the run is shown in")
-    space: str | None = Field(None, description="Hugging Face space to send the data to; absent: nothing is sent")
+    project: str = setting("lvtrain", "project that the run is shown in")
+    space: str | None = setting(None, "Hugging Face space that data is sent to; absent: none is sent")
 
 
 @TRACKERS.register("trackio")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
+from lvtrain.recipe.base import setting
 from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSection, numbers
 
 
 class WandbSection(TrackerSection):
     """Keys of the tracker `wandb`."""
 
-    project: str = Field("lvtrain", description="project that the run is shown in")
-    entity: str | None = Field(None, description="user or team; absent: your default")
-    mode: Literal["online", "offline"] | None = Field(None, description="absent: what WANDB_MODE says, or online")
+    project: str = setting("lvtrain", "project that the run is shown in")
+    entity: str | None = setting(None, "user or team; absent: your default")
+    mode: Literal["online", "offline"] | None = setting(
+        None, "whether data is sent at once; absent: WANDB_MODE, or online"
+    )
 
 
 @TRACKERS.register("wandb")
