@@ -153,25 +153,21 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "named"),
     [
-        (
-            "vit_t",
-            {"checkpoint_blocks": "half"},
-            "checkpoint_blocks: Input should be 'none', 'activation' or 'block', got 'half'",
-        ),
-        ("vit_t", {"dim": 100, "heads": 8}, "dim 100 is not a multiple of heads 8"),
-        ("dino_vit_tiny", {"heads": 5}, "dim 192 is not a multiple of heads 5"),
-        ("vit_t", {"depth": -1}, "depth: Input should be greater than 0, got -1"),
-        ("part_fvit_tiny", {"depth": 0}, "depth: Input should be greater than 0, got 0"),
-        ("fvit_tiny", {"heads": 2.5}, "heads: Input should be a valid integer"),
-        ("vit_t", {"drop_path": 1}, "drop_path: Input should be less than 1, got 1"),
-        ("vit_t", {"mlp_ratio": 0}, "mlp_ratio: Input should be greater than 0, got 0"),
-        ("iresnet18", {"layers": [2, 2, 2]}, "layers: Field required"),
+        ("vit_t", {"checkpoint_blocks": "half"}, "checkpoint_blocks: .*'half'"),
+        ("vit_t", {"dim": 100, "heads": 8}, "dim 100 .*heads 8"),
+        ("dino_vit_tiny", {"heads": 5}, "dim 192 .*heads 5"),
+        ("vit_t", {"depth": -1}, "depth: .*-1"),
+        ("part_fvit_tiny", {"depth": 0}, "depth: .*0"),
+        ("fvit_tiny", {"heads": 2.5}, "heads: "),
+        ("vit_t", {"drop_path": 1}, "drop_path: .*1"),
+        ("vit_t", {"mlp_ratio": 0}, "mlp_ratio: .*0"),
+        ("iresnet18", {"layers": [2, 2, 2]}, "layers: "),
     ],
 )
-def test_values_that_make_no_network_are_refused(name: str, value: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=f"^backbone.*: {told}"):
+def test_values_that_make_no_network_are_refused(name: str, value: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=f"^backbone.*: {named}"):
         create_backbone(name, **value)
 
 

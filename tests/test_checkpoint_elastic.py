@@ -118,7 +118,7 @@ def test_replicated_tensors_are_shared_out_and_left_to_who_has_them() -> None:
     described = [describe(state) for state in states]
     mine = [set(plan(state, rank, described).mine) for rank, state in enumerate(states)]
     assert mine == [{"a", "c"}, {"b", "d"}]
-    with pytest.raises(RuntimeError, match="no rank has the data"):
+    with pytest.raises(RuntimeError, match=r"of a$"):
         plan({"a": Replicated(meta)}, 0, [describe({"a": Replicated(meta)})])
 
 
@@ -162,7 +162,7 @@ def test_a_dead_job_of_another_host_is_known_by_its_still_heartbeat(tmp_path: Pa
     waited: list[float] = []
     second = Lease(tmp_path, stale_after=3.0, sleep=waited.append)
     assert sum(waited) == 3.0
-    with pytest.raises(Takeover, match="taken over by process"):
+    with pytest.raises(Takeover, match="process"):
         frozen.check()
     second.check()
     frozen.release()
@@ -178,7 +178,7 @@ def test_a_job_elsewhere_that_still_beats_is_refused(tmp_path: Path) -> None:
     def sleep_and_beat(_: float) -> None:
         os.utime(path, ns=(time.time_ns(), time.time_ns()))
 
-    with pytest.raises(UserError, match=r"in use by process .* on elsewhere"):
+    with pytest.raises(UserError, match="elsewhere"):
         Lease(tmp_path, sleep=sleep_and_beat)
 
 

@@ -127,7 +127,7 @@ def test_images_of_another_size_are_resized(tmp_path, backend):
 
 
 def test_ranks_must_divide_the_micro_batches(folder):
-    with pytest.raises(UserError, match=r"3 ranks do not divide micro_batches=4; use one of \[1, 2, 4\]"):
+    with pytest.raises(UserError, match=r"3 ranks.*micro_batches=4.*1, 2, 4"):
         Loader(ShardDataset(folder), seed=1, micro_batch=M, micro_batches=V, rank=0, size=3)
 
 

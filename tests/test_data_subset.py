@@ -214,10 +214,10 @@ def test_a_copy_that_fails_while_it_is_read_is_left_for_the_original(folder, tmp
     assert dataset.read(199) == plain.read(199)
     cache._wanted.join()
     assert not broken.exists() and not last.exists()  # nor copied again by this rank
-    assert len(told) == 2 and f"{broken}, a copy of shard 0, failed (Input/output error)" in told[0]
+    assert len(told) == 2 and all(part in told[0] for part in (str(broken), "shard 0", "Input/output error"))
     assert "(cut short)" in told[1]
     cache.close()
-    with pytest.raises(UserError, match=r"cannot be made in .*dataset\.json"):
+    with pytest.raises(UserError, match=r"dataset\.json"):
         ShardDataset(folder, files=cached(folder / "dataset.json", 1))
 
 

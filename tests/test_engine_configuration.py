@@ -41,26 +41,26 @@ def test_precision_is_the_recipes_and_communication_the_jsons() -> None:
 
 
 @pytest.mark.parametrize(
-    ("says", "told"),
+    ("says", "named"),
     [
-        ({"train_batch_size": 64}, "train_batch_size: 64 but phase 'one' of the recipe gives 48 on 2 ranks"),
-        ({"gradient_accumulation_steps": 6}, "gradient_accumulation_steps: 6 but .* gives 3"),
-        ({"train_micro_batch_size_per_gpu": 9}, "gives 8"),
+        ({"train_batch_size": 64}, "train_batch_size: 64 .*'one' .*48 .*2 ranks"),
+        ({"gradient_accumulation_steps": 6}, "gradient_accumulation_steps: 6 .*3"),
+        ({"train_micro_batch_size_per_gpu": 9}, "train_micro_batch_size_per_gpu: 9 .*8"),
         ({"gradient_clipping": 1.0}, r"optimizer\.clip is 5\.0"),
-        ({"bf16": {"enabled": True}}, "torch_autocast with float32 weights"),
-        ({"fp16": {"enabled": True}}, "float16 needs loss scaling"),
-        ({"torch_autocast": {"enabled": False}}, "the recipe's optimizer.precision is bfloat16"),
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"torch_autocast": {"enabled": False}}, r"torch_autocast.*optimizer\.precision.*bfloat16"),
         ({"communication_data_type": "fp16"}, "communication_data_type"),
-        ({"optimizer": {"type": "Lion"}}, "the recipe's optimizer section"),
-        ({"scheduler": {"type": "WarmupLR"}}, "the recipe's schedule section"),
-        ({"zero_optimisation": {"stage": 3}}, "did you mean .zero_optimization"),
-        ({}, "no zero_optimization section"),
-        ({"zero_optimization": {"stage": 4}}, "not 0, 1, 2 or 3"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, 'only "cpu"'),
+        ({"optimizer": {"type": "Lion"}}, "optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
+        ({"zero_optimisation": {"stage": 3}}, "'zero_optimization'"),
+        ({}, "zero_optimization"),
+        ({"zero_optimization": {"stage": 4}}, "stage.*4"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param"),
     ],
 )
-def test_a_disagreement_is_refused(says: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_disagreement_is_refused(says: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
         resolve_ds_config(says, optimizer=AdamWSection(), phases=[PHASE], world_size=2)
 
 

@@ -165,10 +165,10 @@ def test_missing_pairs_are_noticed(tmp_path: Path) -> None:
         read_bin(write(images[:-1], issame))
     with pytest.raises(UserError, match="not a multiple of 10"):
         read_bin(write(images[:-2], issame[:-1]))
-    with pytest.raises(UserError, match="a fold is missing or pairs were shuffled"):
+    with pytest.raises(UserError, match="fold"):
         read_bin(write(images[20:], issame[10:]))
     shuffled = np.random.default_rng(0).permutation(100)
-    with pytest.raises(UserError, match="a fold is missing or pairs were shuffled"):
+    with pytest.raises(UserError, match="fold"):
         read_bin(write([images[j] for i in shuffled for j in (2 * i, 2 * i + 1)], [issame[i] for i in shuffled]))
     assert len(read_bin(write(images[20:], issame[10:]), strict=False)[1]) == 90
     with pytest.raises(UserError, match="published set has 6000"):

@@ -92,7 +92,5 @@ def test_refusals() -> None:
         lambda: calibrate.from_people(embeddings, labels),
         lambda: calibrate.from_pairs(np.zeros(1520), np.arange(1520) < 760),
     ):
-        with pytest.raises(
-            UserError, match=r"7[26]0 impostor pairs are too few .* FMR 1e-03 needs 1,000, 1e-04 needs 10,000, 1e-05"
-        ):
+        with pytest.raises(UserError, match=r"7[26]0 .*1e-03.* 1,000, 1e-04.* 10,000, 1e-05"):
             refused()

@@ -48,11 +48,7 @@ def test_build_and_evaluate(folder: Path, tmp_path: Path) -> None:
         "-o", tmp_path / "results",
     )  # fmt: skip
     # the same folder cannot be probes and distractors, 30 pairs no threshold; the other benchmarks are done all the same
-    assert (
-        done.exit_code == 2
-        and "same as a distractor" in done.stderr
-        and "cal: 30 impostor pairs are too few" in done.stderr
-    ), done.stderr
+    assert done.exit_code == 2 and "distractor" in done.stderr and "cal: 30 " in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     results = json.loads((tmp_path / "results" / "evaluation.json").read_text())["benchmarks"]
     assert [result["kind"] for result in results.values()] == ["verification", "all_pairs", "clustering"]

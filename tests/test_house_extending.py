@@ -134,8 +134,8 @@ def test_a_method_and_a_backbone_are_one_class_each(tiny_faces: Path, tmp_path: 
     expected = {"stem.weight": 0.0625, "stages.0.weight": 0.125, "stages.2.bias": 0.5, "head.weight": 1.0}
     assert {name: of[name] for name in expected} == expected
     unknown, misspelt, argument = found["mistakes"]
-    assert "unknown key 'method.lenght'; did you mean 'length'?" in unknown
-    assert "did you mean 'toy_method'?" in misspelt and "did you mean 'width'?" in argument
+    assert "'method.lenght'" in unknown and "'length'" in unknown
+    assert "'toy_method'" in misspelt and "'width'" in argument
     losses = [row["loss"] for row in metrics(tmp_path / "runs" / "tiny") if "loss" in row]
     assert len(losses) == 12 and losses[-1] < losses[0] / 2
     assert found["embedding"] == (2, 6)

@@ -1,4 +1,4 @@
-"""The chain's decisions, scripts and bookkeeping, with a Slurm of words, a fake clock and tasks that end as told."""
+"""The chain's decisions, scripts and ledger, with a stand-in for Slurm's commands, a fake clock and scripted tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lvtrain.errors import UserError
 from lvtrain.launch.attempt import Attempt, stop
 from lvtrain.launch.chain import Chain, load_chain
-from lvtrain.launch.decide import AttemptResult, Finish, Retry, Stop, decide, fate, suspect_node
+from lvtrain.launch.decide import AttemptResult, Decision, Finish, Retry, Stop, decide, fate, suspect_node
 from lvtrain.launch.ledger import Ledger
 from lvtrain.launch.script import sbatch_text
 from lvtrain.launch.site import Site, read_site
@@ -158,45 +158,38 @@ def outcome_of(verdict: outcome.Verdict) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    ("ended", "expected"),
+    ("ended", "expected", "named"),
     [
-        (replace(BASE, phase_done=True), Finish("phase alignment is done at step 200")),
-        # done is done, even if a rank fell over its own feet at exit
-        (replace(BASE, phase_done=True, exit_code=139), Finish("phase alignment is done at step 200")),
-        (replace(BASE, outcome=outcome_of("requeue"), exit_code=75), Retry("stopped early (because) at step 200")),
-        (
-            replace(BASE, outcome=outcome_of("fatal"), exit_code=2),
-            Stop("error in phase alignment at step 200: because"),
-        ),
-        (replace(BASE, exit_code=137), Retry("crashed (exit code 137) at step 200")),
-        (
-            replace(BASE, exit_code=2),
-            Stop("phase alignment was refused at the start (exit code 2); its reason is the log's last line"),
-        ),
-        (
-            replace(BASE, step_after=100, fruitless=1),
-            Retry("crashed (exit code 1) without progress past step 100", hold_seconds=60),
-        ),
+        (replace(BASE, phase_done=True), Finish(""), ["alignment", "200"]),
+        # done is done, even if a rank crashed at exit
+        (replace(BASE, phase_done=True, exit_code=139), Finish(""), ["alignment", "200"]),
+        (replace(BASE, outcome=outcome_of("requeue"), exit_code=75), Retry(""), ["because", "200"]),
+        (replace(BASE, outcome=outcome_of("fatal"), exit_code=2), Stop(""), ["alignment", "200", "because"]),
+        (replace(BASE, exit_code=137), Retry(""), ["137", "200"]),
+        (replace(BASE, exit_code=2), Stop(""), ["alignment", "exit code 2"]),
+        (replace(BASE, step_after=100, fruitless=1), Retry("", hold_seconds=60), ["exit code 1", "100"]),
         (
             replace(BASE, step_after=100, fruitless=2, suspects=("n7", "n7")),
-            Retry("crashed (exit code 1) without progress past step 100", hold_seconds=120, exclude=("n7",)),
+            Retry("", hold_seconds=120, exclude=("n7",)),
+            ["exit code 1", "100"],
         ),
         (
             replace(BASE, step_after=100, fruitless=2, suspects=("n7", "n8")),
-            Retry("crashed (exit code 1) without progress past step 100", hold_seconds=120),
+            Retry("", hold_seconds=120),
+            ["exit code 1", "100"],
         ),
-        (
-            replace(BASE, step_after=100, fruitless=3),
-            Stop("3 attempts at phase alignment made no progress past step 100; the last crashed (exit code 1)"),
-        ),
+        (replace(BASE, step_after=100, fruitless=3), Stop(""), ["3 attempts", "alignment", "100", "exit code 1"]),
         (
             replace(BASE, outcome=outcome_of("requeue"), step_after=100, fruitless=3),
-            Stop("3 attempts at phase alignment made no progress past step 100; the last stopped early (because)"),
+            Stop(""),
+            ["3 attempts", "alignment", "100", "because"],
         ),
     ],
 )
-def test_decisions(ended: AttemptResult, expected: object) -> None:
-    assert decide(ended) == expected
+def test_decisions(ended: AttemptResult, expected: Decision, named: list[str]) -> None:
+    decision = decide(ended)
+    assert replace(decision, reason="") == expected
+    assert all(part in decision.reason for part in named), decision.reason
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
@@ -283,10 +276,7 @@ def test_a_crash_without_progress_waits_leaves_the_node_out_and_ends_after_three
     assert second == ["--dependency=afterany:8", "--begin=now+120", "--exclude=gpu04"]
     stopped = world.stopped()
     assert stopped is not None
-    assert (
-        stopped["reason"]
-        == "3 attempts at phase alignment made no progress past step 0; the last crashed (exit code 137)"
-    )
+    assert all(part in stopped["reason"] for part in ("3 attempts", "alignment", "step 0", "137"))
     assert not world.slurm.queued  # dependents are cancelled
 
 
@@ -313,7 +303,7 @@ def test_progress_starts_the_counting_anew(world: World) -> None:
     assert world.attempt("alignment", world.ends(None, 40, code=1), job=20) == 1
 
 
-def test_jobs_that_die_silently_count_too(world: World) -> None:
+def test_jobs_that_die_suddenly_count_too(world: World) -> None:
     """Node failures and time limits leave a start without an end."""
 
     def dies() -> tuple[int, str]:
@@ -331,7 +321,7 @@ def test_an_error_stops_once(world: World, capsys: pytest.CaptureFixture[str]) -
     assert world.attempt("alignment", world.ends("fatal", 40, code=2)) == 1
     assert world.attempt("alignment", world.ends("done", 50)) == 1  # a job that was on its way
     said = capsys.readouterr().err
-    assert said.count("chain stopped: error in phase alignment at step 40: because") == 1
+    assert said.count("because") == 1 and "alignment" in said and "40" in said
     assert len(world.task_commands) == 1 and len([r for r in world.ledger.read() if r["event"] == "stop"]) == 1
 
 
@@ -372,9 +362,7 @@ def test_a_slurm_that_cannot_be_asked_stops_the_chain(world: World) -> None:
     world.slurm.refuse = lambda command: command[:3] == ["scontrol", "show", "job"]
     assert world.attempt("alignment", world.ends("done", 40)) == 1
     stopped = world.stopped()
-    assert stopped is not None and stopped["reason"].startswith(
-        "job 7 could not start phase alignment: scontrol does not know"
-    )
+    assert stopped is not None and all(part in stopped["reason"] for part in ("job 7", "alignment", "scontrol"))
 
 
 def test_a_link_leaves_the_rest_to_the_next(links: World) -> None:
@@ -399,14 +387,14 @@ def test_the_last_link_stops_the_chain(links: World) -> None:
     del links.slurm.queued[101]
     assert links.attempt("alignment", links.ends("requeue", 40, code=75), job=102) == 1
     stopped = links.stopped()
-    assert stopped is not None and stopped["reason"].startswith("phase alignment is not done after its 2 links")
+    assert stopped is not None and all(part in stopped["reason"] for part in ("alignment", "2 links"))
     assert set(links.slurm.queued) == {102}
 
 
 def test_links_of_a_later_phase_see_that_the_earlier_one_died(links: World) -> None:
     assert links.attempt("stabilisation", links.ends("done", 40), job=103) == 1
     stopped = links.stopped()
-    assert stopped is not None and "phase alignment is not done" in stopped["reason"]
+    assert stopped is not None and "alignment" in stopped["reason"]
     assert not links.task_commands
 
 
@@ -478,7 +466,7 @@ def test_a_chain_survives_its_file(world: World) -> None:
     with pytest.raises(UserError, match="has no Slurm chain"):
         load_chain(world.folder / "elsewhere")
     (world.chain.folder / "chain.json").write_text('{"name": "x"')
-    with pytest.raises(UserError, match=r"chain\.json is damaged .*submit the same script again"):
+    with pytest.raises(UserError, match=r"chain\.json"):
         load_chain(world.folder)
 
 
@@ -493,9 +481,9 @@ def test_settings_come_from_variables() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
-        ("NODES", "four", "LVTRAIN_NODES is 'four'; it must be a whole number"),
+        ("NODES", "four", "LVTRAIN_NODES is 'four'"),
         ("NODES", "0", "LVTRAIN_NODES is 0"),
-        ("CHAIN", "singleton", "must be requeue, or singleton:N"),
+        ("CHAIN", "singleton", "LVTRAIN_CHAIN is 'singleton'"),
         ("SBATCH", "--comment='open", "LVTRAIN_SBATCH is"),
     ],
 )
@@ -526,7 +514,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(tmp_path: Path, monkey
     assert run_command(["squeue"], pause=waits.append).returncode == 0 and waits == [5, 10]
     assert run_command(["scontrol"], pause=waits.append).returncode == 0 and waits == [5, 10, 5, 10]
     assert run_command(["sbatch"], pause=waits.append).returncode == 1 and len(waits) == 4
-    with pytest.raises(UserError, match=r"snodes is not on this machine's PATH"):
+    with pytest.raises(UserError, match="snodes"):
         run_command(["snodes"])
 
 
@@ -563,10 +551,8 @@ def test_status_of_a_chain(world: World) -> None:
     world.slurm.queued.clear()
     status = chain_status(world.folder, Slurm(world.slurm))
     assert [p.state for p in status.phases] == ["done", "stopped", "waiting"]
-    assert (
-        status.stopped == "error in phase stabilisation at step 70: because"
-        and "submit the same script again" in str(status.advice)
-    )
+    assert status.advice
+    assert all(part in str(status.stopped) for part in ("stabilisation", "70", "because"))
     events = world.folder / "events.jsonl"
     events.write_text("")
     world.chain.mark_done("refinement", Outcome("done", "refinement", 60, "the schedule is complete", 1))
@@ -575,18 +561,14 @@ def test_status_of_a_chain(world: World) -> None:
         "end", attempt=3, job=103, phase="refinement", step=60, reason="phase refinement is done at step 60"
     )
     skipped = chain_status(world.folder, Slurm(world.slurm)).phases[2]
-    assert (skipped.state, skipped.steps, skipped.note) == (
-        "skipped",
-        "",
-        "the schedule was complete before this phase",
-    )
+    assert (skipped.state, skipped.steps) == ("skipped", "")
     events.write_text('{"time": 1.0, "event": "phase_start", "step": 60, "phase": "refinement"}\n')
     assert chain_status(world.folder, Slurm(world.slurm)).phases[2].state == "done", (
         "trained by an attempt before these"
     )
 
 
-def test_status_of_a_cancelled_chain_says_how_to_go_on(world: World) -> None:
+def test_status_of_a_cancelled_chain_has_advice(world: World) -> None:
     world.ledger.add("submit", job=7, phase="alignment")
     world.slurm.state = "JobState=COMPLETING Reason=None EndTime=Unknown"
     world.attempt("alignment", world.ends("requeue", 40, code=75))
@@ -652,29 +634,25 @@ def test_nothing_is_submitted_twice_or_with_wrong_shapes(tmp_path: Path) -> None
     assert planned.phases == ("alignment", "refinement") and not Path(planned.run_folder).exists(), (
         "planning writes nothing"
     )
-    with pytest.raises(
-        UserError, match=r"5 nodes x 1 tasks = 5 ranks do not divide micro_batches=12 .* 1, 2, 3, 4, 6, 12"
-    ):
+    with pytest.raises(UserError, match=r"5 ranks .*micro_batches=12 .*1, 2, 3, 4, 6, 12"):
         send(tmp_path, slurm, nodes=5, gpus_per_node=0)
     send(tmp_path, slurm)
-    with pytest.raises(
-        UserError, match=r"already has jobs .101 PENDING.; to start over: scancel --name=lvtrain-toy-\w{6}$"
-    ):
+    with pytest.raises(UserError, match=r"101 PENDING.*scancel --name=lvtrain-toy-\w{6}$"):
         send(tmp_path, slurm)
-    # a run of the same name in another folder has a queue of its own
+    # a run of the same name in another folder has another queue
     other, (job,) = send(tmp_path, slurm, overrides="runs=elsewhere")
     stop(other, Ledger(other.folder), Slurm(slurm), "enough", phase="alignment", job=0)
     assert (job, slurm.queued) == (102, {101: "PENDING"})
     slurm.queued.clear()
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": true}}')
-    for name, told in {
-        "mine.json": "fp16: float16 needs loss scaling",
-        "absent.json": "does not exist",
+    for name, named in {
+        "mine.json": "fp16",
+        "absent.json": "absent.json",
     }.items():  # not after hours in the queue
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=named):
             plan_chain("toy.yaml", name, [], Site(nodes=2, gpus_per_node=2), home=tmp_path, slurm=Slurm(slurm))
     slurm.refuse = lambda command: command[0] == "sbatch"
-    with pytest.raises(UserError, match=r"sbatch refused .* not today; see slurm/site.env"):
+    with pytest.raises(UserError, match="not today"):
         send(tmp_path, slurm)
 
 

