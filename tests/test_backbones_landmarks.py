@@ -124,6 +124,19 @@ def test_gradients_reach_landmarks() -> None:
     assert part.output_layer[1].weight.grad.abs().sum() > 0 and part.stn.conv_stem.weight.grad.abs().sum() > 0
 
 
+def test_the_deterministic_gradient_of_points_is_torchs() -> None:
+    images = torch.randn(2, 3, 9, 11)
+    found = []
+    for with_images in (False, True):  # with them, torch's own backward is used
+        pixels = images.clone().requires_grad_(with_images)
+        points = (torch.linspace(-2, 12, 20).reshape(2, 5, 2)).requires_grad_()
+        patches = sample_patches(pixels, points, 3)
+        patches.square().sum().backward()
+        found.append((patches, points.grad))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found))
+    assert found[0][1].abs().sum() > 0
+
+
 def test_frozen_landmarks() -> None:
     part, _ = pair(freeze_landmarks=True)
     part.train()

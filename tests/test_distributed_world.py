@@ -10,7 +10,6 @@ from lvtrain.errors import UserError
 
 def test_plain_python_is_a_world_of_one() -> None:
     assert (world.launch({}).size, world.launch({}).launcher) == (1, "python")
-    assert world.agree_any(True) and not world.agree_any(False)
     assert world.broadcast_object("x") == "x" and world.gather_objects(3) == [3]
 
 
@@ -41,28 +40,19 @@ def test_a_batch_script_without_srun_is_one_rank() -> None:
     assert world.launch({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}).size == 1
 
 
-@pytest.mark.parametrize(
-    ("local_rank", "visible", "shown", "index"),
-    [
-        (3, 8, None, 3),
-        (0, 1, None, 0),
-        (1, 2, "4,5", 1),
-        (3, 1, "0", 0),
-        (3, 1, "GPU-1f2e", 0),
-        (1, 1, None, None),
-        (2, 2, "4,5", None),
-    ],
-)
-def test_a_ranks_gpu_is_its_number_or_the_only_one_it_is_shown(
-    local_rank: int, visible: int, shown: str | None, index: int | None
-) -> None:
-    started = world.launch({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": str(local_rank)})
-    environment = {} if shown is None else {"CUDA_VISIBLE_DEVICES": shown}
-    if index is not None:
-        assert world.device_index(started, visible, environment) == index
-        return
-    with pytest.raises(UserError, match=f"number {local_rank} on its node and sees {visible} GPUs"):
-        world.device_index(started, visible, environment)
+@pytest.mark.parametrize("world_size", ["1", "2"])
+def test_a_world_smaller_than_the_slurm_step_is_refused(world_size: str) -> None:
+    step = {
+        "SLURM_PROCID": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "3",
+        "RANK": "0",
+        "WORLD_SIZE": world_size,
+    }
+    with pytest.raises(UserError, match=f"WORLD_SIZE={world_size}.* 3 tasks"):
+        world.launch(step)
+    assert world.launch(step | {"TORCHELASTIC_RUN_ID": "x"}).size == int(world_size)
+    assert world.launch(step | {"WORLD_SIZE": "6"}).size == 6, "one launcher a node, two ranks each"
 
 
 @pytest.mark.parametrize(

@@ -233,8 +233,55 @@ def sample_patches(images: torch.Tensor, landmarks: torch.Tensor, patch: int = 8
     points = landmarks.to(dtype)[:, :, None, None] + torch.stack([x, y], dim=-1)  # [B, N, patch, patch, 2]
     grid = (points / size * 2 - 1).reshape(batch, number * patch, patch, 2)
     with torch.autocast(images.device.type, enabled=False):
-        sampled = F.grid_sample(images.to(dtype), grid, padding_mode="zeros", align_corners=True)
+        sampled = _sampled(images.to(dtype), grid)
     return sampled.unflatten(2, (number, patch)).permute(0, 2, 3, 4, 1).reshape(batch, number, -1)
+
+
+def _sampled(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    if images.requires_grad:
+        return F.grid_sample(images, grid, padding_mode="zeros", align_corners=True)
+    sampled: torch.Tensor = _SampleGrid.apply(images, grid)
+    return sampled
+
+
+class _SampleGrid(torch.autograd.Function):
+    """`grid_sample` with a gradient for the grid alone, the same bits on every run.
+
+    Under deterministic algorithms torch refuses the backward of `grid_sample` on CUDA, because it adds up the images'
+    gradient in no fixed order. The grid's gradient is computed point by point, and images need none in training.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(images, grid)
+        return torch.ops.aten.grid_sampler_2d(images, grid, _BILINEAR, _ZEROS, True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, _grid_gradient(gradient, *ctx.saved_tensors)
+
+
+_BILINEAR, _ZEROS = 0, 0  # torch's numbers of the interpolation and of the padding
+
+
+# an operator of its own, because torch.compile does not trace the switch of deterministic algorithms
+@torch.library.custom_op("lvtrain::grid_gradient", mutates_args=())
+def _grid_gradient(gradient: torch.Tensor, images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        of_grid: torch.Tensor
+        _, of_grid = torch.ops.aten.grid_sampler_2d_backward(
+            gradient, images, grid, _BILINEAR, _ZEROS, True, [False, True]
+        )
+        return of_grid
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+
+
+@_grid_gradient.register_fake
+def _(gradient: torch.Tensor, images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(grid)
 
 
 @register("part_fvit_tiny", dim=256, depth=12, heads=8, mlp_dim=1024)

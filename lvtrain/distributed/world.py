@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lvtrain.distributed.gpu import check_usable, device_index
 from lvtrain.errors import UserError
 
 _store: Any = None
@@ -63,9 +64,15 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if "RANK" in environment:
         if "WORLD_SIZE" not in environment:
             raise UserError("RANK is set but WORLD_SIZE is not; start with deepspeed, torchrun or srun")
+        world_size = int(environment["WORLD_SIZE"])
+        if in_step and world_size < slurm_tasks and "TORCHELASTIC_RUN_ID" not in environment:
+            raise UserError(
+                f"WORLD_SIZE={world_size} in a Slurm step of {slurm_tasks} tasks: several would believe to be one rank and "
+                "train on their own; unset RANK and WORLD_SIZE"
+            )
         return Launch(
             rank=int(environment["RANK"]),
-            size=int(environment["WORLD_SIZE"]),
+            size=world_size,
             local_rank=int(environment.get("LOCAL_RANK", "0")),
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
             port=int(environment.get("MASTER_PORT", "29500")),
@@ -101,13 +108,14 @@ def start(timeout_seconds: float = 1800.0) -> World:
     """Chooses this rank's device and opens the process group (nccl on GPUs, gloo without); a single plain process opens none.
 
     Raises:
-        UserError: more ranks on this node than GPUs.
+        UserError: more ranks on this node than GPUs; GPUs that torch cannot use.
     """
     started = launch()
     if torch.cuda.is_available():
-        device = torch.device("cuda", device_index(started, torch.cuda.device_count()))
+        device = torch.device("cuda", device_index(started.rank, started.local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
+        check_usable()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")
     # DeepSpeed and torch read these, whoever started us
@@ -176,26 +184,6 @@ def is_lost_rank(error: BaseException | None) -> bool:
     return False
 
 
-def device_index(started: Launch, visible: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Index of this rank's GPU among the `visible` ones.
-
-    It is the rank's number on the node, or 0 if the launcher shows each rank only its own GPU
-    (`srun --gpus-per-task=1`).
-
-    Raises:
-        UserError: more ranks on this node than GPUs.
-    """
-    if started.local_rank < visible:
-        return started.local_rank
-    shown = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if visible == 1 and len(shown) == 1 and shown[0]:
-        return 0
-    raise UserError(
-        f"rank {started.rank} is number {started.local_rank} on its node and sees {visible} GPUs; start fewer ranks a node, "
-        "or show each rank its own GPU (srun --gpus-per-task=1)"
-    )
-
-
 def stop() -> None:
     """Closes the process group; gloo aborts at exit otherwise."""
     if dist.is_initialized():
@@ -217,16 +205,6 @@ def _free_port() -> int:
 
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def agree_any(flag: bool) -> bool:
-    """True on every rank if it is true on any; a collective."""
-    if not _several():
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    vote = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item())
 
 
 def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

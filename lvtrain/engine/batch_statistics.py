@@ -14,9 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from lvtrain.distributed.collectives import all_gather_rows, group_size
 
 
 class BatchStatistics:
@@ -64,10 +65,7 @@ class BatchStatistics:
         if self._slots is None or not any(self._learning):
             return
         slots = self._slots
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            parts = [torch.empty_like(slots) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, slots)
-            slots = torch.cat(parts)
+        slots = all_gather_rows(slots, [len(slots)] * group_size())
         mean = slots[0].clone()  # summed one by one, so that the order does not depend on the number of ranks
         for row in slots[1:]:
             mean += row

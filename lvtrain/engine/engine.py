@@ -70,8 +70,10 @@ class Engine:
         device: torch.device,
     ) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
-        # a shared-memory op that only inference uses; compiling it would need a compiler and half a minute at the first start
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if device.type == "cpu":
+            # a shared-memory op that only inference uses; compiling it would need a compiler and half a minute at the
+            # first start. On CUDA, asking for this table makes DeepSpeed probe each of its operators.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         module.to(device)
         module.train()
         self.accumulation, self.device = accumulation, device

@@ -39,7 +39,6 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
@@ -48,6 +47,7 @@ from lvtrain.checkpoint.state import Replicated, State
 from lvtrain.data import Batch
 from lvtrain.data.augment import augmentation
 from lvtrain.distributed import world as worlds
+from lvtrain.distributed.collectives import all_gather_rows, group_size
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Method, MethodSection, StepInfo, initial_backbone
 from lvtrain.methods.cost import Cost
@@ -292,10 +292,7 @@ class DinoMethod(Method):
 
     def _move_centre(self) -> None:
         sums = torch.stack(self._sums)
-        if _several():
-            parts = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, sums)
-            sums = torch.cat(parts)
+        sums = all_gather_rows(sums, [len(sums)] * group_size())
         total = torch.zeros_like(self.centre)
         for row in sums:  # one by one, in the order of the micro-batches: the same bits on any number of ranks
             total += row
@@ -339,10 +336,6 @@ class DinoMethod(Method):
     def load_state(self, reader: Any) -> None:
         self.teacher.load_state_dict({name: reader.replicated(f"teacher.{name}") for name in self.teacher.state_dict()})
         self.centre.copy_(reader.replicated("dino.centre"))
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _shape(view: Any) -> tuple[torch.Size, ...]:

@@ -27,7 +27,7 @@ from lvtrain.errors import UserError
 from lvtrain.files.atomic import write_json
 from lvtrain.planning import H200
 
-_PACKAGES = ("torch", "deepspeed", "timm", "nvidia-dali-cuda120")
+_PACKAGES = ("torch", "deepspeed", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 _SLOW = 0.5  # of what the plan assumes between nodes
 
 

@@ -33,6 +33,7 @@ _PACKAGES = (
     "timm",
     "numpy",
     "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
     "webdataset",
     "accelerate",
     "safetensors",

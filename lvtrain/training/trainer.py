@@ -26,6 +26,7 @@ from lvtrain.checkpoint.checkpoints import CheckpointInfo, Checkpoints
 from lvtrain.checkpoint.lease import FolderInUse, Lease, hold
 from lvtrain.data import Batch, ShardDataset
 from lvtrain.distributed import world as worlds
+from lvtrain.distributed.gpu import sees_only_its_own
 from lvtrain.errors import UserError
 from lvtrain.evaluation import suite
 from lvtrain.methods import LossOutput, StepInfo, method_title
@@ -414,6 +415,11 @@ class Trainer:
         for change in self.folder.changes:
             self.telemetry.event("recipe_changed", change=change)
             self.telemetry.say(f"lvtrain: recipe changed since the last start: {change}")
+        if self.world.device.type == "cuda" and sees_only_its_own(self.world.local_rank, torch.cuda.device_count()):
+            self.telemetry.warn(
+                "sees only its own GPU, so NCCL may not use NVLink to the others of its node; start with --gpus-per-node, "
+                "without --gpus-per-task"
+            )
 
     def _report_outcome(self, outcome: Outcome) -> None:
         done = outcome.outcome == "done"
@@ -454,5 +460,5 @@ def _position_of(found: CheckpointInfo) -> Position:
 
 def _make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # with warn_only, torch would leave attention's backward as it is
     torch.backends.cudnn.benchmark = False
