@@ -70,7 +70,8 @@ def test_settings_are_run_once_and_stand_in_one_table(
 ) -> None:
     out = tmp_path / "study"
     words = [str(small), "--out", str(out)]
-    assert study.main(words) == EXIT_ERROR, "one of them fails"
+    with pytest.raises(SystemExit, match=str(EXIT_ERROR)):  # one of them fails
+        study.main(words)
     said = capfd.readouterr()
     assert "ends_seed0 failed at step" in said.err and "low_seed0" not in said.err.splitlines()[-1]
     table = json.loads((out / "study.json").read_text())
@@ -113,7 +114,8 @@ def test_what_is_wrong_is_refused_before_the_first_run(
     key: str,
 ) -> None:
     small.write_text(yaml.safe_dump(yaml.safe_load(small.read_text()) | change, sort_keys=False))
-    assert study.main([str(small), "--out", str(tmp_path / "study"), *words]) == EXIT_ERROR
+    with pytest.raises(SystemExit, match=str(EXIT_ERROR)):
+        study.main([str(small), "--out", str(tmp_path / "study"), *words])
     found = capfd.readouterr()
     assert key in found.err and "== " not in found.out and len(found.err.strip().splitlines()) == 1
 

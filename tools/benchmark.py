@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import typer
 
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import one_line_errors
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -66,11 +66,8 @@ def _module(name: str) -> Any:
 def _command(name: str, signature: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(signature)
     def command(**options: Any) -> None:
-        try:
+        with one_line_errors("benchmark"):
             typer.echo(json.dumps(_module(name).run(**options), indent=1))
-        except UserError as error:
-            typer.echo(f"benchmark: error: {error}", err=True)
-            raise typer.Exit(EXIT_ERROR) from error
 
     command.__annotations__ = get_type_hints(signature)
     return command

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lvtrain.errors import EXIT_ERROR, UserError
+from lvtrain.errors import UserError, one_line_errors
 from tools.studies.grid import ROOT, Grid
 
 
@@ -50,11 +50,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     from tools.studies import array, table  # after parsing: they import torch
 
-    try:
+    with one_line_errors("study"):
         grid = Grid(options)
         if options.submit:
             array.submit(grid, arguments)
@@ -78,9 +79,6 @@ def main(arguments: list[str] | None = None) -> int:
             table.show(rows)
         if failures or not rows:
             raise UserError("; ".join(failures) or f"no cell is finished in {grid.out}; run the study without --table")
-    except UserError as error:
-        print(f"study: error: {error}", file=sys.stderr)
-        return EXIT_ERROR
     return 0
 
 

@@ -17,7 +17,6 @@ from typing import NamedTuple
 from lvtrain.data.images import is_image_name
 from lvtrain.errors import UserError
 
-LEVELS = (1, 2)
 SYSTEM_FOLDERS = frozenset({"@eadir", "#recycle", "#snapshot", "__macosx", "lost+found", "$recycle.bin"}) | {
     "system volume information",
     "__pycache__",

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -148,25 +148,6 @@ class IndexWriter:
         body = {"format": "lvtrain-dataset", "schema": SCHEMA, "fingerprint": manifest.fingerprint, **asdict(manifest)}
         write_json(self.folder / "dataset.json", body, indent=1)
         return manifest
-
-
-def write_dataset(
-    folder: str | Path,
-    shards: Iterable[Shard],
-    samples: np.ndarray,
-    label_map: Sequence[str],
-    provenance: dict[str, Any] | None = None,
-    seed: int | None = None,
-    **fields: Any,
-) -> Manifest:
-    """`IndexWriter` in one call: `samples` is a `RECORD` array [n] whose shard column ascends and counts the entries of `shards`."""
-    writer = IndexWriter(folder)
-    for number, shard in enumerate(shards):
-        part = samples[
-            np.searchsorted(samples["shard"], number) : np.searchsorted(samples["shard"], number, side="right")
-        ]
-        writer.add_shard(shard.name, shard.size, shard.sha256, part["offset"], part["length"], part["label"])
-    return writer.close(label_map, provenance=provenance, seed=seed, **fields)
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -37,14 +37,6 @@ def read_feature(path: str | Path) -> np.ndarray:
     return np.frombuffer(data[16:], dtype="<f4")
 
 
-def write_feature(path: str | Path, feature: np.ndarray) -> None:
-    """Writes float [d] as the devkit reads it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = np.array([len(feature), 1, 4, 5], dtype=_HEADER)
-    path.write_bytes(header.tobytes() + np.asarray(feature, dtype="<f4").tobytes())
-
-
 def read_features(folder: str | Path, *, labelled: bool) -> tuple[np.ndarray, np.ndarray]:
     """All `*.bin` feature files below a folder, sorted by path: float32 [N, d] and labels int64 [N] (-1 each unless `labelled`).
 

@@ -17,8 +17,6 @@ from pydantic_core import core_schema
 class Duration:
     """A length of training in steps, epochs or samples: `Duration("20 epochs")`."""
 
-    UNITS = ("steps", "epochs", "samples")
-
     def __init__(self, text: str | Duration) -> None:
         self.amount: float
         self.unit: str
