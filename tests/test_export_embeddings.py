@@ -1,0 +1,115 @@
+"""tools/embed.py: a folder or a dataset as a .npy and a .csv of its rows; nothing is dropped, nothing is replaced unasked."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lvtrain
+from lvtrain.data import ShardDataset
+from lvtrain.datasets.subset import write_subset
+from lvtrain.export.model_card import Card
+from lvtrain.export.packages import write_folder
+from lvtrain.weights.architecture import Architecture
+from tests.runs import tool
+from tests.shard_data import jpeg, make_dataset
+
+SHAPE: dict[str, Any] = {"blocks": (1, 1, 1, 1), "scale": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    architecture = Architecture("mobilefacenet", 16, 112, SHAPE)
+    folder = tmp_path_factory.mktemp("model") / "folder"
+    return write_folder(
+        folder, architecture, architecture.create().state_dict(), card=Card("t", "mobilefacenet", 16, 1)
+    )
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_folder_with_all_that_lies_in_folders(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "faces"
+    names = ["id2/a.jpg", "id10/b, c.jpg", "id10/deep/d.png", "loose.jpg"]
+    for number, name in enumerate(names):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.asarray(Image.open(_file(number, tmp_path))))
+        image.save(source / name, quality=95)
+    (source / "id2" / "broken.jpg").write_bytes(b"no image")
+    Image.new("RGB", (112, 90)).save(source / "id2" / "wide.png")
+    (source / "id2" / "notes.txt").write_text("not an image")
+    (source / "@eaDir").mkdir()
+    (source / "@eaDir" / "thumbnail.jpg").write_bytes(b"")
+    done = tool("embed", source, tmp_path / "out.npy", "--model", model, "--batch", "2")
+    assert done.exit_code == 0, done.output
+    assert "found 6 = embedded 4 + unreadable 2; left out 2" in done.output
+    found, table = np.load(tmp_path / "out.npy"), rows_of(tmp_path / "out.csv")
+    expected = ["loose.jpg", "id2/a.jpg", "id2/broken.jpg", "id2/wide.png", "id10/b, c.jpg", "id10/deep/d.png"]
+    assert [row["name"] for row in table] == expected and [row["row"] for row in table] == list("012345")
+    assert [row["identity"] for row in table] == ["", "id2", "id2", "id2", "id10", "id10"]
+    bad = [bool(row["error"]) for row in table]
+    assert bad == [False, False, True, True, False, False] and "112x90" in table[3]["error"]
+    assert found.dtype == np.float32 and found.shape == (6, 16) and not found[bad].any()
+    sound = [source / row["name"] for row in table if not row["error"]]
+    alone = lvtrain.load_model(model).embed(sound)
+    np.testing.assert_allclose(found[~np.array(bad)], alone, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(alone, axis=1), 1, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.csv", "out.npy"]
+
+
+def _file(number: int, folder: Path) -> Path:
+    path = folder / f"{number}.jpg"
+    path.write_bytes(jpeg(number))
+    return path
+
+
+def test_a_dataset_and_a_subset_by_sample_id(model: Path, tmp_path: Path) -> None:
+    dataset = ShardDataset(make_dataset(tmp_path / "data", samples=41, replaced={7: b"no image"}))
+    assert tool("embed", tmp_path / "data", tmp_path / "out.npy", "-m", model, "--mirror").exit_code == 0
+    found, table = np.load(tmp_path / "out.npy"), rows_of(tmp_path / "out.csv")
+    assert len(found) == len(table) == 41 and [row for row in range(41) if table[row]["error"]] == [7]
+    for sample in (0, 3, 40):
+        data, label = dataset.read(sample)
+        assert table[sample]["name"] == dataset.describe(sample)[1]
+        assert table[sample]["identity"] == dataset.label_names()[label]
+        np.testing.assert_allclose(found[sample], lvtrain.load_model(model).embed(data, mirror=True)[0], atol=1e-6)
+    ids = np.arange(3, 41, 2)
+    write_subset(tmp_path / "part.json", dataset, ids, criteria={})
+    assert tool("embed", tmp_path / "part.json", tmp_path / "part.npy", "-m", model, "--mirror").exit_code == 0
+    np.testing.assert_allclose(np.load(tmp_path / "part.npy"), found[ids], atol=1e-6)
+
+
+def test_refusals_leave_what_is_there(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces" / "broken.jpg").write_bytes(b"no image")
+    out = tmp_path / "out.npy"
+
+    def refused(source: Path, to: Path) -> str:
+        done = tool("embed", source, to, "-m", model)
+        assert done.exit_code == 2 and done.output.strip().splitlines()[-1].startswith("embed: error:"), done.output
+        return str(done.output)
+
+    assert "broken.jpg" in refused(tmp_path / "faces", out)
+    assert list(tmp_path.glob("*out*")) == []  # neither file, nor one that was begun
+    refused(tmp_path / "missing", out)
+    refused(model, out)  # a folder without an image
+    refused(tmp_path / "faces", tmp_path / "out.bin")
+    (tmp_path / "faces" / "good.jpg").write_bytes(jpeg(1))
+    for there in (out, tmp_path / "out.csv"):
+        there.write_bytes(b"precious")
+        refused(tmp_path / "faces", out)
+        assert there.read_bytes() == b"precious"
+        done = tool("embed", tmp_path / "faces", out, "-m", model, "--overwrite")
+        assert done.exit_code == 0 and np.load(out).shape == (2, 16)
+        out.unlink()
+        (tmp_path / "out.csv").unlink()
