@@ -200,7 +200,7 @@ def test_plain_arithmetic_is_read(tmp_path: Path, text: str, value: float) -> No
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b"network: r50 and more", "line 1"),
+        (b"config.lr = = 1", "line 1"),
         (b"\xff\xfe\x00config", "UTF-8"),
         (b"config = \x00", "not"),
         (b"#" * (LARGEST_FILE + 1), "bytes"),
