@@ -3,11 +3,14 @@
 import html.parser
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lvtrain.data import SampleOrder
+from lvtrain.data.epochs import EpochTally, counts
 from lvtrain.errors import UserError
 from lvtrain.evaluation import verification
 from lvtrain.report import write_report
@@ -158,6 +161,26 @@ def test_report_of_a_young_run(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text("".join(json.dumps({"time": 1.0, **event}) + "\n" for event in events))
     assert '<td class="wide quiet">not learning</td>' in write_report(tmp_path).read_text()
     assert "30.000" in write_report(tmp_path).read_text()
+
+
+def test_epochs_that_counted_alike_are_one_row(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    tally = EpochTally(SampleOrder(100, 0), 0, 1, 0)
+    for epoch in range(5):
+        ids = tally.order.at(range(100 * epoch, 100 * epoch + 100))
+        tally.add(100 * epoch, ids if epoch != 3 else np.zeros_like(ids))
+    found = counts([ended], 100) if (ended := tally.ended(500)) else []
+    again = [found[1], *found]  # after a resume an epoch may be counted once more
+    with open(run / "events.jsonl", "a") as file:
+        file.writelines(json.dumps({"time": 1.8e9, "event": "epoch", "step": 1, **asdict(one)}) + "\n" for one in again)
+    text = write_report(run).read_text()
+    table = text[text.index("<h2>Epochs</h2>") :].split("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert [row[:5] for row in rows] == [
+        ["1 to 3", "yes", "100", "100", "100"],
+        ["4", "NO", "100", "100", ""],
+        ["5", "yes", "100", "100", "100"],
+    ]
 
 
 def test_report_stays_small_for_a_long_run(tmp_path: Path) -> None:

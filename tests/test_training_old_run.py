@@ -83,6 +83,11 @@ def test_the_losses_go_on(resumed: Path) -> None:
         assert rows[step] == pytest.approx(loss, rel=tolerance, abs=0), step
     (resume,) = events(resumed, "resume")
     assert resume["step"] == 60
+    # its checkpoint has no count, but an epoch begins there
+    assert [(row["epoch"], row["exact"], row["distinct"]) for row in events(resumed, "epoch")] == [
+        (5, True, 240),
+        (6, True, 240),
+    ]
     assert [(row["phase"], row["step"]) for row in events(resumed, "phase_end")][-2:] == [
         ("stabilisation", 75),
         ("refinement", 90),

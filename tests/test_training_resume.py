@@ -49,6 +49,11 @@ def make(folder: Path, faces: Path, **changes: Any) -> Path:
     return recipe_file(folder, faces / "train", **(longer | changes))
 
 
+def counted(recipe: Path) -> dict[int, dict[str, Any]]:
+    """The last count of each epoch."""
+    return {row["epoch"]: row for row in events(folder_of(recipe), "epoch")}
+
+
 def folder_of(recipe: Path) -> Path:
     return recipe.parent / "runs" / "tiny"
 
@@ -99,6 +104,10 @@ def test_resume_is_bitwise(tiny_faces: Path, tmp_path: Path, peaceful: Peaceful,
     assert f"metrics of step {TOTAL}" in names
     assert not differing(peaceful(2, zero), disturbed)
     assert [row["step"] for row in events(folder_of(disturbed), "resume")][-1] in (12, 15)
+    for recipe in (peaceful(2, zero), disturbed):
+        first, second = counted(recipe)[1], counted(recipe)[2]
+        assert first["exact"] and first["distinct"] == first["served"] == first["images"] == 240
+        assert not second["complete"] and second["exact"] is None and second["served"] == TOTAL * 16 - 240
 
 
 @pytest.mark.slow
@@ -120,6 +129,8 @@ def test_resume_on_other_ranks_and_another_stage_trains_alike(
     assert go(wandering, 2, 2) == [0, 0], said(wandering)[-2000:]
     ours, theirs = metrics(folder_of(wandering)), metrics(folder_of(peaceful(2, 2)))
     assert [row["samples_seen"] for row in ours] == [row["samples_seen"] for row in theirs]
+    first, second = counted(wandering)[1], counted(wandering)[2]
+    assert first["exact"] and first["distinct"] == 240 and second["served"] == TOTAL * 16 - 240
     changed = events(folder_of(wandering), "resume")[0][
         "step"
     ]  # the first step on another number of ranks starts from the same bits
@@ -171,6 +182,7 @@ def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path, peaceful:
     assert noted["micro_batch_losses"] == ["nan"] * 4, "of both ranks' samples each"
     assert noted["loss"] == noted["grad_norm"] == "nan"
     assert [row["step"] for row in metrics(folder_of(once)) if row["loss"] is None] == [7]  # no loss rather than 0
+    assert counted(once)[1]["exact"] and counted(once)[1]["nonfinite"] == 16
     assert go(thrice, 2, 2, ";".join(f"loop.outputs:0:{step}:nan" for step in (10, 11, 12))) == [2, 2]
     ended = outcome.read(folder_of(thrice))
     assert ended is not None and (ended.outcome, ended.step) == ("fatal", 10)
@@ -178,6 +190,9 @@ def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path, peaceful:
     assert go(thrice, 2, 2) == [0, 0], said(thrice)[-2000:]
     assert [row["step"] for row in events(folder_of(thrice), "resume")] == [10]
     assert not [name for name in differing(peaceful(2, 2), thrice) if not name.startswith("metrics")]
+    assert counted(thrice)[1]["exact"] and counted(thrice)[1]["nonfinite"] == 0, (
+        "the steps that were undone do not count"
+    )
 
 
 def test_outputs_that_are_not_finite_right_after_a_phase_change(tiny_faces: Path, tmp_path: Path) -> None:
@@ -215,6 +230,10 @@ def test_a_roll_back_skips_a_stretch_of_data(tiny_faces: Path, tmp_path: Path) -
     assert go(stopped, 2, 2) == [0, 0], said(stopped)[-2000:]
     assert [row["step"] for row in metrics(folder_of(through))] == list(range(1, TOTAL + 1))
     assert not differing(through, stopped)
+    for recipe in (through, stopped):
+        first, second = counted(recipe)[1], counted(recipe)[2]
+        assert first["exact"] and (first["served"], first["skipped"]) == (240 - 4 * 16, 4 * 16)
+        assert second["served"] == (TOTAL + 4) * 16 - 240
     assert go(hopeless, 2, 2, ";".join(f"loop.outputs:0:{step}:nan" for step in (10, 11, 12))) == [2, 2]
     assert [row["to_step"] for row in events(folder_of(hopeless), "rollback")] == [9, 9, 9]
 

@@ -40,11 +40,13 @@ class Batch:
         views: by name, float32 [m, 3, size, size], RGB, (x - 127.5) / 127.5.
         labels: int64 [m]; -1 is a sample that could not be decoded (its views are zero) and is ignored by the losses.
         sample_ids: int64 [m], on the host.
+        bad_rows: rows that could not be decoded.
     """
 
     views: dict[str, torch.Tensor]
     labels: torch.Tensor
     sample_ids: torch.Tensor
+    bad_rows: tuple[int, ...] = ()
 
     @property
     def images(self) -> torch.Tensor:
@@ -279,7 +281,7 @@ class Loader:
             event = torch.cuda.Event()
             event.record()
         bad = [BadSample(int(job.ids[row]), *self.dataset.describe(int(job.ids[row])), job.bad[row]) for row in rows]
-        return _Ready(Batch(decoded.views, labels, torch.from_numpy(job.ids)), bad, event)
+        return _Ready(Batch(decoded.views, labels, torch.from_numpy(job.ids), tuple(rows)), bad, event)
 
 
 @dataclass

@@ -77,6 +77,7 @@ def render(run: RunFiles, others: Sequence[RunFiles] = (), *, any_faces: bool = 
         settings=beside.settings([run, *others]),
         reached=beside.reached([run, *others]) if others else [],
         phases=_phase_table(run, phases),
+        epochs=_epochs(run.events),
         benchmarks=_benchmarks(run, fars),
         fars=fars,
         evaluation=_evaluation(run),
@@ -260,12 +261,31 @@ def _benchmarks(run: RunFiles, fars: list[str]) -> list[Row]:
     return rows
 
 
+def _epochs(events: list[Row]) -> list[Row]:
+    """A row for each run of epochs that counted alike; a later count of an epoch replaces an earlier one."""
+    last = {event["epoch"]: event for event in events if event["event"] == "epoch"}
+    shown = ("images", "served", "distinct", "skipped", "undecoded", "nonfinite", "uncounted", "exact", "complete")
+    rows: list[Row] = []
+    for number, event in sorted(last.items()):
+        facts = {name: event.get(name) for name in shown}
+        if rows and rows[-1]["facts"] == facts:
+            rows[-1]["last"] = number
+            continue
+        verdict = (
+            "not complete" if not facts["complete"] else {True: "yes", False: "NO", None: "not counted"}[facts["exact"]]
+        )
+        rows.append({"first": number, "last": number, "facts": facts, "verdict": verdict})
+    return rows
+
+
 def _events(events: list[Row]) -> tuple[list[Row], str]:
     """Rows for the table, and a line on what is not in it: single bad samples, and the middle of a very long list."""
     counts = Counter(event["event"] for event in events)
-    quiet = {"bad_sample"} | ({"checkpoint"} if counts["checkpoint"] > 60 else set())
+    quiet = {"bad_sample", "epoch"} | ({"checkpoint"} if counts["checkpoint"] > 60 else set())
     shown = [event for event in events if event["event"] not in quiet]
-    hidden = [f"{counts[name]:,} {name.replace('_', ' ')} events" for name in sorted(quiet) if counts[name]]
+    hidden = [
+        f"{counts[name]:,} {name.replace('_', ' ')} events" for name in sorted(quiet - {"epoch"}) if counts[name]
+    ]  # epochs have a table of their own
     if len(shown) > _SHOWN_EVENTS:
         hidden.append(f"{len(shown) - _SHOWN_EVENTS:,} events between the first and the last {_SHOWN_EVENTS // 2}")
         shown = shown[: _SHOWN_EVENTS // 2] + shown[-_SHOWN_EVENTS // 2 :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -16,6 +17,8 @@ from torch import nn
 from lvtrain.checkpoint.reader import Reader
 from lvtrain.checkpoint.state import Replicated, State
 from lvtrain.data import Loader, ShardDataset
+from lvtrain.data.epochs import EpochSums, EpochTally
+from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.engine.engine import Engine
 from lvtrain.engine.precision import at_precision
@@ -87,6 +90,7 @@ class PhaseState:
         initial: what a fresh run took from other weights, for `events.jsonl`.
         saved_step: step of the newest checkpoint, -1 if there is none.
         nonfinite_in_row, nonfinite_total: steps without a finite loss or gradient, since this object was built.
+        tally: counts which images were served in each epoch.
         cos2, grad_norm: of the last finite step, scalars on the device.
 
     Raises:
@@ -126,6 +130,8 @@ class PhaseState:
         self.stage = CosineStage(section.end.cos2, self.method.cos2_window, world.device)
         self.meter = Meter(world.device)
         self.loader = _create_loader(setup, section.micro_batch, section.micro_batches, position.stream)
+        self.tally = EpochTally(self.loader.order, world.rank, world.size, position.stream)
+        self._tally_before: dict[int, EpochSums] = {}
 
     def now(self, steps_back: int = 0) -> StepInfo:
         """The step that is trained next, or one before it, for the method."""
@@ -148,6 +154,32 @@ class PhaseState:
             with self.engine.full_parameters():
                 self.average.update(self.method.evaluated())
         self.nonfinite_in_row = 0
+
+    def count(self, served: list[tuple[np.ndarray, tuple[int, ...]]], *, finite: bool) -> None:
+        """Counts the images of a step. Call it before the position moves on.
+
+        Args:
+            served: sample ids int64 [m] and rows that could not be decoded, of each micro-batch of this rank.
+            finite: whether the step's loss was finite.
+        """
+        size = self.section.micro_batch
+        first = self.position.stream + self.setup.world.rank * self.accumulation * size
+        for number, (ids, bad_rows) in enumerate(served):
+            self.tally.add(first + number * size, ids, bad_rows, finite=finite)
+
+    def note_nonfinite(self) -> None:
+        """Counts a step without a finite loss, which `go_back` may undo."""
+        if not self.nonfinite_in_row:
+            self._tally_before = self.tally.copy()
+        self.nonfinite_in_row += 1
+        self.nonfinite_total += 1
+
+    def go_back(self) -> None:
+        """Puts the position back to the first of the steps in a row without a finite loss. Nothing was learned since."""
+        back = self.nonfinite_in_row - 1  # the last of them has not moved the position yet
+        self.position.step -= back
+        self.position.samples_seen -= back * self.section.global_batch
+        self.tally.sums = self._tally_before
 
     def observe(self, loss: torch.Tensor, outputs: list[LossOutput], grad_norm: torch.Tensor) -> bool:
         """Measures a finished step. Returns whether the phase has reached its cosine (CSS).
@@ -185,7 +217,13 @@ class PhaseState:
         """What a resumed run needs besides, as JSON: numbers, and the recipe for a run folder that has lost its own. A collective."""
         position = {name: value for name, value in asdict(self.position).items() if name not in _IN_MANIFEST}
         recipe = self.setup.recipe.model_dump(mode="json")
-        return {"position": position, "stage": self.stage.state(), "meter": self.meter.state(), "recipe": recipe}
+        return {
+            "position": position,
+            "stage": self.stage.state(),
+            "meter": self.meter.state(),
+            "epochs": self.tally.state(worlds.gather_objects(self.tally.sums)),
+            "recipe": recipe,
+        }
 
     def load(self, reader: Reader, stored: Position) -> None:
         """Takes over a checkpoint of this phase, or of the end of the phase before. A collective.
@@ -205,6 +243,9 @@ class PhaseState:
             self.average.load_state(reader)
         reader.finish()
         self.saved_step = stored.step
+        if "epochs" in reader.meta:  # checkpoints of earlier versions have none
+            self.tally.load_state(reader.meta["epochs"])
+            self.tally.skip(stored.samples_seen + reader.meta["position"]["data_skip"], stored.stream)
         if stored.phase_over:
             self.method.enter_phase(self.section, first_time=True)
         else:

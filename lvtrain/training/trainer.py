@@ -25,6 +25,7 @@ from lvtrain import faults, randomness
 from lvtrain.checkpoint.checkpoints import CheckpointInfo, Checkpoints
 from lvtrain.checkpoint.lease import FolderInUse, Lease, hold
 from lvtrain.data import Batch, ShardDataset
+from lvtrain.data.epochs import EpochCount, counts, epoch_line, unfinished
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.gpu import sees_only_its_own
 from lvtrain.errors import UserError
@@ -241,7 +242,7 @@ class Trainer:
             )
             if position.step % self.recipe.logging.every == 0 or end:
                 self.log(phase)
-                self._check_bad_samples(phase)
+                self._check_data(phase)
             if end:
                 self.end_phase(phase, end)
                 return True
@@ -262,10 +263,11 @@ class Trainer:
         now = phase.now()
         method.begin_step(now, phase.global_labels())
         engine.train()
-        outputs = []
+        outputs, served = [], []
         for number in range(phase.accumulation):
             self.heartbeat.beat(position.step, "data")
             batch = next(batches)
+            served.append((batch.sample_ids.numpy(), batch.bad_rows))
             self.heartbeat.beat(position.step, "forward and backward")
             outputs.append(self.train_micro_batch(phase, batch, now, number))
         loss = method.global_loss(torch.stack([output.loss for output in outputs]).mean())
@@ -276,6 +278,7 @@ class Trainer:
             phase.finish_step(now)
         else:
             self.skip_step(phase, loss, norm, outputs)
+        phase.count(served, finite=finite)
         position.step += 1
         position.samples_seen += phase.section.global_batch
         self._report_bad_samples(phase)
@@ -301,8 +304,7 @@ class Trainer:
             UserError: too many.
         """
         phase.method.discard_step()
-        phase.nonfinite_in_row += 1
-        phase.nonfinite_total += 1
+        phase.note_nonfinite()
         position, figures = phase.position, {"loss": float(loss), "grad_norm": float(norm)}
         noted, said = note_batch(self.folder.path, phase.loader, position.stream, outputs, phase.place() | figures)
         self._event(phase, "nonfinite", in_row=phase.nonfinite_in_row, **noted)
@@ -313,10 +315,7 @@ class Trainer:
             return
         if self.recipe.safety.rollback:
             raise RollBack(replace(position, samples_seen=position.samples_seen + phase.section.global_batch))
-        # nothing was learned since the first of them: what is in memory is the state before them
-        back = phase.nonfinite_in_row - 1
-        position.step -= back
-        position.samples_seen -= back * phase.section.global_batch
+        phase.go_back()  # what is in memory is the state before them
         if position.step > max(0, phase.saved_step):
             self.save(phase, "nonfinite")
         self.checkpoints.wait()
@@ -351,6 +350,9 @@ class Trainer:
         self.save(phase, "phase_end")
         self.checkpoints.wait()
         last = position.next_index == len(self.recipe.phases) or position.samples_seen >= self.rate.total
+        if last:
+            rest = worlds.gather_objects(phase.tally.sums)
+            self._report_epochs(phase, unfinished(rest, len(self.setup.dataset)))
         self.evaluate(phase, "final" if last else f"step_{position.step:09d}")
 
     def evaluate(self, phase: PhaseState, name: str) -> None:
@@ -376,11 +378,16 @@ class Trainer:
         phase.meter.clear()
         phase.restart_clock()
 
-    def _check_bad_samples(self, phase: PhaseState) -> None:
-        """At every log line, over all ranks, because each rank decodes its own images."""
-        limit = self.recipe.data.max_bad_fraction
-        counts = worlds.gather_objects((phase.loader.bad_count, phase.loader.seen_count))
-        bad, seen = (sum(column) for column in zip(*counts))
+    def _check_data(self, phase: PhaseState) -> None:
+        """Checks the images that were served, at every log line: how many are bad, and what a finished epoch counted.
+
+        All ranks answer together, because each decodes and counts its own images.
+        """
+        limit, loader = self.recipe.data.max_bad_fraction, phase.loader
+        answers = worlds.gather_objects((loader.bad_count, loader.seen_count, phase.tally.ended(phase.position.stream)))
+        bad, seen = sum(answer[0] for answer in answers), sum(answer[1] for answer in answers)
+        ended = [part for _, _, part in answers if part is not None]
+        self._report_epochs(phase, counts(ended, len(self.setup.dataset)))
         if bad > phase.bad_reported:
             self.telemetry.say(
                 f"warning: {bad} of {seen} images could not be decoded so far and are skipped; events.jsonl lists them"
@@ -391,6 +398,11 @@ class Trainer:
                 f"{bad} of {seen} images could not be decoded, more than data.max_bad_fraction={limit}; "
                 f"see {self.folder.path}/events.jsonl, and run tools/verify_dataset.py on the dataset"
             )
+
+    def _report_epochs(self, phase: PhaseState, found: list[EpochCount]) -> None:
+        for count in found:
+            self._event(phase, "epoch", **asdict(count))
+            self.telemetry.say(f"lvtrain: {epoch_line(count, self.world.size)}")
 
     def _report_bad_samples(self, phase: PhaseState) -> None:
         for sample in phase.loader.bad_samples:
