@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,7 @@ from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import write_json
 from lvtrain.planning import H200
+from lvtrain.training import network
 
 _PACKAGES = ("torch", "deepspeed", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 _SLOW = 0.5  # of what the plan assumes between nodes
@@ -190,6 +192,11 @@ def _some(ranks: list[dict[str, Any]], which: list[int]) -> str:
     return f"rank{'s' if len(which) > 1 else ''} {', '.join(map(str, which[:8]))}{' …' if len(which) > 8 else ''} ({', '.join(hosts[:4])})"
 
 
+def _plain(found: dict[str, Any]) -> dict[str, Any]:
+    """`network.facts` as JSON."""
+    return found | {name: [asdict(one) for one in found[name]] for name in ("rendezvous", "collectives")}
+
+
 def preflight(
     *,
     shared: Path,
@@ -217,12 +224,14 @@ def preflight(
     """
     started = time.perf_counter()
     launched = worlds.launch()
+    network.check_names()
     try:
         world = worlds.start(timeout)
     except (dist.DistStoreError, dist.DistNetworkError, TimeoutError) as error:
         raise UserError(
             f"rank {launched.rank} on {socket.gethostname()} waited {time.perf_counter() - started:.0f} s for "
-            f"{launched.size} ranks to meet at {launched.address}:{launched.port}; open that port between the nodes, "
+            f"{launched.size} ranks to meet at {launched.address}:{launched.port}, which it would reach over "
+            f"{network.towards(launched.address, launched.port) or 'no interface'}; open that port between the nodes, "
             f"and name the network card with NCCL_SOCKET_IFNAME / GLOO_SOCKET_IFNAME ({str(error).splitlines()[0]})"
         ) from error
     ranks = worlds.gather_objects(facts())
@@ -235,11 +244,16 @@ def preflight(
             print(f"preflight: error: {line}", file=sys.stderr, flush=True)
     rows = collectives(world, megabytes, repeats) if world.size > 1 else []
     hosts = sorted({one["host"] for one in ranks})
+    networks = worlds.gather_objects(network.facts(int(os.environ["MASTER_PORT"])))
     if world.is_first:
         where = f"{len(hosts)} host{'s' if len(hosts) > 1 else ''} ({', '.join(hosts[:8])})"
         print(
             f"preflight: {world.size} rank{'s' if world.size > 1 else ''} on {where}, {ranks[0]['device']}, met in {met:.1f} s"
         )
+        for line in network.lines(networks):
+            print(f"  {line}")
+        for line in network.warnings(networks):
+            print(f"preflight: warning: {line}", file=sys.stderr, flush=True)
         for row in rows:
             print(
                 f"  {row['collective']:<15}{row['mb']:>7g} MB  {row['ms']:>10.3f} ms  {row['gb_per_s']:>8.2f} GB/s a rank"
@@ -250,7 +264,8 @@ def preflight(
                 f"  note: tools/plan.py assumes {H200.link / 1e9:.0f} GB/s a GPU between nodes; plan with --link {fastest:.1f}"
             )
         if report:
-            write_json(report, {"ranks": ranks, "collectives": rows, "problems": problems}, indent=1)
+            found = {"ranks": ranks, "networks": [_plain(one) for one in networks], "collectives": rows}
+            write_json(report, found | {"problems": problems}, indent=1)
         if not problems:
             same = f"{data} is the same dataset" if data else "no --data was given"
             print(f"preflight: nothing found that would stop a run: one software, {shared} is shared, {same}")
