@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -29,26 +30,38 @@ def main(
             help="reorder the pairs into ten folds with equally many positive ones; the order within each kind stays"
         ),
     ] = False,
+    align: Annotated[
+        bool,
+        typer.Option("--align", help="photographs: find the largest face and align it to insightface's five points"),
+    ] = False,
     alignment: Annotated[
         str,
         typer.Option(help="how the faces were aligned, for .bin.json; accuracies depend on it"),
     ] = "unknown",
 ) -> None:
     """Writes a verification set. It has ten consecutive folds: keep the list's order, or give --balance-folds."""
+    from lvtrain.evaluation.alignment import TEMPLATE, look
     from lvtrain.evaluation.bins import balanced_order, check_folds, write_bin
 
     with one_line_errors("build_bin", out):
+        if align and not image_size:
+            raise UserError("--align needs the size of the aligned faces; give --image-size 112")
         names, issame = read_pairs(pairs)
         if balance_folds:
             order = balanced_order(issame)
             names, issame = [names[i] for i in order], issame[order]
         check_folds(issame, out)
         # an image is often in many pairs: read it once
-        encoded = {
-            name: encode(images / name, image_size, quality) for name in dict.fromkeys(chain.from_iterable(names))
-        }
-        write_bin(out, [encoded[name] for pair in names for name in pair], issame, about={"alignment": alignment})
+        every = dict.fromkeys(chain.from_iterable(names))
+        if align:
+            encoded, alignment = aligned(images, list(every), image_size, quality), TEMPLATE
+        else:
+            encoded = {name: encode(images / name, image_size, quality) for name in every}
+        found = look(list(encoded.values()), alignment, name=str(out))
+        about = {"alignment": alignment, "alignment_found": asdict(found)}
+        write_bin(out, [encoded[name] for pair in names for name in pair], issame, about=about)
     print(f"{out}: {len(issame)} pairs, {int(issame.sum())} of one identity, {len(encoded)} images")
+    print(found.line(str(out)))
 
 
 def read_pairs(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
@@ -71,6 +84,27 @@ def read_pairs(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
     return names, np.array(issame, dtype=bool)
 
 
+def aligned(folder: Path, names: list[str], image_size: int, quality: int) -> dict[str, bytes]:
+    """The largest face of each photograph, aligned, as JPEG bytes by name."""
+    from lvtrain.data.align import Detector, similarity, template, warp
+    from lvtrain.evaluation.extract import decode
+
+    detector, found, faceless = Detector(), {}, []
+    for name in names:
+        image = decode((folder / name).read_bytes(), None, f"image {folder / name}")
+        points = detector.largest_face(image)
+        if points is None:
+            faceless.append(name)
+            continue
+        found[name] = _jpeg(warp(image, similarity(points, template(image_size)), image_size), quality)
+    if faceless:
+        raise UserError(
+            f"no face found in {len(faceless)} of {len(names)} images under {folder}: {', '.join(faceless[:5])}"
+            f"{' …' if len(faceless) > 5 else ''}; take their pairs out of the list"
+        )
+    return found
+
+
 def encode(path: Path, image_size: int, quality: int) -> bytes:
     """The file's bytes if the image has the right size, else a new JPEG of it."""
     from PIL import Image
@@ -81,9 +115,15 @@ def encode(path: Path, image_size: int, quality: int) -> bytes:
     picture = decode(data, None, f"image {path}")
     if image_size == 0 or picture.shape[:2] == (image_size, image_size):
         return data
-    resized = Image.fromarray(picture).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return _jpeg(Image.fromarray(picture).resize((image_size, image_size), Image.Resampling.BICUBIC), quality)
+
+
+def _jpeg(image: Any, quality: int) -> bytes:
+    from PIL import Image
+
     buffer = io.BytesIO()
-    resized.save(buffer, "JPEG", quality=quality, subsampling=0)
+    opened = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    opened.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 

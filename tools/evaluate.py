@@ -5,6 +5,7 @@ On several GPUs, start it with torchrun or accelerate launch.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +75,10 @@ def main(
             forward, tasks, setting, say=lambda text: console.print(f"[dim]{text}"), refused=refused
         )
         if results and state.is_main_process:
+            alignments = _alignments(tasks, results)
             _show(name, results, console)
+            for line in alignments:
+                console.print(line, soft_wrap=True, style="bold" if line.startswith("warning") else "dim")
             _write(name, results, tasks, folder, image_size)
             console.print(f"figures and plots: {folder}/", soft_wrap=True)
             _calibration(Path(model), weights, results, console)
@@ -131,6 +135,22 @@ def _show(name, results, console) -> None:
             table.add_row(*first, figure, value)
         table.add_section()
     console.print(table)
+
+
+def _alignments(tasks, results) -> list[str]:
+    """A line on how the faces of each `.bin` file are aligned; the figures behind it go into the results."""
+    from lvtrain.evaluation.alignment import UNKNOWN, look
+    from lvtrain.evaluation.bins import read_bin, read_sidecar
+
+    lines = []
+    for task in tasks:
+        for path in task.paths if task.name in results else ():
+            if path.suffix == ".bin":
+                stated = str(read_sidecar(path).get("alignment", UNKNOWN))
+                found = look(read_bin(path, strict=False)[0], stated, name=str(path))
+                results[task.name]["alignment"] = asdict(found) | {"agrees": found.agrees}
+                lines.append(found.line(task.name))
+    return lines
 
 
 def _write(name, results, tasks, out: Path, image_size: int) -> None:

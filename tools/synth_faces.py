@@ -43,7 +43,15 @@ def main(
             )  # fmt: skip
         flat = [written.heldout_images[person][image] for person, image in chosen.reshape(-1, 2).tolist()]
         write_bin(
-            out / "heldout.bin", flat, same, about={"kind": "generated faces", "seed": seed, "difficulty": difficulty}
+            out / "heldout.bin",
+            flat,
+            same,
+            about={
+                "kind": "generated faces",
+                "seed": seed,
+                "difficulty": difficulty,
+                "alignment": "generated in place",
+            },
         )
     seconds = time.perf_counter() - start
     total = written.train.samples + written.heldout.samples

@@ -145,14 +145,29 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _check_sidecar(path: Path, data: bytes, pairs: int) -> None:
-    sidecar = _sidecar(path)
+def read_sidecar(path: str | Path) -> dict[str, Any]:
+    """What `write_bin` left beside a set; empty where there is no sidecar.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    sidecar = _sidecar(Path(path))
     if not sidecar.is_file():
-        return
+        return {}
     try:
         said = json.loads(sidecar.read_text())
     except ValueError as error:
         raise UserError(f"{sidecar} is not JSON; remove it or write the set again") from error
+    if not isinstance(said, dict):
+        raise UserError(f"{sidecar} is not a JSON object; remove it or write the set again")
+    return said
+
+
+def _check_sidecar(path: Path, data: bytes, pairs: int) -> None:
+    sidecar = _sidecar(path)
+    if not sidecar.is_file():
+        return
+    said = read_sidecar(path)
     if said.get("pairs") != pairs or said.get("sha256") != hashlib.sha256(data).hexdigest():
         raise UserError(
             f"{path} is not the file that {sidecar.name} describes ({said.get('pairs')} pairs there, {pairs} here); copy both again"
