@@ -1,7 +1,8 @@
 """Every random draw of lvtrain as a pure function of (seed, purpose, counters).
 
-No generator state exists, so none is ever saved: whoever needs the randomness of step t, sample i or class j computes it. The draws are the
-same for every number of ranks, every batch size and every restart, and the numpy and torch versions give the same bits.
+There is no generator state, so none is saved: code that needs the draw of step t, sample i or class j computes it. The draws
+are the same for every number of ranks, every batch size and after every restart. The numpy and torch versions give the same
+bits.
 
 The mixer is two rounds of the splitmix64 finaliser (Steele, Lea, Flood 2014) over the key and each counter; it is a hash, not a cipher.
 `tests/test_house_randomness.py` freezes its values: changing them changes every run ever started.

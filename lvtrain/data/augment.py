@@ -1,7 +1,7 @@
-"""What may happen to an image: named sets of views, and the draw of every parameter as a function of (seed, epoch, sample).
+"""Augmentation: named sets of views, and the draw of every parameter as a function of (seed, epoch, sample).
 
-A set is a list of views. A view is a name, an output size and a list of operations with their ranges. Nothing is random in the backends:
-`draw` turns (seed, epochs, sample ids) into arrays, one row a sample. A backend (`dali`, `torch_backend`) applies them in one fixed order:
+A set is a list of views. A view is a name, an output size and a list of operations with their ranges. The backends draw
+nothing: `draw` turns (seed, epochs, sample ids) into arrays, one row per sample. A backend (`dali`, `torch_backend`) applies them in one fixed order:
 crop and resize, affine, colour, posterise, solarise, resize-down, blur, erase, flip. So a sample looks the same in every batch, on every rank
 and after every restart.
 """
@@ -29,11 +29,11 @@ class Draws:
         flip: int32 [k], 1 mirrors.
         affine: float32 [k, 2, 3]: output to input coordinates (x, y), in units of the image size, origin in its middle.
         colour: float32 [k, 4]: brightness, contrast and saturation factors, hue in degrees (DALI's `color_twist`).
-        posterise: uint8 [k]: mask of the bits that stay.
+        posterise: uint8 [k]: mask of the bits that are kept.
         solarise: int32 [k]: values from this one on are inverted; 256 inverts none.
-        down: float32 [k]: share of its size the image is reduced to and brought back from; 0 is not done.
-        blur: float32 [k]: Gaussian sigma in pixels of the output; 0 is not done.
-        erase: float32 [k, 4]: x, y, width, height as shares, filled with mid-grey; width 0 is not done.
+        down: float32 [k]: the image is reduced to this share of its size and enlarged again; 0: not at all.
+        blur: float32 [k]: Gaussian sigma in pixels of the output; 0: none.
+        erase: float32 [k, 4]: x, y, width, height as shares, filled with mid-grey; width 0: none.
     """
 
     crop: np.ndarray | None = None
@@ -55,7 +55,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Crop:
-    """A random rectangle of `scale` times the area and of a width-to-height `ratio`, brought to the view's size (Inception's crop)."""
+    """Crops a random rectangle of `scale` times the area and of a width-to-height `ratio`, and resizes it (Inception's crop)."""
 
     scale: Range
     ratio: Range = (3 / 4, 4 / 3)
@@ -96,7 +96,7 @@ class Blur:
 
 @dataclass(frozen=True)
 class Down:
-    """Reduced to `factor` of its size and brought back: the look of a small face."""
+    """Reduces the image to `factor` of its size and enlarges it again, so it looks like a small face."""
 
     p: float
     factor: Range
@@ -123,7 +123,7 @@ class RandAugment:
     """`count` operations drawn from a list, all at `magnitude` of 30 (Cubuk et al., 2020).
 
     The list: identity, brightness, contrast, saturation, posterise, solarise, blur, shear x and y, translate x and y, rotate. Autocontrast,
-    equalise and sharpness of the original are left out: they have no equal in both backends.
+    equalise and sharpness of the original are left out: the backends have no equal versions of them.
     """
 
     count: int = 2
@@ -137,7 +137,8 @@ Op = Crop | Flip | Jitter | Grey | Blur | Down | Solarise | Erase | RandAugment
 class View:
     """One image of a sample, `[3, size, size]`; `size=None` is the recipe's image size.
 
-    `twin` names the view whose draws this one shares, operation by operation: a landmark view sees the crop and flip of its colour twin.
+    `twin` names the view whose draws this one shares, operation by operation. For example, a landmark view has the
+    crop and flip of its colour twin.
     """
 
     name: str
@@ -149,14 +150,14 @@ class View:
 # --------------------------------------------------------------------------------------------------------------- sets
 
 _DINO_JITTER = Jitter(0.8, 0.4, 0.4, 0.2, 0.1)
-# for the small recipes' 56 pixels and generated faces, whose lamp and exposure belong to the picture more than in photographs
+# for the small recipes' 56 pixels and generated faces, whose light and exposure identify an image more than in photographs
 _SMALL_JITTER = Jitter(0.9, 0.6, 0.6, 0.4, 0.1)
 
 
 def _dino(
     local_scale: Range, local_size: int | None, jitter: Jitter = _DINO_JITTER, radius: Range = (0.1, 2.0)
 ) -> tuple[View, ...]:
-    """DINO's views (Caron et al., 2021): two global ones, of which one is always blurred and one sometimes solarised, and eight local ones."""
+    """DINO's views (Caron et al., 2021): two global ones (one always blurred, one sometimes solarised) and eight local ones."""
     whole, colour = Crop((0.4, 1.0)), (Flip(), jitter, Grey(0.2))
     return (
         View("global_0", (whole, *colour, Blur(1.0, radius))),
@@ -166,7 +167,7 @@ def _dino(
 
 
 def _with_landmark_twins(views: tuple[View, ...]) -> tuple[View, ...]:
-    """Beside each view a `NAME_landmarks` with the same crop and flip and nothing else: what LAFS's landmark CNN sees."""
+    """Adds to each view a `NAME_landmarks` with the same crop and flip and nothing else, for LAFS's landmark CNN."""
     twins = tuple(
         View(
             f"{view.name}_landmarks", tuple(op for op in view.ops if isinstance(op, Crop | Flip)), view.size, view.name
@@ -179,10 +180,10 @@ def _with_landmark_twins(views: tuple[View, ...]) -> tuple[View, ...]:
 _RAND_AUGMENT = (Flip(), RandAugment(2, 9.0), Erase(0.25, (0.02, 0.2)))
 
 SETS: dict[str, tuple[View, ...]] = {
-    # nothing, and the flip every face trainer uses
+    # nothing, and the flip that every face trainer uses
     "none": (View("image"),),
     "flip": (View("image", (Flip(),)),),
-    # in kind what arcface_torch's optional DALI augmentation does: small, blurred, tinted and grey faces now and then
+    # the kinds of arcface_torch's optional DALI augmentation: some faces are small, blurred, tinted or grey
     "arcface": (
         View(
             "image",

@@ -1,7 +1,8 @@
 """Copies of shards on a local disk, up to a size, for datasets on a slow shared file system.
 
-A shard is copied in the background when it is first read. Until the copy is complete, reads use the original. When the bound is reached, the
-copies that were read longest ago are deleted, whichever dataset they belong to. Ranks of one machine may share a cache folder.
+A shard is copied in the background when it is first read. Until the copy is complete, reads use the original. When the
+limit is reached, the copies that were not read for the longest time are deleted, of whatever dataset. Ranks of one machine
+may share a cache folder.
 
 The cache never changes what is read: a copy is used only if it has the recorded size, and never again after a failed read.
 """
@@ -24,7 +25,7 @@ _ABANDONED = 3600.0  # seconds without a write after which an unfinished copy is
 
 
 def cached(folder: str | Path, max_bytes: int) -> OpenFiles:
-    """For `ShardDataset(files=...)`: reads copies in `folder`, at most `max_bytes` of them."""
+    """For `ShardDataset(files=...)`: reads from copies in `folder`, which hold at most `max_bytes`."""
 
     def open_files(source: Path, manifest: Manifest, forget: Forget, warn: Warn) -> ShardCache:
         return ShardCache(Originals(source, manifest, forget, warn), folder, max_bytes)
@@ -33,12 +34,12 @@ def cached(folder: str | Path, max_bytes: int) -> OpenFiles:
 
 
 class ShardCache:
-    """Copies in place of the original shards, where there are any; `close` stops the copying.
+    """Reads copies instead of the original shards, where they exist. `close` stops the copying.
 
     Args:
         originals: the shards as they lie in the dataset.
         folder: local folder, made if missing.
-        max_bytes: bound on the copies in the folder; a shard larger than it is never copied.
+        max_bytes: limit of the copies in the folder; a larger shard is never copied.
 
     Raises:
         UserError: the folder cannot be made.
@@ -52,21 +53,21 @@ class ShardCache:
         except OSError as error:
             raise UserError(
                 f"the shard cache cannot be made in {folder}: {error.strerror}; "
-                "set data.cache to a folder that can be written, or leave it out"
+                "set data.cache to a folder that can be written, or remove data.cache"
             ) from None
         for path in self.folder.glob("*.tmp"):  # left by ranks that were killed while they copied
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _ABANDONED:
                     path.unlink()
         self._asked: set[int] = set()
-        self._failed: set[int] = set()  # shards whose copy could not be read: the original is, from then on
+        self._failed: set[int] = set()  # shards whose copy could not be read; the original is read from then on
         self._lock = threading.Lock()
         self._wanted: queue.Queue[int | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="shard-cache", daemon=True)
         self._thread.start()
 
     def locate(self, shard: int) -> Path:
-        """The copy if it is whole, else the original, which is then queued for copying."""
+        """The copy if it is whole, otherwise the original, which is then queued for copying."""
         if shard in self._failed:
             return self.originals.locate(shard)
         copy = self._copy(shard)
@@ -82,7 +83,7 @@ class ShardCache:
         return self.originals.locate(shard)
 
     def distrust(self, shard: int, path: str, reason: str) -> bool:
-        """Whether `path`, which could not be read, is a copy; if so the original is read from now on, which is reported once."""
+        """Whether `path`, which could not be read, is a copy. If so, the original is read from now on; this is reported once."""
         copy = self._copy(shard)
         if Path(path) != copy:
             return False
@@ -128,7 +129,7 @@ class ShardCache:
     def _make_room(self, size: int) -> None:
         # other ranks add and delete at the same time
         found = []
-        for path in self.folder.parent.glob("*/*.tar"):  # another dataset's too: the bound is on the disk
+        for path in self.folder.parent.glob("*/*.tar"):  # copies of other datasets, too: the limit is for the disk
             try:
                 state = path.stat()
                 found.append((state.st_mtime, state.st_size, path))

@@ -1,7 +1,7 @@
 """Decoding and augmenting with DALI: nvJPEG and kernels on a GPU (`mixed`), libjpeg-turbo on a CPU, one graph for both.
 
-The pipeline reads no file and draws no number: JPEG bytes and all parameters are fed per sample. So it has no state to save. A sample that
-fails costs a new pipeline, never the run.
+The pipeline reads no file and draws no number: it is fed JPEG bytes and all parameters of each sample. So it has no state
+to save. After a sample that fails, a new pipeline is built, and the run continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MID_GREY = 128
 
 
 class DaliBackend:
-    """Jobs in, normalised float32 views [m, 3, size, size] out, in order."""
+    """Turns jobs into normalised float32 views [m, 3, size, size], in order."""
 
     def __init__(self, spec: DecodeSpec) -> None:
         self._spec = spec
@@ -60,7 +60,7 @@ class DaliBackend:
             except RuntimeError as error:
                 self._recover(error)
         job = self._flying.popleft()
-        # DALI's buffers go back to DALI; the tensors that leave here are torch's, ordered by torch's streams
+        # DALI's buffers are returned to DALI; the tensors returned here are torch's, in the order of torch's streams
         pixels = {view.name: torch.from_dlpack(output.as_tensor()) for view, output in zip(self._spec.views, outputs)}
         if self._on_gpu:
             views = {name: images.clone() for name, images in pixels.items()}
@@ -87,7 +87,7 @@ class DaliBackend:
             self._pipeline.schedule_run()
 
     def _replace(self, job: Job, row: int, problem: str) -> None:
-        """Another reader's view of the sample, or black and bad."""
+        """Decodes the sample with another library; if that fails, it is black and marked bad."""
         rescued = None if row in job.bad else jpeg.rescue(job.encoded[row], self._spec.stored_size)
         if rescued is None:
             job.bad[row] = problem
@@ -146,11 +146,11 @@ class DaliBackend:
 
 
 def _as_list(encoded: list[bytes]) -> Any:
-    """The batch as DALI's own list, which is cheaper than a list of arrays."""
+    """The batch as DALI's list type, which is faster than a list of arrays."""
     longest = max(map(len, encoded))
     if longest * len(encoded) > 4 * sum(map(len, encoded)):  # a few large ones among small ones
         return TensorListCPU([TensorCPU(np.frombuffer(data, dtype=np.uint8)) for data in encoded])
-    # one array is cheaper still; no decoder looks behind an end-of-image marker, which every sample has (`jpeg.HeaderCheck`)
+    # one array is faster still; decoders stop at the end-of-image marker, which every sample has (`jpeg.HeaderCheck`)
     rows = b"".join([data.ljust(longest, b"\0") for data in encoded])
     return TensorListCPU(np.frombuffer(rows, dtype=np.uint8).reshape(len(encoded), longest))
 
@@ -162,7 +162,7 @@ def _example(view: View) -> Draws:
 
 
 def _inputs(draws: Draws, size: int, stored_size: tuple[int, int] | None, on_gpu: bool) -> dict[str, np.ndarray]:
-    """What the graph is fed for a view of `size` pixels: per-sample arrays in DALI's terms."""
+    """The graph's inputs for a view of `size` pixels: arrays with one row per sample, in DALI's terms."""
     fed: dict[str, np.ndarray] = {}
     if draws.crop is not None:
         shares = draws.crop[:, [1, 0, 3, 2]]
@@ -206,7 +206,7 @@ def pixel_matrix(affine: np.ndarray, size: int) -> np.ndarray:
 
 
 def down_size(down: np.ndarray, size: int) -> np.ndarray:
-    """Pixels a side of the reduced image, int [k]; the full size where nothing is done."""
+    """Pixels per side of the reduced image, int [k]; the full size if nothing is done."""
     return np.where(down > 0, np.maximum(1, np.rint(down * size)), size).astype(np.int64)
 
 
@@ -214,7 +214,7 @@ def _decode(on_gpu: bool) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     if not on_gpu:
         return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-    # The hardware decoder takes a share of each batch and rounds differently: a sample's pixels would depend on the rest of the batch.
+    # The hardware decoder handles a share of each batch and rounds differently: pixels would depend on the rest of the batch.
     # Fancy upsampling of the colours is what libjpeg does, on a CPU and in Pillow.
     return fn.decoders.image(
         encoded, device="mixed", output_type=types.RGB, hw_decoder_load=0.0, jpeg_fancy_upsampling=True

@@ -1,8 +1,8 @@
 """The one decoder of encoded images, for packing, training, evaluation and reports.
 
-The rule: an image is decoded only if its content is one of `FORMATS`, its header announces at most `MAX_SIDE` pixels a side, and, given as
-a path, it is a regular file. So no content can start another program (Pillow hands PostScript to Ghostscript), fill the memory,
-or block on a pipe. The suffix of a file decides only whether it is looked at (`is_image_name`).
+An image is decoded only if its content is one of `FORMATS`, its header announces at most `MAX_SIDE` pixels per side, and, if
+it is given as a path, it is a regular file. So no content can start another program (Pillow passes PostScript to
+Ghostscript), fill the memory, or block on a pipe. The suffix decides only whether a file is considered (`is_image_name`).
 
 DALI and simplejpeg decode plain JPEGs faster; `lvtrain.data.jpeg` decides which bytes they may see.
 """
@@ -28,7 +28,7 @@ class ImageError(ValueError):
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image: by its suffix, and not a companion file of macOS (`._name`)."""
+    """Whether a file of this name counts as an image: by its suffix, but not macOS's companion files (`._name`)."""
     base = os.path.basename(name)
     return not base.startswith("._") and os.path.splitext(base)[1].lower() in SUFFIXES
 
@@ -49,7 +49,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def open_image(source: bytes | str | Path, *, upright: bool = True, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """The decoded image with its `format`; 16 bits a pixel are narrowed to the upper 8.
+    """The decoded image with its `format`. Of 16 bits per pixel, the upper 8 are kept.
 
     Args:
         source: encoded bytes, or the path of a file.
@@ -64,13 +64,13 @@ def open_image(source: bytes | str | Path, *, upright: bool = True, formats: tup
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
         if max(image.size) > MAX_SIDE:
-            raise ImageError(f"it has {image.width}x{image.height} pixels; at most {MAX_SIDE} a side are read")
+            raise ImageError(f"it has {image.width}x{image.height} pixels; at most {MAX_SIDE} per side are read")
         image.load()
         if image.mode.startswith("I"):
             narrow = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             narrow.format, image = image.format, narrow
         elif image.mode == "F":
-            raise ImageError("its pixels are floating-point numbers; save it again with 8 bits a colour")
+            raise ImageError("its pixels are floating-point numbers; save it again with 8 bits per colour")
         if not upright:
             return image
         turned = ImageOps.exif_transpose(image)
@@ -87,7 +87,7 @@ def open_image(source: bytes | str | Path, *, upright: bool = True, formats: tup
 
 
 def decode(source: bytes | str | Path, size: tuple[int, int] | None = None, *, upright: bool = True) -> np.ndarray:
-    """uint8 RGB [height, width, 3] of an encoded image, resized (bilinear) to `size` (height, width) where it differs.
+    """Decodes an image to uint8 RGB [height, width, 3], and resizes it (bilinear) to `size` (height, width) if it differs.
 
     Raises:
         ImageError, OSError: as `open_image`.

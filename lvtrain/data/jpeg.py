@@ -1,7 +1,8 @@
 """Decides from a JPEG's markers, without decoding, whether a fast decoder may see it.
 
-DALI 2.4's CPU decoder crashes the process on bytes without a readable JPEG header, and a sample that fails costs its pipeline. simplejpeg reads
-only JPEG and ignores the EXIF rotation. So both get only whole, upright, baseline or progressive JPEGs in grey or colour. Pillow reads the rest.
+DALI 2.4's CPU decoder crashes the process on bytes without a readable JPEG header, and after a sample that fails its
+pipeline must be rebuilt. simplejpeg reads only JPEG and ignores the EXIF rotation. So both get only whole, upright, baseline
+or progressive JPEGs in grey or colour. Pillow reads the rest.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ _REMEMBERED = 4096
 
 
 class HeaderCheck:
-    """Remembers headers it has walked: images of one encoder share them, and then the check is one look into a set.
+    """Remembers the headers that it has checked. Images of one encoder share them, so most checks are one look-up in a set.
 
     Args:
-        size: (height, width) every image must have, None if any will do.
+        size: (height, width) that every image must have; None = any.
     """
 
     def __init__(self, size: tuple[int, int] | None) -> None:
@@ -30,7 +31,7 @@ class HeaderCheck:
         self._lengths: list[int] = []
 
     def problem(self, data: bytes) -> str | None:
-        """What is wrong, in a few words, or None."""
+        """What is wrong with the image, in a few words; None if nothing is."""
         if data[-2:] != b"\xff\xd9" and data.rfind(b"\xff\xd9", -256) < 0:
             return "no end-of-image marker: cut short, or not a JPEG" if data else "no bytes"
         for length in self._lengths:
@@ -97,7 +98,10 @@ def _turned(exif: bytes) -> bool:
 
 
 def with_pillow(data: bytes, size: tuple[int, int] | None) -> np.ndarray | None:
-    """uint8 RGB [height, width, 3], upright, resized to `size` (height, width) if given; None if it cannot be decoded."""
+    """Decodes an image with Pillow: uint8 RGB [height, width, 3], upright, resized to `size` (height, width) if given.
+
+    None if that fails.
+    """
     try:
         return images.decode(data, size)
     except images.ImageError:
@@ -105,7 +109,7 @@ def with_pillow(data: bytes, size: tuple[int, int] | None) -> np.ndarray | None:
 
 
 def rescue(data: bytes, size: tuple[int, int] | None) -> bytes | None:
-    """The image as PNG, read by Pillow; None if it cannot be decoded."""
+    """The image, decoded by Pillow, as PNG; None if it cannot be decoded."""
     from PIL import Image
 
     pixels = with_pillow(data, size)
@@ -117,7 +121,7 @@ def rescue(data: bytes, size: tuple[int, int] | None) -> bytes | None:
 
 
 def black(height: int, width: int) -> bytes:
-    """A black JPEG that takes the place of a lost sample."""
+    """A black JPEG, which replaces a sample that cannot be decoded."""
     from PIL import Image
 
     out = io.BytesIO()

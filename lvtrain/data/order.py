@@ -1,8 +1,9 @@
-"""Which sample stands at position p of the endless stream. It is computed from (n, seed, block, p), never stored.
+"""Which sample is at position p of the endless stream. It is computed from (n, seed, block, p), never stored.
 
 An epoch is n positions. The n samples are cut into blocks of `block` neighbours (the last may be shorter), and the blocks are shuffled.
-Then each window of shuffled blocks (about 2^18 samples) is shuffled sample by sample. So reading touches one window of whole blocks at a time,
-which suits a parallel file system, while neighbours in the stream come from all over the data. `block=1` is a full shuffle.
+Then each window of shuffled blocks (about 2^18 samples) is shuffled sample by sample. So reads go to one window of whole blocks at a
+time, which suits a parallel file system, and neighbours in the stream come from the whole dataset. `block=1` is a full
+shuffle.
 
 Both shuffles are keyed bijections of [0, 2^k): twelve rounds of `x -> (x + a) * odd mod 2^k` and `x -> x ^ (x >> k/2)`. Values that land at or
 above the size are mapped again until they lie below it (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
@@ -18,7 +19,7 @@ from lvtrain.errors import UserError
 
 WINDOW = 1 << 18
 _ROUNDS = 12  # from 8 on, joint statistics of small domains pass a chi-square; 12 keeps a margin
-_CHUNK = 1 << 14  # positions handled at once: the temporaries stay in the cache of a core
+_CHUNK = 1 << 14  # positions that are computed at once: the temporaries stay in a core's cache
 
 Keys = list[tuple[np.ndarray, np.ndarray]]
 
@@ -27,7 +28,7 @@ class SampleOrder:
     """The endless order of `n` samples.
 
     Args:
-        n: samples an epoch, 1 or more.
+        n: samples in an epoch, at least 1.
         seed: of the run.
         block: samples that stay together through the first shuffle (a run of a shard); 1 is a full shuffle.
     """
@@ -51,7 +52,7 @@ class SampleOrder:
         return ids
 
     def epochs(self, positions: np.ndarray | range) -> np.ndarray:
-        """int64 [k]: the epoch each position is in."""
+        """The epoch of each position, int64 [k]."""
         return _int64(positions) // self.n
 
     def _at(self, positions: np.ndarray) -> np.ndarray:
@@ -95,7 +96,7 @@ class SampleOrder:
         low, high = int(block.min()), int(block.max()) + 1
         if high - low >= len(block):
             return permute(block, self.full_blocks, keys)
-        # neighbouring positions are of one window, that is of few blocks: each is asked for once
+        # neighbouring positions belong to one window, so to few blocks: each is computed once
         return permute(np.arange(low, high), self.full_blocks, keys)[block - low]
 
 

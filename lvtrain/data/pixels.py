@@ -1,6 +1,7 @@
 """From decoded images to a batch: mirrored, channels first, normalised, in memory that is reused.
 
-Fresh memory costs a page fault every 4 KB, which is more than writing it. So batches are lent by `Memory`, and intermediate results use `scratch`.
+Fresh memory costs a page fault every 4 KB, which takes longer than writing it. So `Memory` lends the memory of batches, and
+intermediate results use `scratch`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ import cv2
 import numpy as np
 import torch
 
-TOGETHER = 64  # images handled at once, one step after the other: a step finds its code and tables in the cache, and few calls are made
+TOGETHER = (
+    64  # images that go through one step together: its code and tables stay in the cache, and there are few calls
+)
 
 _STEP = float(np.nextafter(np.float32(2 / 255), np.float32(0)))  # the float32 below 2 / 255: 255 must not land above 1
 
 
 class Memory:
-    """Tensors whose memory is lent again once nobody holds it.
+    """Lends the memory of tensors, and lends it again when a tensor is freed.
 
     Args:
         keep: tensors of one shape that are kept for the next batch.
         dtype: of the tensors.
-        pinned: page-locked, as a GPU copies from without a detour.
+        pinned: page-locked, so that a GPU copies from it directly.
     """
 
     def __init__(self, keep: int, dtype: torch.dtype = torch.float32, pinned: bool = False) -> None:
@@ -36,7 +39,7 @@ class Memory:
         """An uninitialised tensor."""
         spare = self._spare.setdefault(shape, deque(maxlen=self._keep))
         memory = spare.pop() if spare else self._new(shape)
-        lent = memory.view()  # held by the tensor's storage, so it goes when the last tensor on it goes
+        lent = memory.view()  # held by the tensor's storage, so it is freed with the last tensor on it
         weakref.finalize(lent, spare.append, memory).atexit = False
         return torch.from_numpy(lent)
 
@@ -51,7 +54,7 @@ _own = threading.local()
 
 
 def scratch(use: str, *shape: int) -> np.ndarray:
-    """This thread's uint8 array of that shape for that use, holding whatever was last written there."""
+    """This thread's uint8 array of this shape for this use. It holds what was last written there."""
     arrays = _own.__dict__.setdefault("arrays", {})
     if (use, shape) not in arrays:
         arrays[use, shape] = np.empty(shape, dtype=np.uint8)
@@ -61,7 +64,7 @@ def scratch(use: str, *shape: int) -> np.ndarray:
 def mirror_and_normalise(
     images: Sequence[np.ndarray] | np.ndarray, flip: np.ndarray | None, batch: torch.Tensor
 ) -> None:
-    """uint8 [h, w, 3] each to float32 `batch` [m, 3, h, w], mirrored where `flip` is 1.
+    """Writes images uint8 [h, w, 3] to `batch` float32 [m, 3, h, w], normalised, and mirrored where `flip` is 1.
 
     DALI's `crop_mirror_normalize` does this on a GPU; on a CPU it takes longer than these lines.
     """
@@ -74,7 +77,7 @@ def mirror_and_normalise(
 
 
 def mirror(images: Sequence[np.ndarray] | np.ndarray, flip: np.ndarray | None, planes: np.ndarray) -> None:
-    """uint8 [h, w, 3] each to uint8 `planes` [m, 3, h, w], mirrored where `flip` is 1."""
+    """Writes images uint8 [h, w, 3] to `planes` uint8 [m, 3, h, w], mirrored where `flip` is 1."""
     turned = scratch("turned", *planes.shape[2:], 3)
     mirrored = [False] * len(images) if flip is None else (flip > 0).tolist()
     for image, here, room in zip(images, mirrored, planes):
@@ -93,5 +96,8 @@ def normalise(planes: np.ndarray, batch: torch.Tensor) -> None:
 
 
 def normalise_on(planes: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 [m, 3, h, w] to float32 on `device`, the values of `normalise`: a quarter of the bytes travel, and the host's cores are spared."""
+    """Copies uint8 [m, 3, h, w] to `device` and normalises it there, with the values of `normalise`.
+
+    A quarter of the bytes are copied, and the host's cores have less work.
+    """
     return planes.to(device).to(torch.float32).mul_(_STEP).sub_(1.0)

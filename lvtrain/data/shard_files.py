@@ -1,4 +1,4 @@
-"""Where the bytes of a shard are read from: its own file, or a local copy (`lvtrain.data.cache`)."""
+"""Where the bytes of a shard are read from: its file in the dataset, or a local copy (`lvtrain.data.cache`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ShardFiles(Protocol):
         """The file to read shard number `shard` from."""
 
     def distrust(self, shard: int, path: str, reason: str) -> bool:
-        """Called when reading `path` failed. True: it is not used again, and `locate` gives another file."""
+        """Called when `path` could not be read. Returns True if it is not used again and `locate` gives another file."""
 
     def close(self) -> None:
         """Stops the background work."""
@@ -30,7 +30,7 @@ OpenFiles = Callable[[Path, Manifest, Forget, Warn], ShardFiles]
 
 
 class Originals:
-    """The shards as they lie in the dataset's folder."""
+    """The shards in the dataset's folder."""
 
     def __init__(self, folder: Path, manifest: Manifest, forget: Forget, warn: Warn) -> None:
         self.folder, self.manifest, self.forget, self.warn = folder, manifest, forget, warn

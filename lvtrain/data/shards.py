@@ -1,7 +1,7 @@
-"""Samples by id: `ShardDataset` reads JPEG bytes directly from the tars, and reports at the start what is wrong with the folder.
+"""Samples by id: `ShardDataset` reads JPEG bytes directly from the tars, and checks the folder when it is opened.
 
-Bytes are read with `pread`, not through a memory map. So a failing disk raises an exception that can be retried (a map would kill the rank),
-and threads share no file position.
+Bytes are read with `pread`, not through a memory map. So a failing disk raises an exception, and the read can be tried
+again (a map would kill the rank). Threads share no file position.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class ReadError(UserError):
 
 
 class ShardDataset:
-    """A dataset folder, or a subset manifest (.json) over one; needs no torch.
+    """A dataset folder, or a subset manifest (.json) of one. It does not need torch.
 
     Args:
         path: folder with `dataset.json`, or a manifest written by `lvtrain.datasets.subset`.
         warn: called with a line about reads that failed and were retried, or were slow; nothing is printed here.
-        attempts: reads of one sample before it counts as unreadable; the waits between them double from `pause` seconds.
+        attempts: tries to read a sample. The waits between them begin at `pause` seconds and double.
         slow_seconds: a read that takes longer is reported.
         files: where the shards are read from; `lvtrain.data.cache.cached` reads local copies.
 
@@ -96,7 +96,7 @@ class ShardDataset:
         if self._label_of is None:
             return names
         kept: list[str] = [""] * self.num_classes
-        for old in range(len(names) - 1, -1, -1):  # of merged identities the first gives the name
+        for old in range(len(names) - 1, -1, -1):  # merged identities have the name of the first
             if int(self._label_of[old]) < self.num_classes:
                 kept[int(self._label_of[old])] = names[old]
         return kept
@@ -138,7 +138,7 @@ class ShardDataset:
         return labels
 
     def check_labels(self) -> None:
-        """Goes once through all labels (1 s for 100 million samples).
+        """Checks all labels (1 s for 100 million samples).
 
         Raises:
             UserError: a label is not below num_classes.
@@ -150,7 +150,8 @@ class ShardDataset:
         """JPEG bytes and label of one sample.
 
         Raises:
-            ReadError: the bytes are not there; `IndexError` if the id is not in [0, len).
+            ReadError: the shard ends before the sample does.
+            IndexError: the id is not in [0, len).
             OSError: every attempt to read failed.
         """
         if not 0 <= sample_id < len(self):
@@ -191,7 +192,7 @@ class ShardDataset:
 
         Raises:
             ReadError: the shard ends before the sample does.
-            OSError: every attempt failed. That says nothing of the sample, which must not be left out of training for it.
+            OSError: every attempt failed. The sample may be intact, so training must not leave it out.
         """
         shard, offset, length = int(record["shard"]), int(record["offset"]), int(record["length"])
         attempt = 0
@@ -231,7 +232,7 @@ class ShardDataset:
         raise ReadError("no attempt was allowed")
 
     def describe(self, sample_id: int) -> tuple[str, str]:
-        """(shard name, key inside the tar) of a sample, for messages; the key is read from the tar's header in front of the image."""
+        """Shard name and key of a sample, for messages. The key is read from the tar header before the image."""
         record = self.records(np.array([sample_id]))[0]
         name = self.manifest.shards[int(record["shard"])].name
         try:
@@ -273,7 +274,7 @@ class ShardDataset:
                 size = path.stat().st_size
             except FileNotFoundError:
                 raise UserError(f"shard {path} is missing; restore it or pack again") from None
-            if not os.access(path, os.R_OK):  # else found sample after sample, each after all attempts
+            if not os.access(path, os.R_OK):  # otherwise it would be found at each sample, after all attempts
                 raise UserError(f"shard {path} may not be read by this user; correct its permissions")
             if size != shard.size:
                 kind = "cut short" if size < shard.size else "longer than recorded"
@@ -287,7 +288,7 @@ class ShardDataset:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a ShardDataset is opened in each process, not sent to it; pass its path")
+        raise TypeError("a ShardDataset cannot be sent to another process; pass its path and open it there")
 
 
 __all__ = ["RECORD", "ReadError", "ShardDataset"]

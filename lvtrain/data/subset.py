@@ -1,7 +1,8 @@
 """Part of a dataset as a manifest: which samples, and which label each identity gets. No image is copied.
 
-`NAME.json` says what was chosen and of which dataset (by fingerprint); `NAME.bin` beside it holds 32 bytes of header, the label map
-(uint32 [identities of the dataset], `DROPPED` for those left out) and the ascending sample ids (uint64 [n]), both memory-mapped.
+`NAME.json` says what was chosen, and from which dataset (its fingerprint). `NAME.bin` holds 32 bytes of header, the label map
+(uint32 [identities of the dataset], `DROPPED` for those left out) and the ascending sample ids (uint64 [n]). Both arrays are
+memory-mapped.
 
 `lvtrain.datasets.subset` chooses and writes them.
 """
@@ -48,7 +49,7 @@ def read_subset(path: Path) -> tuple[Path, np.ndarray, np.ndarray, str]:
         with open(binary, "rb") as file:
             head = file.read(HEADER.size)
     except FileNotFoundError:
-        raise UserError(f"{binary} is missing; it belongs beside {path.name}") from None
+        raise UserError(f"{binary} is missing; it must be in the folder of {path.name}") from None
     identities = read_manifest(folder).num_classes
     start = HEADER.size + -(-identities * 4 // 8) * 8
     whole = len(head) == HEADER.size and binary.stat().st_size == start + 8 * body["samples"]

@@ -1,6 +1,6 @@
-"""Decoding with libjpeg-turbo (`simplejpeg`) and augmenting with torchvision, on a CPU: DALI's order, parameters and interface without DALI.
+"""Decodes with libjpeg-turbo (`simplejpeg`) and augments with torchvision on a CPU: DALI's order and parameters without DALI.
 
-For a GPU the batch leaves the host as bytes and is normalised there.
+For a GPU the batch is copied as bytes and normalised there.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from lvtrain.data.pixels import TOGETHER, Memory, mirror, normalise, normalise_o
 
 MID_GREY = 128
 
-# the matrices DALI turns hue and saturation with
+# the matrices with which DALI turns hue and saturation
 _RGB_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 _YIQ_TO_RGB = torch.tensor([[1.0, 0.956, 0.621], [1.0, -0.272, -0.647], [1.0, -1.107, 1.705]])
 
 
 class TorchBackend:
-    """Jobs in, normalised float32 views out, in order. A pool's threads handle some samples each: the decoder releases the interpreter lock."""
+    """Turns jobs into normalised float32 views, in order.
+
+    Each thread of a pool handles some samples. The decoder releases the interpreter lock.
+    """
 
     def __init__(self, spec: DecodeSpec) -> None:
         self._spec = spec

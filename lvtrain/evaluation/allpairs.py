@@ -1,11 +1,13 @@
 """TAR at FAR over all pairs of a labelled set, as MFR-Ongoing scores it, without the N x N matrix.
 
-The upper triangle is walked in tiles; of each tile only a histogram stays. Scores are float32 cosines; the histogram has BINS bins over [-1, 1]
-(width 2 / BINS, about 1e-6), and a threshold is the lower edge of a bin. At that threshold FAR and TAR are exact counts. The TAR of the best
-threshold of all lies between `tar` (largest bin edge with FAR <= target) and `tar_upper` (one bin further), which are both given.
+The upper triangle is computed in tiles, of which only a histogram is kept. Scores are float32 cosines. The histogram has BINS
+bins over [-1, 1] (width 2 / BINS, about 1e-6), and a threshold is the lower edge of a bin. At that threshold FAR and TAR are
+exact counts. The TAR of the best threshold lies between `tar` (largest bin edge with FAR <= target) and `tar_upper` (one bin
+further); both are given.
 
-Negatives far below every threshold of interest are counted but not binned: a sample of pairs first finds a score that a little more than the largest
-target of them exceed, and only scores above it are looked at one by one. Should the sample have misled, the pass is repeated without it.
+Negatives far below every relevant threshold are counted but not binned. A sample of pairs gives a score that slightly more
+than the largest target share of them exceed, and only scores above it are binned. If the sample was misleading, the pass is
+repeated without this score.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _SMALL = 1 << 24
 
 @dataclass(frozen=True)
 class Counts:
-    """Positive and negative pairs by bin of their cosine, int64 [BINS]; what lies below `floor` is only counted in the totals."""
+    """Positive and negative pairs by bin of their cosine, int64 [BINS]. Pairs below `floor` only count in the totals."""
 
     positive: np.ndarray
     negative: np.ndarray
@@ -56,11 +58,11 @@ def all_pairs(
     world: World | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """TAR at every FAR target over all N (N - 1) / 2 pairs; the tiles are shared out over the ranks, the result is the same on each.
+    """TAR at every FAR target over all N (N - 1) / 2 pairs. The ranks share the tiles; the result is the same on each.
 
     Args:
         embeddings: [N, d], any norm; every rank holds all of them (1.6 million x 512 float32 are 3.3 GB).
-        labels: int [N], equal for images of one person.
+        labels: int [N], of the identities.
         targets: FARs; those that the number of negative pairs cannot resolve are left out.
         tile: rows of a block; memory is about 6 x 4 x tile x tile bytes above the embeddings.
         device: where the cosines are computed.
@@ -121,7 +123,7 @@ def count_pairs(
         torch.mm(held[first], held[second].T, out=scores)
         pairs = height * width
         if first == second:
-            # each pair once, nobody with himself
+            # each pair once, and no image with itself
             scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).tril_(), -2.0)
             pairs = height * (height - 1) // 2
         if groups[first.stop - 1] >= groups[second.start]:
@@ -165,7 +167,7 @@ def _prepared(embeddings: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor,
     labels = np.asarray(labels)
     if embeddings.ndim != 2 or labels.shape != (len(embeddings),):
         raise UserError(
-            f"{len(labels)} labels for embeddings of shape {embeddings.shape}; one label an embedding is needed"
+            f"{len(labels)} labels for embeddings of shape {embeddings.shape}; each embedding needs a label"
         )
     _, groups = np.unique(labels, return_inverse=True)
     order = np.argsort(groups, kind="stable")
@@ -199,7 +201,7 @@ def _tiles(count: int, tile: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _above(scores: torch.Tensor, floor: float) -> torch.Tensor:
-    # at -1 everything counts but the pairs struck out with -2; rounding may put a cosine a little below -1
+    # at -1 everything counts but the pairs excluded with -2; rounding may put a cosine slightly below -1
     limit = floor if floor > -1.0 else -1.5
     if scores.device.type == "cpu":
         array = scores.numpy()

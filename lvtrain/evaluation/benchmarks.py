@@ -18,7 +18,7 @@ def verify_set(
 ) -> dict[str, Any]:
     """`verification.summary` of one `.bin` set, and `xnorm`: the mean norm of the embeddings before they are normalised."""
     images, issame = read_bin(path)
-    # an even batch holds whole pairs, so that distances can be taken batch by batch and no embedding is kept
+    # an even batch holds whole pairs, so distances are computed batch by batch and no embedding is kept
     batch = setting.batch + setting.batch % 2
     pairs = extract.run(
         forward,

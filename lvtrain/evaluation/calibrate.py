@@ -18,14 +18,14 @@ from lvtrain.errors import UserError
 from lvtrain.evaluation.verification import normalise
 
 TARGETS = (1e-3, 1e-4, 1e-5, 1e-6)
-# a labelled set larger than this is cut to whole identities: the bootstrap looks at single pairs
+# a larger labelled set is cut to whole identities, because the bootstrap needs single pairs
 MAX_IMAGES = 20_000
 
 
 def from_pairs(
     cosines: np.ndarray, issame: np.ndarray, *, targets: tuple[float, ...] = TARGETS, confidence: float = 0.95
 ) -> dict[str, Any]:
-    """Thresholds from the scores of pairs [P]; targets that fewer than one expected false match speaks for are named as unresolved.
+    """Thresholds from the scores of pairs [P]. Targets with fewer than one expected false match are listed as unresolved.
 
     Returns:
         JSON values: per target threshold, low, high (its interval), fnmr (positives refused at the threshold), impostor_pairs.
@@ -58,7 +58,7 @@ def from_people(
 ) -> dict[str, Any]:
     """Thresholds from all pairs of a labelled set, [N, d] and [N], with an interval from a bootstrap over identities.
 
-    Sets above MAX_IMAGES images are cut to a random choice of whole identities; the result says how many images were used.
+    If there are more than MAX_IMAGES images, a random choice of whole identities is used; the result says how many images.
 
     Raises:
         UserError: NaN embeddings, fewer than 20 identities, no positive pair, too few impostor pairs for any target.
@@ -127,7 +127,7 @@ def _resolved(targets: tuple[float, ...], impostors: int) -> list[float]:
 
 
 def pairs_needed(target: float) -> int:
-    """Impostor pairs below which a false match rate of `target` has not one expected false match."""
+    """With fewer impostor pairs than this, a false match rate of `target` has less than one expected false match."""
     return round(1 / target)
 
 

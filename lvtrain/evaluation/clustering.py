@@ -1,7 +1,8 @@
 """Clustering faces by identity: K-means, DBSCAN and agglomerative clustering on normalised embeddings; pairwise F, BCubed F and NMI.
 
-Pairwise: precision and recall of "these two are one person" over all pairs of images. BCubed (Bagga and Baldwin, 1998): for each image the share of
-its cluster that is its person, and the share of its person that is in its cluster, averaged over images. F is their harmonic mean.
+Pairwise: precision and recall of "these two are one identity" over all pairs of images. BCubed (Bagga and Baldwin, 1998): for
+each image, the share of its cluster that is its identity, and the share of its identity that is in its cluster, averaged over
+images. F is their harmonic mean.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def cluster(
     Args:
         embeddings: [N, d], any norm.
         algorithm: `kmeans`, `dbscan` or `agglomerative`.
-        clusters: how many, for kmeans (required) and agglomerative (or else `cosine` decides).
-        cosine: images at least so similar are neighbours (dbscan), or clusters whose mean similarity is so high are joined (agglomerative).
-        min_samples: dbscan: neighbours, itself included, that make an image a core.
+        clusters: number of clusters: required for kmeans; for agglomerative, None = `cosine` decides.
+        cosine: images with at least this cosine are neighbours (dbscan); clusters with at least this mean cosine are joined
+            (agglomerative).
+        min_samples: of dbscan: an image with this many neighbours, itself included, is a core.
         seed: of the first centres of kmeans.
 
     Raises:
@@ -73,7 +75,8 @@ def cluster(
 def scores(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
     """Pairwise and BCubed precision, recall and F, and NMI (arithmetic mean), of clusters `found` [N] against identities `labels` [N].
 
-    A clustering without any pair has pairwise precision 1 (nothing it predicted was wrong), and so has recall without a pair to find.
+    A clustering without any pair has pairwise precision 1, because it predicted nothing wrong. Without a pair to find,
+    recall is 1.
     """
     table = contingency_matrix(labels, found, sparse=True).astype(np.int64)
     together = int((table.data.astype(np.int64) ** 2).sum())
@@ -103,7 +106,7 @@ def scores(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
 def run(
     embeddings: np.ndarray, labels: np.ndarray, *, cosine: float = 0.4, algorithms: tuple[Algorithm, ...] = ALGORITHMS
 ) -> dict[str, Any]:
-    """Every algorithm's scores; kmeans gets the true number of identities, as in the literature, the others the cosine threshold."""
+    """Scores of every algorithm. kmeans gets the true number of identities, as in the literature; the others get the cosine."""
     people = len(np.unique(labels))
     results: dict[str, Any] = {"images": len(labels), "people": people, "cosine": cosine}
     for algorithm in algorithms:

@@ -1,8 +1,11 @@
 """IJB-B and IJB-C 1:1 verification from the release's loose crops and meta files, as insightface's `eval_ijbc` scores them.
 
-Each crop is aligned by its five points; feature = f(image) + f(mirror), unnormalised, times the detector's score; features of one medium are
-averaged, media of one template added, the template L2-normalised; the score of a pair is the cosine. Two readings of TAR at FAR are given: `tar_at_far` is
-the largest TAR with FAR <= target; `nearest` is the field's table, the ROC point whose FAR is nearest the target.
+Each crop is aligned by its five points. Its feature is f(image) + f(mirror), not normalised, times the detector's score.
+Features of one medium are averaged, media of one template are added, and the template is L2-normalised. The score of a pair
+is the cosine.
+
+TAR at FAR is given in two ways: `tar_at_far` is the largest TAR with FAR <= target. `nearest` is as in the field's tables:
+the ROC point whose FAR is nearest to the target.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from lvtrain.errors import UserError
 from lvtrain.evaluation import extract, verification
 
 TARGETS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-# rows of `*_face_tid_mid.txt`: the one figure of each release that our sources agree on
+# rows of `*_face_tid_mid.txt`, a number on which our sources agree
 KNOWN_FACES = {"ijbb": 227_630, "ijbc": 469_375}
 _BLOCK = 1 << 16
 
@@ -96,7 +99,7 @@ def read_release(folder: str | Path, *, complete: bool = True) -> Release:
 
 
 class AlignedCrops:
-    """The release's faces, cut and aligned when asked for: a sequence of uint8 RGB [112, 112, 3]."""
+    """The release's faces, aligned on demand: a sequence of uint8 RGB [112, 112, 3]."""
 
     def __init__(self, release: Release, image_size: int = 112) -> None:
         # OpenCV is an optional dependency, and only this protocol warps
@@ -122,7 +125,10 @@ def run(
     detector_scores: bool = True,
     complete: bool = True,
 ) -> dict[str, Any]:
-    """Embeds a release on all ranks and scores its pairs; a collective. Returns `score_pairs`' values and how it was done."""
+    """Embeds a release on all ranks and scores its pairs. A collective.
+
+    Returns the values of `score_pairs` and the settings.
+    """
     release = read_release(folder, complete=complete)
     crops = AlignedCrops(release, setting.image_size)
     features = setting.embed(forward, crops, mirror=flip)
@@ -151,7 +157,7 @@ def score_pairs(release: Release, features: np.ndarray, *, detector_scores: bool
 
 
 def nearest_tar(far: np.ndarray, tar: np.ndarray, target: float) -> float:
-    """TAR of the ROC point whose FAR is nearest the target; of equally near ones the last on the curve, as the field's script takes it."""
+    """TAR of the ROC point whose FAR is nearest to the target. Of equally near ones it is the last, as in the field's script."""
     distance = np.abs(far[::-1] - target)
     return float(tar[::-1][int(np.argmin(distance))])
 
@@ -159,7 +165,9 @@ def nearest_tar(far: np.ndarray, tar: np.ndarray, target: float) -> float:
 def template_features(
     features: np.ndarray, templates: np.ndarray, media: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Template ids, rising [T], and their features, float64 [T, d], L2-normalised: weighted faces, mean over a medium, sum over media.
+    """Ascending template ids [T] and their L2-normalised features, float64 [T, d].
+
+    A feature is the sum over media of the mean over a medium's weighted faces.
 
     Raises:
         UserError: NaN features.
@@ -183,7 +191,7 @@ def template_features(
 
 
 def pair_cosines(features: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cosines of pairs of normalised rows, float64 [P], block by block: 8 bytes a pair are all that stays."""
+    """Cosines of pairs of normalised rows, float64 [P], block by block: only 8 bytes per pair are kept."""
     cosines = np.empty(len(first))
     for start in range(0, len(first), _BLOCK):
         stop = start + _BLOCK

@@ -17,7 +17,7 @@ _TEAL, _RED = _COLORS[1], _COLORS[2]
 
 
 def roc_of(results: dict[str, dict[str, Any]]) -> dict[str, Figure]:
-    """One plot, `roc`, of all results that have a curve; none where none has."""
+    """One plot, `roc`, of all results that have a curve; empty if none has."""
     curves = {name: result["roc"] for name, result in results.items() if "roc" in result}
     return {"roc": roc(curves)} if curves else {}
 
@@ -62,8 +62,8 @@ def hardest(name: str, result: dict[str, Any], path: Path, image_size: int = 112
     """Pairs of one identity with the lowest cosines above, pairs of two identities with the highest below."""
     images, _ = read_bin(path)
     kinds = (
-        ("positive", "same person, lowest cosines", _TEAL),
-        ("negative", "different people, highest cosines", _RED),
+        ("positive", "same identity, lowest cosines", _TEAL),
+        ("negative", "different identities, highest cosines", _RED),
     )
     columns = max(len(result["hardest"][kind]) for kind, _, _ in kinds)
     figure = Figure(figsize=(1.25 * columns + 0.4, 6.4), layout="constrained")

@@ -1,7 +1,7 @@
-"""What an evaluation protocol says of itself, and the registry of all of them.
+"""The base class of evaluation protocols, and their registry.
 
-One file of `lvtrain/evaluation/protocols/` holds one protocol: a class with its name, what path it recognises, its options, how it
-runs, and what tables and plots show of its result.
+Each file of `lvtrain/evaluation/protocols/` holds one protocol: a class with its name, the paths that it recognises, its
+options, how it runs, and what tables and plots show.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Result = dict[str, Any]
 
 
 class Options(Section):
-    """Options of a protocol; subclass it to add some."""
+    """Options of a protocol. A subclass adds some."""
 
 
 class Flip(Options):
@@ -39,7 +39,7 @@ class Protocol(ABC):
         title: what tables call it.
         options_class: its options, a recipe section.
         paths: how many paths a benchmark of it has.
-        fallback: it recognises paths in general, so any other protocol that recognises one is preferred.
+        fallback: it recognises general paths, so another protocol that recognises the path is preferred.
         has_own_part: the report shows its results in their own part, not among the headlines.
     """
 
@@ -54,7 +54,7 @@ class Protocol(ABC):
 
     @classmethod
     def matches(cls, path: Path) -> bool:
-        """Whether a benchmark at `path` is of this protocol, when none is named."""
+        """Whether a benchmark at `path` is of this protocol, if none is given."""
         return False
 
     @abstractmethod
@@ -62,7 +62,7 @@ class Protocol(ABC):
         """Figures as JSON values, the same on every rank. A collective.
 
         Raises:
-            UserError: what lies at the paths cannot be read or is too little for the protocol.
+            UserError: the files cannot be read, or are too few for the protocol.
         """
 
     @classmethod
@@ -76,16 +76,16 @@ class Protocol(ABC):
     @classmethod
     @abstractmethod
     def figure(cls, result: Result) -> float:
-        """The one number in [0, 1] that is followed during training."""
+        """The number in [0, 1] that training follows."""
 
     @classmethod
     @abstractmethod
     def headline(cls, result: Result) -> list[tuple[str, str]]:
-        """What a table shows: (figure, value) pairs, the most telling first."""
+        """What a table shows: (figure, value) pairs, the most important first."""
 
     @classmethod
     def rows(cls, result: Result) -> list[dict[str, str]]:
-        """Rows of its own table in the report, column by column."""
+        """Rows of the protocol's table in the report: column -> text."""
         return []
 
     @classmethod

@@ -31,7 +31,7 @@ class ShardImages:
 
 
 def is_labelled_set(path: Path) -> bool:
-    """Whether `labelled_images` reads it: a dataset folder, a subset manifest, or a folder with one folder an identity."""
+    """Whether `labelled_images` reads it: a dataset folder, a subset manifest, or a folder with one folder per identity."""
     if path.suffix == ".json" or (path / "dataset.json").is_file():
         return True
     return path.is_dir() and not (path / "meta").is_dir()

@@ -66,7 +66,7 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Results by task name, JSON values with their `kind`, the same on every rank. A collective.
 
-    With `refused`, what a protocol refuses is put there by task name, and the other tasks go on.
+    With `refused`, the error of a task is put there by task name, and the other tasks continue.
 
     Raises:
         UserError: two tasks of one name, or whatever a protocol refuses.
@@ -124,10 +124,10 @@ def recipe_tasks(benchmarks: Mapping[str, Any]) -> list[Task]:
 
 
 def figure(result: dict[str, Any]) -> float:
-    """The one number in [0, 1] of a result that is followed during training."""
+    """The number in [0, 1] of a result that training follows."""
     return PROTOCOLS.get(result["kind"]).figure(result)
 
 
 def headline(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a table shows of one result: (figure, value) pairs, the most telling first."""
+    """What a table shows of one result: (figure, value) pairs, the most important first."""
     return PROTOCOLS.get(result["kind"]).headline(result)

@@ -1,9 +1,11 @@
 """1:1 verification: insightface's ten-fold accuracy, TAR at FAR, ROC, and the distribution of pair cosines.
 
 The ten-fold protocol is arcface_torch's, to the last bit: embedding of the image plus embedding of its mirror, L2-normalised; squared distance d;
-thresholds 0, 0.01, ..., 3.99; a pair is accepted where d < threshold; the first best threshold on nine folds is used on the tenth; mean
-and population standard deviation over folds. The one departure is TAR at FAR, where arcface_torch interpolates an unstable curve: here it is
-the largest TAR of any threshold whose FAR does not exceed the target.
+thresholds 0, 0.01, ..., 3.99; a pair is accepted where d < threshold; the first best threshold on nine folds is used on the
+tenth; mean and population standard deviation over folds.
+
+TAR at FAR differs from arcface_torch, which interpolates an unstable curve. Here it is the largest TAR of any threshold whose
+FAR does not exceed the target.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ FAR_TARGETS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 @dataclass(frozen=True)
 class TenFold:
-    """accuracy and std in [0, 1]; thresholds [10] as squared distances, one a fold; fold_accuracy [10]."""
+    """Ten-fold result: accuracy and std in [0, 1]; thresholds [10] as squared distances, one per fold; fold_accuracy [10]."""
 
     accuracy: float
     std: float
@@ -71,7 +73,7 @@ def ten_fold(distances: np.ndarray, issame: np.ndarray) -> TenFold:
     distances, issame = _checked(distances, issame)
     if len(distances) < FOLDS:
         raise UserError(f"{len(distances)} pairs cannot be cut into {FOLDS} folds")
-    # counts[f, k]: how many pairs of fold f are decided rightly at threshold k
+    # counts[f, k]: how many pairs of fold f are decided correctly at threshold k
     right = np.empty((FOLDS, len(THRESHOLDS)), dtype=np.int64)
     sizes = np.empty(FOLDS, dtype=np.int64)
     for fold, pairs in enumerate(np.array_split(np.arange(len(distances)), FOLDS)):
@@ -108,14 +110,14 @@ def tar_at_far(
 def summary(
     distances: np.ndarray, issame: np.ndarray, *, points: int = 400, bins: int = 80, hardest: int = 8
 ) -> dict[str, Any]:
-    """Everything the report shows of one benchmark, as plain JSON values.
+    """Everything that the report shows of one benchmark, as JSON values.
 
     Args:
         distances: squared L2 distances of normalised embeddings, [P].
         issame: bool [P].
-        points: at most so many points of the ROC are kept, evenly in log FAR.
+        points: of the ROC that are kept, at most, evenly in log FAR.
         bins: of the cosine histograms over [-1, 1].
-        hardest: how many of the worst positive and negative pairs are named.
+        hardest: how many of the worst positive and negative pairs are listed.
     """
     folds = ten_fold(distances, issame)
     distances, issame = _checked(distances, issame)

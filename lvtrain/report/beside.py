@@ -1,4 +1,4 @@
-"""Runs beside each other: which settings differ, and what each reached."""
+"""Compares runs: which settings differ, and what each reached."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ MOST = 4  # as many as a figure has colours for
 
 
 def names(runs: list[RunFiles]) -> list[str]:
-    """One name a run: the recipe's where no two are the same, else the folder's."""
+    """A name for each run: the recipe's if they all differ, otherwise the folder's."""
     own = [run.name for run in runs]
     return own if len(set(own)) == len(own) else [str(run.folder) for run in runs]
 
 
 def settings(runs: list[RunFiles]) -> list[Row]:
-    """Every setting that is not the same in all runs: `key` and `values`, one a run, "" where the recipe has none."""
+    """Every setting that differs: `key`, and `values` with one for each run ("" if the recipe has none)."""
     flat = [_flat(run.recipe) for run in runs]
     keys = sorted({key for one in flat for key in one} - {"name", "runs"})
     rows = [{"key": key, "values": [one.get(key, "") for one in flat]} for key in keys]

@@ -1,7 +1,7 @@
-"""Pictures that hold faces: landmarks over training, and where the class token looks, of runs with a fViT or Part fViT.
+"""Figures with faces, of runs with a fViT or Part fViT: landmarks over training, and the class token's attention.
 
-Drawn from the run's kept checkpoints on a few images of the dataset it was trained on, so the page then holds faces. Those of generated datasets
-are drawn without being asked for; those of any other only on request, because a report is passed on more easily than a dataset.
+They are drawn from the run's checkpoints on a few images of its dataset, so the page then holds faces. For generated datasets
+this is the default. For others it must be requested, because a report is passed on more easily than a dataset.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def face_pictures(run: RunFiles, *, any_dataset: bool = False) -> tuple[list[dic
         images = _images(dataset)
         moments = [_moment(recipe, path) for path in _spread(kept, MOMENTS)]
         return _figures(images, moments, recipe.backbone.image_size), ""
-    except (UserError, ReadError, OSError) as error:  # a report must be possible of a run whose data lies elsewhere
+    except (UserError, ReadError, OSError) as error:  # a report must be possible without the run's data
         return [], f"No faces are drawn: {error}"
 
 
@@ -89,7 +89,7 @@ def _figures(images: list[np.ndarray], moments: list[Moment], size: int) -> list
 
 
 def _spread(items: list[Path], most: int) -> list[Path]:
-    """At most so many, evenly, the first and the last among them."""
+    """At most `most` of them, evenly spread, with the first and the last."""
     places = np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))
     return [items[place] for place in places]
 
@@ -134,7 +134,7 @@ def _with_points(image: np.ndarray, points: torch.Tensor, size: int) -> Image.Im
 def _with_attention(
     image: np.ndarray, weights: torch.Tensor, points: torch.Tensor, patch: int, size: int
 ) -> Image.Image:
-    """The image, darker where little attention goes: each patch adds its weight where it stands, blurred to half a patch."""
+    """The image, darker where attention is low. Each patch adds its weight at its place, blurred to half a patch."""
     scale = CELL / size
     y, x = np.mgrid[0:CELL, 0:CELL].astype(np.float32)
     heat, cover = np.zeros((CELL, CELL), np.float32), np.full((CELL, CELL), 1e-6, np.float32)
@@ -150,7 +150,7 @@ def _with_attention(
 
 
 def _sheet(names: list[str], rows: list[list[Any]]) -> str:
-    """A row a moment, named above, as a PNG data URI with a transparent ground, so that it suits a light and a dark page."""
+    """One row per step, with its name above, as a PNG data URI. The background is transparent, for light and dark pages."""
     gap, head = 6, 22
     width = len(rows[0]) * (CELL + gap) - gap
     sheet = Image.new("RGBA", (width, len(rows) * (CELL + head)), (0, 0, 0, 0))

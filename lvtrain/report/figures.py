@@ -181,7 +181,7 @@ def histogram(
 
 
 def span(histograms: list[dict[str, Any]]) -> tuple[float, float]:
-    """One range of cosines that shows all of several histograms, so that before and after can be compared by eye."""
+    """A range of cosines that fits several histograms, so that before and after can be compared."""
     low, high = 1.0, -1.0
     for one in histograms:
         edges, counts = np.asarray(one["edges"]), np.asarray(one["positive"]) + np.asarray(one["negative"])
@@ -221,7 +221,7 @@ def _phase_bands(axes: Any, phases: list[PhaseSpan]) -> None:
             axes.axvspan(phase.start, phase.stop, color=BAND, linewidth=0, zorder=0)
         if number:
             axes.axvline(phase.start, color=MUTED, linewidth=0.8, alpha=0.6)
-        # a name that would not fit its band is left to the table of phases
+        # a name that does not fit into its band is only in the table of phases
         if last and (phase.stop - phase.start) / last > 0.011 * len(phase.name):
             middle = (phase.start + phase.stop) / 2
             axes.text(
@@ -254,7 +254,7 @@ def _short(value: float) -> str:
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, lowest and highest value of at most POINTS stretches of the curve."""
+    """Mean, lowest and highest value of at most POINTS parts of the curve."""
     if len(steps) <= POINTS:
         return steps, values, values, values
     pieces = np.array_split(np.arange(len(steps)), POINTS)

@@ -1,4 +1,4 @@
-"""What a run folder holds, read leniently: a report must be possible of a run that is young, broken off or still going."""
+"""Reads a run folder leniently: a report must be possible for a run that has just begun, was interrupted or still runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class PhaseSpan:
-    """One phase as it was run: name, first and last step, why it ended (None while it runs), the delta of CSS, if it has one."""
+    """One phase that was run: name, first and last step, why it ended (None while it runs), and CSS's delta, if any."""
 
     name: str
     start: int
@@ -45,19 +45,19 @@ class RunFiles:
 
     @property
     def state(self) -> str:
-        """running, done, stopped (on request) or error, by the last event that says so."""
+        """State of the run: running, done, stopped (on request) or error, from its events."""
         names = {"done": "done", "stop": "stopped", "error": "error", "start": "running", "resume": "running"}
         return next((names[event["event"]] for event in reversed(self.events) if event["event"] in names), "running")
 
     @property
     def last_step(self) -> int:
-        """Of the last log line; of the last event that has one, if the run ended before it logged."""
+        """The last step, from the last log line, or from the last event if there is none."""
         rows = self.metrics or [event for event in self.events if isinstance(event.get("step"), int)]
         return int(rows[-1]["step"]) if rows else 0
 
     @property
     def images_per_second(self) -> float | None:
-        """Of all ranks together: the median over all log lines, which a slow start or a stall does not move."""
+        """Images per second over all ranks: the median over all log lines, which a slow start or a stall does not change."""
         speeds = self.column("images_per_second")[1]
         return float(np.median(speeds)) if len(speeds) else None
 

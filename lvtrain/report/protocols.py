@@ -1,4 +1,4 @@
-"""What `tools/evaluate.py` left in a run's folder (`RUN/NAME/evaluation.json`): tables of protocols that have one, and headlines."""
+"""Results that `tools/evaluate.py` wrote to a run's folder (`RUN/NAME/evaluation.json`): tables and headlines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from lvtrain.report.files import Row, RunFiles
 
 
 def tables(run: RunFiles) -> dict[str, list[Row]]:
-    """Rows of every protocol that has its own table, by the protocol's title."""
+    """Rows of every protocol that has a table, by the protocol's title."""
     found: dict[str, list[Row]] = {}
     for benchmark, result in _results(run):
         protocol = PROTOCOLS.get(result["kind"])

@@ -1,4 +1,4 @@
-"""Which of our backbones a bare state dict is, read off names and shapes; and fitting it where sizes differ."""
+"""Recognises the backbone of a bare state dict by names and shapes, and fits weights of other sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Architecture:
 
 
 def recognise(state: Mapping[str, torch.Tensor], *, heads: int | None = None) -> Architecture:
-    """The backbone whose weights these are; each backbone's class knows its own.
+    """The backbone that these weights belong to. Each backbone's class recognises its own.
 
     Args:
         state: weights by name.

@@ -1,6 +1,7 @@
 """Images through a model on all ranks, in order.
 
-Two properties decide the shape of this file:
+Two rules:
+
 - Every rank makes the same number of forward calls, because a ZeRO-3 forward is a collective.
 - Image i is in the same padded batch on any number of ranks. So embeddings are the same bits on 1, 2 or 64 ranks, if each has
   the same number of threads.
@@ -29,7 +30,7 @@ _GATHER_BYTES = 64 << 20
 
 
 class Images(Protocol):
-    """Encoded images (bytes), paths, uint8 RGB arrays [H, W, 3] or PIL images, by position; a list will do."""
+    """Encoded images (bytes), paths, uint8 RGB arrays [H, W, 3] or PIL images, by position, such as a list."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, position: int, /) -> Any: ...
@@ -81,7 +82,7 @@ def embed_views(
         forward: takes float32 [b, 3, H, W], RGB, (x - 127.5) / 127.5, gives [b, d]; called under `no_grad`, with eval mode set by the caller.
         images: N images; see `Images`.
         world: rank and number of ranks; with more than one, the default process group is used.
-        batch: images a forward call, always exactly so many (the last is padded).
+        batch: images in a forward call, always exactly this many (the last batch is padded).
         device: where `forward` expects its images.
         image_size: pixels a side.
         mirror: also embed the mirror images.
@@ -155,7 +156,7 @@ def run(
             try:
                 pixels = np.stack([future.result() for future in pending])
             except UserError as error:
-                # every rank must still make its calls: remember, go on with black images, raise together below
+                # every rank must still make its calls: continue with black images, and raise together below
                 problem = problem or error
                 pixels = np.zeros((batch, image_size, image_size, 3), dtype=np.uint8)
             if number + 1 in mine:
@@ -183,7 +184,7 @@ def _views(forward: Forward, pixels: np.ndarray, device: torch.device | str, mir
 
 
 def _gather_rows(rows: np.ndarray, world: World) -> np.ndarray:
-    """Every rank's rows (equally many), in rank order, on every rank; in slices, so that little device memory is taken."""
+    """Gathers the rows of all ranks (equally many), in rank order, on every rank. In slices, to use little device memory."""
     if world.size == 1:
         return rows
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Weights whose code names or orders things differently from ours, brought to our names: the IResNets of AdaFace and CVLface, and BGR input."""
+"""Converts weights of other code to our names and RGB: the IResNets of AdaFace and CVLface, and networks for BGR."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def from_ir(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """AdaFace's and CVLface's names -> ours (arcface_torch's); the last BatchNorm, which they leave without weight and bias, gets 1 and 0.
 
     Raises:
-        UserError: squeeze-and-excite or bottleneck blocks (IR-SE, IR-152, IR-200), which we have no backbone for.
+        UserError: squeeze-and-excite or bottleneck blocks (IR-SE, IR-152, IR-200), for which there is no backbone here.
     """
     if any(".se_block." in name or ".res_layer.8." in name for name in state):
         raise UserError(

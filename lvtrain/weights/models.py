@@ -1,4 +1,4 @@
-"""`load_model(path)`: any of the things people have, as one `torch.nn.Module` that embeds faces."""
+"""`load_model(path)`: weights of any format that lvtrain reads, as one `torch.nn.Module` that embeds faces."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Model(nn.Module):
         backbone: the network; None for an ONNX file.
         architecture: how to build the backbone; None for an ONNX file.
         weights: which weights these are: a run's step and phase, a foreign format.
-        notes: how they fitted the architecture.
+        notes: how they fit the architecture.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Model(nn.Module):
 
 
 def load_model(path: str | Path, *, device: torch.device | str = "cpu", average: bool = False) -> Model:
-    """Opens somebody's weights as a model that embeds faces, in evaluation mode.
+    """Opens weights as a model that embeds faces, in evaluation mode.
 
         model = lvtrain.load_model("runs/mine")
         embeddings = model.embed(["a.jpg", "b.jpg"])     # float32 [2, 512], of unit length

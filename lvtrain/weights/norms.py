@@ -1,8 +1,8 @@
-"""BatchNorms that an ONNX export folded away, given statistics to train with.
+"""Gives training statistics to BatchNorms that an ONNX export folded away.
 
-A folded BatchNorm comes back as x + b (mean 0, variance 1 - eps, weight 1, bias b). That is exact in evaluation, but in training the layer divides by
-its batch's own deviation, and a network of such layers forgets what it learnt. With the mean m and variance v of x over some images, weight
-sqrt(v + eps) and bias b + m give the same x + b in evaluation, and nearly the same in training.
+A folded BatchNorm is read as x + b (mean 0, variance 1 - eps, weight 1, bias b). That is exact in evaluation. But in training
+the layer divides by the deviation of its batch, which destroys what the network has learned. With the mean m and variance v
+of x over some images, weight sqrt(v + eps) and bias b + m give the same x + b in evaluation, and nearly the same in training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def folded_norms(backbone: nn.Module) -> dict[str, _BatchNorm]:
-    """The layers that only add a bias, by name; a fresh BatchNorm is none of them: its variance is 1."""
+    """The layers that only add a bias, by name. A new BatchNorm is not one of them, because its variance is 1."""
     norms = {name: module for name, module in backbone.named_modules() if isinstance(module, _BatchNorm)}
     return {name: norm for name, norm in norms.items() if _only_adds(norm)}
 

@@ -1,7 +1,7 @@
-"""An ONNX file of a convolutional recogniser -> the operations it is made of, each with its own weights.
+"""Reads an ONNX file of a convolutional recogniser: its operations, each with its weights.
 
-What exporters and optimisers add around a network is taken away: constants that are computed in the file, reshapes, casts, identities, the
-normalisation of the pixels. Nothing here depends on the names of nodes and tensors.
+What exporters and optimisers add to a network is removed: constants that the file computes, reshapes, casts, identities, the
+normalisation of pixels. Nothing depends on the names of nodes and tensors.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 
 from lvtrain.errors import UserError
 
-# what may be computed of constants alone, when a file is read
+# operations that may be computed from constants when a file is read
 _FOLDED = {
     *("Constant", "ConstantOfShape", "Identity", "Cast", "CastLike", "Shape", "Concat", "Gather", "Slice", "Expand"),
     *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Add", "Sub", "Mul", "Div", "Sqrt"),
 }
-# what leaves the numbers of a feature map as they are
+# operations that do not change the numbers of a feature map
 _PASSED = {"Identity", "Dropout", "Cast", "CastLike", "Flatten", "Reshape", "Squeeze", "Unsqueeze"}
 _LARGEST = 1 << 28  # elements of a computed constant: a file must not fill the memory
 
@@ -52,7 +52,7 @@ class OnnxGraph:
     batch: int | None
 
     def given(self, images: np.ndarray) -> np.ndarray:
-        """Images normalised as ours, (x - 127.5) / 127.5, as the file takes them: the same, or pixels if it normalises them itself."""
+        """Converts images normalised as ours, (x - 127.5) / 127.5, to the file's input: pixels if it normalises them itself."""
         factor, summand = next(reversed(self.image.values()))
         return (images + 1) * half_range(factor, summand) if summand else images
 
@@ -115,7 +115,7 @@ def read_graph(path: Path) -> OnnxGraph:
 
 
 class _Reader:
-    """Goes through the nodes in order, which ONNX keeps such that a tensor is made before it is used."""
+    """Goes through the nodes in order. In ONNX a tensor is computed before it is used."""
 
     def __init__(self, onnx: Any, model: Any, constants: dict[str, np.ndarray], image: str) -> None:
         self._onnx, self._opsets = onnx, list(model.opset_import)
@@ -132,7 +132,7 @@ class _Reader:
         if all(name in self._constants for name in node.input if name) and node.op_type in _FOLDED:
             self._fold(node)
             return
-        # what is data, and what is a constant; an omitted input is neither
+        # data and constants; an omitted input is neither
         given = [self.source(name) for name in node.input if name]
         data = tuple(name for name in given if name not in self._constants)
         constants = [self._constants[name].astype(np.float32) for name in given if name in self._constants]
@@ -172,7 +172,7 @@ class _Reader:
         )
         try:
             found = ReferenceEvaluator(helper.make_model(graph, opset_imports=self._opsets)).run(None, values)
-        except Exception:  # nothing that these networks are made of
+        except Exception:  # not part of these networks
             self.operations[node.output[0]] = Operation(node.op_type, ())
             return
         self._constants.update(zip(node.output, map(np.asarray, found)))

@@ -1,8 +1,9 @@
-"""insightface's ONNX packs (w600k_r50, w600k_mbf, glintr100 and their kind) -> weights of our IResNet or MobileFaceNet, by the graph's structure.
+"""Reads insightface's ONNX packs (w600k_r50, w600k_mbf, glintr100 and others) as weights of our IResNet or MobileFaceNet.
 
-The file's operations are laid beside the network's own, traced with torch.fx, from the output to the image. A BatchNorm that the export folded into
-the layer before it becomes one that changes nothing but adds that layer's bias: the embeddings stay the file's (`restore` in `norms` then gives it
-statistics to train with). What was read is held to the file's own outputs, so a graph that only looks alike is refused.
+The file's operations are matched with the network's, traced with torch.fx, from the output to the image. A BatchNorm that the
+export folded into the layer before it becomes one that only adds that layer's bias, so the embeddings do not change.
+(`norms.restore_statistics` then gives it statistics to train with.) The embeddings are compared with the file's, so a graph
+that only looks similar is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lvtrain.weights.architecture import Architecture, fit, recognise
 from lvtrain.weights.onnx_graph import OnnxGraph, Operation, half_range, read_graph
 from lvtrain.weights.onnx_session import session
 
-_CLOSE = 1e-4  # largest difference to the file's embeddings, as a share of the largest value where that is above 1
+_CLOSE = 1e-4  # largest difference to the file's embeddings; relative to the largest value if that is above 1
 _LEAVES = (nn.Conv2d, _BatchNorm, nn.PReLU, nn.Linear, nn.MaxPool2d, nn.Dropout, nn.Identity, nn.Flatten)
 
 
@@ -45,10 +46,10 @@ class OnnxWeights:
 
 
 def read_onnx(path: Path) -> OnnxWeights:
-    """The weights take RGB, (x - 127.5) / 127.5, and give the file's embeddings.
+    """Reads weights that take RGB, (x - 127.5) / 127.5, and give the file's embeddings.
 
     Raises:
-        UserError: not one of these networks; the line says what was found.
+        UserError: it is not one of these networks. The line says what was found.
     """
     graph = read_graph(path)
     try:
@@ -124,7 +125,7 @@ class _Match:
 
 
 def _match(graph: OnnxGraph, backbone: nn.Module) -> _Match:
-    """Lays the network's graph beside the file's, from the output to the image.
+    """Matches the network's graph with the file's, from the output to the image.
 
     Raises:
         _Mismatch: where they differ.
@@ -163,7 +164,7 @@ def _match(graph: OnnxGraph, backbone: nn.Module) -> _Match:
 
 
 def _source(node: Any, backbone: nn.Module) -> fx.Node:
-    """What a node's numbers come from, past all that leaves them as they are."""
+    """The node that a node's numbers come from; nodes that do not change numbers are skipped."""
     while node.op == "call_method" or (
         node.op == "call_module"
         and isinstance(backbone.get_submodule(node.target), (nn.Dropout, nn.Identity, nn.Flatten))
@@ -187,7 +188,7 @@ def _kind(graph: OnnxGraph, tensor: str) -> str:
 def _sides(
     graph: OnnxGraph, uses: Counter[str], backbone: nn.Module, operands: list[fx.Node], found: Operation
 ) -> tuple[str, ...]:
-    """The file's two summands in the order of ours: the one that is used again is the block's input, else the layer below tells."""
+    """The file's two summands in our order. The one that is used again is the block's input; otherwise the layer below decides."""
     if found.kind != "add":
         raise _Mismatch(f"has {found.kind} where ours adds {' and '.join(map(_name, operands))}")
 
@@ -212,7 +213,7 @@ def _sides(
 
 
 def _users(node: fx.Node, backbone: nn.Module) -> set[fx.Node]:
-    """Who computes on a node's numbers, past all that leaves them as they are."""
+    """The nodes that use a node's numbers; nodes that do not change numbers are skipped."""
     found: set[fx.Node] = set()
     for user in node.users:
         if user.op != "output" and _source(user, backbone) is _source(node, backbone):
@@ -242,7 +243,7 @@ def _same_layer(module: nn.Module, found: Operation) -> bool:
 
 
 def _take(match: _Match, graph: OnnxGraph, node: fx.Node, module: nn.Module, found: Operation) -> None:
-    """One layer's tensors under its name; a bias that the layer has no place for goes to the BatchNorm behind it."""
+    """One layer's tensors under its name. If the layer has no bias, the file's bias goes to the BatchNorm after it."""
     name, weight = str(node.target), found.tensors.get("weight")
     if isinstance(module, _BatchNorm):
         assert weight is not None
@@ -274,17 +275,17 @@ def _to_norm(match: _Match, node: fx.Node, bias: torch.Tensor) -> None:
 
 
 def _fold(match: _Match, name: str, module: _BatchNorm) -> None:
-    """A BatchNorm that leaves its input as it is."""
+    """A BatchNorm that does not change its input."""
     zeros = np.zeros(module.num_features)
     match.put(name, weight=zeros + 1, bias=zeros, running_mean=zeros, running_var=zeros + 1 - module.eps)
     match.folded.append(name)
 
 
 def _pixel_factor(factor: float, summand: float) -> float:
-    """What our input, (x - 127.5) / 127.5, is multiplied by to be what the file's first layer takes.
+    """The factor from our input, (x - 127.5) / 127.5, to the input of the file's first layer.
 
     Raises:
-        _Mismatch: a mean that is not the middle of 0..255 or 0..1: where the image is padded, no weight can stand in for it.
+        _Mismatch: the mean is not the middle of 0..255 or 0..1. Where the image is padded, no weight can replace it.
     """
     if (factor, summand) == (1.0, 0.0):  # normalised outside, as insightface does for such a file
         return 1.0

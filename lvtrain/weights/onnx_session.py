@@ -11,9 +11,9 @@ from lvtrain.errors import UserError
 
 
 def session(path: str | Path, *, exact: bool = False) -> Callable[[np.ndarray], np.ndarray]:
-    """A function float32 `[N, 3, H, W]` -> float32 `[N, d]` over onnxruntime, whatever the file's input and output are called.
+    """A function float32 `[N, 3, H, W]` -> float32 `[N, d]` that runs an ONNX file, whatever its input and output are called.
 
-    `exact` keeps to the CPU: on a GPU onnxruntime multiplies in TF32.
+    `exact` uses the CPU only: on a GPU onnxruntime multiplies in TF32.
     """
     import onnxruntime
 

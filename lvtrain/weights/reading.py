@@ -1,4 +1,4 @@
-"""Other people's weight files -> a flat state dict with our names, whatever wrapped them. Nothing is unpickled that could run code.
+"""Reads weight files of other projects: a flat state dict without wrappers' prefixes. Nothing is unpickled that could run code.
 
 Accepted: arcface_torch `model.pt` and `checkpoint_gpu_{rank}.pt`, its older `rank_{r}_softmax_weight.pt`, LVFace's released `.pt`, CVLface's
 `model.pt` and AdaFace's Lightning `.ckpt`, LAFS's and DINO's `checkpoint*.pth`, safetensors files and folders, ONNX files of insightface's networks.
@@ -31,8 +31,8 @@ _PREFIXES = ("module.", "backbone.", "net.", "feat_net.", "encoder.", "model.")
 class Weights:
     """A backbone's tensors by bare name, and what came with them.
 
-    `kind` names the format for people; `rows` are classifier rows `[C or part of it, d]`, if the file holds them; `dropped` names of tensors
-    that belong to neither (a projection head, optimizer state); `bgr`: the file says that it wants blue before red.
+    `kind` names the format, for messages. `rows` are class centres `[C or part of it, d]`, if the file holds them. `dropped`
+    names tensors that belong to neither (a projection head, optimizer state). `bgr`: the file says that it takes blue first.
     """
 
     kind: str
@@ -47,11 +47,12 @@ def read_weights(path: str | Path, *, branch: str | None = None, average: bool =
 
     Args:
         path: file or folder.
-        branch: `teacher` or `student` of a self-supervised checkpoint; the teacher when absent.
-        average: the moving average that lies beside the weights, as `state_dict_ema` for example.
+        branch: `teacher` or `student` of a self-supervised checkpoint; None = the teacher.
+        average: read the moving average that the file also holds, for example as `state_dict_ema`.
 
     Raises:
-        UserError: no such file, no moving average, a pickle that holds more than tensors and plain values, or nothing that looks like a backbone or class rows.
+        UserError: no such file, no moving average, a pickle with more than tensors and plain values, or no backbone and no
+            class centres in it.
     """
     path = Path(path)
     if path.suffix == ".onnx" and path.is_file():
@@ -70,7 +71,7 @@ def read_weights(path: str | Path, *, branch: str | None = None, average: bool =
     bare, dropped = _strip(state)
     if not bare and rows is None:
         raise UserError(
-            f"{path} holds no backbone and no class rows (its keys start {', '.join(list(map(str, content))[:5])})"
+            f"{path} holds no backbone and no class centres (its keys start {', '.join(list(map(str, content))[:5])})"
         )
     kind = _name_kind(content, kind, bare)
     if not average and (beside := [name for name in _AVERAGES if isinstance(content.get(name), Mapping)]):
@@ -91,7 +92,7 @@ def _load(path: Path) -> Any:
         for file in _files(path):
             part = _load(file)
             if twice := merged.keys() & part.keys():
-                raise UserError(f"{path}: {min(twice)} is in several files; name the file that is meant")
+                raise UserError(f"{path}: {min(twice)} is in several files; give one file")
             merged |= part
         return merged
     if not path.is_file():
@@ -130,14 +131,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 class _Nothing:
-    """Stands for an object that lies beside the weights and is not wanted: takes anything and does nothing."""
+    """Replaces an object in the file that is not needed: it takes anything and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None: ...
 
 
-# whose objects checkpoints of the field carry: DINO's and LAFS's arguments, Lightning's callbacks and hyperparameters, configurations, numpy scalars
+# objects in checkpoints of the field: DINO's and LAFS's arguments, Lightning's callbacks and hyperparameters, configurations, numpy scalars
 _BYSTANDERS = (
     "argparse",
     "pytorch_lightning",
@@ -151,7 +152,7 @@ _BYSTANDERS = (
 
 
 def _inert(path: Path) -> AbstractContextManager[Any]:
-    """While it lasts, the known bystanders in the file are read as `_Nothing`; their own code is neither imported nor run."""
+    """Inside it, known objects that are not tensors are read as `_Nothing`. Their code is neither imported nor run."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # not a zip file: torch.load says what it is
@@ -160,7 +161,7 @@ def _inert(path: Path) -> AbstractContextManager[Any]:
 
 
 def _says_bgr(path: Path) -> bool:
-    """CVLface keeps `model.yaml` beside `model.pt`, with the colour order its weights want."""
+    """Whether CVLface's `model.yaml`, next to `model.pt`, says that the weights take BGR."""
     beside = path.with_suffix(".yaml")
     return beside.is_file() and re.search(r"^color_space: *['\"]?BGR", beside.read_text(), re.MULTILINE) is not None
 
@@ -184,7 +185,7 @@ def _inner(content: Mapping[str, Any], branch: str | None) -> tuple[str, Mapping
 
 
 def _strip(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Bare names: wrappers' prefixes go as long as every backbone tensor carries them; heads of self-supervision are left out."""
+    """Bare names: a wrapper's prefix is removed if every backbone tensor has it. Heads of self-supervision are left out."""
     tensors = {_bare(str(name)): value for name, value in state.items() if isinstance(value, torch.Tensor)}
     tensors.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel
     dropped = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -208,7 +209,7 @@ def _strip(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]
 
 
 def _bare(name: str) -> str:
-    """Without the wrappers that FSDP, activation checkpointing and torch.compile put anywhere in a name."""
+    """A name without the parts that FSDP, activation checkpointing and torch.compile insert."""
     for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
         name = name.replace(wrapper, "")
     return name

@@ -1,7 +1,7 @@
 """The one reader of weights, for `init_from`, teachers, evaluation and export alike.
 
-`open_source(path)` takes whatever people have: a run, a checkpoint, an exported folder, other projects' files (`reading`), or
-an ONNX file of a network that we know. Tensors come by the evaluated network's own names and take RGB.
+`open_source(path)` takes a run, a checkpoint, an exported folder, other projects' files (`reading`), or an ONNX file of a
+known network. Tensors have the names of the evaluated network, which takes RGB.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ State = dict[str, torch.Tensor]
 
 
 class Source(ABC):
-    """Weights at a path. Opening reads names and shapes; tensors are read when they are asked for, where the format allows.
+    """Weights at a path. Opening reads names and shapes. Tensors are read on demand, if the format allows it.
 
     Attributes:
         kind: which weights these are, for messages.
-        shapes: of the evaluated network's tensors, by its own names.
+        shapes: of the evaluated network's tensors, by name.
         centres_shape: [C, d] of the class centres, if the source holds all of them.
     """
 
@@ -59,7 +59,7 @@ class Source(ABC):
         return recognise({name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()})
 
     def class_centres(self, start: int, stop: int) -> torch.Tensor:
-        """Class centres `[stop - start, d]`, float32 on the host; only where there is a `centres_shape`."""
+        """Class centres `[stop - start, d]`, float32 on the host; only if there is a `centres_shape`."""
         raise NotImplementedError
 
 
@@ -123,7 +123,7 @@ class ExportedSource(Source):
 
 
 class ForeignSource(Source):
-    """Other projects' weights. They are read whole: names follow only from all of them."""
+    """Other projects' weights. They are read whole, because only all of them together give the names."""
 
     def __init__(self, path: Path, average: bool) -> None:
         super().__init__(path)
@@ -146,7 +146,7 @@ class ForeignSource(Source):
 
 
 def open_source(path: str | Path, *, average: bool = False) -> Source:
-    """Whatever weights lie at `path`; `average` takes a run's moving average instead of the weights.
+    """Opens the weights at `path`; `average` takes a run's moving average instead of the weights.
 
     Raises:
         UserError: nothing usable there, a damaged file, or no moving average.
@@ -169,7 +169,7 @@ def architecture_from(section: dict[str, Any]) -> Architecture:
 
 
 def evaluated(everything: dict[str, _T]) -> dict[str, _T]:
-    """What of a checkpoint is evaluated, by the evaluated network's own names.
+    """The tensors of a checkpoint that are evaluated, by the evaluated network's names.
 
     That is a self-supervised run's teacher, else the trained module, which may hold the network as `backbone`.
     """

@@ -1,1 +1,1 @@
-"""One file a protocol; each registers itself by name. To add one, write a file here: see ../README.md."""
+"""One file per protocol; each registers itself by name. To add one, write a file here: see ../README.md."""

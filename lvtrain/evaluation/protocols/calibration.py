@@ -11,7 +11,7 @@ from lvtrain.evaluation.sources import is_labelled_set, labelled_images
 
 @PROTOCOLS.register("calibration")
 class Calibration(Protocol):
-    """Calibrated probabilities from cosines, on a labelled set or a verification set."""
+    """Thresholds for false match rates, with intervals, from a labelled set or a verification set."""
 
     title = "calibration"
 

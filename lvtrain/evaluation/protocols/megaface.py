@@ -13,7 +13,7 @@ from lvtrain.evaluation.sources import labelled_images
 
 @PROTOCOLS.register("megaface")
 class MegaFace(Protocol):
-    """Two paths, probes and distractors: folders of feature files, or of images, one folder an identity."""
+    """Two paths, probes and distractors: folders of feature files, or of images (one folder per identity)."""
 
     title = "MegaFace"
     options_class = Flip
