@@ -1,4 +1,4 @@
-"""Where the class token of a fViT or Part fViT looks: the attention of its last block, and where its patches are."""
+"""Attention of the class token of a fViT or Part fViT in its last block, and the places of the patches."""
 
 from __future__ import annotations
 

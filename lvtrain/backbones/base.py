@@ -38,8 +38,8 @@ class Backbone(nn.Module):
         num_tokens: patches, or positions of the last feature map.
         block_names: regular expression for the start of a parameter's name; its group 1 is the number of the block.
         first_names: beginnings of the names of what stands before the first block.
-        undecayed: last parts of the names of tensors that weight decay leaves alone, besides biases and vectors.
-        takes_any_size: whether images of other sizes than `image_size` are taken too (DINO's local views).
+        undecayed: ends of the names of tensors without weight decay, besides biases and vectors.
+        takes_any_size: whether it also takes images of other sizes than `image_size` (DINO's local views).
     """
 
     block_names: ClassVar[str] = r"blocks\.(\d+)\."
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         return None
 
     def adopt(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weights that `init_from` names, by this network's own names; what has no place here may stay."""
+        """Converts weights of `init_from` to this network's names. Other tensors may remain."""
         return dict(state)
 
     @property

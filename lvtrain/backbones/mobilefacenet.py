@@ -1,7 +1,6 @@
 """MobileFaceNet (arXiv 1804.07573) as arcface_torch trains it, with its parameter names.
 
-So weights of its `mbf` and `mbf_large` load as they are. The sizes of other networks of this kind are read off their
-weights.
+So weights of its `mbf` and `mbf_large` load unchanged. Weights of other networks of this kind show their sizes.
 
 A block widens by a 1x1 convolution, filters by a depthwise 3x3 one, and narrows by a linear 1x1 one. A depthwise
 convolution as large as the last feature map weighs its positions, and a linear layer gives the embedding.

@@ -1,1 +1,1 @@
-"""Ranks: who this process is among them, and what they say to each other."""
+"""Ranks: which one this process is, and how they communicate."""

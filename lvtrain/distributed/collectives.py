@@ -34,7 +34,7 @@ def gather_sizes(count: int, device: torch.device, group: Group = None) -> list[
 
 
 def all_gather_rows(x: torch.Tensor, sizes: Sequence[int], group: Group = None) -> torch.Tensor:
-    """All ranks' rows one below the other, `[sum(sizes), ...]`; no gradient. One all-gather, padded to the largest rank."""
+    """All ranks' rows, concatenated: `[sum(sizes), ...]`, without gradient. One all-gather, padded to the largest rank."""
     if len(sizes) == 1:
         return x
     x = x.contiguous()

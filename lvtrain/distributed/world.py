@@ -1,8 +1,7 @@
-"""Who am I among the ranks: rank, size, device, and the few host-side agreements a trainer needs.
+"""Which rank is this process? Rank, size, device, and the few agreements on the host that a trainer needs.
 
-Started by `deepspeed`, `torchrun` or `srun`, all are understood; a contradiction between Slurm's variables and torch's is refused, because
-the usual outcome otherwise is silent nonsense (every task believing it is rank 0 of 1). Everything here also works in a plain single process
-without a process group.
+Ranks may be started by `deepspeed`, `torchrun` or `srun`. If Slurm's variables contradict torch's, that is an error:
+otherwise every task could silently train as rank 0 of 1. Everything also works in one process without a process group.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class World:
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher said: rank, number of ranks, rank on this node, rendezvous address and port."""
+    """What the launcher set: rank, number of ranks, rank on this node, rendezvous address and port."""
 
     rank: int
     size: int
@@ -99,7 +98,7 @@ def first_host(nodelist: str) -> str:
     """The first host of a Slurm node list: `gpu[003-007,9],x1` gives `gpu003`."""
     match = re.match(r"([^\[,]+)(?:\[([^\]]+)\]([^,]*))?", nodelist)
     if not match:
-        raise UserError(f"cannot read the node list {nodelist!r}; set MASTER_ADDR yourself")
+        raise UserError(f"cannot read the node list {nodelist!r}; set MASTER_ADDR")
     prefix, numbers, suffix = match[1], match[2], match[3] or ""
     return prefix if numbers is None else prefix + re.split("[-,]", numbers)[0] + suffix
 
@@ -165,7 +164,10 @@ def forget() -> None:
 
 
 def is_first_to_say(line: str, error: BaseException) -> bool:
-    """Whether this rank is to print `line`: ranks that fail alike print it once. A rank that cannot ask the others prints it."""
+    """Whether this rank prints `line`: if several ranks fail in the same way, one prints it.
+
+    A rank that cannot reach rank 0 prints it, too.
+    """
     if getattr(error, "is_on_every_rank", False):
         return int(os.environ.get("RANK", "0")) == 0
     try:
@@ -176,7 +178,7 @@ def is_first_to_say(line: str, error: BaseException) -> bool:
 
 
 def is_lost_rank(error: BaseException | None) -> bool:
-    """Whether an error says no more than that another rank is gone."""
+    """Whether an error only means that another rank is gone."""
     while error is not None:
         if isinstance(error, RuntimeError) and _GONE.search(str(error)):
             return True
@@ -217,7 +219,7 @@ def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on `device`, without the host waiting for what the device is still at: a GPU reads page-locked memory by itself."""
+    """Copies a host tensor to `device`. The host does not wait for a GPU, which reads page-locked memory by itself."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -233,7 +235,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def on_first(action: Callable[[], Any]) -> Any:
-    """Rank 0's result on every rank; what it raises there is raised on every rank. A collective."""
+    """Rank 0's result on every rank. What it raises there is raised on every rank. A collective."""
     answer: tuple[Any, Exception | None] = (None, None)
     if not _several() or dist.get_rank() == 0:
         try:

@@ -1,4 +1,4 @@
-"""What is trained: one file a method. The registry `METHODS` finds the files by themselves."""
+"""What is trained: one file per method. The registry `METHODS` finds the files by itself."""
 
 from lvtrain.methods.base import LossOutput, Method, MethodSection, StepInfo, create_method, method_title
 from lvtrain.recipe.registry import METHODS

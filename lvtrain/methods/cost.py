@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Cost:
-    """The default is one backbone that sees each image once, and nothing else.
+    """The cost of a phase. The default is one backbone that sees each image once.
 
     Attributes:
         views: forward and backward passes for an image, in images of full size (half the side is a quarter).

@@ -17,7 +17,7 @@ the teacher's, for every pair of different views:
 Our readings:
 
 - While the prototypes are frozen, their optimizer moments stay zero (in DINO's code they begin afterwards), and weight
-  decay goes on, which a prototype of unit length does not notice.
+  decay continues, which has no effect on a prototype of unit length.
 - The gradient is clipped by its norm over all weights (DINO: each weight's own).
 - Position embeddings and the class token get no weight decay.
 - The teacher's temperature rises with every step (DINO: with every epoch).

@@ -1,4 +1,4 @@
-"""What arcface_torch's configurations call things, from `arcface_torch.yaml`."""
+"""The names of arcface_torch's configurations and ours, from `arcface_torch.yaml`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def network(name: str) -> str:
 
 
 def answer(key: str) -> str | None:
-    """What to say to somebody who writes one of arcface_torch's keys in a recipe; None where it is not one."""
+    """The answer to a key of arcface_torch in a recipe; None if it is not one."""
     if (entry := table()["keys"].get(key)) is None:
         return None
     if "ours" not in entry:
@@ -31,7 +31,7 @@ def answer(key: str) -> str | None:
 
 
 def answer_value(dotted: str, value: Any) -> str:
-    """What to add where a value names the wrong thing, such as a margin for a method; empty where nothing is known."""
+    """A hint for a value that names another kind of thing, such as a margin for a method; empty if there is none."""
     name = value.get("name") if isinstance(value, dict) else value
     if dotted == "method" and isinstance(name, str) and name.lower() in table()["margins"]:
         return f"; {name} is a margin: method=classification classifier.margin={name.lower()}"

@@ -1,6 +1,6 @@
 """The `classifier` section of a recipe: margin, numerics, and the optimizer of the class centres.
 
-Each margin declares its own section beside its code, in `lvtrain/classifier/margins`.
+Each margin declares its section in its file, in `lvtrain/classifier/margins`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _STATE = "the checkpoints hold the state of this optimizer"
 
 
 class MarginSection(NamedSection):
-    """What every margin has. A margin's own section adds its parameters, each with a default and a description."""
+    """Keys that every margin has. A margin's section adds its parameters, each with a default and a description."""
 
     name: str = setting(REQUIRED, "name of the margin, see lvtrain/classifier/margins", because=_LEARNED)
     scale: float = setting(64.0, "s, the factor on every cosine", because=_LEARNED, gt=0)

@@ -50,7 +50,7 @@ def plain_sections(annotation: Any) -> list[type[Section]]:
 
 
 def rule_of(field: FieldInfo, above: tuple[Rule, str]) -> tuple[Rule, str]:
-    """Whether a resume may change a field, and why not; what it does not say itself is as its section says."""
+    """Whether a resume may change a field, and why not. What the field does not say is as in the section above."""
     extra: Any = field.json_schema_extra
     extra = extra if isinstance(extra, dict) else {}
     return extra.get("resume", above[0]), extra.get("because", above[1])
@@ -69,7 +69,7 @@ def _keys(model: type[Section], prefix: str, rule: Rule, because: str, named: st
             for key in _keys(section, below, *own, choice or named):
                 if not choice or key.dotted.removeprefix(below).partition(".")[0] not in shared:
                     yield key
-                elif key.dotted not in seen:  # once, and of no entry in particular
+                elif key.dotted not in seen:  # once, for all entries together
                     seen.add(key.dotted)
                     mark = section_by_name(field) if key.dotted == below + "name" else None
                     yield replace(_name_key(key, mark) if mark and mark.has_own_name else key, named=named)

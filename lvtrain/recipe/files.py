@@ -1,7 +1,7 @@
-"""A recipe's way in and out: YAML and `section.key=value` overrides in, `recipe.yaml` of the run folder out.
+"""Reads recipes from YAML and `section.key=value` overrides, and writes the `recipe.yaml` of a run folder.
 
-Every mistake is a `UserError` of one line with the dotted key and whoever made it: the file or an override. An unknown
-key is answered with its new name, with what it is called here, or with the nearest valid one.
+Every mistake is a `UserError` of one line with the dotted key and its source: the file or an override. For an unknown key
+the line gives its new name, its name in lvtrain, or the nearest valid key.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     own = None  # the file's own mistakes, looked for only when there are any
 
     def source(problem: Any) -> str:
-        """The overrides that set what is wrong, or something in it; the file, if it was wrong before them."""
+        """The overrides that set the wrong value or a part of it; the file, if it was wrong without them."""
         nonlocal own
         own = _problems(alone) if own is None else own
         key = _location(problem)
@@ -64,7 +64,7 @@ def resolve(values: dict[str, Any], *, source: Callable[[Any], str] = lambda pro
 
     Args:
         values: the recipe, as YAML gives it.
-        source: returns who is to blame for a pydantic problem: the file or an override.
+        source: returns the source of a pydantic problem: the file or an override.
 
     Raises:
         UserError: one line with each mistake's source and dotted key.
@@ -92,7 +92,7 @@ def _problems(values: dict[str, Any]) -> set[tuple[tuple[Any, ...], str]]:
 
 
 def of_run(text: str) -> dict[str, Any]:
-    """The plain values of a run folder's `recipe.yaml`, in today's keys whatever version wrote it."""
+    """The plain values of a run folder's `recipe.yaml`, with today's keys, whatever version wrote it."""
     try:
         values = strict_yaml.parse_yaml(text)
     except strict_yaml.StrictError as error:
@@ -108,7 +108,7 @@ def dump(recipe: Recipe) -> str:
 
 
 def apply(values: dict[str, Any], override: str) -> tuple[Any, ...]:
-    """Sets the value; returns where, as a validation error would say it (list elements by number)."""
+    """Applies an override to `values`. Returns its place as in a validation error (list elements by number)."""
     dotted, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"override {override!r} must look like section.key=value")
@@ -205,7 +205,7 @@ def _location(problem: Any) -> tuple[Any, ...]:
 
 
 def _fields(location: tuple[Any, ...], values: Any) -> dict[str, FieldInfo]:
-    """What may stand at a place of the recipe `values`, by key."""
+    """The fields that may stand at a place of the recipe `values`, by key."""
     models: list[type[Section]] = [Recipe]
     found: list[FieldInfo] = []
     recipe = values
@@ -225,7 +225,7 @@ def _sections(field: FieldInfo, value: Any, recipe: Any) -> list[type[Section]]:
 
 
 def _bare(field: FieldInfo) -> str:
-    """The key that a bare value of the field stands for: `method: pco` is short for `method: {name: pco}`."""
+    """The key that a bare value of the field sets: `method: pco` is short for `method: {name: pco}`."""
     mark = section_by_name(field)
     return (
         "name" if mark and mark.has_own_name else next((model.bare for model in plain_sections(field.annotation)), "")

@@ -1,4 +1,4 @@
-"""Recipe keys that were renamed or removed, for the answer to whoever still writes them and for run folders of earlier versions."""
+"""Recipe keys that were renamed or removed: for error messages, and for run folders of earlier versions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OLD_KEYS: dict[str, str | Callable[[Any], dict[str, Any]]] = {
     "classifier.keep_mb": "classifier.numerics.keep_mb",
 }
 ANY = object()
-# removed dotted key -> (the value that means the same as its absence, or ANY; why it went)
+# removed dotted key -> (the value that means the same as its absence, or ANY; why it was removed)
 REMOVED_KEYS: dict[str, tuple[Any, str]] = {
     "data.read_ahead": (ANY, "three micro-batches are read ahead"),
     "data.prefetch": (ANY, "three micro-batches are decoded ahead"),
@@ -47,7 +47,7 @@ RESTING_KEYS: dict[str, Any] = {
 
 
 def answer(place: tuple[Any, ...]) -> str | None:
-    """What to say to somebody who writes the old key at `place`; None where it never was one."""
+    """The answer to the old key at `place`; None if it never was a key."""
     for old, new in OLD_KEYS.items():
         if _fits(old, place):
             name = new if isinstance(new, str) else ", ".join(new(None))
@@ -59,9 +59,9 @@ def answer(place: tuple[Any, ...]) -> str | None:
 
 
 def translate(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe of an earlier version in today's keys.
+    """A recipe of an earlier version, with today's keys.
 
-    A removed key stays where its value meant something, so that a comparison names it.
+    A removed key stays if its value had a meaning, so that a comparison lists it.
     """
     values = copy.deepcopy(values)
     for old, new in OLD_KEYS.items():
@@ -85,7 +85,7 @@ def _fits(pattern: str, place: tuple[Any, ...]) -> bool:
 
 
 def _filled(name: str, pattern: str, place: Any) -> str:
-    """`name` with the list elements of `place` in the places of its stars."""
+    """`name` with its stars replaced by the list elements of `place`."""
     stars = iter([str(key) for part, key in zip(pattern.split("."), place) if part == "*"])
     return ".".join(next(stars) if part == "*" else part for part in name.split("."))
 

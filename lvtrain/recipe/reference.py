@@ -19,7 +19,7 @@ PAGE = Path(__file__).with_name("REFERENCE.md")
 _INTRODUCTION = """# Recipe keys
 
 Every key of a recipe. `python tools/recipe_reference.py` writes this page from the fields in
-`lvtrain/recipe` and beside the code of methods, margins, optimizers and trackers.
+`lvtrain/recipe` and in the files of methods, margins, optimizers and trackers.
 
 On the command line a key is written with dots: `optimizer.lr=1e-4`, `phases.0.sample_rate=0.1`, or a
 phase by its name, `phases.alignment.sample_rate=0.1`. A duration is a number with a unit: `500 steps`,

@@ -1,4 +1,4 @@
-"""Things a recipe or a command names: methods, margins, backbones, importers, protocols, trackers.
+"""Registries of what a recipe or a command can name: methods, margins, backbones, importers, protocols, trackers.
 
 Each kind has one `Registry`. A class or function registers itself by a decorator in its own file, and the registry
 imports the files of its room when a name is first asked for. So one new file is enough to add one more, and nothing on
@@ -98,7 +98,7 @@ class Registry(Generic[T]):
 
 @dataclass(frozen=True)
 class SectionByName:
-    """A mark on a field made by `named_section`, for whoever asks which keys the field takes.
+    """A mark on a field made by `named_section`. It says which keys the field takes.
 
     `has_own_name`: the field's own `name` chooses its section.
     """

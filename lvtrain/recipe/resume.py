@@ -31,7 +31,7 @@ def _found(dotted: str) -> list[tuple[Rule, str]]:
 
 
 def _walk(model: type[Section], parts: list[str], rule: Rule, because: str) -> Iterator[tuple[Rule, str]]:
-    """The rule of every field that the key may mean; what a field does not say is as the section that holds it says."""
+    """The rule of every field that the key may mean. What a field does not say is as in the section that holds it."""
     if not parts or parts[0] not in model.model_fields:
         return
     field = model.model_fields[parts[0]]

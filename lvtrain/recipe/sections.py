@@ -1,6 +1,6 @@
 """The sections of a recipe: every key with its default, unit, meaning, bounds, and whether a resume may change it.
 
-The sections of methods, margins and optimizers are declared beside their code; `lvtrain.recipe.files` reads and writes
+The sections of methods, margins and optimizers are declared in their files; `lvtrain.recipe.files` reads and writes
 recipes, and `REFERENCE.md` is generated from these fields (`python tools/recipe_reference.py`).
 """
 

@@ -1,4 +1,4 @@
-"""YAML and JSON without their traps: a key that stands twice, and a small file that expands to gigabytes."""
+"""Reads YAML and JSON strictly: no key occurs twice, and a small file cannot expand to gigabytes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parse_yaml(text: str) -> Any:
     """The values of a YAML document.
 
     Raises:
-        StrictError: it is not YAML, a key stands twice, or its anchors expand to very many values.
+        StrictError: it is not YAML, a key occurs twice, or its anchors expand to very many values.
     """
     try:
         loader = _Loader(text)
@@ -89,7 +89,7 @@ def read_small(path: Path) -> str:
 
 
 def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values in the document when every alias is replaced by what it stands for."""
+    """Number of values in the document after every alias is replaced by its anchor's content."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in known:

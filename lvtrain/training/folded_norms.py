@@ -33,7 +33,7 @@ def restore_norms(backbone: nn.Module, dataset: ShardDataset, *, world: World, i
 
 
 def _some_images(dataset: ShardDataset, size: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """From the whole dataset, evenly; one that cannot be decoded is left out here as in training."""
+    """Images from the whole dataset, evenly spread. One that cannot be decoded is left out."""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, IMAGES).astype(np.int64))
     for start in range(0, len(chosen), _BATCH):
         images = []

@@ -77,7 +77,7 @@ class Heartbeat:
         self._end.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        with contextlib.suppress(OSError):  # what stays there is in nobody's way
+        with contextlib.suppress(OSError):  # a file that stays there does no harm
             self._stacks.close()
             if self.log.stat().st_size == 0:
                 self.log.unlink()
@@ -103,7 +103,7 @@ class Heartbeat:
                 return
 
     def _arm(self) -> None:
-        """Sets `faulthandler`'s timer anew; it writes all stacks and ends the process if nobody does so in time."""
+        """Restarts `faulthandler`'s timer. If it is not restarted in time, it writes all stacks and ends the process."""
         faulthandler.dump_traceback_later(self.timeout + 4 * self.interval, exit=True, file=self._stacks)
 
     def _report(self, silent: float) -> None:

@@ -3,7 +3,7 @@
 | outcome | meaning |
 |---|---|
 | `done` | the run, or the one phase asked for, is complete |
-| `requeue` | stopped on request with a checkpoint; start again to go on |
+| `requeue` | stopped on request with a checkpoint; the next start resumes |
 | `fatal` | an error that another start would only repeat |
 | no file | the start crashed (the chain removes the last file before each start) |
 
@@ -67,7 +67,7 @@ def committed_step(run_folder: Path) -> int:
     """The step of the newest committed checkpoint, 0 if there is none: the measure of a run's progress."""
     folder = Path(run_folder) / "checkpoints"
     try:
-        names = patiently(os.listdir, folder)  # not glob, to which a folder that cannot be read is empty
+        names = patiently(os.listdir, folder)  # not glob: it takes a folder that cannot be read for empty
     except FileNotFoundError:
         return 0
     found = (re.fullmatch(r"step_(\d+)", name) for name in names if patiently((folder / name / "manifest.json").exists))

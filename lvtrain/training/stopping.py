@@ -2,7 +2,7 @@
 
 A signal handler only sets a flag, because saving inside a handler would hang in collectives or tear files. The ranks
 agree by a small all-reduce on the host (gloo). It is started at the end of a step and read at the end of the next one,
-so nobody waits for it; in return a request is followed one step later.
+so no rank waits for it. In return, a request takes effect one step later.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Telemetry:
                 self._switch_off(section.name, error)
 
     def begin(self, step: int) -> None:
-        """The run goes on from `step`: rows of later steps are dropped, because they will come again."""
+        """Resumes at `step`: rows of later steps are dropped, because they will be written again."""
         path = self.folder / "metrics.jsonl"
         if self.active and path.exists():
             rows = [row for row in _whole_lines(path) if row["step"] <= step]
@@ -92,7 +92,7 @@ class Telemetry:
     def _switch_off(self, name: str, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"
         self.event("tracker_off", tracker=name, reason=reason)
-        self.say(f"warning: the tracker {name} failed and is off for this start ({reason}); training goes on")
+        self.say(f"warning: the tracker {name} failed and is off for this start ({reason}); training continues")
 
     def close(self) -> None:
         self._track("close")

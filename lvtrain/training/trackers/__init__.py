@@ -37,7 +37,7 @@ class TrackedRun:
 
 
 class Tracker(ABC):
-    """Lives on rank 0, as long as one start. If a method raises, the tracker is reported and switched off; training goes on.
+    """Lives on rank 0, as long as one start. If a method raises, the tracker is reported and switched off; training continues.
 
     Attributes:
         package: the Python package it needs; a start without it is refused.

@@ -20,7 +20,7 @@ class MlflowSection(TrackerSection):
 class Mlflow(Tracker):
     """`train/NAME` for every number in a row of metrics, `evaluation/BENCHMARK`, and the resolved recipe as `recipe.json`.
 
-    A resumed run goes on as the same MLflow run, found by its tag `lvtrain.run_id`.
+    A resumed run continues the same MLflow run, found by its tag `lvtrain.run_id`.
     """
 
     package = "mlflow"

@@ -22,7 +22,7 @@ class WandbSection(TrackerSection):
 class Wandb(Tracker):
     """`train/NAME` for every number in a row of metrics, `evaluation/BENCHMARK`, and the resolved recipe as config.
 
-    A resumed run goes on as the same W&B run, whose id is the run's own.
+    A resumed run continues the same W&B run, whose id is the run's.
     """
 
     package = "wandb"
