@@ -147,6 +147,21 @@ def test_order_and_split_do_not_matter(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["weight", "first_feature", "centre"])
+def test_labels_of_the_host_give_the_same_bits(kind: str) -> None:
+    waiting, informed = make(kind, (3, CLASSES)), make(kind, (3, CLASSES))
+    for embeddings, labels in batches(6, size=200):
+        expected = labels.flip(0)
+        labels = labels.clone()
+        labels[::9] = -1  # images that cannot be decoded; the index still has their label
+        labels[labels == 7] = -1  # all of one class
+        waiting.update(embeddings, labels)
+        informed.update(embeddings, labels, expected)
+    for name, tensor in waiting.state().items():
+        assert torch.equal(informed.state()[name], tensor), name
+    assert bool(informed.valid.any())
+
+
+@pytest.mark.parametrize("kind", ["weight", "first_feature", "centre"])
 def test_state_resumes_bitwise(kind: str) -> None:
     steps = batches(6)
     through, before = make(kind), make(kind)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.fakecuda.device import Call, Ended, FakeDevice
+from tests.fakecuda.device import Ended, FakeDevice
 from tests.fakecuda.waits import waits_of_ours
 from tests.runs import events, metrics, recipe_file
 
@@ -22,11 +22,6 @@ VERDICT = "engine/engine.py:receive"  # whether the step was finite
 CSS = "training/schedule.py:observe"  # PCO's cosine, once a window
 BATCH = {"global_batch": 16, "micro_batches": 4}
 ON_GPU = {"backend": "torch"}  # DALI brings a CUDA runtime of its own, which finds no GPU here
-
-
-def waits(trace: list[Call]) -> dict[str, int]:
-    """Without those of a bank that follows the features: it asks how many samples are this rank's, twice a step."""
-    return {place: n for place, n in waits_of_ours(trace).items() if not place.startswith("classifier/banks.py")}
 
 
 def train(device: FakeDevice, recipe: Path, *arguments: str, ds_config: str = "zero1") -> Ended:
@@ -55,7 +50,7 @@ def test_pco_trains_evaluates_saves_and_resumes(
     assert [row["step"] for row in metrics(run)] == list(range(1, 13))
     assert all(row["memory_gb"] > 0 and row["nonfinite"] == 0 for row in metrics(run))
     assert len(events(run, "resume")) == 1 and (run / "evaluation" / "final.json").exists()
-    waited = waits(ended.trace())
+    waited = waits_of_ours(ended.trace())
     if ds_config == "zero3_offload":  # the optimizer is on the host: it is told of the loss and the norm there
         assert waited.pop("engine/engine.py:step") == 6 * 12
     assert waited == {VERDICT: 12, CSS: 6}
@@ -80,7 +75,7 @@ def test_every_setting_of_the_cluster_method(
         schedule={"total": "3 steps", "warmup": "1 steps"},
         checkpoint={"every": "100 steps"},
     )
-    assert waits(train(fake_device, recipe).trace()) == {VERDICT: 3}
+    assert waits_of_ours(train(fake_device, recipe).trace()) == {VERDICT: 3}
 
 
 SMALL_PART = {"dim": 32, "depth": 2, "heads": 2, "head_dim": 16, "mlp_dim": 64}
@@ -102,7 +97,7 @@ def landmark_recipe(folder: Path, faces: Path, method: dict[str, Any], augmentat
 def test_dino(fake_device: FakeDevice, tiny_faces: Path, tmp_path: Path) -> None:
     backbone = {"name": "fvit_tiny", "embedding_dim": 32, "image_size": 56, "overrides": SMALL_PART}
     recipe = landmark_recipe(tmp_path, tiny_faces, {"name": "dino", **HEAD}, "dino_faces_56", backbone=backbone)
-    assert waits(train(fake_device, recipe).trace()) == {VERDICT: 3}
+    assert waits_of_ours(train(fake_device, recipe).trace()) == {VERDICT: 3}
 
 
 def test_part_fvit_then_lafs_then_anchored_fine_tuning(
@@ -111,16 +106,16 @@ def test_part_fvit_then_lafs_then_anchored_fine_tuning(
     """Each starts from the weights of the one before: landmark CNN, then backbone and landmarks."""
     supervised = tmp_path / "supervised" / "runs" / "tiny"
     recipe = landmark_recipe(tmp_path / "supervised", tiny_faces, {"name": "finetune", "landmarks": "trained"}, "flip")
-    assert waits(train(fake_device, recipe).trace()) == {VERDICT: 3}
+    assert waits_of_ours(train(fake_device, recipe).trace()) == {VERDICT: 3}
 
     lafs = {"name": "lafs", **HEAD, "landmarks": 9, "landmark_weights": str(supervised)}
     recipe = landmark_recipe(tmp_path / "lafs", tiny_faces, lafs, "lafs_56")
-    assert waits(train(fake_device, recipe).trace()) == {VERDICT: 3}
+    assert waits_of_ours(train(fake_device, recipe).trace()) == {VERDICT: 3}
 
     init_from = {"path": str(tmp_path / "lafs" / "runs" / "tiny"), "classifier": "fresh"}
     anchored = {"name": "finetune", "landmarks": "anchored", "beta": 0.1}
     recipe = landmark_recipe(tmp_path / "tuned", tiny_faces, anchored, "randaugment", init_from=init_from)
-    assert waits(train(fake_device, recipe).trace()) == {VERDICT: 3}
+    assert waits_of_ours(train(fake_device, recipe).trace()) == {VERDICT: 3}
 
 
 def test_distillation_and_fine_tuning_from_a_run(fake_device: FakeDevice, tiny_faces: Path, tmp_path: Path) -> None:
@@ -134,12 +129,12 @@ def test_distillation_and_fine_tuning_from_a_run(fake_device: FakeDevice, tiny_f
     run = str(tmp_path / "first" / "runs" / "tiny")
     distill = {"name": "pco", "window": 2, "distill": {"teacher": run, "weight": 0.9}}
     student = recipe_file(tmp_path / "student", tiny_faces / "train", method=distill, **short)
-    assert waits(train(fake_device, student).trace()) == {VERDICT: 2, CSS: 1}
+    assert waits_of_ours(train(fake_device, student).trace()) == {VERDICT: 2, CSS: 1}
     # class centres from the mean embeddings of the images, computed on the device before the first step
     tuned = recipe_file(
         tmp_path / "tuned", tiny_faces / "train", init_from={"path": run, "classifier": "means"}, **short
     )
-    assert waits(train(fake_device, tuned).trace()) == {VERDICT: 2, CSS: 1}
+    assert waits_of_ours(train(fake_device, tuned).trace()) == {VERDICT: 2, CSS: 1}
 
 
 def test_a_compiled_backbone(fake_device: FakeDevice, tiny_faces: Path, tmp_path: Path) -> None:
@@ -154,5 +149,5 @@ def test_a_compiled_backbone(fake_device: FakeDevice, tiny_faces: Path, tmp_path
         schedule={"total": "2 steps", "warmup": "1 steps"},
     )
     trace = train(fake_device, recipe).trace()
-    assert waits(trace) == {VERDICT: 2, CSS: 1}
+    assert waits_of_ours(trace) == {VERDICT: 2, CSS: 1}
     assert any(call.kind == "launch" and call.text.startswith("triton_") for call in trace)

@@ -4,8 +4,8 @@ A bank is split over the ranks like the class centres. It is updated once a step
 The result has the same bits whatever the order of the samples and the number of ranks: the samples of a class are added
 up as fixed-point integers, and a sum of integers does not depend on the order.
 
-On CUDA an update makes the host wait twice (for the number of samples and of classes of this rank). It runs after the
-step's backward.
+An update also takes the step's labels from the host, which reads them from the index. So the host knows how many samples
+and classes this rank has, and does not wait for the GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
 
 _FIXED_POINT = 2.0**40  # unit vectors in int64: resolution 1e-12, room for 4 million samples of one class in a step
@@ -31,33 +32,44 @@ class _ClassMeans:
     """The samples of a step that belong to this rank, summed up by class.
 
     Attributes:
-        classes: int64 [k], the classes that occur, as local rows; sorted, unique.
+        classes: int64 [k], the classes of this rank that the step has, as local rows; sorted, unique.
         segment: int64 [g], for each local sample the position of its class in `classes`.
+        counted: bool [g]; False for a sample that is ignored here although the index gives it a label, because its
+            image cannot be decoded.
         samples: float64 [g, d], unit vectors.
         direction: float64 [k, d], unit mean directions.
-        defined: bool [k]; False where the samples cancel.
+        present: bool [k]; False where no sample is counted.
+        defined: bool [k]; False where none is counted, or the samples cancel.
     """
 
-    def __init__(self, embeddings: Tensor, labels: Tensor, rows: tuple[int, int]) -> None:
-        local = ((labels >= rows[0]) & (labels < rows[1])).nonzero().squeeze(1)  # -1 is never in range
-        self.classes, self.segment = torch.unique(labels[local] - rows[0], return_inverse=True)
-        self.samples = unit(embeddings[local])
+    def __init__(self, embeddings: Tensor, labels: Tensor, rows: tuple[int, int], expected: Tensor | None) -> None:
+        expected = labels.cpu() if expected is None else expected
+        here = expected[(expected >= rows[0]) & (expected < rows[1])] - rows[0]
+        self.classes = to_device(torch.unique(here), labels.device)
+        local = (labels >= rows[0]) & (labels < rows[1])  # -1 is never in range
+        chosen = torch.sort(local.to(torch.uint8), descending=True, stable=True).indices[: len(here)]
+        self.counted = local[chosen]
+        inside = (labels[chosen] - rows[0]).clamp(0, max(rows[1] - rows[0] - 1, 0))
+        self.segment = torch.searchsorted(self.classes, inside).clamp_max(max(len(self.classes) - 1, 0))
+        self.samples = unit(embeddings[chosen])
         total = self.sum(self.samples)
         self.direction = unit(total)
+        self.present = self.count() > 0
         self.defined = total.norm(dim=1) > _ZERO
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum by class, independent of the order: float64 [g, ...] -> float64 [k, ...].
+        """Sum of the counted samples by class, independent of their order: float64 [g, ...] -> float64 [k, ...].
 
         The values may be a few units in size.
         """
         fixed = (values * _FIXED_POINT).round().to(torch.int64)
+        fixed *= self.counted.view(-1, *[1] * (values.ndim - 1))
         total = torch.zeros((len(self.classes), *values.shape[1:]), dtype=torch.int64, device=values.device)
         return total.index_add_(0, self.segment, fixed).to(torch.float64) / _FIXED_POINT
 
     def count(self) -> Tensor:
-        """Number of samples of each class, int64 [k]."""
-        return torch.zeros_like(self.classes).index_add_(0, self.segment, torch.ones_like(self.segment))
+        """Number of counted samples of each class, int64 [k]."""
+        return torch.zeros_like(self.classes).index_add_(0, self.segment, self.counted.to(torch.int64))
 
 
 class _Bank:
@@ -111,8 +123,10 @@ class _Bank:
                 )
             tensor.copy_(state[name])
 
-    def _write(self, classes: Tensor, values: Tensor) -> None:
-        self.rows_tensor.index_copy_(0, classes, unit(values).to(torch.float32))
+    def _write(self, batch: _ClassMeans, values: Tensor) -> None:
+        """Writes `values` [k, d], made unit vectors, to the classes that have a counted sample."""
+        rows = torch.where(batch.present.unsqueeze(1), unit(values).to(torch.float32), self.rows_tensor[batch.classes])
+        self.rows_tensor.index_copy_(0, batch.classes, rows)
 
 
 class ExpectationBank(_Bank):
@@ -147,19 +161,21 @@ class ExpectationBank(_Bank):
         self.init = init
 
     @torch.no_grad()
-    def update(self, embeddings: Tensor, labels: Tensor) -> None:
+    def update(self, embeddings: Tensor, labels: Tensor, expected: Tensor | None = None) -> None:
         """One update, once a step, on every rank.
 
         Args:
             embeddings: float [G, d], of the whole global batch, of any length.
             labels: int64 [G], -1 = ignored.
+            expected: int64 [G], on the host: the same labels in any order, where -1 may still be a class. Without them
+                the host waits for `labels`.
         """
-        batch = _ClassMeans(embeddings, labels, self.rows)
+        batch = _ClassMeans(embeddings, labels, self.rows, expected)
         old = self.rows_tensor[batch.classes].to(torch.float64)
         alpha = torch.sigmoid((old * batch.direction).sum(1, keepdim=True))
         known = self.valid[batch.classes].unsqueeze(1)
         new = torch.where(known, alpha * old + (1 - alpha) * batch.direction, batch.direction)
-        self._write(batch.classes, torch.where(batch.defined.unsqueeze(1), new, old))
+        self._write(batch, torch.where(batch.defined.unsqueeze(1), new, old))
         self.valid[batch.classes] |= batch.defined
 
 
@@ -206,14 +222,16 @@ class CentreBank(_Bank):
         self.count = torch.zeros(rows[1] - rows[0], dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, embeddings: Tensor, labels: Tensor) -> None:
+    def update(self, embeddings: Tensor, labels: Tensor, expected: Tensor | None = None) -> None:
         """One update, once a step, on every rank.
 
         Args:
             embeddings: float [G, d], of the whole global batch, of any length.
             labels: int64 [G], -1 = ignored.
+            expected: int64 [G], on the host: the same labels in any order, where -1 may still be a class. Without them
+                the host waits for `labels`.
         """
-        batch = _ClassMeans(embeddings, labels, self.rows)
+        batch = _ClassMeans(embeddings, labels, self.rows, expected)
         old = self.rows_tensor[batch.classes].to(torch.float64)
         known = self.valid[batch.classes]
         distance = batch.sum((batch.samples - old[batch.segment]).norm(dim=1))
@@ -221,7 +239,7 @@ class CentreBank(_Bank):
         new = torch.where(
             known.unsqueeze(1), self.momentum * old + (1 - self.momentum) * batch.direction, batch.direction
         )
-        self._write(batch.classes, torch.where(batch.defined.unsqueeze(1), new, old))
+        self._write(batch, torch.where(batch.defined.unsqueeze(1), new, old))
         self.valid[batch.classes] |= batch.defined
 
     def _follow(self, classes: Tensor, added: Tensor, distance: Tensor) -> None:

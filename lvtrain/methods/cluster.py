@@ -178,11 +178,13 @@ class ClusterMethod(SupervisedMethod):
         )
         self.triplet = triplet_loss(settings.triplet_margin) if settings.clustering == "triplet" else None
         self.seen: list[ClassifierOutput] = []
+        self.expected: Tensor | None = None  # labels of the current step, on the host
 
     # -------------------------------------------------------------------------------------------------------------------- step
 
     def begin_step(self, now: StepInfo, global_labels: Tensor) -> None:
         super().begin_step(now, global_labels)
+        self.expected = global_labels
         self.seen.clear()
         self.warm = now.warmup_factor(self.settings.warmup) == 1.0
         self.clusters = self.read_bank(global_labels)
@@ -220,7 +222,7 @@ class ClusterMethod(SupervisedMethod):
     def end_step(self, now: StepInfo, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
         super().end_step(now, full_parameters)
         labels = torch.cat([output.labels for output in self.seen])
-        self.bank.update(torch.cat([output.embeddings for output in self.seen]), labels)
+        self.bank.update(torch.cat([output.embeddings for output in self.seen]), labels, self.expected)
         self.seen.clear()
 
     def discard_step(self) -> None:

@@ -88,6 +88,7 @@ class PcoMethod(SupervisedMethod):
         self.expectations: ExpectationBank | None = None
         self.updates = False  # of the expectations in this phase
         self.seen: list[ClassifierOutput] = []  # of the current step, for the update
+        self.expected: torch.Tensor | None = None  # labels of the current step, on the host
 
     def enter_phase(self, phase: Phase, *, first_time: bool) -> None:
         assert isinstance(phase, PcoPhase)
@@ -117,6 +118,7 @@ class PcoMethod(SupervisedMethod):
 
     def begin_step(self, now: StepInfo, global_labels: torch.Tensor) -> None:
         super().begin_step(now, global_labels)
+        self.expected = global_labels
         self.seen.clear()
 
     def classify(self, embeddings: torch.Tensor, labels: torch.Tensor, now: StepInfo) -> ClassifierOutput:
@@ -144,7 +146,8 @@ class PcoMethod(SupervisedMethod):
         super().end_step(now, full_parameters)
         if self.expectations is not None and self.updates:
             labels = torch.cat([output.labels for output in self.seen])
-            self.expectations.update(torch.cat([output.embeddings for output in self.seen]), labels)
+            embeddings = torch.cat([output.embeddings for output in self.seen])
+            self.expectations.update(embeddings, labels, self.expected)
         self.seen.clear()
 
     def discard_step(self) -> None:
