@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it, with $here set to this folder: reads the site's settings and submits the chain.
+# Sourced by the scripts in this folder, with $here set to it: reads the site's settings and submits the chain.
 # The logic is Python: lvtrain/launch.
 cd "$here/.."
 

@@ -7,11 +7,11 @@
 #
 #   sbatch slurm/pco_vitb.sh [section.key=value ...]      or, on a login node: bash slurm/pco_vitb.sh [section.key=value ...]
 #
-# This job only submits the chain, one resumable job a phase. Run again after an interruption: it goes on where it was.
-# Partition, account, GPUs a node, time, paths: slurm/site.env, see site.env.example and README.md.
+# This job only submits the chain, with one resumable job per phase. After an interruption submit it again to resume.
+# Partition, account, GPUs per node, time, paths: slurm/site.env, see site.env.example and README.md.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
-# sbatch runs a copy of this file; the job's record says where the original lies
+# sbatch runs a copy of this file; the job's record has the path of the original
 [ -f "$here/common.sh" ] || here=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed 's/.* Command=\([^ ]*\).*/\1/' | xargs dirname)
 . "$here/common.sh"
 

@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """GPU tests skip with a reason where there is no GPU; slow ones run only when asked for by marker."""
     import torch
 
-    # Slurm's chains mostly wait: begun first, they wait beside the other tests
+    # Slurm's chains mostly wait: started first, they wait while other tests run
     items.sort(key=lambda item: "slurm" not in item.keywords)
     asked = config.getoption("-m")
     for item in items:

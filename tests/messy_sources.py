@@ -1,4 +1,4 @@
-"""What tests of importers share: images told apart by their bytes, small sources, and a pack whose sum is checked."""
+"""Shared by tests of importers: images that differ in their bytes, small sources, and a pack whose sum is checked."""
 
 from __future__ import annotations
 

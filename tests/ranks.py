@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks of this machine, each a process of its own."""
+"""Runs a function on several gloo ranks of this machine, one process each."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def run(
     environment: dict[str, str] | None = None,
     timeout: float = 800,  # a hang, not a slow machine
 ) -> int:
-    """Runs to the end; the exit status of rank 0, all ranks agreeing on it. What they print goes to `log.txt` beside the recipe."""
+    """Runs to the end. Returns the exit code, which all ranks share. Their output goes to `log.txt` in the recipe's folder."""
     front_door = ["--recipe", str(recipe), "--ds_config", f"ds_configs/zero{zero}.json", *arguments]
     processes = start(ranks, front_door, recipe.parent / "log.txt", environment)
     for process in processes:

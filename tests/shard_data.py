@@ -13,7 +13,7 @@ from lvtrain.datasets.shard_writer import ShardWriter
 
 
 def jpeg(number: int, size: tuple[int, int] = (112, 112)) -> bytes:
-    """A picture of its own for every number."""
+    """A different image for every number."""
     rng = np.random.default_rng(number)
     blocks = Image.fromarray(rng.integers(0, 255, (9, 9, 3)).astype(np.uint8)).resize(
         size[::-1], Image.Resampling.BICUBIC
@@ -32,7 +32,7 @@ def make_dataset(
     size: tuple[int, int] = (112, 112),
     replaced: dict[int, bytes] | None = None,
 ) -> Path:
-    """`samples` pictures of `classes` identities in id order; `replaced` are stored instead of the pictures of those ids."""
+    """`samples` images of `classes` identities in id order; `replaced` are stored instead of the images of those ids."""
     writer = IndexWriter(folder)
     for number, part in enumerate(np.array_split(np.arange(samples), shards)):
         with ShardWriter(folder, f"shards/{number:06d}.tar") as shard:

@@ -1,4 +1,4 @@
-"""Killed at any point of a save, a retention or a load: the next start goes on from the last committed step and ends with the same bits.
+"""Killed at any point of a save, a retention or a load: the next start resumes from the last committed step, with the same bits.
 
 The job is a toy whose state is a function of its steps, on one or two gloo ranks, each a forked process; a fault point does the killing.
 """
@@ -83,7 +83,7 @@ def _enter(rank: int, size: int, folder: str, store: str, outcomes: Any) -> None
     job(rank, size, folder, outcomes)
     outcomes.close()
     outcomes.join_thread()
-    os._exit(0)  # gloo may abort when a peer is gone; the outcome is told
+    os._exit(0)  # gloo may abort when a peer is gone; the result is already reported
 
 
 def start(folder: Path, size: int, fault: str = "") -> tuple[list[Any], Any]:
@@ -101,7 +101,7 @@ def start(folder: Path, size: int, fault: str = "") -> tuple[list[Any], Any]:
 
 
 def run(folder: Path, size: int, fault: str = "") -> tuple[list[int | None], dict[int, tuple[int, str]]]:
-    """Exit codes by rank, and what each rank that lived to tell it said."""
+    """Exit codes by rank, and the results that ranks reported."""
     folder.mkdir(exist_ok=True)
     processes, outcomes = start(folder, size, fault)
     for process in processes:
@@ -224,7 +224,7 @@ def test_a_folder_that_became_read_only_stops_all_alike(tmp_path: Path) -> None:
 
 
 def test_there_is_always_a_valid_checkpoint(tmp_path: Path) -> None:
-    """An observer looks all the time while a run saves, is killed in its retention, and goes on."""
+    """An observer checks all the time while a run saves, is killed in its retention, and resumes."""
     assert run(tmp_path, 1, "loop.step:0:5:sigkill")[0] == [-signal.SIGKILL]
     for fault in ("retention.renamed:0:8:sigkill", ""):
         processes, _ = start(tmp_path, 1, fault)

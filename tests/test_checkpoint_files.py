@@ -1,4 +1,4 @@
-"""The checkpoint's files against the safetensors library and hashlib, and what makes a checkpoint refused, put aside or passed over."""
+"""The checkpoint's files against the safetensors library and hashlib; which checkpoints are refused, renamed or skipped."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_none_valid_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     for step in (1, 2):
         _damage(tmp_path / f"checkpoints/step_00000000{step}/rank_00000.safetensors", "flip")
-    for _ in range(2):  # the second start finds only what the first put aside
+    for _ in range(2):  # the second start finds only what the first renamed
         with pytest.raises(UserError, match="none is valid"):
             newest_step(tmp_path)
 

@@ -72,7 +72,7 @@ def test_every_margin_equals_cross_entropy_on_materialised_logits(name, chunk):
 
 @pytest.mark.parametrize("keep_mb", [0.0, 250 / 2**20])
 def test_gradcheck(keep_mb):
-    """Two chunks of three in the gradient's memory; the third recomputed, or kept beside it (5 samples x 3 classes x 8 bytes = 120)."""
+    """Two chunks of three in the gradient's memory; the third recomputed, or kept in more memory (5 samples x 3 classes x 8 bytes = 120)."""
     x, weight, labels = data(classes=11, batch=5, dim=4)
     labels[2] = -1
     scale = torch.linspace(2.0, 9.0, 11, dtype=torch.float64)
@@ -191,7 +191,7 @@ def test_float32_is_no_worse_than_the_materialised_version():
 @pytest.mark.parametrize("scale", [64.0, 300.0])
 @pytest.mark.parametrize("batch", [5, DIM, DIM + 1, 2 * DIM + 7, 40 * DIM])
 def test_kept_exponentials_change_nothing(batch, scale, keep_mb):
-    """All, some or no chunks in the gradient's memory, then some or all in memory of their own.
+    """All, some or no chunks in the gradient's memory, then some or all in further memory.
 
     The second time backward computes everything again: the same numbers bit for bit with a fixed shift, to rounding with
     the running maximum (scale 300).

@@ -69,7 +69,7 @@ def test_dense_is_torch_optim_on_the_whole_matrix(name: str, dtype: torch.dtype,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_row_sparse_is_torch_optim_row_by_row(name: str, dtype: torch.dtype) -> None:
-    """Every row is a parameter of its own, whose optimizer is called only when the row is touched."""
+    """Every row is a separate parameter, whose optimizer is called only when the row is touched."""
     weight = start(dtype)
     parameters = [torch.nn.Parameter(row.clone()) for row in weight]
     theirs, mine = reference(name, parameters), ours(weight, name, "row_sparse")

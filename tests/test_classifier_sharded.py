@@ -254,7 +254,7 @@ def test_a_rank_without_classes():
 
 @pytest.mark.parametrize("order", ["a loss of the rows first", "both forwards first", "backward twice"])
 def test_in_whatever_order_backward_is_called_gradients_add_up(order):
-    """The rows' gradient has its memory from the forward on; whoever comes to it second adds to what is there."""
+    """The rows' gradient gets its memory in forward; a second micro-batch adds to what is there."""
     x, labels = batch()
 
     def gradient(calls):
@@ -295,7 +295,7 @@ def test_in_whatever_order_backward_is_called_gradients_add_up(order):
 
 def test_classes_without_a_direction_are_left_out_of_their_anchor():
     """With no class known yet the second anchor adds nothing. Later a sample of an unknown class has no second fraction, and
-    unknown classes are no negatives in those of others."""
+    unknown classes are not negatives in the terms of others."""
     x, labels = batch()
     losses = []
     for second in (False, True):
@@ -458,7 +458,7 @@ def test_the_device_computes_the_step_and_the_host_never_waits_for_it(device, pr
 
 def test_what_the_recipe_says_reaches_the_classifier():
     """Nothing here is a default. The first update, of SGD, shows the rates of the step: theirs stay in proportion to the backbone's, their
-    weight decay is the backbone's where they have none of their own."""
+    weight decay is the backbone's if theirs is not set."""
     recipe = recipes.resolve(
         {
             "name": "wiring",

@@ -1,4 +1,4 @@
-"""The rows' update beside the step: nobody reads rows before it is done, and nothing else changes."""
+"""The update of the rows on a second stream: nothing reads rows before it is done, and results do not change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES, DIM, BATCH = 53, 16, 12
 
 
 class Late(SideStream):
-    """A second stream at its slowest, on any device: the work begins when somebody waits for it."""
+    """A second stream at its slowest, on any device: the work begins only when it is waited for."""
 
     work: Callable[[], None] | None = None
     complete = False  # the rows' gradient

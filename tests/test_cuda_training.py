@@ -21,7 +21,7 @@ pytestmark = pytest.mark.fakecuda
 VERDICT = "engine/engine.py:receive"  # whether the step was finite
 CSS = "training/schedule.py:observe"  # PCO's cosine, once a window
 BATCH = {"global_batch": 16, "micro_batches": 4}
-ON_GPU = {"backend": "torch"}  # DALI brings a CUDA runtime of its own, which finds no GPU here
+ON_GPU = {"backend": "torch"}  # DALI contains another CUDA runtime, which finds no GPU here
 
 
 def train(device: FakeDevice, recipe: Path, *arguments: str, ds_config: str = "zero1") -> Ended:
@@ -51,7 +51,7 @@ def test_pco_trains_evaluates_saves_and_resumes(
     assert all(row["memory_gb"] > 0 and row["nonfinite"] == 0 for row in metrics(run))
     assert len(events(run, "resume")) == 1 and (run / "evaluation" / "final.json").exists()
     waited = waits_of_ours(ended.trace())
-    if ds_config == "zero3_offload":  # the optimizer is on the host: it is told of the loss and the norm there
+    if ds_config == "zero3_offload":  # the optimizer is on the host: it reads the loss and the norm there
         assert waited.pop("engine/engine.py:step") == 6 * 12
     assert waited == {VERDICT: 12, CSS: 6}
 

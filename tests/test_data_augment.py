@@ -77,7 +77,7 @@ def test_landmark_twins_share_crop_and_flip_and_nothing_else():
 
 @pytest.mark.parametrize("name", SETS)
 def test_both_backends_give_the_same_picture(tmp_path_factory, name):
-    """To a rounding of the resampling, a mean below 0.6 of 255 levels on pictures full of noise; bit for bit where nothing but a mirror is."""
+    """To a rounding of the resampling, a mean below 0.6 of 255 levels on noisy images; bit for bit with no more than a mirror."""
     folder = make_dataset(tmp_path_factory.mktemp("data"), samples=24)
     views = {}
     for backend in ("dali", "torch"):

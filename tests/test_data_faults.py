@@ -1,4 +1,4 @@
-"""What goes wrong with data: said at start-up and named, or survived with the slot kept."""
+"""Faults of data: reported at the start with the file's name, or survived with the sample's place kept."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_a_shard_cut_while_training(folder):
 
 
 def test_a_stalling_read_is_told(clean, monkeypatch):
-    """The first read ends only when the waiting rank has said that it waits."""
+    """The first read ends only when the waiting rank has reported that it waits."""
     told, waiting = [], threading.Event()
 
     def warn(message):

@@ -71,7 +71,7 @@ def _is_plain(root: Path) -> bool:
         ({("Test", "ann", "0.jpg"), ("ann", "0.jpg")}, True),
         ({("faces", name, "0.jpg") for name in "abc"}, True),  # one folder around them all
         ({("p1", name, "0.jpg") for name in "abcde"} | {("p2", name, "0.jpg") for name in "fghij"}, True),
-        ({(name, session, "0.jpg") for name in "abcdef" for session in ("s1", "s2")}, False),  # sessions of a person
+        ({(name, session, "0.jpg") for name in "abcdef" for session in ("s1", "s2")}, False),  # sessions of an identity
         ({("train", "0.jpg"), ("val", "0.jpg")}, False),
         ({("train", "0.jpg"), ("train", "x", "0.jpg"), ("ann", "0.jpg")}, False),
     ],

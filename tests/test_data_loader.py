@@ -242,7 +242,7 @@ def test_the_torch_backend_for_a_gpu_makes_the_pictures_it_makes_for_the_cpu(fol
 @pytest.mark.gpu
 @pytest.mark.parametrize("augmentation", ["flip", "strong", "randaugment", "lafs"])
 def test_on_a_gpu(folder, augmentation):
-    """`mixed` decoding: the same for any number of ranks, and the CPU's picture to the decoder's rounding."""
+    """`mixed` decoding: the same for any number of ranks, and the CPU's image up to the decoder's rounding."""
 
     def views(device, micro_batch, batches):
         with Loader(

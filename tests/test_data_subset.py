@@ -83,7 +83,7 @@ def test_a_subset_is_a_dataset(whole, tmp_path):
 
 def test_merged_identities(whole, tmp_path):
     label_of = np.full(40, DROPPED, dtype=np.uint32)
-    label_of[[3, 9, 11]] = [0, 0, 1]  # 3 and 9 are one person
+    label_of[[3, 9, 11]] = [0, 0, 1]  # 3 and 9 are one identity
     ids = np.flatnonzero(np.isin(whole.labels(np.arange(200)), [3, 9, 11]))
     subset = ShardDataset(write_subset(tmp_path / "merged.json", whole, ids, label_of=label_of))
     assert np.bincount(subset.labels(np.arange(15))).tolist() == [10, 5]
@@ -96,7 +96,7 @@ def test_merged_identities(whole, tmp_path):
 
 
 def test_a_subset_of_a_subset_is_one_of_the_dataset(whole, tmp_path):
-    """One shot of a cleaned set, in which 3 and 9 are one person and 5 is dropped."""
+    """One shot of a cleaned set, in which 3 and 9 are one identity and 5 is dropped."""
     label_of = np.full(40, DROPPED, dtype=np.uint32)
     label_of[[3, 9, 11, 20]] = [0, 0, 1, 2]
     labels = whole.labels(np.arange(200))

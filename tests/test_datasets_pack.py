@@ -205,7 +205,7 @@ def test_webdataset_of_others_and_our_own(folder, faces, tmp_path):
 
 @pytest.fixture
 def troubled(folder, faces):
-    """One of every trouble."""
+    """One of every kind of problem."""
     picture = Image.open(io.BytesIO(faces["id1"][0]))
     picture.save(folder / "id1" / "png.png")
     picture.convert("L").save(folder / "id1" / "grey.jpg")

@@ -1,4 +1,4 @@
-"""Parquet: classes are joined by name, missing labels are nobody, damage is one line."""
+"""Parquet: classes are joined by name, missing labels are counted, damage is one line."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_cut_and_foreign_files_are_named(tmp_path):
 
 
 def test_dali_reads_our_records(tmp_path):
-    """DALI's own MXNet reader, on a flat file, a multipart record, array labels, and a filtered .idx beside an untouched .rec."""
+    """DALI's own MXNet reader, on a flat file, a multipart record, array labels, and a filtered .idx of an unchanged .rec."""
     dali = pytest.importorskip("nvidia.dali")
     images = [encode_face(5, identity, 0, DIFFICULTIES["normal"]) for identity in range(6)]
     images[4] = (

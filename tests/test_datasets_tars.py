@@ -90,7 +90,7 @@ def test_the_plain_suffix_wins_and_the_rest_is_counted(tmp_path: Path) -> None:
         add(tar, "z.cls", b"nobody")
         add(tar, "z2.cls", b"nobody")
     report = packed("webdataset", tmp_path / "src", tmp_path / "out")
-    assert people(tmp_path / "out") == {"ann": 4, "ben": 1}  # a hard link is the image it stands for
+    assert people(tmp_path / "out") == {"ann": 4, "ben": 1}  # a hard link is the image that it links to
     assert report["reconciliation"]["skipped"] == {
         "hidden file of a tar": 4,
         "image .mask.png of a sample with .jpg": 4,

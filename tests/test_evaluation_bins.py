@@ -112,7 +112,7 @@ def test_refuses_code(tmp_path: Path) -> None:
 
 
 def test_refuses_to_have_its_own_names_changed(tmp_path: Path) -> None:
-    """GLOBAL, then BUILD with a state: would set attributes of whatever the name stands for."""
+    """GLOBAL, then BUILD with a state: would set attributes of the object with that name."""
     path = tmp_path / "set.bin"
     path.write_bytes(b"\x80\x02c_codecs\nencode\n}U\x08__code__K\x01sb.")
     with pytest.raises(UserError, match="changing a function"):

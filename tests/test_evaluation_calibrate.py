@@ -57,7 +57,7 @@ def test_people_point_estimate_is_the_full_count() -> None:
 
 
 def test_people_interval_is_wider_and_holds() -> None:
-    """Few people, many images each: pairs are far from independent, and the interval of independent pairs is far too narrow."""
+    """Few identities, many images each: pairs are far from independent, and the interval of independent pairs is far too narrow."""
     truth = np.median(
         [
             calibrate.from_people(*population(seed, people=400, images=3), targets=(1e-2,), replicates=2)["thresholds"][

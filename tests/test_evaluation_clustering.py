@@ -1,4 +1,4 @@
-"""Clustering scores against counting over all pairs; the three algorithms on people that can be told apart."""
+"""Clustering scores against counting over all pairs; the three algorithms on identities that can be separated."""
 
 import numpy as np
 import pytest

@@ -39,7 +39,7 @@ def network() -> torch.nn.Module:
 
 
 def test_images_are_decoded_upright_and_by_name() -> None:
-    """A camera's note that the picture lies on its side is followed; grey and transparent ones become RGB; others are refused with their name."""
+    """The EXIF rotation is applied; grey and transparent images become RGB; others are refused with their name."""
     picture = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
     buffer = io.BytesIO()
     exif = Image.Exif()

@@ -13,7 +13,7 @@ from tests.runs import tool
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten people with six pictures each, and a list of 60 pairs whose positives come first and then some more at the end."""
+    """Ten identities with six images each, and a list of 60 pairs: positives first, and some more at the end."""
     folder = tmp_path_factory.mktemp("people")
     generator = np.random.default_rng(0)
     for person in range(10):

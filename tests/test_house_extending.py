@@ -1,6 +1,6 @@
 """One toy of each kind, written as a newcomer would: a class with a decorator, in one place, used by name from a recipe.
 
-The toys are registered inside a process of their own, so that no other test meets them.
+The toys are registered in another process, so that no other test sees them.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class StripOptions(importer.Options):
 
 
 class Strip(importer.Importer):
-    """One picture of many faces side by side."""
+    """One image of many faces next to each other."""
 
     options_class = StripOptions
 

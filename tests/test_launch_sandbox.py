@@ -18,7 +18,10 @@ import pytest
 from tests.slurm_chains import ChainRun, sandbox, sbatch_quickstart, submit
 from tools import trial
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]  # longer than a chain may take, which then tells its story
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(1800),
+]  # longer than a chain may take; the failure shows its ledger
 PHASES = ("alignment", "stabilisation", "refinement")
 STEPS = 30
 FIRST, SECOND, THIRD = 5, 15, 25  # a step in each phase, at which a checkpoint has just been saved
@@ -61,7 +64,7 @@ Story = tuple[ChainRun, list[int]]
 
 @pytest.fixture(scope="module")
 def stories(tiny_faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Story]]]:
-    """All chains side by side, each disturbed by a thread of its own: most of their time is waiting.
+    """All chains at the same time, each disturbed by its own thread: they mostly wait.
 
     A story is the chain, over by then, and the jobs that were disturbed.
     """
@@ -139,7 +142,7 @@ def nothing(chain: ChainRun) -> list[int]:
 
 
 def struck(chain: ChainRun, phase: str, step: int, strike: Callable[[int], object]) -> int:
-    """Strikes the phase's job while its ranks wait, deaf to signals, at this step; lets go once they are no more."""
+    """Disturbs the phase's job while its ranks wait at this step and ignore signals; releases them once they are gone."""
     job = chain.running_job(phase, past_step=step - 1)
     strike(job)
     chain.wait_until_struck(job)
@@ -266,7 +269,7 @@ def test_killed_at_the_time_limit_a_new_job_takes_over(stories: dict[str, Future
 def test_quickstart_three_ways_interrupted_ends_with_the_same_bits(
     stories: dict[str, Future[Story]], tiny_faces: Path, tmp_path: Path
 ) -> None:
-    """`sbatch slurm/quickstart.sh`, the real trainer, over 2 nodes x 1 task, against a run without Slurm that nobody disturbed."""
+    """`sbatch slurm/quickstart.sh`, the real trainer, over 2 nodes x 1 task, against an undisturbed run without Slurm."""
     recipe = ["--recipe", "lvtrain/recipes/quickstart.yaml", "--ds_config", "ds_configs/zero2.json"]
     words = [*recipe, *SHORT, f"data.path={tiny_faces / 'train'}", f"runs={tmp_path}"]
     codes = trial.end(trial.start(2, words, tmp_path / "log.txt"), 600)

@@ -62,7 +62,7 @@ def distilled(method: dict[str, Any], margin: str = "cosface") -> SupervisedMeth
 
 
 def step_data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings, pictures, labels of a global batch; four samples, three in one micro-batch, could not be decoded and are no numbers at all."""
+    """Embeddings, images, labels of a global batch; four samples, three in one micro-batch, could not be decoded and are no numbers at all."""
     generator = torch.Generator().manual_seed(7)
     x = 3 * torch.randn(GLOBAL, DIM, generator=generator, dtype=torch.float64)
     images = torch.randn(GLOBAL, 3, SIDE, SIDE, generator=generator)

@@ -257,7 +257,7 @@ def test_a_collapse_is_reported() -> None:
         "feature_std": 0.2,
         "teacher_entropy": 1e-4,
         "prototype_entropy": 2.0,
-    }  # every image sure of its own prototype
+    }  # every image certain of its prototype
     assert method.warnings(healthy, now) == []
     assert "nearly equal" in method.warnings(healthy | {"feature_std": 1e-5}, now)[0]
     assert "one prototype" in method.warnings(healthy | {"prototype_entropy": 1e-4}, now)[0]
@@ -465,7 +465,7 @@ def test_gradients_reach_landmarks_as_the_option_says(option: str, reaches: bool
     [("trained", "freeze_landmarks"), ("anchored", "freeze_landmarks"), ("fixed", "landmark CNN")],
 )
 def test_landmark_options_that_cannot_be(option: str, named: str) -> None:
-    """Trained although frozen; held to points that nobody trained."""
+    """Trained although frozen, or anchored to points that were never trained."""
     with pytest.raises(UserError, match=named):
         create_method(recipe({"name": "finetune", "landmarks": option}), num_classes=6, device=CPU)
 
@@ -510,7 +510,7 @@ def lafs_run(folder: Path, data: Path) -> Path:
 
 def test_selfsupervised_run_resumes_exactly_and_elastically(tiny_faces: Path, tmp_path: Path) -> None:
     """LAFS under ZeRO-3 on 2 ranks, stopped amid its run and started again, ends with the bits of a run in one piece; begun under ZeRO-2 on 2 ranks
-    and gone on with 1 under ZeRO-1 it has the same losses, teacher and centre to rounding. The prototypes move from the third step on."""
+    and resumed with 1 under ZeRO-1 it has the same losses, teacher and centre to rounding. The prototypes move from the third step on."""
     from safetensors.torch import load_file
 
     from tests.runs import metrics, output, run

@@ -196,7 +196,7 @@ def test_report_stays_small_for_a_long_run(tmp_path: Path) -> None:
 
 
 def test_runs_beside_each_other(tmp_path: Path) -> None:
-    """Their curves in one figure, what each reached, and only the settings that differ; a run that has nothing yet is no hindrance, nor is one that
+    """Their curves in one figure, what each reached, and only the settings that differ; also with a run that has nothing yet, or one that
     diverged before its first log line."""
     run, other, young = make_run(tmp_path / "a"), make_run(tmp_path / "b", steps=300), tmp_path / "c"
     changed = RECIPE.replace("name: sample", "name: half").replace("sample_rate: 1.0", "sample_rate: 0.25")

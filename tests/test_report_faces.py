@@ -76,7 +76,7 @@ def test_report_of_a_part_fvit_run(tiny_faces: Path, tmp_path: Path) -> None:
     )
     assert page == write_report(folder).read_text()
 
-    described = json.loads((data / "dataset.json").read_text())  # as a packed dataset of real people has it
+    described = json.loads((data / "dataset.json").read_text())  # as in a packed dataset of photographs
     described["provenance"] = {"kind": "folder"}
     (data / "dataset.json").write_text(json.dumps(described))
     page = write_report(folder).read_text()

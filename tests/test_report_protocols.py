@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def evaluated(seed: int = 0) -> tuple[dict, np.ndarray, np.ndarray]:
-    """What tools/evaluate.py writes of twelve people with six pictures each."""
+    """What tools/evaluate.py writes for twelve identities with six images each."""
     generator = np.random.default_rng(seed)
     labels = np.repeat(np.arange(12), 6)
     embeddings = generator.normal(size=(12, 16))[labels] + 0.4 * generator.normal(size=(72, 16))

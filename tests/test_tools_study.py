@@ -159,7 +159,7 @@ def test_subsets_and_a_setting_that_starts_from_another(fewshot: Path, tmp_path:
     data = ShardDataset(first["data"]["path"])
     assert data.num_classes == 12 and len(data) == 24
 
-    # the result of a second seed beside it
+    # the result of a second seed
     final = json.loads((folders[0] / "evaluation" / "final.json").read_text())
     accuracy = final["benchmarks"]["heldout"]["accuracy"]
     final["benchmarks"]["heldout"]["accuracy"] = accuracy + 0.02

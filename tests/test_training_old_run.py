@@ -1,4 +1,4 @@
-"""A run that version 0.1.0 trained for 60 steps goes on with today's code as it would have gone on then, bit for bit.
+"""A run that version 0.1.0 trained for 60 steps, resumed with today's code, gives that version's results bit for bit.
 
 The arithmetic is held to instructions that every x86 processor has (`expected.json`: environment), so the bits depend on
 the versions of torch, DeepSpeed and NumPy only. With other versions losses are compared to 1e-4.
@@ -44,7 +44,7 @@ def resumed(tiny_faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe.write_text(json.dumps(todays(values)))
     command = [sys.executable, "lvtrain/main.py", "--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json"]
     command += [f"runs={folder.parent}", f"data.path={tiny_faces / 'train'}"]
-    # in processes of their own, because the environment counts only before torch is imported
+    # in new processes, because the environment matters only before torch is imported
     places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MKL_")}
     environment |= EXPECTED["environment"] | places

@@ -60,7 +60,7 @@ def folder_of(recipe: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def peaceful(tiny_faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Peaceful:
-    """The recipe of a run nobody disturbed, by ranks and ZeRO stage; each is made once."""
+    """The recipe of an undisturbed run, by ranks and ZeRO stage; each is made once."""
 
     @cache
     def recipe_of(size: int, zero: int) -> Path:
@@ -166,7 +166,7 @@ def test_damage_falls_back_and_ends_with_the_same_bits(tiny_faces: Path, tmp_pat
 
 
 def test_outputs_that_are_not_finite(tiny_faces: Path, tmp_path: Path, peaceful: Peaceful) -> None:
-    """Once: skipped on all ranks alike. Three times in a row: the run stops with a checkpoint from before them, and goes on from there."""
+    """Once: skipped on all ranks. Three times in a row: the run stops, and resumes from a checkpoint before them."""
     once, thrice = (make(tmp_path / name, tiny_faces) for name in "ab")
     assert go(once, 2, 2, "loop.outputs:1:6:nan") == [0, 0], said(once)[-2000:]
     (event,) = events(folder_of(once), "nonfinite")
@@ -263,7 +263,7 @@ def test_stopped_and_resumed_through_deepspeeds_launcher(tiny_faces: Path, tmp_p
         command += ["--recipe", str(disturbed), "--ds_config", "ds_configs/zero2.json"]
         settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LVTRAIN_FAULT": f"loop.step:*:{step}:asked"}
         with log.open("w") as file:
-            # a session of its own, so that a signal reaches exactly the launcher and all it started
+            # a new session, so that a signal reaches exactly the launcher and its children
             job = subprocess.Popen(
                 command, cwd=ROOT, env=os.environ | settings, stdout=file, stderr=file, start_new_session=True
             )

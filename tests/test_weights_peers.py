@@ -127,7 +127,7 @@ def test_cvlface(kind: str, name: str, colours: str, tmp_path: Path) -> None:
         config = types.SimpleNamespace(name=name, output_dim=512, mask_ratio=0.0, color_space=colours)
         model = settled(load(f"cvlface_models.{kind}").load_model(config))
     with torch.no_grad():
-        expected = model(IMAGES)  # takes RGB and turns it round inside where its weights want BGR
+        expected = model(IMAGES)  # takes RGB, and converts it if its weights take BGR
     torch.save(model.state_dict(), tmp_path / "model.pt")
     (tmp_path / "model.yaml").write_text(f"name: {name}\ncolor_space: {colours}\n")
     assert_equal(f"CVLface {kind} {name} {colours}", tmp_path / "model.pt", expected)
@@ -139,7 +139,7 @@ def test_adaface(name: str, tmp_path: Path) -> None:
     with code_of("AdaFace") as load:
         model = settled(load("net").build_model(name))
     with torch.no_grad():
-        direction, norm = model(IMAGES.flip(1))  # it wants BGR
+        direction, norm = model(IMAGES.flip(1))  # it takes BGR
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
     head = {"head.kernel": torch.randn(512, 10), "head.t": torch.ones(1)}
     arguments = {"hyper_parameters": argparse.Namespace(arch=name), "callbacks": {}}

@@ -32,13 +32,13 @@ if [ ! -x .venv/bin/python ]; then
         { echo "install.sh: cannot make .venv; on Debian: apt-get install python3-venv" >&2; exit 2; }
 fi
 
-# uv installs several times faster than pip; where it cannot be had, pip does the same
+# uv installs several times faster than pip; without it, pip does the same
 uv=$(command -v uv || true)
 if [ -z "$uv" ]; then
     .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip --upgrade >/dev/null
     .venv/bin/python -m pip install --quiet uv && uv=.venv/bin/uv
 fi
-echo "install.sh: installing $what into .venv and compiling it: some minutes without a word"
+echo "install.sh: installing $what into .venv and compiling it: this takes some minutes without output"
 # compiled once here instead of at every start, where python may not write its bytecode (a start imports for 6 s instead of 13)
 if [ -z "$uv" ] || ! "$uv" pip install --quiet --compile-bytecode --python .venv/bin/python "${pins[@]}" --editable "$what"; then
     .venv/bin/python -m pip install --quiet "${pins[@]}" --editable "$what"

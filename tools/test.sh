@@ -5,12 +5,12 @@
 #   bash tools/test.sh -m slow            the longer proofs
 #   bash tools/test.sh tests/test_launch_sandbox.py -k requeue
 #
-# The last lines name each skipped test with its reason; pytest's own count closes.
+# The last lines list each skipped test with its reason, and pytest's count.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/install.sh
 
-# Two cores are shared by up to four ranks: one thread each is faster, and sums do not depend on the machine.
+# Up to four ranks share two cores: one thread each is faster, and sums do not depend on the machine.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # deepspeed and ninja are found by name
 export PATH="$PWD/.venv/bin:$PATH"

@@ -24,7 +24,7 @@ class Unsupported(Exception):
 
 
 def build(folder: Path) -> list[Path]:
-    """Returns the libraries to preload, built in `folder`: CUDA, and an NVRTC that stops whoever compiles with it.
+    """Returns the libraries to preload, built in `folder`: CUDA, and an NVRTC that stops a process that compiles with it.
 
     Raises:
         Unsupported: no compiler, a torch without CUDA, or one that imports names that are neither in the C files nor in

@@ -102,7 +102,7 @@ class FakeDevice:
         environment: dict[str, str] | None = None,
         copy_limit: int | None = None,
     ) -> Ended:
-        """Calls `module:function` with JSON arguments in a process of its own; output and trace go to `folder`.
+        """Calls `module:function` with JSON arguments in a new process; output and trace go to `folder`.
 
         `copy_limit`: copies and memsets of more bytes are only counted.
         """
