@@ -19,6 +19,7 @@ from lvtrain.data.shards import ShardDataset
 from lvtrain.datasets import clean, contact_sheet
 from lvtrain.datasets.subset import check_target, write_subset
 from lvtrain.errors import UserError, one_line_errors
+from lvtrain.evaluation.embeddings import check_same_space, read_embeddings
 from lvtrain.files import atomic
 
 _SHOWN = 6
@@ -93,13 +94,15 @@ def _clean(
     read = _reader(data)
     labels = data.labels(np.arange(len(data)))
     embed = None if model.suffix == ".npy" else _model(model, batch)
-    vectors = _load(model) if embed is None else embed(_Samples(read, len(data)))
+    given = [read_embeddings(path) for path in (model, *bin_embeddings)] if embed is None else []
+    check_same_space(*given)
+    vectors = given[0].rows if embed is None else embed(_Samples(read, len(data)))
     parts = []
     for number, path in enumerate(bins):
         from lvtrain.evaluation.bins import read_bin
 
         images, _ = read_bin(path, strict=False)
-        theirs = _load(bin_embeddings[number]) if embed is None else embed(images)
+        theirs = given[1 + number].rows if embed is None else embed(images)
         if len(theirs) != len(images):
             raise UserError(f"{path} has {len(images)} images, its embeddings {len(theirs)} rows; embed this set again")
         parts.append(clean.EvaluationSet(path.stem, theirs, images.__getitem__))
@@ -146,15 +149,6 @@ def _blame(findings: clean.Findings, left_without_overlap: int, min_images: int)
         f"{len(findings.outliers)} outliers and --min-images {min_images} leave no identity: the embeddings are of another "
         "dataset, or --outlier, --same-person or --min-images is too strict."
     )
-
-
-def _load(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as .npy ({error}); save a float array [samples, d] with numpy.save"
-        ) from None
 
 
 def _reader(data: ShardDataset) -> Callable[[int], bytes]:

@@ -131,6 +131,10 @@ def export(
         Path | None, typer.Option(help=".bin set on which the ONNX file's accuracy is compared with the weights' own")
     ] = None,
     average: Annotated[bool, typer.Option(help="the moving average of the weights")] = False,
+    purpose: Annotated[
+        Literal["commercial"] | None,
+        typer.Option("--for", help="refuse unless every licence that the weights inherit allows it"),
+    ] = None,
 ) -> None:
     """The backbone for others' programs, checked after writing."""
     from lvtrain.export import convert
@@ -146,6 +150,7 @@ def export(
             calibration=calibration,
             benchmark=benchmark,
             average=average,
+            purpose=purpose,
         )
 
 

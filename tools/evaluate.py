@@ -79,7 +79,7 @@ def main(
             _show(name, results, console)
             for line in alignments:
                 console.print(line, soft_wrap=True, style="bold" if line.startswith("warning") else "dim")
-            _write(name, results, tasks, folder, image_size)
+            _write(name, results, tasks, folder, image_size, _space(model, average))
             console.print(f"figures and plots: {folder}/", soft_wrap=True)
             _calibration(Path(model), weights, results, console)
         state.wait_for_everyone()
@@ -153,12 +153,18 @@ def _alignments(tasks, results) -> list[str]:
     return lines
 
 
-def _write(name, results, tasks, out: Path, image_size: int) -> None:
+def _space(model: str, average: bool) -> str | None:
+    from lvtrain.weights.space import space_of
+
+    return None if model == "raw_pixels" else space_of(model, average=average)
+
+
+def _write(name, results, tasks, out: Path, image_size: int, space: str | None) -> None:
     from lvtrain.evaluation import plots
     from lvtrain.evaluation.protocol import PROTOCOLS
 
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "evaluation.json", {"model": name, "benchmarks": results}, indent=1)
+    write_json(out / "evaluation.json", {"model": name, "space": space, "benchmarks": results}, indent=1)
     drawn = plots.roc_of(results)
     for task in tasks:
         if (result := results.get(task.name)) is not None:

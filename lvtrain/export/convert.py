@@ -13,7 +13,8 @@ import torch
 
 from lvtrain.errors import UserError
 from lvtrain.export import onnx_export, quantise
-from lvtrain.export.model_card import bare, for_weights, write_card
+from lvtrain.export.annotate import annotate
+from lvtrain.export.model_card import Card, bare, for_weights, write_card
 from lvtrain.export.packages import (
     merge_rows,
     read_deepspeed,
@@ -26,6 +27,7 @@ from lvtrain.export.packages import (
 from lvtrain.weights.architecture import Architecture, fit, recognise
 from lvtrain.weights.foreign import swap_colours
 from lvtrain.weights.models import finite
+from lvtrain.weights.provenance import from_json
 from lvtrain.weights.reading import read_weights, strip_wrappers
 from lvtrain.weights.source import open_source
 
@@ -68,8 +70,7 @@ def import_weights(
     architecture = recognise(state, heads=heads)
     report = fit(architecture.create(), state)
     rows = _rows_of_ranks(rank_files, num_classes) if rank_files else None
-    card = bare(out.name, architecture, state, f"{weights.kind}, {source.name}")
-    card.data_licence = licence
+    card = bare(out.name, architecture, state, f"{weights.kind}, {source.name}", path=source, licence=licence)
     write_folder(out, architecture, state, card=card, rows=rows)
     size = f"{architecture.embedding_dim} numbers, image {architecture.image_size}"
     tell(f"{weights.kind}: {architecture.name}, {size}; {report}")
@@ -108,7 +109,7 @@ def consolidate(
             raise UserError(f"{source} is a DeepSpeed folder; class rows are read from runs and checkpoints of ours")
         state = strip_wrappers(read_deepspeed(source, tag))
         architecture = recognise(state, heads=heads)
-        card = bare(out.name, architecture, state, f"DeepSpeed checkpoint {source.name}")
+        card = bare(out.name, architecture, state, f"DeepSpeed checkpoint {source.name}", path=source)
     else:
         opened = open_source(source, average=average)
         architecture, state, weights = opened.architecture(), opened.state(), opened.kind
@@ -153,6 +154,7 @@ def export(
     calibration: Path | None = None,
     benchmark: Path | None = None,
     average: bool = False,
+    purpose: Literal["commercial"] | None = None,
     tell: Tell = print,
 ) -> None:
     """The backbone in another program's format, checked after writing.
@@ -161,6 +163,7 @@ def export(
         batch: images an ONNX file takes at once; None for any number.
         calibration: images from which int8 takes the scales of activations (static int8); without, they are found anew for each input.
         benchmark: a `.bin` verification set on which the ONNX file's accuracy is compared with the backbone's.
+        purpose: `commercial` refuses unless every licence that the weights inherit allows commercial use.
 
     Raises:
         UserError: nothing usable at `source`, or a file that does not agree with the backbone.
@@ -173,21 +176,24 @@ def export(
     opened = open_source(source, average=average)
     architecture, state, weights = opened.architecture(), opened.state(), opened.kind
     finite(state, source)
+    card = for_weights(source, architecture, state, weights)
+    if purpose == "commercial":
+        from_json(card.provenance).check_commercial(str(source))
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "arcface":
         write_arcface(out, state)
     elif to == "onnx":
-        _write_onnx(architecture, state, out, options, tell)
+        _write_onnx(architecture, state, out, options, card, tell)
     else:
-        card = for_weights(source, architecture, state, weights)
         if card.stale:
             tell(f"no thresholds in the model card: {card.stale}")
         if to == "folder":
             write_folder(out, architecture, state, card=card)
         else:
             out.mkdir(exist_ok=True)
-            _write_onnx(architecture, state, out / "recognition.onnx", options, tell)
-            write_insightface(out, out / "recognition.onnx", architecture, model_id=out.name, licence=card.data_licence)
+            card = _write_onnx(architecture, state, out / "recognition.onnx", options, card, tell)
+            licence = "; ".join(map(str, from_json(card.provenance).licences)) or card.data_licence
+            write_insightface(out, out / "recognition.onnx", architecture, model_id=out.name, licence=licence)
             write_card(out / "README.md", card)
     tell(f"written: {out}")
 
@@ -228,8 +234,14 @@ class _OnnxOptions:
 
 
 def _write_onnx(
-    architecture: Architecture, state: dict[str, torch.Tensor], out: Path, options: _OnnxOptions, tell: Tell
-) -> None:
+    architecture: Architecture,
+    state: dict[str, torch.Tensor],
+    out: Path,
+    options: _OnnxOptions,
+    card: Card,
+    tell: Tell,
+) -> Card:
+    """Writes the file and returns the card that is true of it."""
     backbone, size, precision = architecture.create(), architecture.image_size, options.precision
     fit(backbone, state)
     with tempfile.TemporaryDirectory(
@@ -252,12 +264,14 @@ def _write_onnx(
                 table.write_text(json.dumps([asdict(layer) for layer in layers], indent=1) + "\n")
                 worst = ", ".join(f"{layer.layer} {layer.cosine:.4f}" for layer in layers[:4])
                 tell(f"cosine of each layer's output to float32's: {worst}; all {len(layers)} in {table}")
+        card = annotate(made, card, precision)
         made.replace(out)
     if options.benchmark is not None:
         torchs, files = onnx_export.accuracies(backbone, out, options.benchmark, image_size=size)
         tell(
             f"accuracy on {options.benchmark}: {100 * torchs:.2f}% by torch, {100 * files:.2f}% by the {precision} file ({100 * (files - torchs):+.2f})"
         )
+    return card
 
 
 def _narrow(

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lvtrain.data.index import read_manifest
-from lvtrain.data.subset import read_subset
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import write_json, write_text
 from lvtrain.methods import method_title
 from lvtrain.recipe import files as recipes
 from lvtrain.weights.architecture import Architecture
+from lvtrain.weights.provenance import data_licence, from_json, provenance_of
 from lvtrain.weights.source import CONFIG
+from lvtrain.weights.space import space_at
 
 CALIBRATION = "calibration.json"  # in a run's folder, until the run is exported
 _UNKNOWN = "not stated in dataset.json; find out before you use or share these weights"
@@ -26,7 +26,14 @@ _UNKNOWN = "not stated in dataset.json; find out before you use or share these w
 
 @dataclass
 class Card:
-    """`figures`: benchmark name -> result of `lvtrain.evaluation`; `calibration`: labelled set's or pairs' name -> result of its `calibrate`."""
+    """What a model card says.
+
+    Attributes:
+        figures: benchmark name -> result of `lvtrain.evaluation`.
+        calibration: name of a labelled set or of pairs -> result of its `calibrate`.
+        space: identifier of the embedding space (`lvtrain.weights.space`).
+        provenance: `Provenance.as_json()`; empty in cards of version 0.1.
+    """
 
     name: str
     architecture: str
@@ -44,16 +51,24 @@ class Card:
     calibration: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
     stale: str = ""  # why thresholds that were found are not in the card
+    space: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def narrowed(self, space: str, precision: str) -> Card:
+        """The card of a file of another precision: what was measured with the float32 weights is left out."""
+        reason = f"thresholds and figures were found in the space {self.space}, before the weights became {precision}"
+        return replace(self, space=space, figures={}, calibration={}, stale=reason)
 
 
 def for_weights(source: Path, architecture: Architecture, state: Mapping[str, torch.Tensor], weights: str) -> Card:
     """The card of weights that `open_source` found at `source`: an exported folder's own, a run's, or one of what can be seen in the weights."""
     if source.is_dir() and (card := from_folder(source)) is not None:
+        card.space, card.provenance = space_at(source, state), provenance_of(source).as_json()
         return card
     run = run_of(source)
     if run is None:
-        return bare(source.name, architecture, state, weights)
-    card = bare(run.name, architecture, state, f"run {run.name}, {weights}")
+        return bare(source.name, architecture, state, weights, path=source)
+    card = bare(run.name, architecture, state, f"run {run.name}, {weights}", path=source)
     _add_run(card, run, weights)
     return card
 
@@ -65,10 +80,28 @@ def run_of(source: Path) -> Path | None:
     return run if (run / "recipe.yaml").is_file() else None
 
 
-def bare(name: str, architecture: Architecture, state: Mapping[str, torch.Tensor], source: str) -> Card:
-    """The card of weights nothing else is known of."""
+def bare(
+    name: str,
+    architecture: Architecture,
+    state: Mapping[str, torch.Tensor],
+    source: str,
+    *,
+    path: Path,
+    licence: str | None = None,
+) -> Card:
+    """The card of weights nothing else is known of.
+
+    Args:
+        name, architecture, source: as the card says them.
+        state: the weights by name.
+        path: the file or folder they were read from.
+        licence: of their data, from the user.
+    """
     parameters = sum(tensor.numel() for tensor in state.values())
-    return Card(name, architecture.name, architecture.embedding_dim, parameters, source)
+    card = Card(name, architecture.name, architecture.embedding_dim, parameters, source, data_licence=licence)
+    card.space = space_at(path, state)
+    card.provenance = provenance_of(path, stated=licence).as_json()
+    return card
 
 
 def _add_run(card: Card, run: Path, weights: str) -> None:
@@ -77,7 +110,7 @@ def _add_run(card: Card, run: Path, weights: str) -> None:
     values = recipes.of_run(card.recipe)
     data = Path(values["data"]["path"])
     card.method, card.dataset = method_title(values["method"]["name"]), data.name
-    card.data_licence = _licence(run, data)
+    card.data_licence = data_licence(run, data)
     parts = {"begun from": values.get("init_from"), "distilled from": values["method"].get("distill")}
     card.made_from = [f"{how} {part.get('path') or part.get('teacher')}" for how, part in parts.items() if part]
     for file in (run / "evaluation").glob("*.json"):
@@ -94,24 +127,13 @@ def _add_run(card: Card, run: Path, weights: str) -> None:
             card.stale = f"thresholds were found with other weights ({kept['weights']}); these are {weights}"
 
 
-def _licence(run: Path, data: Path) -> str | None:
-    """As the run noted it at its start; of runs that did not, as the dataset says, if it is still there."""
-    noted = run / "environment.json"
-    if noted.is_file() and (licence := json.loads(noted.read_text()).get("data_licence")):
-        return str(licence)
-    try:
-        return read_manifest(
-            read_subset(data)[0] if data.suffix == ".json" and data.name != "dataset.json" else data
-        ).licence
-    except (UserError, OSError):
-        return None
-
-
 def from_folder(folder: Path) -> Card | None:
     """The card of an exported folder; None where it has none (another program's folder)."""
     config = folder / CONFIG
     fields = json.loads(config.read_text()).get("lvtrain", {}).get("card") if config.is_file() else None
-    return Card(**fields) if fields else None
+    if not fields:
+        return None
+    return Card(**{name: value for name, value in fields.items() if name in Card.__dataclass_fields__})
 
 
 def keep_calibration(model: Path, weights: str, found: dict[str, Any]) -> Path | None:
@@ -175,6 +197,10 @@ def write_card(path: str | Path, card: Card) -> None:
         *(f"- {part}: these weights inherit the conditions of its data, too" for part in card.made_from),
         f"- source: {card.source or 'unknown'}",
         "",
+        "## Provenance",
+        "",
+        *_provenance(card),
+        "",
         "## Figures",
         "",
         *_figures(card),
@@ -192,6 +218,22 @@ def write_card(path: str | Path, card: Card) -> None:
     if card.recipe:
         lines += ["", "## Recipe", "", "```yaml", card.recipe.rstrip(), "```"]
     write_text(Path(path), "\n".join(lines) + "\n")
+
+
+def _provenance(card: Card) -> list[str]:
+    found = from_json(card.provenance)
+    lines = [
+        f"- embedding space: `{card.space or 'unknown'}`; compare only embeddings of this space",
+        f"- commercial use, by what the licences say: **{found.commercial}**",
+        *(f"  - {terms}" for terms in found.licences),
+    ]
+    facts = {
+        "dataset fingerprint": found.fingerprint,
+        "recipe digest": found.recipe,
+        "lvtrain commit": found.commit,
+        "packages": ", ".join(f"{name} {version}" for name, version in found.packages.items()),
+    }
+    return lines + [f"- {what}: {value}" for what, value in facts.items() if value]
 
 
 def _figures(card: Card) -> list[str]:

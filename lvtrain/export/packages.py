@@ -17,6 +17,7 @@ from lvtrain.export.model_card import Card, write_card
 from lvtrain.files.atomic import write_json, write_text
 from lvtrain.weights.architecture import Architecture
 from lvtrain.weights.source import CONFIG, WEIGHTS
+from lvtrain.weights.space import space_of_state
 
 ROWS = "class_rows.safetensors"
 
@@ -41,9 +42,11 @@ def write_folder(
         "image_size": architecture.image_size,
         "overrides": architecture.overrides,
     }
+    digest = space_of_state(state)
+    card.space = card.space or digest
     config = {
         "model_type": "lvtrain",
-        "lvtrain": {"backbone": section, "card": asdict(card)},
+        "lvtrain": {"backbone": section, "card": asdict(card), "weights": digest},
         "preprocessing": {
             "colour": "RGB",
             "mean": 127.5,

@@ -83,6 +83,10 @@ class MethodSection(NamedSection):
         """Weights that the options name, by their key below `method`."""
         return {}
 
+    def stated_licences(self) -> dict[str, str | None]:
+        """The licences that the recipe states for weights of `sources`, by the same keys."""
+        return {}
+
 
 class Method(ABC):
     """One paper. It is built anew for every phase; `module` is what the engine trains, everything else is the method's.

@@ -42,6 +42,11 @@ class Distill(Section):
         gt=0,
         lt=1,
     )
+    licence: str | None = setting(
+        None,
+        "of the data that the teacher learned from, where its file does not say; the student inherits it",
+        because="the run has inherited it",
+    )
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ class SupervisedSection(MethodSection):
     def sources(self) -> dict[str, Path]:
         return {"distill.teacher": self.distill.teacher} if self.distill else {}
 
+    def stated_licences(self) -> dict[str, str | None]:
+        """The teacher's, if the recipe states one."""
+        return {"distill.teacher": self.distill.licence} if self.distill else {}
+
 
 class SupervisedMethod(Method):
     """A backbone under the engine, and a sharded classifier with the recipe's margin outside it.

@@ -230,6 +230,11 @@ class InitFrom(Section):
         "fresh",
         "class centres: load them (same classes), means of the pretrained embeddings, or fresh random ones",
     )
+    licence: str | None = setting(
+        None,
+        "of the data that these weights learned from, where they do not say; the run inherits it",
+        because="the run has inherited it",
+    )
 
 
 class Evaluation(Section):

@@ -17,14 +17,17 @@ import yaml
 
 from lvtrain.checkpoint.lease import ELSEWHERE
 from lvtrain.checkpoint.reader import newest_summary
+from lvtrain.data import ShardDataset
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.files import atomic
 from lvtrain.files.patience import FORBIDDEN, in_words, patiently
+from lvtrain.methods.provenance import collect
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.resume import resume_reason, resume_rule
 from lvtrain.recipe.sections import Recipe
+from lvtrain.weights.provenance import FILE as PROVENANCE
 
 RECIPE, IDENTITY = "recipe.yaml", "run.json"
 _PACKAGES = (
@@ -90,6 +93,27 @@ def _open(
     return identity["run_id"], identity["attempt"], reported
 
 
+def keep_provenance(folder: Path, recipe: Recipe, dataset: ShardDataset) -> None:
+    """Writes `provenance.json` into an opened run folder. A collective.
+
+    A run that has trained keeps what its first start wrote, because the weights that it began from may be gone.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    worlds.on_first(lambda: _keep(folder, recipe, dataset))
+
+
+def _keep(folder: Path, recipe: Recipe, dataset: ShardDataset) -> None:
+    try:
+        if has_trained(folder) and patiently((folder / PROVENANCE).exists):
+            return
+        environment = json.loads(patiently((folder / "environment.json").read_text))
+        atomic.write_json(folder / PROVENANCE, collect(recipe, dataset, environment).as_json(), indent=2)
+    except OSError as error:
+        raise in_words(error, folder, ELSEWHERE, users=FORBIDDEN) from error
+
+
 def _identity(folder: Path) -> dict[str, Any]:
     """Run id and number of starts so far: of `run.json`; where that was lost, of the newest checkpoint (starts are counted anew); or new."""
     path = folder / IDENTITY
@@ -107,18 +131,22 @@ def _identity(folder: Path) -> dict[str, Any]:
     return {"run_id": newest.run_id, "attempt": 0}
 
 
+def has_trained(folder: Path) -> bool:
+    """Whether the run in `folder` has left figures or checkpoints."""
+    checkpoints = folder / "checkpoints"
+    return patiently((folder / "metrics.jsonl").exists) or (
+        patiently(checkpoints.is_dir) and bool(patiently(os.listdir, checkpoints))
+    )
+
+
 def changes(folder: Path, recipe: Recipe) -> list[str]:
     """What another start with `recipe` changes of the run in `folder` that is allowed and reported.
 
     Raises:
         UserError: it differs in something that is learned from; or the run has trained and its recipe is lost.
     """
-    checkpoints = folder / "checkpoints"
-    trained = patiently((folder / "metrics.jsonl").exists) or (
-        patiently(checkpoints.is_dir) and patiently(os.listdir, checkpoints)
-    )
     known = patiently((folder / RECIPE).exists) or patiently((folder / IDENTITY).exists)
-    if not (trained and known):
+    if not (has_trained(folder) and known):
         return []  # a start refused before its first step has left nothing that the corrected recipe could spoil
     return compare(_recipe_before(folder), yaml.safe_load(recipes.dump(recipe)), str(folder))
 

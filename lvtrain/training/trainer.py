@@ -38,7 +38,7 @@ from lvtrain.training.heartbeat import Heartbeat
 from lvtrain.training.nonfinite import FILE, note_batch
 from lvtrain.training.outcome import Outcome, Verdict
 from lvtrain.training.phase_state import PhaseState, Setup
-from lvtrain.training.run_folder import open_folder
+from lvtrain.training.run_folder import keep_provenance, open_folder
 from lvtrain.training.schedule import Position, learning_rate, phase_end_reason, rate_line, what_is_complete
 from lvtrain.training.stopping import Stopping
 from lvtrain.training.telemetry import Telemetry, progress_line
@@ -101,6 +101,7 @@ class Trainer:
         per_epoch = len(dataset)
         self.rate = learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=per_epoch)
         self.folder = open_folder(recipe, setup.ds_config, world, licence=dataset.manifest.licence)
+        keep_provenance(self.folder.path, recipe, dataset)
         tracked = TrackedRun(self.folder.path, self.folder.run_id, recipe.model_dump(mode="json"))
         self.telemetry = Telemetry(tracked, world, recipe.logging.trackers)
         dataset.warn = self.telemetry.warn

@@ -1,0 +1,82 @@
+"""Embeddings on disk, with the space that they are of: `NAME.npy`, and `NAME.json` beside it.
+
+`NAME.json` is an object; its key `space` is the identifier of `lvtrain.weights.space`. An array without it is of an unknown
+space: nothing is refused, and it is the user who knows.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvtrain.errors import UserError
+from lvtrain.files.atomic import write_json
+from lvtrain.weights.space import explain
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings `[N, d]`, memory-mapped, and their space; None where it is not known."""
+
+    path: Path
+    rows: np.ndarray
+    space: str | None
+
+
+def write_embeddings(path: Path, rows: np.ndarray, *, space: str, **facts: Any) -> None:
+    """Writes `path` (.npy) and the JSON file beside it.
+
+    Args:
+        path: ends in .npy.
+        rows: float `[N, d]`.
+        space: of the model that made them, by `space_of`.
+        facts: more keys of the JSON file, such as `model`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, rows)
+    write_json(path.with_suffix(".json"), {"space": space, "shape": list(rows.shape), **facts}, indent=1)
+
+
+def read_embeddings(path: Path) -> Embeddings:
+    """Opens what `write_embeddings` wrote, or a bare .npy.
+
+    Raises:
+        UserError: no such array, or a JSON file beside it that is damaged or of another array.
+    """
+    try:
+        rows: np.ndarray = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as .npy ({error}); save a float array [samples, d] with numpy.save"
+        ) from None
+    beside = path.with_suffix(".json")
+    try:
+        found = json.loads(beside.read_text()) if beside.is_file() else {}
+        space, shape = found.get("space"), found.get("shape")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{beside} is damaged ({error}); embed these images again") from None
+    if shape is not None and tuple(shape) != rows.shape:
+        raise UserError(
+            f"{beside} describes an array {shape}, {path.name} is {list(rows.shape)}; embed these images again"
+        )
+    return Embeddings(path, rows, space)
+
+
+def check_same_space(*embeddings: Embeddings) -> None:
+    """Refuses to compare embeddings of different spaces; those of an unknown space pass.
+
+    Raises:
+        UserError: two of them are known and differ.
+    """
+    known = [found for found in embeddings if found.space]
+    for other in known[1:]:
+        first, second = known[0].space, other.space
+        if first != second and first and second:
+            raise UserError(
+                f"{known[0].path} and {other.path} cannot be compared: {explain(first, second)}; "
+                "embed both with one model"
+            )
