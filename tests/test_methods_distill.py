@@ -19,6 +19,7 @@ from lvtrain.methods import StepInfo, create_method
 from lvtrain.methods.distill import Distill, Teacher
 from lvtrain.methods.supervised import SupervisedMethod
 from lvtrain.methods.teacher import load_teacher
+from lvtrain.planning import plan_phases
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
 from tests.conftest import ROOT
@@ -239,7 +240,8 @@ def test_the_plan_counts_the_teacher(
     assert main(arguments) == 0
     said = capfd.readouterr().out
     assert f"method.distill.teacher: {tmp_path / 'teacher.safetensors'}\n" in said
-    assert said.count("    teacher activations  ") == 3
+    plans = plan_phases(recipes.load(recipe), ranks=1, num_classes=24)
+    assert len(plans) == 3 and all("teacher activations" in found.memory for found in plans.values())
     elsewhere = [
         "data.path=/nowhere",
         "data.num_classes=24",
@@ -249,7 +251,8 @@ def test_the_plan_counts_the_teacher(
     assert main([*arguments, *elsewhere]) == 0
     said = capfd.readouterr().out
     assert "method.distill.teacher: /nowhere/run" in said
-    assert "teacher activations" not in said
+    plans = plan_phases(recipes.load(recipe, elsewhere), ranks=1)
+    assert not any("teacher activations" in found.memory for found in plans.values())
 
 
 def test_what_a_teacher_is(tmp_path: Path) -> None:

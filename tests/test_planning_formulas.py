@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import pytest
 from torch import nn
@@ -107,18 +108,22 @@ def test_wire_by_hand() -> None:
 
 
 def test_the_price_of_all_classes() -> None:
-    """Published by insightface for 2 M identities: all classes keep 56% of a tenth's images/s. Ours must plan to keep 95% with ViT-L."""
+    """Published by insightface for 2 M identities: all classes keep 56% of a tenth's images/s.
 
-    def rate(sample_rate: float) -> float:
-        classes = ClassCentres(2_059_906, sample_rate=sample_rate)
+    Ours must plan to keep 85% with ViT-L between PyTorch's operations, and 94% with the fused kernels.
+    """
+
+    def rate(sample_rate: float, kernel: Literal["torch", "triton"]) -> float:
+        classes = ClassCentres(2_059_906, sample_rate=sample_rate, kernel=kernel, keep_mb=2048)
         return plan(Setup(network("vit_l"), ranks=64, micro_batch=384, classes=classes)).images_per_second
 
-    assert rate(1.0) > 0.94 * rate(0.1)
+    assert rate(1.0, "torch") > 0.85 * rate(0.1, "torch")
+    assert rate(1.0, "triton") > 0.94 * rate(0.1, "triton")
 
 
 def test_exponentials_that_wait_for_backward_save_a_matmul() -> None:
     """Within the gradient's memory all of them at B = 2 d in 16 bits, and the rest in memory of their own."""
-    assert ClassCentres(8000).kept_share(1024, 8) == ClassCentres(8000, operand_bytes=4).kept_share(512, 8) == 1.0
+    assert ClassCentres(8000).kept_share(1024, 8) == ClassCentres(8000, precision="float32").kept_share(512, 8) == 1.0
     assert ClassCentres(8000).kept_share(4096, 8) == 0.25
     assert ClassCentres(8000, keep_mb=4096 * 500 * 2 / 2**20).kept_share(4096, 8) == 0.75
     few, all_kept = (
@@ -135,6 +140,10 @@ def test_plan_hangs_together() -> None:
     assert one.images_per_second == pytest.approx(32 / one.step_seconds)
     assert one.fits and not plan(replace(setup, micro_batch=200_000)).fits
     assert plan(replace(setup, compiled=True)).step_seconds < one.step_seconds
+    full = plan(replace(setup, precision="float32"))  # H200: 989.5 Tflop/s in bfloat16, 67 in float32, 4.8 TB/s
+    flops, moved = 32 * 2e9 / 0.75, 32 * 6.2 * 1e6 / 3
+    assert one.seconds["forward"] == pytest.approx(flops / (0.8 * 989.5e12) + moved / (0.9 * 4.8e12))
+    assert full.seconds["forward"] == pytest.approx(flops / (0.8 * 67e12) + 1.8 * moved / (0.9 * 4.8e12))
     twice = plan(replace(setup, accumulation=2))
     assert twice.seconds["forward"] == 2 * one.seconds["forward"] and twice.memory == one.memory
     sparse = plan(replace(setup, classes=ClassCentres(100_000, sample_rate=0.1, mode="row_sparse")))
@@ -142,10 +151,10 @@ def test_plan_hangs_together() -> None:
     assert sparse.seconds[optimizer] == pytest.approx(one.seconds[optimizer] / 10)
     json.dumps(one.as_dict())
     assert (
-        "time a step on H200, ms (from formulas, not measured on this machine)" in one.table()
-        and " images/s per H200, " in one.table()
+        "time a step on h200, ms (from formulas, not measured on this machine)" in one.table()
+        and " images/s per h200, " in one.table()
     )
-    assert "fits in 149" in one.table() and "embeddings, all-gather" in one.table()
+    assert "fits in 141" in one.table() and "embeddings, all-gather" in one.table()
     with pytest.raises(UserError, match="must be positive"):
         plan(replace(setup, ranks=0))
     with pytest.raises(UserError, match="stage 4"):
@@ -164,8 +173,8 @@ def test_a_teacher_is_planned() -> None:
     )
 
     setup = Setup(TOY, ranks=8, micro_batch=32, accumulation=2)
-    alone = plan(setup)
     for precision, factor, copy in (("bfloat16", 1.0, 2 * 400_000), ("float32", 1.8, 0)):
+        alone = plan(replace(setup, precision=precision))
         beside = plan(replace(setup, frozen=(FrozenNetwork("teacher", TOY, peak=1e5),), precision=precision))
         assert beside.memory["teacher"] == 4e6
         assert beside.memory["teacher activations"] == pytest.approx(factor * 32 * 1e5 + copy)

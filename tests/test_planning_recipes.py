@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import typer.testing
 
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
 from lvtrain.planning import default_micro_batches, measure_network, plan_phases
 from lvtrain.recipe import files as recipes
+from tools import plan as tool
 
 RECIPES = Path(__file__).parent.parent / "lvtrain" / "recipes"
+PHASES = ["alignment", "stabilisation", "refinement"]
+
+
+def invoke(*arguments: str) -> Any:
+    app = typer.Typer()
+    app.command()(tool.main)
+    return typer.testing.CliRunner().invoke(app, arguments)
+
+
+def answer(*arguments: str) -> str:
+    good = invoke(*arguments)
+    assert good.exit_code == 0, good.output
+    return good.stdout
 
 
 def test_published_recipes_are_planned() -> None:
@@ -49,18 +66,50 @@ def test_self_distillation_is_planned() -> None:
     assert lafs.memory["activations"] == pytest.approx(64 * lafs.setup.network.saved * 10 * 36 / 196)
 
 
-def test_the_tool_prints_and_refuses(tiny_faces: Path) -> None:
-    from tools import plan as tool
+def test_the_tool_answers_on_one_screen(tiny_faces: Path) -> None:
+    """Days, GPU-hours and cost first; every part with --detail; the same figures as JSON."""
+    quickstart = [str(RECIPES / "quickstart.yaml"), "--ranks", "2", f"data.path={tiny_faces / 'train'}"]
+    lines = answer(*quickstart, "--price-per-gpu-hour", "2.5").splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 100
+    assert "240 images" in lines[0] and [line.split()[0] for line in lines[3:7]] == [*PHASES, "whole"]
+    assert "memory a rank" in answer(*quickstart, "--detail")
 
-    app = typer.Typer()
-    app.command()(tool.main)
-    run = typer.testing.CliRunner().invoke
-    good = run(app, [str(RECIPES / "quickstart.yaml"), "--ranks", "2", "data.num_classes=500"])
-    assert good.exit_code == 0 and "memory a rank" in good.output, good.output
-    counted = run(app, [str(RECIPES / "quickstart.yaml"), "--ranks", "2", f"data.path={tiny_faces / 'train'}"])
-    assert counted.exit_code == 0 and "an epoch of 240 images" in " ".join(counted.output.split()), counted.output
-    bad = run(app, [str(RECIPES / "quickstart.yaml"), "--ds_config", "nowhere.json", "data.num_classes=500"])
-    assert bad.exit_code == 2 and "nowhere.json does not exist" in bad.output
+    found = json.loads(answer(*quickstart, "--price-per-gpu-hour", "2.5", "--json"))
+    assert [name for name in found if name != "whole run"] == PHASES
+    whole = found.pop("whole run")
+    assert whole["images"] == sum(phase["images"] for phase in found.values()) == 700 * 128  # 700 steps
+    for phase in found.values():
+        assert phase["gpu_hours"] * 3600 == pytest.approx(phase["images"] / phase["images_per_second"])
+        assert phase["days"] == pytest.approx(phase["gpu_hours"] / 2 / 24)
+    assert whole["gpu_hours"] == pytest.approx(sum(phase["gpu_hours"] for phase in found.values()))
+    assert whole["cost"] == pytest.approx(2.5 * whole["gpu_hours"]) and whole["fits"]
+
+
+@pytest.mark.parametrize("name", ["pco_vith_webface42m", "cluster_r100_ms1mv3"])
+def test_published_recipes_fit_the_screen(name: str) -> None:
+    lines = answer(str(RECIPES / f"{name}.yaml"), "--price-per-gpu-hour", "1", "--gpu", "rtx4090").splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 100
+    assert any(line.startswith("DOES NOT FIT") for line in lines) == (name == "pco_vith_webface42m")
+
+
+def test_the_tool_refuses() -> None:
+    quickstart = str(RECIPES / "quickstart.yaml")
+    numbers = ["data.num_classes=500", "data.num_samples=12000"]
+    for arguments, named in (
+        (["--ds_config", "nowhere.json", *numbers], "nowhere.json does not exist"),
+        (["--gpu", "h300", *numbers], "h100, h200, b200"),
+        (["data.num_classes=500"], "data.num_samples=N"),
+    ):
+        bad = invoke(quickstart, *arguments)
+        assert bad.exit_code == 2 and named in bad.output
+
+
+@pytest.mark.parametrize("name", ["resnet50", "convnext_tiny"])
+def test_parameters_are_timms(name: str) -> None:
+    backbone = measure_network(name, lambda: create_backbone(f"timm:{name}"))
+    bare = timm.create_model(name, num_classes=0)
+    trained = sum(parameter.numel() for parameter in bare.parameters())
+    assert backbone.parameters == trained + 512 * bare.num_features + 2 * 512  # a linear layer and a BatchNorm
 
 
 @pytest.mark.parametrize("memory", [12e9, 80e9])

@@ -58,10 +58,7 @@ def test_every_recipe_can_be_planned_without_its_data(
     plan = capsys.readouterr().out
     assert str(recipe.data.path) in plan
     assert all(f"phase {phase.name}: up to " in plan for phase in recipe.phases)
-    assert (
-        plan.count("memory a rank") == plan.count(f"{parameters} M parameters") == len(recipe.phases)
-        and "fits in" in plan
-    )
+    assert f"{parameters} M parameters" in plan and "GB of 141" in plan and "DOES NOT FIT" not in plan
     assert ("--ranks N" in plan) == (not parameters)
 
 

@@ -1,9 +1,9 @@
-"""What a recipe needs on so many GPUs: memory a rank, time a step, bytes on the wire, hours an epoch. No GPU; the data's own figures where they
-are here, else the recipe's.
+"""What a recipe needs: days, GPU-hours and cost of the whole run, and memory a GPU. No GPU is needed, and no data.
 
-    python tools/plan.py lvtrain/recipes/pco_vitl_webface42m.yaml --ranks 64 --ds_config ds_configs/zero1.json
+    python tools/plan.py lvtrain/recipes/pco_vitl_webface42m.yaml --ranks 64 --price-per-gpu-hour 2.5
 
-Times are a roofline with stated efficiencies (lvtrain/planning/timing.py), not measurements.
+The figures of the data are counted where it is here, and else are the recipe's. Times are a roofline with stated
+efficiencies (lvtrain/planning/README.md), not measurements.
 """
 
 from __future__ import annotations
@@ -23,44 +23,62 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value changes to the recipe")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="GPUs of the run")] = 8,
     ds_config: Annotated[Path | None, typer.Option("--ds_config", help="DeepSpeed JSON; ZeRO-1 when absent")] = None,
-    matmul: Annotated[float, typer.Option(help="bfloat16 matmul rate of the GPU, Tflop/s (tools/benchmark.py)")] = 790,
-    memory: Annotated[float, typer.Option(help="memory of the GPU, GB")] = 149,
-    link: Annotated[float, typer.Option(help="network between nodes, GB/s a GPU")] = 50,
+    gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, b200, l40s or rtx4090")] = "h200",
+    link: Annotated[
+        str, typer.Option(help="between nodes: ib-ndr400, ib-hdr200, roce-100, eth-25, ..., or measured GB/s a GPU")
+    ] = "ib-ndr400",
+    node_link: Annotated[
+        str | None, typer.Option("--node-link", help="inside a node: nvlink3 to 5, pcie3 to 5; the GPU's usual one")
+    ] = None,
+    per_node: Annotated[int, typer.Option("--per-node", min=1, help="GPUs of a node")] = 8,
+    price: Annotated[
+        float | None, typer.Option("--price-per-gpu-hour", min=0, help="adds the cost of the run, in your currency")
+    ] = None,
+    detail: Annotated[
+        bool, typer.Option("--detail", help="memory, time and communication of a step, part by part")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+    matmul: Annotated[
+        float | None, typer.Option(help="measured bfloat16 matmul rate, Tflop/s (tools/benchmark.py)")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="memory of the GPU, GB, instead of the data sheet's")] = None,
 ) -> None:
     # imported here, because they import torch: --help answers at once
     from lvtrain.engine.ds_config import resolve_ds_config
     from lvtrain.methods import MethodSection
-    from lvtrain.planning import H200, plan_phases
+    from lvtrain.planning import RunPlan, device, plan_phases
     from lvtrain.recipe import files as recipes
     from lvtrain.training.checks import sizes
+    from lvtrain.training.schedule import phase_images
 
     with one_line_errors("plan", recipe):
+        chosen = device(gpu, link=link, node_link=node_link, per_node=per_node)
+        if matmul is not None:
+            chosen = replace(chosen, matmul=matmul * 1e12)
+        if memory is not None:
+            chosen = replace(chosen, memory=memory * 1e9)
         loaded = recipes.load(recipe, overrides or [])
         zero: dict[str, Any] = {"stage": 1}
         if ds_config:
             resolved = resolve_ds_config(ds_config, optimizer=loaded.optimizer, phases=loaded.phases, world_size=ranks)
             zero = resolved["zero_optimization"]
-        default = (matmul, memory, link) == (790, 149, 50)
-        name = "H200" if default else "GPU"
-        device = replace(H200, name=name, matmul=matmul * 1e12, memory=memory * 1e9, link=link * 1e9)
         assert isinstance(loaded.method, MethodSection)
         for key, path in loaded.method.sources().items():
             if not path.exists():
                 typer.echo(f"plan: warning: method.{key}: {path} is not here: the plan leaves it out", err=True)
-        classes, samples = loaded.data.num_classes, loaded.data.num_samples
-        if loaded.data.path.exists():
-            classes, samples, _ = sizes(loaded)
-        plans = plan_phases(loaded, ranks=ranks, zero=zero, num_classes=classes, device=device)
+        classes, samples, _ = sizes(loaded)
+        plans = plan_phases(loaded, ranks=ranks, zero=zero, num_classes=classes, device=chosen)
+        planned = RunPlan(plans, phase_images(loaded, samples_per_epoch=samples), samples, price)
     if as_json:
-        typer.echo(json.dumps({phase: found.as_dict() for phase, found in plans.items()}, indent=1))
+        typer.echo(json.dumps(planned.as_dict(), indent=1))
         return
-    for phase, found in plans.items():
-        typer.echo(f"phase {phase}: {found.table()}")
-        if samples:
-            hours = samples / (found.images_per_second * ranks) / 3600
-            typer.echo(f"\nan epoch of {samples:,} images takes {hours:.2f} h at this rate")
-        typer.echo("")
+    where = "counted in the data" if loaded.data.path.exists() else "from the recipe"
+    network = f"{loaded.backbone.name} ({planned.parameters / 1e6:.1f} M parameters)"
+    typer.echo(f"{network}, {classes:,} identities, {samples:,} images ({where})"[:100])
+    typer.echo(planned.screen())
+    if detail:
+        for phase, found in plans.items():
+            typer.echo(f"\nphase {phase}: {found.table()}")
 
 
 if __name__ == "__main__":

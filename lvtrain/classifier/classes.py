@@ -12,7 +12,7 @@ from lvtrain.classifier.margins.base import Margin
 from lvtrain.classifier.numerics import EXACT, Formats, Numerics, chunk_size, formats
 
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
-_MAX_EXPONENT = {torch.float32: 80.0, torch.float64: 650.0}
+MAX_EXPONENT = {torch.float32: 80.0, torch.float64: 650.0}
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Classes:
         """
         if isinstance(self.scale, torch.Tensor) or self.formats.factor == torch.float16:
             return True
-        return self.scale + math.log(max(total_classes, 2)) > _MAX_EXPONENT[self.weight.dtype]
+        return self.scale + math.log(max(total_classes, 2)) > MAX_EXPONENT[self.weight.dtype]
 
 
 class Workspace:

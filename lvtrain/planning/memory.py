@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
+from lvtrain.classifier.numerics import chunk_size
 from lvtrain.planning.network import Network
-from lvtrain.planning.setup import ClassCentres, FrozenNetwork, Precision, Setup, Zero
+from lvtrain.planning.setup import FLOAT32_KEEPS, ClassCentres, FrozenNetwork, Precision, Setup, Zero
 
 DEEPSPEED_PREFETCH = 50_000_000  # elements that stage 3 gathers ahead, DeepSpeed's default
 ALLOWANCE = 2e9  # device context, communication library, cuBLAS workspaces, allocator's slack: a guess, not a formula
-FLOAT32_KEEPS = 1.8  # times as much as bfloat16 autocast, whose residual stream is float32, too
 LOADED_AHEAD = 2  # micro-batches of images on the device
 
 
@@ -78,7 +80,7 @@ def classifier_bytes(classes: ClassCentres, *, ranks: int, micro_batch: int) -> 
     """Class centres, their gradient and moments, banks, and the working buffers of the passes."""
     local, part, batch = classes.local(ranks), classes.taking_part(ranks), micro_batch * ranks
     operand = classes.operand_bytes
-    chunk = chunk_classes(batch, part)
+    chunk = chunk_size(batch, classes.dim, part, None, torch.device("cuda"))
     moments = 2 if classes.optimizer == "adamw" else 1
     embeddings = batch * classes.dim * (4 + 4 + operand)  # gathered, their gradient, the operand
     anchors = 2 if classes.bank_has_negatives else 1
@@ -91,8 +93,3 @@ def classifier_bytes(classes: ClassCentres, *, ranks: int, micro_batch: int) -> 
         "classifier workspace": workspace + embeddings + min(classes.keep_mb * 2**20, operand * batch * part),
         **{name: 4.0 * local * classes.dim for name in classes.banks},
     }
-
-
-def chunk_classes(batch: int, classes: int) -> int:
-    """Classes in a chunk of the classifier's passes on a GPU: about 256 MB of float32 logits."""
-    return max(1, min(classes, max(2048, min(65536, (64 << 20) // max(batch, 1)) // 1024 * 1024)))

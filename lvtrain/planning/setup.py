@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
+from lvtrain.classifier.classes import MAX_EXPONENT
+from lvtrain.classifier.numerics import Precision as ClassifierPrecision
 from lvtrain.methods.cost import Cost
 from lvtrain.planning.device import H200, Device
 from lvtrain.planning.network import Network
 
 DEEPSPEED_BUCKET = 500_000_000  # elements of DeepSpeed's reduction bucket, its default
 Precision = Literal["bfloat16", "float32"]
+FLOAT32_KEEPS = 1.8  # times as much as bfloat16 autocast, whose residual stream is float32, too
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ class ClassCentres:
         banks: names of what else is kept for every class (PCO's feature expectations), a float32 vector each.
         bank_has_negatives: the step also goes over all vectors of a bank; they get no gradient.
         optimizer, mode, moments_bytes: of the class centres' optimizer, as in `lvtrain.classifier`.
-        operand_bytes: of a number in the matrix products, 2 or 4.
+        precision, kernel: of the passes, as in `lvtrain.classifier.Numerics`; the kernel is chosen, not `auto`.
+        scale: s, the factor on every cosine.
+        filtered: whether negatives above a threshold are dropped.
         gather_bytes: of a number in the gathered embeddings, 2 or 4.
         keep_mb: at most so much memory for exponentials that wait for backward, beyond the gradient's own.
     """
@@ -74,9 +82,22 @@ class ClassCentres:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     mode: Literal["dense", "row_sparse"] = "dense"
     moments_bytes: int = 4
-    operand_bytes: int = 2
+    precision: ClassifierPrecision = "half"
+    kernel: Literal["torch", "triton"] = "torch"
+    scale: float = 64.0
+    filtered: bool = False
     gather_bytes: int = 4
     keep_mb: float = 0.0
+
+    @property
+    def operand_bytes(self) -> int:
+        """Of a number in the matrix products."""
+        return 2 if self.precision in ("half", "bfloat16") else 4
+
+    @property
+    def follows_maximum(self) -> bool:
+        """Whether the passes subtract the running maximum, as `Classes.needs_running_max` says."""
+        return self.precision == "half" or self.scale + math.log(max(self.num_classes, 2)) > MAX_EXPONENT[torch.float32]
 
     def local(self, ranks: int) -> int:
         """Class centres on the rank that has most."""

@@ -20,13 +20,13 @@ from lvtrain.errors import UserError
 from lvtrain.evaluation import suite
 from lvtrain.evaluation.protocol import PROTOCOLS
 from lvtrain.methods import MethodSection, create_method, method_title
-from lvtrain.planning import plan_phases
+from lvtrain.planning import RunPlan, plan_phases
 from lvtrain.recipe.sections import Phase, Recipe
 from lvtrain.recipe.trackers import TRACKERS
 from lvtrain.training.initial import check_start_weights, open_initial
 from lvtrain.training.outcome import committed_step
 from lvtrain.training.run_folder import changes
-from lvtrain.training.schedule import learning_rate, phase_limit, rate_line
+from lvtrain.training.schedule import learning_rate, phase_images, rate_line
 
 
 def open_dataset(recipe: Recipe) -> ShardDataset:
@@ -188,14 +188,13 @@ def dry_run(
         changes(recipe.run_folder, recipe)
     rate = learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=samples)
     known = recipe.model_copy(update={"data": recipe.data.model_copy(update={"num_classes": classes})})
-    plans = plan_phases(known, ranks=size, zero=config["zero_optimization"])
+    images = phase_images(recipe, samples_per_epoch=samples)
+    planned = RunPlan(plan_phases(known, ranks=size, zero=config["zero_optimization"]), images, samples)
 
     lines = [
-        f"recipe {recipe.name}: method {method_title(recipe.method.name)}, {recipe.backbone.name}, "
-        f"{classes:,} identities, {samples:,} images ({where})",
-        f"{size} rank{'s' if size > 1 else ''}, ZeRO-{config['zero_optimization']['stage']}, "
-        f"{recipe.optimizer.precision}; {rate.total:,} images in all ({rate.total / samples:.4g} epochs), "
-        f"warm-up {rate.warmup:,}",
+        f"recipe {recipe.name}: method {method_title(recipe.method.name)}, {recipe.backbone.name} "
+        f"({planned.parameters / 1e6:.1f} M parameters), {classes:,} identities, {samples:,} images ({where})",
+        f"{rate.total:,} images in all ({rate.total / samples:.4g} epochs), warm-up {rate.warmup:,}",
     ]
     if not ranks and launched.launcher == "python":
         lines.append("planned for 1 rank; add --ranks N for N ranks")
@@ -203,20 +202,16 @@ def dry_run(
     for key, path in cast(MethodSection, recipe.method).sources().items():
         absent = "" if path.exists() else ", which is not here, so the plan leaves it out"
         lines.append(f"method.{key}: {path}{absent}")
-    start = 0
     for phase in recipe.phases:
-        limit = phase_limit(phase, start, total=rate.total, samples_per_epoch=samples)
-        steps, epochs = (limit - start) // phase.global_batch, (limit - start) / samples
+        steps, epochs = images[phase.name] // phase.global_batch, images[phase.name] / samples
         early = f", or earlier when mean cos^2 reaches {phase.end.cos2}" if phase.end.cos2 is not None else ""
         lines += [
-            "",
             f"phase {phase.name}: up to {steps:,} steps ({epochs:.4g} epochs){early}",
             f"  global batch {phase.global_batch:,} = {phase.micro_batches} micro-batches of {phase.micro_batch}, "
             f"{phase.micro_batches // size} per rank per step; r = {phase.sample_rate:g}"
             + "".join(f", {key} {value}" for key, value in phase.model_dump(exclude=set(Phase.model_fields)).items()),
-            "  " + plans[phase.name].table().replace("\n", "\n  "),
         ]
-        start = limit
+    lines += ["", planned.screen(), "other GPUs, cost, and every part: python tools/plan.py --help"]
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from lvtrain.errors import UserError
 from lvtrain.recipe.optimizer import Optimizer
-from lvtrain.recipe.sections import Phase, Schedule
+from lvtrain.recipe.sections import Phase, Recipe, Schedule
 
 
 @dataclass
@@ -141,6 +141,22 @@ def phase_limit(phase: Phase, start_samples: int, *, total: int, samples_per_epo
     if phase.end.until is not None:
         limit = min(limit, phase.end.until.samples(**per))
     return limit
+
+
+def phase_images(recipe: Recipe, *, samples_per_epoch: int) -> dict[str, int]:
+    """Images of each phase, by name, if every phase goes on to its latest end; 0 where the schedule is over before.
+
+    Raises:
+        UserError: as `learning_rate`.
+    """
+    rate = learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=samples_per_epoch)
+    start, images = 0, {}
+    for phase in recipe.phases:
+        limit = phase_limit(phase, start, total=rate.total, samples_per_epoch=samples_per_epoch)
+        # a step is trained whole, so a phase ends at or after its limit
+        images[phase.name] = max(0, -(-(limit - start) // phase.global_batch) * phase.global_batch)
+        start += images[phase.name]
+    return images
 
 
 def phase_end_reason(samples_seen: int, *, limit: int, total: int, reached_delta: bool) -> str | None:
