@@ -131,6 +131,7 @@ class _Reader:
 
     def _begin(self, value: ast.expr) -> None:
         """`config = edict()`, also with the keys in the call."""
+        pairs: list[tuple[object, ast.expr]]
         match value:
             case ast.Call(args=[], keywords=keywords):
                 pairs = [(keyword.arg, keyword.value) for keyword in keywords]
