@@ -92,7 +92,8 @@ def test_starting_a_finished_run_again_does_nothing(trained: dict[tuple[int, int
     assert (folder / "metrics.jsonl").read_bytes() == before
     assert len(events(folder, "phase_start")) == 3
     assert not events(folder, "resume")
-    assert [row["change"].split(":")[0] for row in events(folder, "recipe_changed")] == ["schedule.total"]
+    (changed,) = events(folder, "recipe_changed")
+    assert (changed["change"].split(":")[0], changed["step"], changed["attempt"]) == ("schedule.total", 12, 4)
     assert [(row["step"], row["phase"]) for row in events(folder, "done")[1:]] == [
         (12, None),
         (12, "alignment"),

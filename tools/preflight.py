@@ -4,7 +4,7 @@
     deepspeed --hostfile hosts tools/preflight.py …          srun python tools/preflight.py …
 
 The ranks meet and compare their software. They check that they share the run folder's file system and see the same data,
-and measure the collectives of a training step.
+name the network interfaces in use, and measure the collectives of a training step.
 
 --timeout begins when python starts. Before that, torchrun waits ten minutes for its nodes and starts no rank until they
 are there; `torchrun --rdzv-conf timeout=120,join_timeout=120 …` makes it two.

@@ -128,7 +128,6 @@ class Trainer:
     def run(self) -> Outcome:
         """Trains, and leaves `outcome.json` unless this start crashes."""
         try:
-            self._report_setup()
             with self.heartbeat, self.stopping, self.checkpoints:
                 outcome = self.train_phases()
             self._report_outcome(outcome)
@@ -152,6 +151,7 @@ class Trainer:
         found = self._first_checkpoint()
         position = _position_of(found) if found else Position()
         self.telemetry.begin(position.step)
+        self._report_changes(position)
         if complete := self._complete(position):
             reason = f"{complete} since an earlier start, so nothing is left to train"
             return self._outcome("done", position.step, self.only_phase, reason)
@@ -424,10 +424,13 @@ class Trainer:
         )
         self.telemetry.say(f"lvtrain: {rate_line(self.recipe.optimizer, self.recipe.phases)}")
 
-    def _report_setup(self) -> None:
+    def _report_changes(self, position: Position) -> None:
+        """What this start changes in the recipe, with the step from which it counts and the number of the start."""
         for change in self.folder.changes:
-            self.telemetry.event("recipe_changed", change=change)
-            self.telemetry.say(f"lvtrain: recipe changed since the last start: {change}")
+            self.telemetry.event("recipe_changed", step=position.step, attempt=self.folder.attempt, change=change)
+            self.telemetry.say(
+                f"lvtrain: recipe changed at step {position.step}, start {self.folder.attempt}: {change}"
+            )
         if self.world.device.type == "cuda" and sees_only_its_own(self.world.local_rank, torch.cuda.device_count()):
             self.telemetry.warn(
                 "sees only its own GPU, so NCCL may not use NVLink to the others of its node; start with --gpus-per-node, "
