@@ -61,7 +61,7 @@ def people(out: Path) -> dict[str, int]:
 
 
 def write_rec(folder: Path, images: int = 18, classes: int = 6) -> Path:
-    """insightface's arrangement with `property`: three images an identity."""
+    """Insightface's arrangement with `property`: three images an identity."""
     folder.mkdir()
     with recordio.RecordWriter(folder / "train.rec") as rec:
         rec.write(0, recordio.pack_record([images + 1, images + 1 + classes]))

@@ -54,8 +54,11 @@ def _waits_in_training(rank: int, world_size: int, recipe: str) -> dict[str, lis
 
 
 def test_a_training_step_never_waits_for_the_device(tiny_faces: Path, tmp_path: Path) -> None:
-    """The real loop, PCO's three phases under ZeRO-2. Left are the choice of classes, which is made on the host from labels that are there, and in
-    the second phase the bank's two questions, which of the samples are its own and of how many classes."""
+    """The real loop, PCO's three phases under ZeRO-2.
+
+    What remains are operators on the host's labels: the choice of classes, and in the second phase the bank's samples and
+    classes.
+    """
     (found,) = run_ranks(1, _waits_in_training, str(recipe_file(tmp_path, tiny_faces / "train")))
     assert found == {
         "alignment": [{"nonzero": 1}] * 4,

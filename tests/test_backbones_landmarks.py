@@ -90,7 +90,7 @@ def test_order_and_subsets_of_landmarks() -> None:
     few = landmarks.gather(1, chosen[..., None].expand(-1, -1, 2))
     one_by_one = torch.cat([part(images[i : i + 1], few[i : i + 1], positions=chosen[i]) for i in range(2)])
     assert torch.allclose(part(images, few, positions=chosen), one_by_one, atol=1e-5)
-    with pytest.raises(UserError, match="200 landmarks but only 196 positions"):
+    with pytest.raises(UserError, match=r"200 .*196"):
         part(images, torch.rand(2, 200, 2))
     more = part(images, torch.rand(2, 200, 2) * 111, positions=torch.arange(200) % 196)
     assert more.shape == (2, 24)

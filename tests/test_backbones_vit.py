@@ -146,9 +146,9 @@ def test_kept_tokens_come_back_to_their_places() -> None:
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="did you mean 'vit_b'"):
+    with pytest.raises(UserError, match="'vit_b'"):
         create_backbone("vitb")
-    with pytest.raises(UserError, match="did you mean 'drop_path'"):
+    with pytest.raises(UserError, match="'drop_path'"):
         create_backbone("vit_t", droppath=0.1)
 
 

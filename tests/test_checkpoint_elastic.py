@@ -91,7 +91,7 @@ def test_ranks_that_disagree_are_found_before_anything_is_written() -> None:
         return describe(state)
 
     rows = {"w": Rows(torch.zeros(3, 2), 0, 7)}
-    with pytest.raises(RuntimeError, match=r"not \[0, 7\) cut into pieces"):
+    with pytest.raises(RuntimeError, match=r"\[0, 7\)"):
         plan(rows, 0, [entries(rows), entries({"w": Rows(torch.zeros(3, 2), 4, 7)})])
     with pytest.raises(RuntimeError, match="different tensors"):
         plan(rows, 0, [entries(rows), entries({"v": Rows(torch.zeros(4, 2), 3, 7)})])
@@ -142,7 +142,7 @@ def _holder(folder: Path) -> Any:
 
 def test_a_second_job_is_refused_while_the_first_lives_and_takes_over_when_it_is_dead(tmp_path: Path) -> None:
     first = _holder(tmp_path)
-    with pytest.raises(UserError, match=f"in use by process {first.pid} on"):
+    with pytest.raises(UserError, match=rf"\b{first.pid}\b"):
         Lease(tmp_path)
     first.kill()
     first.join()

@@ -147,13 +147,13 @@ def test_none_valid_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
     for step in (1, 2):
         _damage(tmp_path / f"checkpoints/step_00000000{step}/rank_00000.safetensors", "flip")
     for _ in range(2):  # the second start finds only what the first renamed
-        with pytest.raises(UserError, match="none is valid"):
+        with pytest.raises(UserError, match="damaged_step_000000001"):
             newest_step(tmp_path)
 
 
 def test_another_run_or_dataset_is_refused_and_left_alone(tmp_path: Path) -> None:
     saved(tmp_path, 1)
-    with pytest.raises(UserError, match="belongs to another run"):
+    with pytest.raises(UserError, match=r"init_from\.path="):
         newest_step(tmp_path, run_id="other")
     with pytest.raises(UserError, match="another dataset"):
         newest_step(tmp_path, fingerprint="other")
@@ -173,20 +173,20 @@ def test_missing_extra_and_misshapen_tensors_are_refused(tmp_path: Path) -> None
         found = checkpoints.newest()
         assert found is not None
         reader = checkpoints.load(found)
-        with pytest.raises(UserError, match=r"no tensor backbone\.param\.v"):
+        with pytest.raises(UserError, match=r"backbone\.param\.v"):
             reader.replicated("backbone.param.v")
-        with pytest.raises(UserError, match="split by rows"):
+        with pytest.raises(UserError, match=r"classifier\.weight"):
             reader.replicated("classifier.weight")
-        with pytest.raises(UserError, match="not split by rows"):
+        with pytest.raises(UserError, match=r"backbone\.param\.w"):
             reader.rows("backbone.param.w", 0, 1)
-        with pytest.raises(UserError, match="class counts differ"):
+        with pytest.raises(UserError, match="6 to 12"):
             reader.rows("classifier.weight", 6, 12)
         reader.replicated("backbone.param.w")
         reader.rows("classifier.weight", 0, 10)
         with pytest.raises(UserError, match=r"backbone\.buffer\.count"):
             reader.finish()
         reader.replicated("backbone.buffer.count")
-        with pytest.raises(UserError, match="11 rows, this run has 10"):
+        with pytest.raises(UserError, match=r"11 .* 10"):
             reader.finish()
         reader.rows("classifier.weight", 10, 11)
         reader.finish()
@@ -231,10 +231,10 @@ def test_open_weights_reads_runs_and_checkpoints_without_changing_them(tmp_path:
     assert torch.equal(opened.reader.rows("classifier.weight", 3, 5), state_of(2)["classifier.weight"].tensor[3:5])
     _damage(tmp_path / "checkpoints/step_000000002/rank_00000.safetensors", "flip")
     assert open_weights(tmp_path).step == 1
-    with pytest.raises(UserError, match="no valid checkpoint"):
+    with pytest.raises(UserError, match="step_000000002"):
         open_weights(tmp_path / "checkpoints/step_000000002")
     assert not list((tmp_path / "checkpoints").glob("damaged_*"))
-    with pytest.raises(UserError, match="neither a run folder"):
+    with pytest.raises(UserError, match="nothing"):
         open_weights(tmp_path / "nothing")
 
 
@@ -243,7 +243,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
     usage = shutil.disk_usage(tmp_path)
     with open_checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(UserError, match="earlier checkpoints are intact"):
+        with pytest.raises(UserError, match=r"\d MB"):
             checkpoints.save(2, 32, "one", state_of(2), {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000000001"]
 

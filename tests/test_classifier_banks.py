@@ -71,7 +71,7 @@ def test_expectation_follows_the_formula(init: str) -> None:
 
 
 def test_centres_and_concentration_follow_a_record_of_all_features() -> None:
-    """phi by running sums equals phi over the stored features (each with the centre it met)."""
+    """Phi by running sums equals phi over the stored features (each with the centre it met)."""
     bank = CentreBank(CLASSES, DIM, (0, CLASSES), momentum=0.9, window=1000, alpha=10.0)
     centres: dict[int, Tensor] = {}
     record: dict[int, list[float]] = {}
@@ -200,11 +200,11 @@ def test_half_precision_embeddings_are_welcome() -> None:
 
 def test_mistakes_are_named() -> None:
     bank = make("centre")
-    with pytest.raises(UserError, match="the checkpoint has"):
+    with pytest.raises(UserError, match="centre_mean_distance"):
         bank.load_state({"centre": bank.rows_tensor})
     with pytest.raises(UserError, match="shape"):
         bank.load_state({name: tensor[:-1] for name, tensor in bank.state().items()})
     with pytest.raises(UserError, match="momentum"):
         CentreBank(3, 2, (0, 3), momentum=1.0)
-    with pytest.raises(ValueError, match="the bank has rows"):
+    with pytest.raises(ValueError, match="rows"):
         bank.start_from(weight()[1:])

@@ -294,8 +294,10 @@ def test_in_whatever_order_backward_is_called_gradients_add_up(order):
 
 
 def test_classes_without_a_direction_are_left_out_of_their_anchor():
-    """With no class known yet the second anchor adds nothing. Later a sample of an unknown class has no second fraction, and
-    unknown classes are not negatives in the terms of others."""
+    """While no class is known, the second anchor adds nothing.
+
+    Later a sample of an unknown class has no second fraction, and unknown classes are not negatives in the terms of others.
+    """
     x, labels = batch()
     losses = []
     for second in (False, True):
@@ -425,8 +427,7 @@ def test_three_collectives_a_step():
     [("cpu", "torch"), *(pytest.param("cuda", kernel, marks=pytest.mark.gpu) for kernel in ("torch", "triton"))],
 )
 def test_the_device_computes_the_step_and_the_host_never_waits_for_it(device, precision, kernel):
-    """Sampled classes, a margin with statistics, two anchors, the row-sparse update. The bank's update is left out: it
-    waits twice, and says so."""
+    """Sampled classes, a margin with statistics, two anchors, and the row-sparse update; without the bank's update."""
     options, phase = dict(margin=AdaFace(scale=32.0)), dict(sample_rate=0.3, expectation="frozen")
     expected = reference(options, phase, "mixed")
     numerics, optimizer = dict(precision=precision, kernel=kernel), OptimizerSettings(mode="row_sparse")
@@ -457,8 +458,10 @@ def test_the_device_computes_the_step_and_the_host_never_waits_for_it(device, pr
 
 
 def test_what_the_recipe_says_reaches_the_classifier():
-    """Nothing here is a default. The first update, of SGD, shows the rates of the step: theirs stay in proportion to the backbone's, their
-    weight decay is the backbone's if theirs is not set."""
+    """No value here is a default. The first update, of SGD, shows the rates of the step.
+
+    The centres' rate stays in proportion to the backbone's. Their weight decay is the backbone's if theirs is not set.
+    """
     recipe = recipes.resolve(
         {
             "name": "wiring",

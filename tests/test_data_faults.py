@@ -39,13 +39,13 @@ def folder(clean, tmp_path):
 
 
 def test_missing_manifest(tmp_path):
-    with pytest.raises(UserError, match=r"dataset\.json is missing"):
+    with pytest.raises(UserError, match=r"dataset\.json"):
         ShardDataset(tmp_path)
 
 
 def test_missing_shard_is_named(folder):
     (folder / "shards" / "000001.tar").unlink()
-    with pytest.raises(UserError, match=r"000001\.tar is missing"):
+    with pytest.raises(UserError, match=r"000001\.tar"):
         ShardDataset(folder)
 
 
@@ -63,7 +63,7 @@ def test_cut_index_and_stale_index(folder):
     with pytest.raises(UserError, match="index"):
         ShardDataset(folder)
     path.unlink()
-    with pytest.raises(UserError, match=r"index\.bin is missing"):
+    with pytest.raises(UserError, match=r"index\.bin"):
         ShardDataset(folder)
 
 
@@ -103,7 +103,7 @@ def test_writer_refuses_nothing_and_labels_without_name(tmp_path):
         IndexWriter(tmp_path).close(["a"])
     writer = IndexWriter(tmp_path)
     writer.add_shard("shards/0.tar", 5000, "0", [512], [10], [3])
-    with pytest.raises(UserError, match="label 3 has no name"):
+    with pytest.raises(UserError, match="label 3"):
         writer.close(["a"])
     with pytest.raises(UserError, match="ends behind"):
         writer.add_shard("shards/1.tar", 100, "0", [512], [10], [3])

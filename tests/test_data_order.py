@@ -119,5 +119,5 @@ def test_memory_does_not_grow_with_n():
 
 
 def test_refuses_nothing_to_order():
-    with pytest.raises(UserError, match="at least one sample"):
+    with pytest.raises(UserError, match="n=0"):
         SampleOrder(0, seed=1)

@@ -53,7 +53,7 @@ def test_lists(whole):
     assert sorted(np.bincount(labels[kept])[[3, 7]].tolist()) == [4, 5] and len(kept) == 9
     assert 5 not in labels[choose(whole, without_identities=["person_5"])]
     assert len(np.unique(labels[choose(whole, min_images=5, without_samples=[0])])) == 39
-    with pytest.raises(UserError, match="'nobody' is not in"):
+    with pytest.raises(UserError, match="'nobody'"):
         choose(whole, identities=["nobody"])
     with pytest.raises(UserError, match="nothing of"):
         choose(whole, min_images=6)
@@ -62,7 +62,7 @@ def test_lists(whole):
     # 0.28 x 25 is 7.000000000000001, and 7 identities
     assert len(np.unique(labels[choose(whole, fraction=0.28, identities=[f"person_{i}" for i in range(25)])])) == 7
     for outside in (-1, 200):
-        with pytest.raises(UserError, match=r"must be in \[0, 200\)"):
+        with pytest.raises(UserError, match=r"\[0, 200\)"):
             choose(whole, without_samples=[outside])
 
 

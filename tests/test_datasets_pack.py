@@ -283,7 +283,7 @@ def test_policy_fail_names_the_first(troubled, tmp_path, kind, name):
 def test_impossible_requests_are_one_line(folder, tmp_path):
     with pytest.raises(UserError, match="undecodable"):
         Policies(undecodable="fix")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="nowhere"):
         pack(tmp_path / "nowhere", tmp_path / "out", PackOptions("folder"))
     with pytest.raises(UserError, match="images"):
         pack(folder, tmp_path / "out1", PackOptions("images"))
@@ -413,7 +413,7 @@ def test_the_detector_is_looked_for_before_the_listing(folder, tmp_path, monkeyp
 
 def test_two_packs_do_not_write_into_one_folder(folder, tmp_path):
     def second(*_):
-        with pytest.raises(UserError, match="another pack is writing"):
+        with pytest.raises(UserError, match=str(tmp_path / "out")):
             pack(folder, tmp_path / "out", PackOptions("folder"))
 
     pack(folder, tmp_path / "out", PackOptions("folder"), progress=second)

@@ -58,7 +58,7 @@ def test_bytes_are_mxnets(tmp_path):
 
 
 def write_insightface(path, images, labels, classes, array_labels=False):
-    """insightface's arrangement: header, images sorted by identity, identity records."""
+    """Insightface's arrangement: header, images sorted by identity, identity records."""
     order = np.argsort(labels, kind="stable")
     count = len(images)
     with recordio.RecordWriter(path) as writer:

@@ -104,7 +104,7 @@ def test_the_plain_suffix_wins_and_the_rest_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["header", "cut at a member", "cut inside", "two joined"])
 def test_a_tar_that_tarfile_ends_early_is_refused(tmp_path: Path, damage: str) -> None:
-    """tarfile stops without an error at a damaged header, at a missing end, and before a second archive."""
+    """Tarfile stops without an error at a damaged header, at a missing end, and before a second archive."""
     (tmp_path / "src").mkdir()
     path = tmp_path / "src" / "0.tar"
     with tarfile.open(path, "w") as tar:

@@ -121,7 +121,7 @@ def test_stale_index(dataset, sound, tmp_path):
     pack(sound, tmp_path / "other", PackOptions("webdataset", samples_per_shard=6, seed=5))
     shutil.copy(tmp_path / "other" / "index.bin", dataset / "index.bin")
     assert kinds(dataset, full=False) == {"stale-index"}
-    with pytest.raises(UserError, match="of another pack"):
+    with pytest.raises(UserError, match=r"index\.bin"):
         ShardDataset(dataset)
     assert "stale-index" in kinds(dataset, full=True)
     (dataset / "index.bin").write_bytes((sound / "index.bin").read_bytes()[:-20])

@@ -84,5 +84,5 @@ def test_a_ranks_gpu_is_its_number_or_the_only_one_it_is_shown(
     if index is not None:
         assert device_index(5, local_rank, visible, environment) == index
         return
-    with pytest.raises(UserError, match=f"number {local_rank} on its node and sees {visible} GPUs"):
+    with pytest.raises(UserError, match=f"{local_rank} .*{visible} GPUs"):
         device_index(5, local_rank, visible, environment)

@@ -81,5 +81,5 @@ def test_a_port_that_is_taken_is_said_in_one_line(monkeypatch: pytest.MonkeyPatc
         }
         for name, value in places.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=f"port {port} of this node is in use"):
+        with pytest.raises(UserError, match=f"port {port}"):
             world.start(20)

@@ -1,5 +1,7 @@
-"""Canaries: what DeepSpeed does today and `zero_state`, `engine` and `ds_config` rely on or work around. One that fails says an upgrade moved the
-ground: read the docstring, look at the place it names, then change the code and this test together."""
+"""Canaries: behaviour of DeepSpeed that `zero_state`, `engine` and `ds_config` rely on or work around.
+
+If one fails after an upgrade, read its docstring, look at the place that it names, and change the code and the test together.
+"""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_refuses_to_have_its_own_names_changed(tmp_path: Path) -> None:
 def test_damaged_flags_are_one_line(tmp_path: Path, issame: bytes) -> None:
     path = tmp_path / "set.bin"
     path.write_bytes(b"\x80\x04]" + issame + b"\x86.")
-    with pytest.raises(UserError, match="issame is damaged"):
+    with pytest.raises(UserError, match="issame"):
         read_bin(path)
 
 
@@ -148,7 +148,7 @@ def test_round_trip_and_sidecar(tmp_path: Path) -> None:
     # two images of two pairs swapped: same length, same counts, only the sidecar knows
     images[1], images[3] = images[3], images[1]
     path.write_bytes(pickle.dumps((images, issame), protocol=4))
-    with pytest.raises(UserError, match="not the file"):
+    with pytest.raises(UserError, match=r"\.json"):
         read_bin(path)
 
 
@@ -163,7 +163,7 @@ def test_missing_pairs_are_noticed(tmp_path: Path) -> None:
     assert len(read_bin(write(images, issame))[1]) == 100
     with pytest.raises(UserError, match="199 images for 100 pairs"):
         read_bin(write(images[:-1], issame))
-    with pytest.raises(UserError, match="not a multiple of 10"):
+    with pytest.raises(UserError, match="99 pairs"):
         read_bin(write(images[:-2], issame[:-1]))
     with pytest.raises(UserError, match="fold"):
         read_bin(write(images[20:], issame[10:]))
@@ -171,12 +171,12 @@ def test_missing_pairs_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fold"):
         read_bin(write([images[j] for i in shuffled for j in (2 * i, 2 * i + 1)], [issame[i] for i in shuffled]))
     assert len(read_bin(write(images[20:], issame[10:]), strict=False)[1]) == 90
-    with pytest.raises(UserError, match="published set has 6000"):
+    with pytest.raises(UserError, match="6000"):
         read_bin(write(images, issame, tmp_path / "lfw.bin"))
     with pytest.raises(UserError, match="cut short"):
         path.write_bytes(pickle.dumps((images, issame))[:-1000])
         read_bin(path)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"absent\.bin"):
         read_bin(tmp_path / "absent.bin")
 
 

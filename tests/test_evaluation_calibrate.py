@@ -85,7 +85,7 @@ def test_refusals() -> None:
     embeddings, labels = population(0, people=10)
     with pytest.raises(UserError, match="from 10 identities"):
         calibrate.from_people(embeddings, labels)
-    with pytest.raises(UserError, match="both genuine and impostor"):
+    with pytest.raises(UserError, match="impostor"):
         calibrate.from_pairs(np.zeros(10), np.ones(10, bool))
     embeddings, labels = population(0, people=20, images=2)
     for refused in (

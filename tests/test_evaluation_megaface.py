@@ -81,7 +81,7 @@ def test_feature_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cut short"):
         megaface.read_features(tmp_path, labelled=True)
     (tmp_path / "a" / "0_ours.bin").write_bytes(b"no")
-    with pytest.raises(UserError, match="no MegaFace feature file"):
+    with pytest.raises(UserError, match=r"0_ours\.bin"):
         megaface.read_features(tmp_path, labelled=True)
     write_feature(tmp_path / "a" / "0_ours.bin", np.zeros(8))
     with pytest.raises(UserError, match="different lengths"):
@@ -91,7 +91,7 @@ def test_feature_files(tmp_path: Path) -> None:
 def test_planted_errors() -> None:
     probes, labels, distractors = sample()
     distractors[17] = probes[5]
-    with pytest.raises(UserError, match="same as a distractor"):
+    with pytest.raises(UserError, match="distractor"):
         megaface.score(probes, labels, distractors)
     with pytest.raises(UserError, match="two probe images"):
         megaface.score(probes, np.arange(120), distractors)

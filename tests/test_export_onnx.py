@@ -209,8 +209,10 @@ def first_convolution_in_int8(weight: np.ndarray, images: np.ndarray, calibratio
 
 
 def test_static_int8_for_one_image_at_a_time(tiny_faces: Path, tmp_path: Path) -> None:
-    """A MobileFaceNet as a small device takes it. The file gives what onnxruntime's own quantisation gives; the cosine
-    of a layer is what numpy computes from its weights."""
+    """A MobileFaceNet as a small device takes it.
+
+    The file gives what onnxruntime's quantisation gives. The cosine of a layer is what numpy computes from its weights.
+    """
     overrides = {"blocks": (1, 1, 1, 1), "scale": 1}
     torch.manual_seed(0)
     backbone = create_backbone("mobilefacenet", embedding_dim=64, **overrides).eval()

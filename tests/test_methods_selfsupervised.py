@@ -268,8 +268,10 @@ def test_a_collapse_is_reported() -> None:
 
 
 def test_collapse_of_a_run_is_detected(tiny_faces: Path, tmp_path: Path) -> None:
-    """Without a centre that moves nothing holds the teacher off one prototype, at a rate far too high: the run's log and events say so. Its first
-    step is not finite: it is skipped and no collapse."""
+    """Without a moving centre and at a rate far too high, the teacher collapses to one prototype: log and events report it.
+
+    The first step is not finite. It is skipped, and is not reported as a collapse.
+    """
     from tests.runs import events, metrics, output, recipe_file, run
 
     path = recipe_file(
@@ -509,8 +511,11 @@ def lafs_run(folder: Path, data: Path) -> Path:
 
 
 def test_selfsupervised_run_resumes_exactly_and_elastically(tiny_faces: Path, tmp_path: Path) -> None:
-    """LAFS under ZeRO-3 on 2 ranks, stopped amid its run and started again, ends with the bits of a run in one piece; begun under ZeRO-2 on 2 ranks
-    and resumed with 1 under ZeRO-1 it has the same losses, teacher and centre to rounding. The prototypes move from the third step on."""
+    """LAFS under ZeRO-3 on 2 ranks, stopped and started again, ends with the bits of an undisturbed run.
+
+    Begun under ZeRO-2 on 2 ranks and resumed with 1 under ZeRO-1, it has the same losses, teacher and centre up to rounding.
+    The prototypes move from the third step on.
+    """
     from safetensors.torch import load_file
 
     from tests.runs import metrics, output, run

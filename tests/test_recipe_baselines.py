@@ -123,8 +123,10 @@ def test_a_curve_is_of_its_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, curve in CURVES.items() if curve["first"]["step"] <= 20])
 def test_the_first_loss_of_a_log_follows_from_the_recipe(name: str) -> None:
-    """`s m + ln(r C) + s^2 / (2 d)`, with sin(m) for ArcFace: the sample rates are the logs'. Without a warm-up, step 20 is
-    a few per cent above."""
+    """The loss is `s m + ln(r C) + s^2 / (2 d)`, with sin(m) for ArcFace and the sample rates of the logs.
+
+    Without a warm-up, step 20 is a few per cent above.
+    """
     curve, recipe = CURVES[name], load(name)
     rate = curve["differs"].get("phases.0.sample_rate", recipe.phases[0].sample_rate)
     margin = 64 * (math.sin(0.5) if name.startswith("arcface") else 0.4)

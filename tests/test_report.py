@@ -196,8 +196,10 @@ def test_report_stays_small_for_a_long_run(tmp_path: Path) -> None:
 
 
 def test_runs_beside_each_other(tmp_path: Path) -> None:
-    """Their curves in one figure, what each reached, and only the settings that differ; also with a run that has nothing yet, or one that
-    diverged before its first log line."""
+    """Their curves in one figure, what each reached, and only the settings that differ.
+
+    Also with a run that has nothing yet, or one that diverged before its first log line.
+    """
     run, other, young = make_run(tmp_path / "a"), make_run(tmp_path / "b", steps=300), tmp_path / "c"
     changed = RECIPE.replace("name: sample", "name: half").replace("sample_rate: 1.0", "sample_rate: 0.25")
     (other / "recipe.yaml").write_text(changed + "schedule: {warmup: 2 epochs}\n")
@@ -243,5 +245,5 @@ def test_text_of_a_run_cannot_become_markup(tmp_path: Path) -> None:
 def test_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no recipe\.yaml"):
         write_report(tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="absent"):
         write_report(tmp_path / "absent")

@@ -94,8 +94,10 @@ def disturb(recipe: Path, zero: int, blows: list[str]) -> None:
     ],
 )
 def test_resume_is_bitwise(tiny_faces: Path, tmp_path: Path, peaceful: Peaceful, zero: int, blows: list[str]) -> None:
-    """Asked to stop in the second phase (in a step, a save, a load), killed just past the epoch's end: weights, moments, rows, banks,
-    EMA, BatchNorm, metrics."""
+    """Asked to stop in the second phase (in a step, a save, a load), and killed just after the epoch's end.
+
+    Weights, moments, rows, banks, EMA, BatchNorm and metrics have the same bits.
+    """
     disturbed = make(tmp_path, tiny_faces)
     disturb(disturbed, zero, blows)
     names = contents(folder_of(peaceful(2, zero)))

@@ -29,10 +29,15 @@ def trained(tiny_faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_losses_and_gradients_are_the_same_under_every_stage_and_number_of_ranks(
     trained: dict[tuple[int, int], Path],
 ) -> None:
-    """README's G2. Sums of float32 round by where they are cut, so the first step's loss and gradient agree to rounding; every update then lets
-    the difference grow (measured: 2e-7 of the loss and of the gradient's norm at step 1, 8e-6 and 6e-4 by step 12). Dropout masks drawn anew
-    on every rank move the first loss by 3e-4 and all others by more than 1e-2. A gradient scaled by the number of ranks is seen in its norm
-    alone, since AdamW and clipping hide it from the losses."""
+    """Guarantee G2 of the README.
+
+    Sums in float32 round differently when they are cut differently. So the first step's loss and gradient agree up to
+    rounding, and the difference grows with every update. Measured: 2e-7 of the loss and of the gradient's norm at step 1, 8e-6
+    and 6e-4 by step 12.
+
+    Other dropout masks on every rank would move the first loss by 3e-4 and the others by more than 1e-2. A gradient scaled by
+    the number of ranks shows in its norm only, because AdamW and clipping hide it from the losses.
+    """
     rows = {key: metrics(folder) for key, folder in trained.items()}
     reference = rows[2, 1]
     assert [row["step"] for row in reference] == list(range(1, 13))

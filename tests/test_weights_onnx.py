@@ -1,5 +1,7 @@
-"""ONNX files of insightface's networks as trainable networks: every export style, folded BatchNorms, refusals. What a file computes is asked of
-onnxruntime, what a network computes of torch."""
+"""ONNX files of insightface's networks as trainable networks: every export style, folded BatchNorms, refusals.
+
+onnxruntime says what a file computes, torch what a network computes.
+"""
 
 from __future__ import annotations
 

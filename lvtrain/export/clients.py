@@ -22,6 +22,8 @@ _MFR_BYTES = 1024 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Verdict:
+    """Whether a client accepts the file, and the reasons if it does not."""
+
     client: str
     accepted: bool
     reasons: tuple[str, ...]
@@ -29,7 +31,7 @@ class Verdict:
 
 @dataclass
 class _File:
-    """What the rules look at."""
+    """What the rules need to know of a file."""
 
     path: Path
     model: Any

@@ -31,8 +31,13 @@ _LARGEST = 2_000_000_000  # bytes: protobuf's limit for one file
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the file is from torch over random images and all batch sizes: the largest difference (relative to the largest value of the
-    embedding, where that is above 1), and the smallest cosine."""
+    """The difference between the file and torch, over random images and all batch sizes.
+
+    Attributes:
+        batches: the batch sizes.
+        largest_difference: relative to the largest value of the embedding, if that is above 1.
+        smallest_cosine: of the embeddings.
+    """
 
     batches: tuple[int, ...]
     largest_difference: float
@@ -48,11 +53,16 @@ def export_onnx(
     """Writes one ONNX file and compares it with torch in onnxruntime at N = 1, 7 and 32.
 
     Args:
-        batch: images the file takes at once, always exactly so many, as compilers for small devices need; None for any number.
+        backbone: the network; it is moved to the CPU, in float32.
+        path: file to write.
+        image_size: pixels per side.
+        opset: of ONNX, one of `OPSETS`.
+        batch: images in a call of the file, always exactly this many, as compilers for small devices need; None = any
+            number.
 
     Raises:
-        UserError: more weights than one ONNX file holds (2 GB), an opset outside `OPSETS` or one that lacks an operator of the backbone, or a file
-            that does not agree with torch to 1e-4.
+        UserError: more weights than one ONNX file holds (2 GB), an opset outside `OPSETS` or without an operator of the
+            backbone, or a file that differs from torch by more than 1e-4.
     """
     path = Path(path)
     if opset not in OPSETS:
@@ -120,7 +130,7 @@ def compare(
     batches: Sequence[int] = (1, 7, 32),
     images: torch.Tensor | None = None,
 ) -> Parity:
-    """torch against onnxruntime on random images, or on `images` [N, 3, S, S], `batches[0]` at a time.
+    """Compares torch with onnxruntime on random images, or on `images` [N, 3, S, S], `batches[0]` at a time.
 
     Raises:
         UserError: the file cannot be run, or gives NaN or infinity.

@@ -40,6 +40,8 @@ def to_static_int8(source: str | Path, target: str | Path, images: np.ndarray) -
     """Writes `source` with int8 convolutions and linears, one scale per output channel of a weight, one for each activation.
 
     Args:
+        source: float32 ONNX file.
+        target: file to write.
         images: float32 [N, 3, S, S], normalised, at least one batch of the file: the scales cover what these images
             reach.
 
@@ -103,8 +105,10 @@ def _batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def calibration_images(path: Path, image_size: int) -> np.ndarray:
-    """Images spread evenly over a dataset, a folder with one folder per identity or a `.bin` set: float32 [N, 3, S, S], normalised, in an order
-    that has nothing to do with identities, so that any part of them will do.
+    """Images for calibration: float32 [N, 3, S, S], normalised.
+
+    They are spread evenly over a dataset, a folder with one folder per identity, or a `.bin` set. Their order does not depend
+    on identities, so any part of them can be used.
 
     Raises:
         UserError: none of these, or fewer than 32 images.

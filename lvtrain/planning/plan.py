@@ -14,8 +14,13 @@ from lvtrain.planning.wire import Transfer
 
 @dataclass(frozen=True)
 class Plan:
-    """memory: bytes a rank by part. seconds: of one step by part, with the communication that is waited for.
-    transfers: bytes a step and rank.
+    """The result of a plan for one phase.
+
+    Attributes:
+        setup: what was planned.
+        memory: bytes per rank, by part.
+        seconds: of one step, by part, with the communication that is waited for.
+        transfers: bytes per step and rank.
     """
 
     setup: Setup
@@ -25,7 +30,7 @@ class Plan:
 
     @property
     def total_memory(self) -> float:
-        """Bytes a rank."""
+        """Bytes per rank."""
         return sum(self.memory.values())
 
     @property

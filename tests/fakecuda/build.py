@@ -60,7 +60,7 @@ def build(folder: Path) -> list[Path]:
 
 
 def _nvrtc(folder: Path) -> Path:
-    """torch looks its functions up in the library of that name, with the versions it was linked against."""
+    """Torch looks its functions up in the library of that name, with the versions it was linked against."""
     found = [line.split()[-1] for path in _torch_libraries() for line in _run("nm", "-D", "-u", str(path)).splitlines()]
     names = {name.partition("@")[::2] for name in found if name.startswith("nvrtc")}
     (version,) = {version for _, version in names}
