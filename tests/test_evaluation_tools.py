@@ -87,9 +87,9 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("a.jpg b.jpg yes\n")
     (tmp_path / "none.txt").write_text("a.jpg b.jpg 1\na.jpg c.jpg 0\n" * 10)
     attempts = {
-        "does not exist": ("evaluate", "raw_pixels", "--benchmark", f"x:{tmp_path}/absent.bin"),
-        "nothing to do": ("evaluate", "raw_pixels"),
-        "absent does not exist; give a run": (
+        "absent.bin": ("evaluate", "raw_pixels", "--benchmark", f"x:{tmp_path}/absent.bin"),
+        "--benchmark NAME:PATH": ("evaluate", "raw_pixels"),
+        f"{tmp_path / 'absent'} ": (
             "evaluate",
             tmp_path / "absent",
             "--cpu",
