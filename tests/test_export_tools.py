@@ -74,7 +74,7 @@ def test_class_rows_of_a_run(trained: Path, tmp_path: Path) -> None:
     assert torch.equal(merged, load_file(tmp_path / "model" / "class_rows.safetensors")["weight"])
     convert("reshard", *files, "--out", tmp_path / "one")
     assert torch.equal(read_weights(tmp_path / "one" / "rank_0_softmax_weight.pt").rows, merged)
-    assert "no backbone" in convert("import", files[0], tmp_path / "x", code=2)
+    assert "`reshard`" in convert("import", files[0], tmp_path / "x", code=2)
 
 
 def test_thresholds_end_in_the_model_card(trained: Path, tiny_faces: Path, tmp_path: Path) -> None:

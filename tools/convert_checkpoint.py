@@ -13,7 +13,7 @@ check FILE.onnx                  would insightface, lvface, uniface and
 
 \b
 python tools/convert_checkpoint.py export runs/mine mine.onnx --to onnx
-"""
+"""  # noqa: D301 (click's mark of a paragraph that is not wrapped)
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def import_(
         bool | None,
         typer.Option(
             "--bgr/--rgb",
-            help="colour order the weights want; BGR weights are turned into RGB ones. Default: what the file says, else RGB",
+            help="colour order the weights expect; BGR weights are turned into RGB ones. Default: what the file says, else RGB",
         ),
     ] = None,
     heads: Annotated[int | None, typer.Option(help="attention heads of a ViT of no published size")] = None,

@@ -1,9 +1,9 @@
-"""What a recipe needs: days, GPU-hours and cost of the whole run, and memory a GPU. No GPU is needed, and no data.
+"""What a recipe needs: days, GPU-hours and cost of the whole run, and memory per GPU; without GPU or data.
 
     python tools/plan.py lvtrain/recipes/pco_vitl_webface42m.yaml --ranks 64 --price-per-gpu-hour 2.5
 
-The figures of the data are counted where it is here, and else are the recipe's. Times are a roofline with stated
-efficiencies (lvtrain/planning/README.md), not measurements.
+The numbers of images and identities are counted in the data where it is on this machine; otherwise they are the
+recipe's. Times are a roofline with stated efficiencies (lvtrain/planning/README.md), not measurements.
 """
 
 from __future__ import annotations

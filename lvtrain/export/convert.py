@@ -49,21 +49,25 @@ def import_weights(
     licence: str | None = None,
     tell: Tell = print,
 ) -> None:
-    """Others' weights -> our folder.
+    """Turns another project's weights into our folder, float32, RGB.
 
     Args:
+        source: file of weights; see `lvtrain.weights.reading` for the kinds that are read.
+        out: folder to write.
         branch: teacher or student of a self-supervised checkpoint.
-        rank_files: `checkpoint_gpu_N.pt` of every rank in order, whose class rows go into the folder too; `num_classes` is what they must add up to.
-        bgr: the weights want blue before red; None takes what the file says.
+        rank_files: `checkpoint_gpu_N.pt` of every rank in order; their class rows go into the folder too.
+        num_classes: number of class rows that `rank_files` must add up to.
+        bgr: the weights expect blue before red; None takes what the file says.
         heads: attention heads of a ViT of no published size.
         licence: of the data they were trained on.
+        tell: prints one line of the report.
 
     Raises:
-        UserError: no backbone of ours in the file, or class rows that do not belong together.
+        UserError: the file holds no backbone that we have, or class rows that do not belong together.
     """
     weights = read_weights(source, branch=branch)
     if not weights.backbone:
-        raise UserError(f"{source} holds {weights.kind}, no backbone; use `reshard` for class rows")
+        raise UserError(f"{source} holds {weights.kind} and no backbone; use `reshard` for class rows")
     finite(weights.backbone, source)
     turned = weights.bgr if bgr is None else bgr
     state = swap_colours(weights.backbone) if turned else weights.backbone
@@ -76,14 +80,16 @@ def import_weights(
     tell(f"{weights.kind}: {architecture.name}, {size}; {report}")
     if weights.dropped:
         names = ", ".join(weights.dropped[:3])
-        tell(f"left out: {len(weights.dropped)} tensors that are no backbone ({names} ...)")
+        tell(f"left out: {len(weights.dropped)} tensors that do not belong to the backbone ({names} ...)")
     if turned:
         tell(
-            "input: it wanted BGR; red and blue were exchanged in its first layer: it takes RGB now, (x - 127.5) / 127.5"
+            "input: the file expected BGR; red and blue were exchanged in its first layer, so it takes RGB now, "
+            "(x - 127.5) / 127.5"
         )
     else:
         tell(
-            "input: RGB, (x - 127.5) / 127.5, unless its authors say otherwise (LAFS's MS1MV3 weights want BGR: --bgr); evaluate it to be sure"
+            "input: RGB, (x - 127.5) / 127.5, unless its authors say otherwise (LAFS's MS1MV3 weights take BGR: --bgr); "
+            "evaluate it to be sure"
         )
     tell(f"written: {out}" + (f" with {len(rows)} class rows" if rows is not None else ""))
 
@@ -98,10 +104,19 @@ def consolidate(
     heads: int | None = None,
     tell: Tell = print,
 ) -> None:
-    """A run, a checkpoint or a DeepSpeed ZeRO folder -> our folder, float32, in this process.
+    """Turns a run, a checkpoint or a DeepSpeed ZeRO folder into our folder, float32, in this process.
+
+    Args:
+        source: run, checkpoint or DeepSpeed folder.
+        out: folder to write.
+        rows: write the class rows too.
+        average: take the moving average of the weights.
+        tag: tag of a DeepSpeed folder; None takes its latest.
+        heads: attention heads, if a DeepSpeed folder holds a ViT of no published size.
+        tell: prints one line of the report.
 
     Raises:
-        UserError: nothing usable at `source`, class rows wanted of a source that has none.
+        UserError: nothing usable at `source`, or `rows` is set and `source` has no class rows.
     """
     class_rows = None
     if (source / "latest").is_file() or tag is not None:
@@ -126,7 +141,14 @@ def consolidate(
 def reshard(
     sources: Sequence[Path], out: Path, *, ranks: int = 1, num_classes: int | None = None, tell: Tell = print
 ) -> None:
-    """Class rows of a run, a checkpoint or arcface_torch's ranks -> `rank_{r}_softmax_weight.pt` of `ranks` ranks, arcface_torch's split.
+    """Writes class rows as arcface_torch's files of `ranks` ranks, `rank_{r}_softmax_weight.pt`.
+
+    Args:
+        sources: one run or checkpoint of ours, or arcface_torch's files of every rank in order.
+        out: folder to write.
+        ranks: number of files.
+        num_classes: number of class rows that there must be; None takes any.
+        tell: prints one line of the report.
 
     Raises:
         UserError: no class rows, or not `num_classes` of them.
@@ -157,13 +179,21 @@ def export(
     purpose: Literal["commercial"] | None = None,
     tell: Tell = print,
 ) -> None:
-    """The backbone in another program's format, checked after writing.
+    """Writes the backbone in another program's format and checks what was written.
 
     Args:
+        source: whatever `open_source` takes: a run, a checkpoint, an exported folder or a file of weights.
+        out: file or folder to write.
+        to: format.
+        opset: ONNX opset.
+        precision: of the ONNX file's weights.
         batch: images an ONNX file takes at once; None for any number.
-        calibration: images from which int8 takes the scales of activations (static int8); without, they are found anew for each input.
+        calibration: images from which int8 takes the scales of activations (static int8); without, the scales are found
+            anew for each input.
         benchmark: a `.bin` verification set on which the ONNX file's accuracy is compared with the backbone's.
+        average: take the moving average of the weights.
         purpose: `commercial` refuses unless every licence that the weights inherit allows commercial use.
+        tell: prints one line of the report.
 
     Raises:
         UserError: nothing usable at `source`, or a file that does not agree with the backbone.

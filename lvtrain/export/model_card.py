@@ -1,5 +1,7 @@
-"""The model card that goes with exported weights: what it is, what it was trained on, under which licence, how good, for what, and which cosine
-to accept. An exported folder keeps the card's fields in its `config.json`, so that a card can be written again."""
+"""The model card that goes with exported weights: data, licence, results, intended use and thresholds.
+
+An exported folder keeps the card's fields in its `config.json`, so that a card can be written again.
+"""
 
 from __future__ import annotations
 
@@ -89,11 +91,13 @@ def bare(
     path: Path,
     licence: str | None = None,
 ) -> Card:
-    """The card of weights nothing else is known of.
+    """Returns the card of weights of which nothing else is known.
 
     Args:
-        name, architecture, source: as the card says them.
+        name: title of the card.
+        architecture: of the backbone.
         state: the weights by name.
+        source: where they come from, in words.
         path: the file or folder they were read from.
         licence: of their data, from the user.
     """

@@ -89,8 +89,15 @@ def save(value: Any, path: str | Path) -> None:
 def write_insightface(
     folder: str | Path, onnx_file: Path, architecture: Architecture, *, model_id: str, licence: str | None
 ) -> Path:
-    """An insightface V2 package: `get_model(folder, model_task="recognition")` opens it. The ONNX file lies in `folder` already; `licence` is that of
-    the data, which the weights inherit."""
+    """Writes an insightface V2 package, which `get_model(folder, model_task="recognition")` opens.
+
+    Args:
+        folder: holds the ONNX file already.
+        onnx_file: the backbone.
+        architecture: of the backbone.
+        model_id: the package's name.
+        licence: of the training data, which the weights inherit; None if it is unknown.
+    """
     import hashlib
 
     folder = Path(folder)

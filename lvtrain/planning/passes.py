@@ -51,9 +51,10 @@ def first_pass(classes: ClassCentres, *, unit: bool = False) -> PassBytes:
 
 
 def both_passes(classes: ClassCentres, kept: float) -> PassBytes:
-    """The first pass, and the class centres' gradient.
+    """Returns the bytes of the first pass and of the class centres' gradient together.
 
     Args:
+        classes: sizes and settings of the class centres.
         kept: share of the classes whose exponentials the second pass finds; the others are computed again.
     """
     first, operand, fused = first_pass(classes), classes.operand_bytes, classes.kernel == "triton"
