@@ -142,3 +142,25 @@ def test_ema_and_bfloat16(tiny_faces: Path, tmp_path: Path) -> None:
     assert run(recipe, "ema.decay=0.9", "optimizer.precision=bfloat16", zero=3, ranks=2) == 0, output(recipe)
     final = json.loads((tmp_path / "runs" / "tiny" / "evaluation" / "final.json").read_text())
     assert final["benchmarks_ema"]["heldout"]["pairs"] == 200
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_by_the_next_start(tiny_faces: Path, tmp_path: Path) -> None:
+    evaluation = {"benchmarks": {"heldout": str(tiny_faces / "heldout.bin")}, "every": "6 steps"}
+    recipe = recipe_file(tmp_path, tiny_faces / "train", evaluation=evaluation, checkpoint={"every": "6 steps"})
+    # the first start ends at step 4, the end of a phase
+    assert run(recipe, "--phase", "alignment") == 0
+    made = tmp_path / "runs" / "tiny" / "evaluation"
+    at_phase_end = made / "step_000000004.json"
+    before = json.loads(at_phase_end.read_text())["benchmarks"]
+    at_phase_end.unlink()
+    assert run(recipe, environment={"LVTRAIN_FAULT": "loop.step:0:6:sigkill"}) == -9
+    assert json.loads(at_phase_end.read_text())["benchmarks"] == before
+    (made / "step_000000006.json").unlink()  # as if killed right after the checkpoint of step 6, and not a step later
+    assert run(recipe) == 0
+    assert {path.stem for path in made.iterdir()} == {
+        "before", "step_000000004", "step_000000006", "step_000000008", "final",
+    }  # fmt: skip
+    final = json.loads((made / "final.json").read_text())["benchmarks"]
+    (made / "final.json").unlink()
+    assert run(recipe) == 0
+    assert json.loads((made / "final.json").read_text())["benchmarks"] == final

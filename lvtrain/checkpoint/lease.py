@@ -3,12 +3,12 @@
 The holder touches `lease.json` every few seconds. While the holder lives, a second job refuses to start. When the holder
 is dead, the second job takes over:
 
-- at once, if the death can be seen: the process does not exist on this host, or the holder was an earlier start of the
-  same Slurm job;
+- at once, if the death can be seen: the process does not exist in this container of this host, or the holder was an
+  earlier start of the same Slurm job;
 - otherwise, when the heartbeat has stood still long enough.
 
-Before a commit the holder checks that the lease still has its token. So a job that was frozen and replaced commits
-nothing. Ages are measured by the file system's clock only, so the nodes' clocks need not agree.
+Before a commit, and before a row of metrics or events, the holder checks that the lease still has its token. So a job that
+was frozen and replaced writes nothing. Ages are measured by the file system's clock only, so the nodes' clocks need not agree.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class Lease:
         mine = {
             "token": self.token,
             "host": socket.gethostname(),
+            "processes": _process_table(),
             "pid": os.getpid(),
             "started": _process_start(os.getpid()),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
@@ -191,7 +192,18 @@ def _is_dead(holder: dict[str, Any]) -> bool:
         and holder["slurm_restarts"] < int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     ):
         return True
-    return holder["host"] == socket.gethostname() and _process_start(holder["pid"]) != holder["started"]
+    # containers may share a host name and not their processes; leases of earlier versions do not say
+    is_here = holder["host"] == socket.gethostname() and holder.get("processes", _process_table()) == _process_table()
+    return is_here and _process_start(holder["pid"]) != holder["started"]
+
+
+def _process_table() -> str:
+    """Which process numbers are meant: this boot of this machine, and the namespace of this container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # a sandbox may hide them
+        return ""
 
 
 def _process_start(pid: int) -> str | None:

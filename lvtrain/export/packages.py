@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -64,6 +65,9 @@ def write_folder(
     if rows is not None:
         save_file({"weight": rows.float().contiguous()}, str(folder / ROWS))
     write_card(folder / "README.md", card)
+    for name in (WEIGHTS, ROWS):  # safetensors writes files that only their owner may read
+        if (folder / name).exists():
+            shutil.copymode(folder / CONFIG, folder / name)
     return folder
 
 

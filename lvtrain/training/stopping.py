@@ -87,7 +87,7 @@ class Stopping:
         signals.restore()
 
     def _wish(self) -> int:
-        if signals.received() is not None:
+        if signals.received() is not None or signals.launcher_is_gone():
             return _SIGNALLED
         return _OUT_OF_TIME if self.deadline is not None and self.deadline.is_near(self.clock()) else _GO_ON
 
@@ -106,6 +106,7 @@ class Stopping:
         if verdict != _GO_ON and self.reason is None:
             number = signals.received()
             name = signal.Signals(number).name if number is not None else "a signal to another rank"
+            name = "the launcher is gone" if number is None and signals.launcher_is_gone() else name
             self.reason = f"{name if verdict == _SIGNALLED else 'end of the allotted time'}, seen after step {step}"
         return verdict != _GO_ON
 

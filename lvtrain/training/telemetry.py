@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lvtrain import signals
+from lvtrain.checkpoint.lease import Lease
 from lvtrain.distributed.world import World
 from lvtrain.evaluation import suite
 from lvtrain.files import atomic
@@ -19,10 +21,22 @@ from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSect
 
 
 class Telemetry:
-    """Rows of `metrics.jsonl` and `events.jsonl`, appended whole lines at a time, and sent to the recipe's trackers."""
+    """Rows of `metrics.jsonl` and `events.jsonl`, appended whole lines at a time, and sent to the recipe's trackers.
 
-    def __init__(self, run: TrackedRun, world: World, trackers: Sequence[TrackerSection] = ()) -> None:
-        self.folder, self.world, self.active = run.folder, world, world.is_first
+    Args:
+        run: what trackers are given.
+        world: this process among the ranks.
+        trackers: sections of the recipe.
+        lease: of the run folder. A job that was frozen and replaced writes nothing when it wakes up.
+
+    Raises:
+        FolderInUse: by every method that writes a file: another job has taken the folder over.
+    """
+
+    def __init__(
+        self, run: TrackedRun, world: World, trackers: Sequence[TrackerSection] = (), lease: Lease | None = None
+    ) -> None:
+        self.folder, self.world, self.active, self._lease = run.folder, world, world.is_first, lease
         self._trackers: dict[str, Tracker] = {}
         for section in trackers if self.active else ():
             try:
@@ -62,19 +76,26 @@ class Telemetry:
             self.say(f"evaluation {name}  {benchmark}: {figure} {value}")
         if not self.active:
             return
+        self._check_lease()
         folder = self.folder / "evaluation"
         folder.mkdir(exist_ok=True)
         atomic.write_json(folder / f"{name}.json", results)
 
     def say(self, text: str) -> None:
+        """Prints a line on rank 0."""
         if self.active:
-            print(text, flush=True)
+            _print(text)
 
     def warn(self, text: str) -> None:
         """Prints what only this rank saw, such as a file system that fails on its node."""
-        print(f"warning: rank {self.world.rank}: {text}", flush=True)
+        _print(f"warning: rank {self.world.rank}: {text}")
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        self._check_lease()
         with open(self.folder / name, "ab+") as file:
             end = file.tell()
             file.seek(max(0, end - 1))
@@ -130,3 +151,10 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             print(f"warning: {path}: a line was cut short by a crash and is dropped", file=sys.stderr)
     return rows
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError:  # the terminal is closed, or the program that read our lines has ended; the run folder has them
+        signals.drop_console()

@@ -103,7 +103,7 @@ class Trainer:
         self.folder = open_folder(recipe, setup.ds_config, world, licence=dataset.manifest.licence)
         keep_provenance(self.folder.path, recipe, dataset)
         tracked = TrackedRun(self.folder.path, self.folder.run_id, recipe.model_dump(mode="json"))
-        self.telemetry = Telemetry(tracked, world, recipe.logging.trackers)
+        self.telemetry = Telemetry(tracked, world, recipe.logging.trackers, lease)
         dataset.warn = self.telemetry.warn
         timeout = recipe.safety.collective_timeout
         self.heartbeat = Heartbeat(self.folder.path, world.rank, timeout)
@@ -153,6 +153,8 @@ class Trainer:
         self.telemetry.begin(position.step)
         self._report_changes(position)
         if complete := self._complete(position):
+            if found is not None and self._missed_evaluation(position):
+                self._evaluate_again(found, position)
             reason = f"{complete} since an earlier start, so nothing is left to train"
             return self._outcome("done", position.step, self.only_phase, reason)
         self._report_start(found, position)
@@ -195,6 +197,9 @@ class Trainer:
             self.telemetry.say(f"starting from {taken}")
         if found is not None:
             phase.load(self.checkpoints.load(found), position)
+            is_due = position.phase_over or phase.is_due(self.recipe.evaluation.every)
+            if is_due and (name := self._missed_evaluation(position)):
+                self.evaluate(phase, name)
         if enters:
             self._event(phase, "phase_start", world_size=self.world.size, accumulation=phase.accumulation)
         return phase
@@ -255,7 +260,7 @@ class Trainer:
             if phase.is_due(self.recipe.checkpoint.every) and not phase.nonfinite_in_row:
                 self.save(phase, "interval")
             if phase.is_due(self.recipe.evaluation.every):
-                self.evaluate(phase, f"step_{position.step:09d}")
+                self.evaluate(phase, self._evaluation_name(position))
 
     def step(self, phase: PhaseState, batches: Iterator[Batch]) -> bool:
         """Trains on one global batch. Returns whether the phase has reached its cosine (CSS)."""
@@ -350,11 +355,11 @@ class Trainer:
         self._event(phase, "phase_end", reason=reason, cos2_window=phase.stage.last_mean)
         self.save(phase, "phase_end")
         self.checkpoints.wait()
-        last = position.next_index == len(self.recipe.phases) or position.samples_seen >= self.rate.total
-        if last:
+        name = self._evaluation_name(position)
+        if name == "final":
             rest = worlds.gather_objects(phase.tally.sums)
             self._report_epochs(phase, unfinished(rest, len(self.setup.dataset)))
-        self.evaluate(phase, "final" if last else f"step_{position.step:09d}")
+        self.evaluate(phase, name)
 
     def evaluate(self, phase: PhaseState, name: str) -> None:
         """Runs the recipe's benchmarks, if there are any, on the weights and on their average. A collective."""
@@ -365,6 +370,27 @@ class Trainer:
         figures = {benchmark: suite.figure(result) for benchmark, result in results["benchmarks"].items()}
         self._event(phase, "evaluation", name=name, figures=figures)
         phase.restart_clock()
+
+    def _evaluation_name(self, position: Position) -> str:
+        """The evaluation at `position`: `final` where the run is over, otherwise by the step."""
+        over = position.next_index == len(self.recipe.phases) or position.samples_seen >= self.rate.total
+        return "final" if position.phase_over and over else f"step_{position.step:09d}"
+
+    def _missed_evaluation(self, position: Position) -> str | None:
+        """The name of the evaluation at `position`, where an earlier start was killed before it was written."""
+        name = self._evaluation_name(position)
+        path = self.folder.path / "evaluation" / f"{name}.json"
+        missed = bool(self.recipe.evaluation.benchmarks) and not worlds.on_first(path.exists)
+        return name if missed else None
+
+    def _evaluate_again(self, found: CheckpointInfo, position: Position) -> None:
+        """Makes the missed evaluation of a run that has nothing left to train."""
+        phase = PhaseState(self.setup, self.rate, replace(position), fresh=False)
+        try:
+            phase.load(self.checkpoints.load(found), position)
+            self.evaluate(phase, self._evaluation_name(position))
+        finally:
+            phase.close()
 
     def log(self, phase: PhaseState) -> None:
         """One row of metrics and one line on the console. A collective."""

@@ -1,0 +1,124 @@
+"""Runs in a real terminal: what happens when it closes, when Ctrl-C is typed, and when the launcher is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.runs import free_port, metrics, recipe_file
+
+DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}"]
+TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2"]
+
+
+class Terminal:
+    """A program that leads the session of a pseudo-terminal, as a shell's first command or `docker run -it` does."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.master, slave = pty.openpty()
+
+        def lead() -> None:
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=lead, cwd=ROOT, close_fds=True
+        )
+        os.close(slave)
+        self.text = b""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            while part := os.read(self.master, 4096):
+                self.text += part
+
+    def type(self, text: bytes) -> None:
+        os.write(self.master, text)
+
+    def close(self) -> None:
+        os.close(self.master)
+
+
+@pytest.fixture
+def begin(tiny_faces: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """Starts an endless run, and returns its terminal after three steps."""
+    started: list[Terminal] = []
+
+    def start(launcher: list[str]) -> Terminal:
+        recipe = recipe_file(
+            tmp_path,
+            tiny_faces / "train",
+            phases=[{"name": "only", "global_batch": 16, "micro_batches": 4}],
+            schedule={"total": "1000000 steps", "warmup": "0 steps"},
+            checkpoint={"every": "1000000 steps"},
+        )
+        words = [word.format(port=free_port()) for word in launcher]
+        command = [*words, "lvtrain/main.py", "--recipe", str(recipe), "--ds_config", "ds_configs/zero1.json"]
+        started.append(Terminal(command))
+        until = time.monotonic() + 180
+        while len(rows(tmp_path)) < 3:
+            assert time.monotonic() < until and started[0].process.poll() is None, started[0].text.decode()[-3000:]
+            time.sleep(0.2)
+        return started[0]
+
+    yield start
+    for terminal in started:
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=False)
+        terminal.process.kill()
+
+
+def rows(folder: Path) -> list[Any]:
+    path = folder / "runs" / "tiny" / "metrics.jsonl"
+    return metrics(folder / "runs" / "tiny") if path.exists() else []
+
+
+def stopped(folder: Path) -> dict[str, Any]:
+    """`outcome.json`, once it is there, of a run whose last step is in a checkpoint."""
+    run = folder / "runs" / "tiny"
+    until = time.monotonic() + 120
+    while not (run / "outcome.json").exists():
+        assert time.monotonic() < until, "the ranks did not stop"
+        time.sleep(0.2)
+    outcome: dict[str, Any] = json.loads((run / "outcome.json").read_text())
+    assert outcome["outcome"] == "requeue" and (run / "checkpoints" / f"step_{outcome['step']:09d}").is_dir()
+    return outcome
+
+
+def test_a_closed_terminal_is_a_request_to_stop(begin: Callable[..., Terminal], tmp_path: Path) -> None:
+    terminal = begin([sys.executable])
+    terminal.close()
+    assert "SIGHUP" in stopped(tmp_path)["reason"]
+    assert terminal.process.wait(60) == 75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
+@pytest.mark.parametrize("how", ["close", "type", "interrupt", "terminate", "kill"])
+def test_the_ranks_save_whatever_ends_their_launcher(
+    begin: Callable[..., Terminal], tmp_path: Path, launcher: list[str], how: str
+) -> None:
+    terminal = begin(launcher)
+    if how == "close":
+        terminal.close()
+    elif how == "type":
+        terminal.type(b"\x03")
+    else:
+        number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}[how]
+        os.kill(terminal.process.pid, number)
+    stopped(tmp_path)
