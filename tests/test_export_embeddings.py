@@ -33,6 +33,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+def test_all_files_of_a_folder_have_one_mode(model: Path) -> None:
+    assert len({path.stat().st_mode for path in model.iterdir()}) == 1
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
