@@ -34,6 +34,17 @@ def test_the_table_has_every_key_of_their_configurations() -> None:
     assert all(entry["how"] for entry in KEYS.values())
 
 
+def test_the_page_for_who_moves_has_every_key_and_network() -> None:
+    text = arcface_torch.PAGE.read_text()
+    assert text == arcface_torch.page(), "run: python tools/recipe_reference.py"
+    rows = {
+        cells[1].strip(" `"): cells[2].strip(" `")
+        for cells in (line.split("|") for line in text.splitlines() if line.startswith("| `"))
+    }
+    assert {key: entry.get("ours", "not needed") for key, entry in KEYS.items()}.items() <= rows.items()
+    assert arcface_torch.table()["networks"].items() <= rows.items()
+
+
 def test_every_key_of_ours_exists() -> None:
     ours = {key.dotted for key in all_keys()}
     sections = {dotted.rpartition(".")[0].removesuffix(".*") for dotted in ours}
@@ -54,7 +65,7 @@ def test_a_whole_configuration_is_answered_briefly(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         recipes.load(tmp_path / "theirs.yaml")
     message = str(caught.value)
-    assert "lvtrain/recipes" in message and "more mistakes" in message and len(message) < 1500
+    assert "tools/migrate_config.py" in message and "more mistakes" in message and len(message) < 1500
 
 
 @pytest.mark.parametrize(("theirs", "ours"), arcface_torch.table()["networks"].items())

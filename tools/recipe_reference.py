@@ -1,7 +1,7 @@
-"""Writes the page of all recipe keys, lvtrain/recipe/REFERENCE.md, from the recipe's fields.
+"""Writes what is generated of two pages: all recipe keys (lvtrain/recipe/REFERENCE.md), and arcface_torch's keys.
 
-python tools/recipe_reference.py            write it
-python tools/recipe_reference.py --check    exit with 1 if it is out of date
+python tools/recipe_reference.py            write them
+python tools/recipe_reference.py --check    exit with 1 if one is out of date
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write lvtrain/recipe/REFERENCE.md from the recipe's fields.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
+    parser = argparse.ArgumentParser(description="Write the tables of recipe keys and of arcface_torch's keys.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     options = parser.parse_args(arguments)
-    from lvtrain.recipe.reference import PAGE, page  # after parsing: it imports every method
+    from lvtrain.recipe import arcface_torch, reference  # after parsing: they import every method
 
-    text = page()
-    is_current = PAGE.is_file() and PAGE.read_text() == text
-    if options.check:
-        print(f"{PAGE} is {'up to date' if is_current else 'out of date; run python tools/recipe_reference.py'}")
-        return 0 if is_current else 1
-    PAGE.write_text(text)
-    return 0
+    is_current = True
+    for page, text in ((reference.PAGE, reference.page()), (arcface_torch.PAGE, arcface_torch.page())):
+        if page.is_file() and page.read_text() == text:
+            continue
+        is_current = False
+        if options.check:
+            print(f"{page} is out of date; run python tools/recipe_reference.py")
+        else:
+            page.write_text(text)
+    return 1 if options.check and not is_current else 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+PAGE = Path(__file__).parents[1] / "recipes" / "MOVING_FROM_ARCFACE_TORCH.md"
+_BEGIN, _END = "<!-- written by tools/recipe_reference.py -->", "<!-- end -->"
+
 
 @cache
 def table() -> dict[str, Any]:
@@ -36,3 +39,38 @@ def answer_value(dotted: str, value: Any) -> str:
     if dotted == "method" and isinstance(name, str) and name.lower() in table()["margins"]:
         return f"; {name} is a margin: method=classification classifier.margin={name.lower()}"
     return ""
+
+
+def page() -> str:
+    """`PAGE`, with the tables of keys and networks between its two marks as the file says."""
+    before, _, rest = PAGE.read_text().partition(_BEGIN)
+    return f"{before}{_BEGIN}\n\n{_tables()}\n\n{_END}{rest.partition(_END)[2]}"
+
+
+def _tables() -> str:
+    keys = [
+        [f"`{key}`", f"`{entry['ours']}`" if "ours" in entry else "not needed", entry["how"], _default(entry)]
+        for key, entry in table()["keys"].items()
+    ]
+    networks = [
+        [f"`{theirs}`", f"`{ours}`", str(table()["network_overrides"].get(theirs, "")).replace("'", "").strip("{}")]
+        for theirs, ours in table()["networks"].items()
+    ]
+    return "\n\n".join(
+        [
+            _aligned(["arcface_torch", "lvtrain", "how the value carries over", "their default"], keys),
+            _aligned(["`config.network`", "`backbone.name`", "`backbone.overrides`"], networks),
+        ]
+    )
+
+
+def _default(entry: dict[str, Any]) -> str:
+    return f"`{entry['default']}`" if "default" in entry else ""
+
+
+def _aligned(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with columns of equal width."""
+    cells = [head, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])

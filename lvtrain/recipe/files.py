@@ -79,7 +79,7 @@ def resolve(values: dict[str, Any], *, source: Callable[[Any], str] = lambda pro
             arcface_torch.answer(str(problem["loc"][-1])) is not None for problem in problems if problem["loc"]
         )
         if theirs > 2:
-            more.append("for a file of arcface_torch, start from the nearest recipe in lvtrain/recipes")
+            more.append("python tools/migrate_config.py CONFIG.py writes a recipe from a file of arcface_torch")
         raise UserError("; ".join(mistakes + more)) from error
 
 
