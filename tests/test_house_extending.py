@@ -91,6 +91,7 @@ def toy_method_and_backbone() -> None:
 def _toys_by_name(rank: int, ranks: int, recipe: str, run_folder: str) -> dict[str, Any]:
     from lvtrain.engine.parameter_groups import parameter_groups
     from lvtrain.main import main
+    from lvtrain.planning import plan_phases
     from lvtrain.weights.models import load_model
 
     toy_method_and_backbone()
@@ -98,6 +99,7 @@ def _toys_by_name(rank: int, ranks: int, recipe: str, run_folder: str) -> dict[s
     with contextlib.redirect_stdout(io.StringIO()) as said:
         planned = main([*arguments, "--dry-run"])
     loaded = recipes.load(recipe)
+    plans = plan_phases(loaded, ranks=1, num_classes=24)
     with torch.device("meta"):
         groups = parameter_groups(initial_backbone(loaded, torch.device("meta")), loaded.optimizer)
     mistakes = []
@@ -111,6 +113,7 @@ def _toys_by_name(rank: int, ranks: int, recipe: str, run_folder: str) -> dict[s
     return {
         "codes": (planned, trained),
         "plan": said.getvalue(),
+        "parts": plans["only"].table(),
         "scales": {name: group.lr_scale for group in groups for name in group.parameters},
         "mistakes": mistakes,
         "embedding": model.forward(torch.zeros(2, 3, 112, 112)).shape,
@@ -129,7 +132,8 @@ def test_a_method_and_a_backbone_are_one_class_each(tiny_faces: Path, tmp_path: 
     )
     (found,) = run_ranks(1, _toys_by_name, str(recipe), str(tmp_path / "runs" / "tiny"))
     assert found["codes"] == (0, 0)
-    assert "toy_method (embeddings of one length)" in found["plan"] and "toy buffer" in found["plan"]
+    assert "toy_method (embeddings of one length)" in found["plan"]
+    assert "toy buffer" in found["parts"]
     of = found["scales"]
     expected = {"stem.weight": 0.0625, "stages.0.weight": 0.125, "stages.2.bias": 0.5, "head.weight": 1.0}
     assert {name: of[name] for name in expected} == expected
