@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lvtrain.checkpoint.state import Rows
 from lvtrain.classifier import Anchor, Numerics, OptimizerSettings, ShardedClassifier, class_range, negative_logsumexp
 from lvtrain.classifier.banks import ExpectationBank
+from lvtrain.classifier.kernel import on_device
 from lvtrain.classifier.margins import AdaFace, ArcFace, Combined, CosFace
 from lvtrain.classifier.partition import initial_centres, sampled_classes
 from lvtrain.errors import UserError
@@ -556,8 +557,8 @@ def test_an_unknown_setting_is_refused(name):
 
 def test_the_kernel_is_chosen_for_the_device(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert Numerics().on(torch.device("cpu")).kernel == "torch"
-    assert Numerics(kernel="triton").on(torch.device("cuda")).kernel == "triton"
+    assert on_device(Numerics(), torch.device("cpu")).kernel == "torch"
+    assert on_device(Numerics(kernel="triton"), torch.device("cuda")).kernel == "triton"
     with pytest.raises(UserError, match=r"classifier\.numerics\.kernel"):
         head_of(numerics=dict(kernel="triton"))
 

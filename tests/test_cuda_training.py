@@ -41,7 +41,7 @@ def test_pco_trains_evaluates_saves_and_resumes(
         data=ON_GPU,
         ema={"decay": 0.9},
         optimizer={"precision": "bfloat16"},
-        classifier={"numerics": {"precision": "half"}},
+        classifier={"numerics": {"precision": "half", "kernel": "triton"}},
         evaluation={"benchmarks": {"heldout": str(tiny_faces / "heldout.bin")}},
     )
     train(fake_device, recipe, "--phase", "alignment", ds_config=ds_config)

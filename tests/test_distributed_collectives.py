@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from lvtrain.distributed.collectives import all_reduce_sum, gather_rows
+from lvtrain.distributed.collectives import all_reduce_sum, gather_rows, true_everywhere
 from tests.ranks import run_ranks
 
 COUNTS = [3, 0, 5, 1]
@@ -36,7 +36,14 @@ def summed(rank):
 
 
 def everything(rank, ranks):
-    return {known: gathered(rank, ranks, known) for known in (True, False)} | {"summed": summed(rank)}
+    return {known: gathered(rank, ranks, known) for known in (True, False)} | {
+        "summed": summed(rank),
+        "agreed": agreed(rank),
+    }
+
+
+def agreed(rank):
+    return [true_everywhere(flag, torch.device("cpu")) for flag in (True, rank > 0, False)]
 
 
 @functools.cache
@@ -63,7 +70,12 @@ def test_all_reduce_sum_leaves_its_input_and_passes_the_gradient():
         assert torch.equal(gradient, torch.full((3,), 6.0))
 
 
+def test_true_everywhere_is_the_same_on_every_rank():
+    assert [answer["agreed"] for answer in on(2)] == [[True, False, False]] * 2
+
+
 def test_without_a_process_group():
+    assert [true_everywhere(flag, torch.device("cpu")) for flag in (True, False)] == [True, False]
     x = torch.ones(2, 3, requires_grad=True)
     assert gather_rows(x) is x
     assert all_reduce_sum(x) is x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def recipe_in(folder: Path, *overrides: str) -> Recipe:
 
 
 def start(folder: Path, *overrides: str) -> RunFolder:
-    return open_folder(recipe_in(folder, *overrides), {}, ALONE, licence="none")
+    return open_folder(recipe_in(folder, *overrides), {}, ALONE, facts={})
 
 
 @pytest.fixture
@@ -88,3 +89,22 @@ def test_a_row_is_not_glued_to_one_that_a_crash_cut(trained: RunFolder) -> None:
     telemetry.event("three")
     lines = (trained.path / "events.jsonl").read_text().splitlines()
     assert lines[1] == '{"event": "cu' and ['"two"' in lines[2], '"three"' in lines[3], len(lines)] == [True, True, 4]
+
+
+def test_another_kernel_than_before_is_reported(tmp_path: Path) -> None:
+    """And a package whose version decides pixels or rounding; nothing at the first start, or of a start that did not note it."""
+
+    def surroundings(**facts: str) -> list[str]:
+        recipe = recipe_in(tmp_path)
+        return open_folder(recipe, {}, ALONE, facts=facts).surroundings
+
+    assert surroundings() == []
+    assert surroundings(classifier_kernel="torch") == []
+    (changed,) = surroundings(classifier_kernel="triton")
+    assert changed.startswith("classifier_kernel: torch -> triton")
+    environment = tmp_path / "runs" / "tiny" / "environment.json"
+    noted = json.loads(environment.read_text())
+    installed, noted["packages"]["torch"] = noted["packages"]["torch"], "2.0.0"
+    environment.write_text(json.dumps(noted))
+    (changed,) = surroundings(classifier_kernel="triton")
+    assert changed.startswith(f"packages.torch: 2.0.0 -> {installed}")

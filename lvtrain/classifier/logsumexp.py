@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lvtrain.classifier.classes import Classes
+from lvtrain.classifier.kernel import on_device
 from lvtrain.classifier.numerics import EXACT, Numerics
 from lvtrain.classifier.passes import Partial, forward_pass, weight_gradient_pass
 from lvtrain.distributed.collectives import Group, group_size
@@ -179,7 +180,7 @@ def negative_logsumexp(
     if isinstance(scale, float | int) and not math.isfinite(scale):
         raise ValueError("scale must be finite")
     labels = class_ids(labels)
-    numerics = numerics.on(weight.device)
+    numerics = on_device(numerics, weight.device, group)
     if not weight.requires_grad:
         numerics = numerics.without_keeping()
     classes = Classes(weight.detach(), scale, indices, threshold, mask, is_unit, numerics)

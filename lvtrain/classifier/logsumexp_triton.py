@@ -10,7 +10,7 @@ The library computes the matmuls. With 16-bit operands, memory traffic per logit
 read here (8 with the running maximum, the second mostly from cache), 2 written here, and 2 read by the next matmul. Per
 element of a row it is 6 bytes in each pass, and 12 at the end of the second.
 
-`kernel="triton"` chooses them. They are not the default, because they have not been measured on a GPU (measure with
+`kernel: auto` takes them on CUDA after their self-test (`kernel.py`). They have not been timed on a GPU yet (measure with
 `tools/benchmark.py classifier --device cuda --kernels torch,triton`). Without a GPU the tests run them in Triton's
 interpreter (TRITON_INTERPRET=1).
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -25,7 +24,7 @@ class Numerics:
         precision: number format of the matmuls' operands, see `formats`. `float32`. `tf32`: float32 tensors, multiplied as
             TF32 on CUDA. `half`: float16 operands with float32 cosines and sums; relative gradient error below 1e-3.
             `bfloat16`: the same with bfloat16; below 1e-2 (on a CPU the cosines stay float32: below 3e-3).
-        kernel: what computes between the matmuls: `torch`, `triton` (CUDA only), or `auto` (see `choose_kernel`).
+        kernel: what computes between the matmuls: `torch`, `triton` (CUDA only), or `auto` (see `kernel.choose_kernel`).
         chunk: classes in one chunk; None = chosen from the shapes (see `chunk_size`).
         keep_mb: MB of extra memory for keeping exp(logits) from forward to backward. Whatever fits is not computed again,
             which saves one of four matmuls. The gradient buffer already gives free room: for all of them when the gathered
@@ -49,29 +48,9 @@ class Numerics:
                 names = ", ".join(get_args(known))
                 raise UserError(f"classifier.numerics.{name}: {value!r} is not one of {names}")
 
-    def on(self, device: torch.device) -> Numerics:
-        """The same with the kernel chosen for `device`: `torch` or `triton`."""
-        return replace(self, kernel=choose_kernel(self.kernel, device))
-
     def without_keeping(self) -> Numerics:
         """The same for a pass whose class directions get no gradient: nothing is kept for backward."""
         return replace(self, keep_mb=0.0)
-
-
-def choose_kernel(kernel: Kernel, device: torch.device) -> Literal["torch", "triton"]:
-    """The kernel for `device`: the one place that decides it.
-
-    `auto` is `torch` everywhere: the Triton kernels have not been compared with it on a GPU yet. Once a self-test at the
-    start does that, `auto` becomes `triton` on CUDA here.
-
-    Raises:
-        UserError: `triton` was asked for on a device that it does not run on.
-    """
-    if kernel == "auto":
-        return "torch"
-    if kernel == "triton" and device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError("classifier.numerics.kernel: triton needs a CUDA device; set classifier.numerics.kernel=auto")
-    return kernel
 
 
 EXACT = Numerics()

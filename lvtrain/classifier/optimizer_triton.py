@@ -3,8 +3,8 @@
 Each row is read once and written once: gather, update and scatter in one. In eager PyTorch the same step copies rows and
 moments out, passes over them some ten times, and copies them back.
 
-The tests compare it with the PyTorch path of `CentreOptimizer`, by Triton's interpreter. It is not the default, because
-its speed has not been measured on a GPU.
+The tests compare it with the PyTorch path of `CentreOptimizer`, by Triton's interpreter. `kernel: auto` takes it on CUDA
+after its self-test (`kernel.py`).
 """
 
 from __future__ import annotations

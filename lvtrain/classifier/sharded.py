@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from lvtrain.checkpoint.state import Replicated, Rows, State
 from lvtrain.classifier.classes import Anchor, Classes
+from lvtrain.classifier.kernel import on_device
 from lvtrain.classifier.logsumexp import class_ids, combine
 from lvtrain.classifier.margins.base import Margin
 from lvtrain.classifier.numerics import EXACT, Numerics
@@ -129,7 +130,7 @@ class ShardedClassifier(nn.Module):
         device = torch.device(device)
         self.num_classes, self.embedding_dim, self.seed, self.group = num_classes, embedding_dim, seed, group
         self.margin = margin.to(device)  # its statistics, if it has any
-        self.numerics = numerics.on(device)
+        self.numerics = on_device(numerics, device, group)
         self.ranks = group_size(group)
         self.gradient_scale = float(self.ranks)
         self.rows = class_range(num_classes, group_rank(group), self.ranks)

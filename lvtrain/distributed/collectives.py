@@ -33,6 +33,15 @@ def gather_sizes(count: int, device: torch.device, group: Group = None) -> list[
     return [int(c) for c in counts.tolist()]
 
 
+def true_everywhere(flag: bool, device: torch.device, group: Group = None) -> bool:
+    """Whether `flag` is true on every rank of the group. A small all-reduce and a host synchronisation."""
+    if group_size(group) == 1:
+        return flag
+    vote = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)
+    return bool(vote.item())
+
+
 def all_gather_rows(x: torch.Tensor, sizes: Sequence[int], group: Group = None) -> torch.Tensor:
     """All ranks' rows, concatenated: `[sum(sizes), ...]`, without gradient. One all-gather, padded to the largest rank."""
     if len(sizes) == 1:

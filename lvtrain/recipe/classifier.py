@@ -65,7 +65,9 @@ class NumericsSection(Section):
         "float32", "format of the matmuls' operands, instead of the preset's", because=_LEARNED
     )
     kernel: Literal["auto", "torch", "triton"] = setting(
-        "auto", "what computes between the matmuls; triton needs CUDA", resume="reported"
+        "auto",
+        "what computes between the matmuls; auto is triton on CUDA if its self-test passes there, else torch",
+        resume="reported",
     )
     keep_mb: float = setting(
         8.0,

@@ -29,9 +29,20 @@ from lvtrain.recipe.resume import resume_reason, resume_rule
 from lvtrain.recipe.sections import Recipe
 from lvtrain.weights.provenance import FILE as PROVENANCE
 
-RECIPE, IDENTITY = "recipe.yaml", "run.json"
+RECIPE, IDENTITY, ENVIRONMENT = "recipe.yaml", "run.json", "environment.json"
+# what of environment.json changes numbers, and how
+_REPORTED = {"classifier_kernel": "rounding differs"} | {
+    f"packages.{package}": follows
+    for package, follows in (
+        ("torch", "rounding may differ"),
+        ("triton", "rounding may differ"),
+        ("nvidia-dali-cuda120", "pixels may differ"),
+        ("nvidia-dali-cuda130", "pixels may differ"),
+    )
+}
 _PACKAGES = (
     "torch",
+    "triton",
     "deepspeed",
     "timm",
     "numpy",
@@ -52,45 +63,64 @@ class RunFolder:
         run_id: given at the run's first start.
         attempt: number of this start, from 1.
         changes: what the recipe changes since the last start that is allowed and reported.
+        surroundings: what else has changed since then that the numbers depend on, and what follows.
     """
 
     path: Path
     run_id: str
     attempt: int
     changes: list[str]
+    surroundings: list[str]
 
 
-def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World, *, licence: str) -> RunFolder:
+def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World, *, facts: dict[str, Any]) -> RunFolder:
     """Makes or reopens the run folder. A collective.
 
     Args:
         recipe: the recipe; it names the folder.
         ds_config: the resolved DeepSpeed configuration.
         world: this process among the ranks.
-        licence: of the data; kept here, because the data may be gone when the model card is written.
+        facts: added to `environment.json`: the licence of the data, which may be gone when the model card is written,
+            and the classifier's kernel.
 
     Raises:
         UserError: the folder holds a run that has trained with another recipe, or cannot be written.
     """
     folder = recipe.run_folder
-    return RunFolder(folder, *worlds.on_first(lambda: _open(folder, recipe, ds_config, world, licence)))
+    return RunFolder(folder, *worlds.on_first(lambda: _open(folder, recipe, ds_config, world, facts)))
 
 
 def _open(
-    folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World, licence: str
-) -> tuple[str, int, list[str]]:
+    folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World, facts: dict[str, Any]
+) -> tuple[str, int, list[str], list[str]]:
     try:
         patiently(folder.mkdir, parents=True, exist_ok=True)
         reported = changes(folder, recipe)
         identity = _identity(folder)
         identity["attempt"] += 1
+        now = environment(world) | facts
+        surroundings = _surroundings(folder, now) if identity["attempt"] > 1 else []
         atomic.write_text(folder / RECIPE, recipes.dump(recipe))
         atomic.write_json(folder / "ds_config.json", ds_config, indent=2)
-        atomic.write_json(folder / "environment.json", {**environment(world), "data_licence": licence}, indent=2)
+        atomic.write_json(folder / ENVIRONMENT, now, indent=2)
         atomic.write_json(folder / IDENTITY, identity)
     except OSError as error:
         raise in_words(error, folder, ELSEWHERE, users=FORBIDDEN) from error
-    return identity["run_id"], identity["attempt"], reported
+    return identity["run_id"], identity["attempt"], reported, surroundings
+
+
+def _surroundings(folder: Path, now: dict[str, Any]) -> list[str]:
+    """What of `_REPORTED` differs from the last start's `environment.json`; nothing where that was lost."""
+    try:
+        before = json.loads(patiently((folder / ENVIRONMENT).read_text))
+    except (FileNotFoundError, ValueError):
+        return []
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{name}: {old[name]} -> {new.get(name)}; {follows}"
+        for name, follows in _REPORTED.items()
+        if name in old and old[name] != new.get(name)
+    ]
 
 
 def keep_provenance(folder: Path, recipe: Recipe, dataset: ShardDataset) -> None:

@@ -24,6 +24,7 @@ import torch
 from lvtrain import faults, randomness
 from lvtrain.checkpoint.checkpoints import CheckpointInfo, Checkpoints
 from lvtrain.checkpoint.lease import FolderInUse, Lease, hold
+from lvtrain.classifier.kernel import choose_kernel, failure
 from lvtrain.data import Batch, ShardDataset
 from lvtrain.data.epochs import EpochCount, counts, epoch_line, unfinished
 from lvtrain.distributed import world as worlds
@@ -100,7 +101,9 @@ class Trainer:
         self.setup, self.recipe, self.world, self.only_phase = setup, recipe, world, only_phase
         per_epoch = len(dataset)
         self.rate = learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=per_epoch)
-        self.folder = open_folder(recipe, setup.ds_config, world, licence=dataset.manifest.licence)
+        self.kernel = choose_kernel(recipe.classifier.numerics.kernel, world.device) if recipe.classifier else None
+        facts = {"data_licence": dataset.manifest.licence, "classifier_kernel": self.kernel}
+        self.folder = open_folder(recipe, setup.ds_config, world, facts=facts)
         keep_provenance(self.folder.path, recipe, dataset)
         tracked = TrackedRun(self.folder.path, self.folder.run_id, recipe.model_dump(mode="json"))
         self.telemetry = Telemetry(tracked, world, recipe.logging.trackers, lease)
@@ -457,11 +460,27 @@ class Trainer:
             self.telemetry.say(
                 f"lvtrain: recipe changed at step {position.step}, start {self.folder.attempt}: {change}"
             )
+        for change in self.folder.surroundings:
+            self.telemetry.event("environment_changed", step=position.step, attempt=self.folder.attempt, change=change)
+            self.telemetry.say(
+                f"lvtrain: environment changed at step {position.step}, start {self.folder.attempt}: {change}"
+            )
+        self._report_kernel()
         if self.world.device.type == "cuda" and sees_only_its_own(self.world.local_rank, torch.cuda.device_count()):
             self.telemetry.warn(
                 "sees only its own GPU, so NCCL may not use NVLink to the others of its node; start with --gpus-per-node, "
                 "without --gpus-per-task"
             )
+
+    def _report_kernel(self) -> None:
+        """The classifier's kernel; where `auto` could not take Triton's, each rank that saw why says it."""
+        tested = self.recipe.classifier is not None and self.recipe.classifier.numerics.kernel == "auto"
+        wrong = failure(self.world.device) if tested and self.world.device.type == "cuda" else None
+        if wrong is not None:
+            self.telemetry.event_of_rank("kernel_self_test", rank=self.world.rank, failed=wrong)
+            self.telemetry.warn(f"the Triton kernels failed their self-test, so the torch path is used ({wrong})")
+        if self.world.device.type == "cuda" and self.kernel:
+            self.telemetry.say(f"lvtrain: classifier kernel: {self.kernel}")
 
     def _report_outcome(self, outcome: Outcome) -> None:
         done = outcome.outcome == "done"
