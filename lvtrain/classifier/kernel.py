@@ -39,18 +39,20 @@ def choose_kernel(kernel: Kernel, device: torch.device, group: Group = None) -> 
     """The kernel for `device`: the one place that decides it, alike on every rank of `group`.
 
     The first call with `auto` on CUDA is a collective of `group`, and the host waits for it. Later ones repeat its answer.
-    Where there is no GPU, a plan for one expects that the self-test will pass.
 
     Raises:
         UserError: `triton` was asked for on a device that it does not run on.
     """
     if kernel == "auto":
-        if device.type != "cuda":
-            return "torch"
-        return _tested(device, group, group_size(group)) if torch.cuda.is_available() else "triton"
+        return _tested(device, group, group_size(group)) if device.type == "cuda" else "torch"
     if kernel == "triton" and device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError("classifier.numerics.kernel: triton needs a CUDA device; set classifier.numerics.kernel=auto")
     return kernel
+
+
+def planned_kernel(kernel: Kernel) -> Chosen:
+    """The kernel that a plan for a GPU expects: its self-test will pass."""
+    return "triton" if kernel == "auto" else kernel
 
 
 def on_device(numerics: Numerics, device: torch.device, group: Group = None) -> Numerics:

@@ -7,10 +7,8 @@ from dataclasses import replace
 from math import gcd
 from typing import Any
 
-import torch
-
 from lvtrain.backbones import Backbone, create_backbone
-from lvtrain.classifier.numerics import choose_kernel
+from lvtrain.classifier.kernel import planned_kernel
 from lvtrain.errors import UserError
 from lvtrain.methods import METHODS
 from lvtrain.methods.cost import Cost
@@ -157,7 +155,7 @@ def _class_centres(recipe: Recipe, phase: Phase, cost: Cost, num_classes: int | 
         mode=classifier.optimizer.mode,
         moments_bytes=2 if classifier.optimizer.moments == "bfloat16" else 4,
         precision=classifier.numerics.precision,
-        kernel=choose_kernel(classifier.numerics.kernel, torch.device("cuda")),
+        kernel=planned_kernel(classifier.numerics.kernel),
         scale=classifier.margin.scale,
         filtered=classifier.margin.filter_threshold is not None,
         gather_bytes=2 if classifier.numerics.gather == "bfloat16" else 4,
