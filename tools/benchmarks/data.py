@@ -58,7 +58,7 @@ def run(
     load = [round(value, 1) for value in os.getloadavg()]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        stored = _make(folder / "data", images)
+        stored = make_images(folder / "data", images)
         paths = all_paths(folder / "data", batch, threads)
         paths = {path: opened for path, opened in paths.items() if not only or path in only.split(",")}
         rounds: dict[str, list[tuple[float, float]]] = {path: [] for path in paths}
@@ -103,7 +103,7 @@ def run(
     return result
 
 
-def _make(folder: Path, images: int) -> int:
+def make_images(folder: Path, images: int) -> int:
     """Writes four shards of textured 112x112 JPEGs, quality 95, as large as aligned faces (4.7 KB). Returns their bytes."""
     from PIL import Image
 
