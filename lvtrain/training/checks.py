@@ -6,6 +6,8 @@ Each problem is one UserError of one line, the same on every rank.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,6 +88,7 @@ def check_before_start(
     if files:
         _check_files(recipe, is_new=is_new)
         check_trackers(recipe)
+        _check_compiler(recipe)
     with torch.device("meta"):  # takes no memory; raises what the backbone or the method refuses
         method = create_method(recipe, num_classes=num_classes, device=torch.device("meta"))
     if files:
@@ -100,6 +103,16 @@ def check_before_start(
             "use ds_configs/zero1.json or zero2.json, or set backbone.compile=false"
         )
     return config
+
+
+def _check_compiler(recipe: Recipe) -> None:
+    """Triton builds its launchers with a C compiler, at the first step: a node without one is found here."""
+    names = (os.environ.get("CC", ""), "gcc", "clang", "cc")
+    if recipe.backbone.compile and torch.cuda.is_available() and not any(map(shutil.which, filter(None, names))):
+        raise UserError(
+            "backbone.compile needs a C compiler (gcc, clang, or CC=...) on this node, and there is none; "
+            "install one, or set backbone.compile=false"
+        )
 
 
 def _check_files(recipe: Recipe, *, is_new: bool) -> None:
