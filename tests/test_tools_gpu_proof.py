@@ -15,7 +15,7 @@ from tools.proof.page import page
 from tools.proof.part import Ended, Goal, Part
 from tools.proof.parts import PARTS
 
-KEYS = {"part", "state", "seconds", "why", "goals", "result"}
+KEYS = {"part", "state", "seconds", "why", "goals", "result", "log"}
 FIRST = ("self_test", "kernel_tests", "repeated", "trained", "classifier", "backbone_eager", "step_rates")
 
 
@@ -35,7 +35,7 @@ def rehearse(device: FakeDevice, folder: Path, *arguments: str) -> dict[str, dic
 
 @pytest.mark.fakecuda
 def test_the_first_parts_run(fake_device: FakeDevice, tmp_path: Path) -> None:
-    found = rehearse(fake_device, tmp_path, "--minutes", "4", "--only", ",".join(FIRST))
+    found = rehearse(fake_device, tmp_path, "--minutes", "5", "--only", ",".join(FIRST))
     assert {name: (row["state"], row["why"]) for name, row in found.items()} == {
         name: ("ran", "") for name in ("environment", *FIRST)
     }

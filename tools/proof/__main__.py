@@ -93,6 +93,7 @@ def _report(one: Ended, out: Path) -> None:
         "why": one.why,
         "goals": goals,
         "result": one.result,
+        "log": one.log,
     }
     (out / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
     missed = [goal["goal"] for goal in goals if not goal["met"]] if one.state == "ran" else []

@@ -28,7 +28,8 @@ def page(ended: Sequence[Ended], command: str, date: str) -> str:
             lines.append(f"| {goal.text} | {_number(value)} | {verdict} |")
     lines += ["", "| part | question | ended | s | why |", "|---|---|---|---|---|"]
     lines += [
-        f"| {one.part.name} | {one.part.question} | {one.state} | {one.seconds:g} | {_cell(one.why)} |" for one in ended
+        f"| {one.part.name} | {one.part.question} | {one.state} | {one.seconds:g} | {_cell(one.why or one.result.get('note', ''))} |"
+        for one in ended
     ]
     return "\n".join(lines) + "\n"
 

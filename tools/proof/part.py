@@ -64,13 +64,20 @@ class Part:
 
 @dataclass
 class Ended:
-    """How a part ended. `why`: what failed, which package is missing, or that the time was over."""
+    """How a part ended.
+
+    Attributes:
+        why: what failed, which package is missing, or that the time was over.
+        result: what the part returned.
+        log: the end of what it printed, where it failed.
+    """
 
     part: Part
     state: State
     seconds: float = 0.0
     why: str = ""
     result: dict[str, Any] = field(default_factory=dict)
+    log: str = ""
 
     @property
     def is_good(self) -> bool:

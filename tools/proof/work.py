@@ -6,9 +6,12 @@ Libraries are imported where they are used: a machine may lack some.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from tools.proof.child import apart
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _PACKAGES = (
@@ -76,12 +79,16 @@ def self_test(folder: Path) -> dict[str, Any]:
 
 
 def tests(folder: Path, files: list[str], arguments: list[str]) -> dict[str, Any]:
-    """Numbers of tests that passed, failed and were skipped, and the names of those that failed."""
+    """Numbers of tests that passed, failed and were skipped, and the names of those that failed.
+
+    A file that cannot be imported, such as one that needs a package that is missing, is named in `note`.
+    """
     import pytest
 
     class Counted:
         passed = skipped = collected = 0
         failed: list[str] = []  # noqa: RUF012 (one plugin a process)
+        not_imported: list[str] = []  # noqa: RUF012
 
         def pytest_runtest_logreport(self, report: Any) -> None:
             if report.failed:
@@ -90,8 +97,9 @@ def tests(folder: Path, files: list[str], arguments: list[str]) -> dict[str, Any
             self.skipped += report.skipped
 
         def pytest_collectreport(self, report: Any) -> None:
-            if report.failed:  # a package that the file imports is missing
-                self.failed.append(report.nodeid)
+            if report.failed:
+                reason = str(report.longrepr).strip().splitlines()[-1].removeprefix("E").strip()
+                self.not_imported.append(f"{report.nodeid}: {reason}")
 
         def pytest_collection_finish(self, session: Any) -> None:
             self.collected = len(session.items)
@@ -105,8 +113,9 @@ def tests(folder: Path, files: list[str], arguments: list[str]) -> dict[str, Any
         "collected": counted.collected,
         "passed": counted.passed,
         "skipped": counted.skipped,
-        "failed": len(counted.failed),
+        "failed": len(counted.failed) if counted.collected else None,
         "names": counted.failed,
+        "note": "; ".join(counted.not_imported),
     }
 
 
@@ -123,31 +132,29 @@ def repeated(folder: Path, name: str, batch: int, classes: int, steps: int) -> d
     }
 
 
-def trained(folder: Path, identities: int, images: int, steps: int) -> dict[str, Any]:
+def trained(folder: Path, identities: int, images: int, steps: int, dali: bool = True) -> dict[str, Any]:
     """Trains PCO by the front door twice, and once stopped after the first phase and resumed; compares checkpoints."""
     from tools.trial import SMALL, contents
 
-    data = _faces(folder, identities, images)
+    data = apart(_faces, folder, out=folder, identities=identities, images=images)
     phases = [f"phases.{name}.end={{at_most: {steps // 4} steps}}" for name in ("alignment", "stabilisation")]
     recipe = [*SMALL, *phases, f"schedule.total={steps} steps", "schedule.warmup=2 steps", "deterministic=true"]
     recipe += ["checkpoint.every=100000 steps", "classifier.numerics=fast", "optimizer.precision=bfloat16"]
-    found = {}
     for run, starts in {"once": [[]], "again": [[]], "resumed": [["--phase", "alignment"], []]}.items():
         for more in starts:
-            _train(data, folder, [*recipe, f"name={run}", *more])
-        found[run] = contents(folder / "runs" / run)
-    differing = {
-        run: sorted(
-            name for name in found["once"].keys() | found[run].keys() if found["once"].get(name) != found[run].get(name)
-        )
-        for run in ("again", "resumed")
-    }
+            apart(_train, folder, data=data, runs=folder / "runs", recipe=[*recipe, f"name={run}", *more], dali=dali)
+    once, again, resumed = (contents(folder / "runs" / run) for run in ("once", "again", "resumed"))
+
+    def differing(other: dict[str, Any]) -> list[str]:
+        return sorted(name for name in once.keys() | other.keys() if once.get(name) != other.get(name))
+
+    found = {"again": differing(again), "resumed": differing(resumed)}
     return {
         "steps": steps,
-        "compared": len(found["once"]),
-        "differing": differing,
-        "same_twice": not differing["again"],
-        "same_resumed": not differing["resumed"],
+        "compared": len(once),
+        "differing": found,
+        "same_twice": not found["again"],
+        "same_resumed": not found["resumed"],
     }
 
 
@@ -161,7 +168,7 @@ def benchmark(folder: Path, subject: str, **options: Any) -> dict[str, Any]:
 
 def step_rates(folder: Path, **options: Any) -> dict[str, Any]:
     """A whole step with all classes and with a tenth of them, and the ratio of their speeds."""
-    every, tenth = (benchmark(folder, "step", sample_rate=rate, **options) for rate in (1.0, 0.1))
+    every, tenth = (_step(folder, sample_rate=rate, **options) for rate in (1.0, 0.1))
     return {
         "all": every,
         "tenth": tenth,
@@ -172,16 +179,25 @@ def step_rates(folder: Path, **options: Any) -> dict[str, Any]:
 
 def step_stages(folder: Path, **options: Any) -> dict[str, Any]:
     """A whole step under each ZeRO stage."""
-    return {f"zero{stage}": benchmark(folder, "step", stage=stage, **options) for stage in (1, 2, 3)}
+    return {f"zero{stage}": _step(folder, stage=stage, **options) for stage in (1, 2, 3)}
 
 
-def data_wait(folder: Path, identities: int, images: int, **options: Any) -> dict[str, Any]:
+def _step(folder: Path, **options: Any) -> dict[str, Any]:
+    """DeepSpeed does not begin twice in one process."""
+    found: dict[str, Any] = apart(benchmark, folder, folder=folder, subject="step", **options)
+    return found
+
+
+def data_wait(folder: Path, identities: int, images: int, dali: bool = True, **options: Any) -> dict[str, Any]:
     """A whole step that loads generated faces."""
-    data = _faces(folder, identities, images) / "train"
+    data = Path(apart(_faces, folder, out=folder, identities=identities, images=images)) / "train"
+    _hide_dali(not dali)
     return benchmark(folder, "step", data=data, classes=identities, **options)
 
 
-def data_path(folder: Path, images: int, batch: int, backends: tuple[str, ...] = ("torch", "dali")) -> dict[str, Any]:
+def data_path(
+    folder: Path, images: int, batch: int, batches: int, backends: tuple[str, ...] = ("torch", "dali")
+) -> dict[str, Any]:
     """Images/s of each backend to the GPU, and the mean difference of their pixels, of 255."""
     import torch
 
@@ -196,12 +212,11 @@ def data_path(folder: Path, images: int, batch: int, backends: tuple[str, ...] =
         settings: dict[str, Any] = {"seed": 0, "micro_batch": batch, "micro_batches": 1, "block": 64}
         with Loader(dataset, backend=backend, device="cuda", threads=8, **settings) as loader:
             first[backend] = next(loader).images.float()
-            count = max(1, images // batch - 1)
             started = time.perf_counter()
-            for _ in range(count):
+            for _ in range(batches):
                 next(loader)
             torch.cuda.synchronize()
-            rates[backend] = round(count * batch / (time.perf_counter() - started), 1)
+            rates[backend] = round(batches * batch / (time.perf_counter() - started), 1)
     found: dict[str, Any] = {"images_per_second": rates}
     if len(first) == 2:
         one, other = first.values()
@@ -210,18 +225,18 @@ def data_path(folder: Path, images: int, batch: int, backends: tuple[str, ...] =
     return found
 
 
-def pco(folder: Path, identities: int, images: int, steps: int) -> dict[str, Any]:
+def pco(folder: Path, identities: int, images: int, steps: int, dali: bool = True) -> dict[str, Any]:
     """The quick start's recipe on this GPU; verification accuracy on unseen identities."""
     import json
 
-    data = _faces(folder, identities, images)
+    data = apart(_faces, folder, out=folder, identities=identities, images=images)
     recipe = [f"schedule.total={steps} steps", "checkpoint.every=100000 steps", "name=pco"]
-    recipe += [f"evaluation.benchmarks={{heldout: {data / 'heldout.bin'}}}", "logging={every: 10, trackers: []}"]
+    recipe += [f"evaluation.benchmarks={{heldout: {data}/heldout.bin}}", "logging={every: 10, trackers: []}"]
     if steps < 700:
         recipe += ["schedule.warmup=1 steps", *(f"phases.{i}.{key}" for i in range(3) for key in ("global_batch=16",))]
         recipe += [f"phases.{name}.end={{at_most: 2 steps}}" for name in ("alignment", "stabilisation")]
     started = time.perf_counter()
-    _train(data, folder, recipe)
+    apart(_train, folder, data=data, runs=folder / "runs", recipe=recipe, dali=dali)
     run = folder / "runs" / "pco"
     final = json.loads((run / "evaluation" / "final.json").read_text())["benchmarks"]["heldout"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -233,30 +248,34 @@ def pco(folder: Path, identities: int, images: int, steps: int) -> dict[str, Any
     }
 
 
-def _faces(folder: Path, identities: int, images: int) -> Path:
-    """Generated faces, made once for parts that take the same."""
+def _faces(out: Path, identities: int, images: int) -> str:
+    """Folder of generated faces, made once for parts that take the same."""
     from tools.synth_faces import main
 
-    path = folder / f"faces_{identities}_{images}"
+    path = out / f"faces_{identities}_{images}"
     if not (path / "heldout.bin").exists():
         workers = min(16, os.cpu_count() or 1)
         pairs = {"heldout": 60, "pairs": 3000} if identities > 100 else {"heldout": 12, "pairs": 20}
-        main(path, identities=identities, images=images, seed=0, workers=workers, **pairs)  # type: ignore[arg-type]
-    return path
+        main(path, identities=identities, images=images, seed=0, workers=workers, **pairs)
+    return str(path)
 
 
-def _train(data: Path, folder: Path, recipe: list[str]) -> None:
-    """The quick start's recipe with changes, by the front door, on one GPU."""
-    import importlib.util
+def _train(data: str, runs: Path, recipe: list[str], dali: bool) -> None:
+    """The quick start's recipe with changes, by the front door, on one GPU.
 
+    Raises:
+        RuntimeError: the training did not end well.
+    """
+    _hide_dali(not dali)
     from lvtrain.main import main
 
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # of the training before
-        os.environ.pop(name, None)
     os.chdir(ROOT)
-    with_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
-    backend = "auto" if with_dali else "torch"
     fixed = ["--recipe", "lvtrain/recipes/quickstart.yaml", "--ds_config", "ds_configs/zero1.json"]
-    code = main([*fixed, f"data.path={data / 'train'}", f"runs={folder / 'runs'}", f"data.backend={backend}", *recipe])
-    if code:
+    if code := main([*fixed, f"data.path={data}/train", f"runs={runs}", *recipe]):
         raise RuntimeError(f"the training ended with {code}")
+
+
+def _hide_dali(hidden: bool) -> None:
+    """Where DALI cannot be imported, the loader decodes with the torch path. A rehearsal's device has no runtime for it."""
+    if hidden:
+        sys.modules["nvidia.dali"] = None  # type: ignore[assignment]
