@@ -93,6 +93,7 @@ JSONS: dict[str, Any] = {
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}
     },
     "round_robin_gradients": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+    "zero_hpz_partition_size": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
     "offload_param": {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
     "steps_per_print": {"zero_optimization": ZERO, "steps_per_print": "often"},
     "wall_clock_breakdown": {"zero_optimization": ZERO, "wall_clock_breakdown": "yes"},

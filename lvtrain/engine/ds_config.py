@@ -133,6 +133,8 @@ def resolve_ds_config(
     for key, why in _UNSUPPORTED.items():
         if not (_is_off(zero.get(key)) or zero[key] == 0):
             raise UserError(f"{name}: zero_optimization.{key}: {why}; remove it from the JSON")
+    if zero.get("zero_hpz_partition_size", 1) not in (1, "auto"):
+        raise refuse("zero_optimization.zero_hpz_partition_size", "a resumed run has other bits under it; remove it")
     for key in ("offload_optimizer", "offload_param"):
         if not isinstance(offload := zero.get(key) or {}, dict):
             raise refuse(f"zero_optimization.{key}", f'{offload!r} is not a section like {{"device": "cpu"}}')
