@@ -48,7 +48,8 @@ def test_the_page_for_who_moves_has_every_key_and_network() -> None:
 def test_every_key_of_ours_exists() -> None:
     ours = {key.dotted for key in all_keys()}
     sections = {dotted.rpartition(".")[0].removesuffix(".*") for dotted in ours}
-    assert {entry["ours"] for entry in KEYS.values() if "ours" in entry} <= ours | sections
+    entries = [*KEYS.values(), *arcface_torch.table()["words"].values()]
+    assert {entry["ours"] for entry in entries if "ours" in entry} <= ours | sections
 
 
 @pytest.mark.parametrize("key", sorted(set(KEYS) - {"optimizer", "seed"}))
@@ -93,6 +94,11 @@ def test_float16_is_answered_with_the_reason(name: str) -> None:
     ("override", "answer"),
     [
         ("lr=0.1", "optimizer.lr"),
+        ("margin=arcface", "classifier.margin"),
+        ("precision=bf16", "optimizer.precision"),
+        ("epochs=20", "schedule.total"),
+        ("workers=8", "data.threads"),
+        ("pfc=0.1", "phases.0.sample_rate"),
         ("total=5 steps", "schedule.total"),
         ("benchmarks={}", "evaluation.benchmarks"),
         ("optimizer.warmup=5 steps", "schedule.warmup"),

@@ -14,7 +14,7 @@ _BEGIN, _END = "<!-- written by tools/recipe_reference.py -->", "<!-- end -->"
 
 @cache
 def table() -> dict[str, Any]:
-    """`keys` and `networks`, as the file says."""
+    """`keys`, `words`, `networks` and what belongs to them, as the file says."""
     found: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
     return found
 
@@ -25,8 +25,8 @@ def network(name: str) -> str:
 
 
 def answer(key: str) -> str | None:
-    """The answer to a key of arcface_torch in a recipe; None if it is not one."""
-    if (entry := table()["keys"].get(key)) is None:
+    """The answer to a key of arcface_torch, or to one of `words`, in a recipe; None if it is neither."""
+    if (entry := table()["keys"].get(key) or table()["words"].get(key)) is None:
         return None
     if "ours" not in entry:
         return f"lvtrain needs no such key: {entry['how']}"

@@ -193,11 +193,18 @@ def _hint(location: tuple[Any, ...], valid: list[str]) -> str:
     here = ".".join("*" if isinstance(part, int) else str(part) for part in location)
     if owners := [one.named for one in elsewhere if one.dotted == here]:
         return f"only {' and '.join(owners)} has it; valid keys here: {', '.join(valid)}"
-    if elsewhere:
-        places = dict.fromkeys(one.dotted.replace(".*.", ".0.") for one in elsewhere)
-        return f"did you mean {' or '.join(list(places)[:3])}?"
+    if places := _places_of(key):
+        return f"did you mean {' or '.join(places[:3])}?"
     near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"
+
+
+def _places_of(key: str) -> list[str]:
+    """The dotted keys and sections whose last part is `key`."""
+    found = [one.dotted.split(".") for one in all_keys()]
+    return list(
+        dict.fromkeys(".".join(parts[: parts.index(key) + 1]).replace("*", "0") for parts in found if key in parts)
+    )
 
 
 def _location(problem: Any) -> tuple[Any, ...]:
