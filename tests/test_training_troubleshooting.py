@@ -80,6 +80,9 @@ def test_the_numbers_in_the_text() -> None:
     cosine = 0.915
     at = S * (cosine - math.cos(math.acos(cosine) + 0.5)) + math.log(93_431)
     assert at == pytest.approx(31, abs=0.05) and "cosine is 0.915" in text
+    for rate, first in ((0.2, 42.53), (0.3, 42.93)):
+        assert 0.4 * S + math.log(rate * 2_059_906) + S**2 / (2 * DIM) == pytest.approx(first, abs=0.006)
+    assert "begin at 42.49" in text and "would be 42.93" in text
     assert math.log(10) == pytest.approx(2.3, abs=0.01) and "lowers every loss by 2.3" in text
 
 
