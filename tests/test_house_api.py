@@ -38,3 +38,11 @@ def test_type_checkers_see_the_same_names() -> None:
     assert seen.keys() == set(lvtrain.__all__)
     for name, module in seen.items():
         assert getattr(lvtrain, name) is getattr(importlib.import_module(module), name)
+
+
+def test_a_margins_help_shows_its_parameters() -> None:
+    for margin in (lvtrain.CosFace, lvtrain.ArcFace, lvtrain.Combined, lvtrain.AdaFace):
+        parameters = margin.section.model_fields.keys() - {"name", "warmup"}
+        shown = margin.__doc__.partition("Args:")[2].splitlines()[1:]
+        assert {line.strip().split(":")[0] for line in shown} == parameters and "m" in " ".join(parameters)
+        assert all(f"by default {getattr(margin().settings, name)}." in margin.__doc__ for name in parameters)

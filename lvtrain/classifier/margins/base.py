@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
@@ -38,6 +39,15 @@ class Margin(nn.Module):
     section: ClassVar[type[MarginSection]]
     reads_norms: ClassVar[bool] = False
     settings: MarginSection
+
+    def __init_subclass__(cls) -> None:
+        """`help()` shows a margin's parameters, which its section describes."""
+        super().__init_subclass__()
+        if "section" not in vars(cls):
+            return
+        fields = {name: field for name, field in cls.section.model_fields.items() if name not in ("name", "warmup")}
+        lines = [f"    {name}: {field.description}; by default {field.default}." for name, field in fields.items()]
+        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Args:", *lines])
 
     def __init__(self, settings: MarginSection | None = None, **parameters: Any) -> None:
         super().__init__()
