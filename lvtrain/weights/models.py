@@ -72,14 +72,16 @@ class Model(nn.Module):
             images: RGB `[B, 3, S, S]` with S = `image_size`; uint8 (0 to 255), or floats that are normalised already, (x - 127.5) / 127.5.
                 On any device.
         """
-        if images.dtype == torch.uint8:
-            images = extract.normalise(images)
+        images = self._given(images)
         with torch.inference_mode():
             if self._run is not None:
                 return self._run(images)
             assert self.backbone is not None
-            embeddings: torch.Tensor = self.backbone(images.to(self.device))
+            embeddings: torch.Tensor = self.backbone(images)
         return embeddings.float()
+
+    def _given(self, images: torch.Tensor) -> torch.Tensor:
+        return (extract.normalise(images) if images.dtype == torch.uint8 else images).to(self.device)
 
     def embed(
         self, images: extract.Images | Any, *, batch: int = 64, mirror: bool = False, align: bool = False
@@ -118,7 +120,7 @@ class Model(nn.Module):
         return unit
 
     def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patch tokens `[B, N, dim]`, which a vision-language model takes, and embeddings `[B, d]`; images as in `forward`, as floats.
+        """Patch tokens `[B, N, dim]`, which a vision-language model takes, and embeddings `[B, d]`; images as in `forward`.
 
         Raises:
             UserError: a model without patch tokens (ONNX, IResNet).
@@ -128,7 +130,7 @@ class Model(nn.Module):
                 f"{self.name} gives no patch tokens; load a ViT's weights, not {'an ONNX file' if self.backbone is None else 'a CNN'}"
             )
         with torch.inference_mode():
-            found: tuple[torch.Tensor, torch.Tensor] = self.backbone.tokens(images)  # type: ignore[operator]
+            found: tuple[torch.Tensor, torch.Tensor] = self.backbone.tokens(self._given(images))  # type: ignore[operator]
         return found
 
     def extra_repr(self) -> str:
