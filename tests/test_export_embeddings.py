@@ -14,9 +14,11 @@ from PIL import Image
 import lvtrain
 from lvtrain.data import ShardDataset
 from lvtrain.datasets.subset import write_subset
+from lvtrain.evaluation.embeddings import read_embeddings
 from lvtrain.export.model_card import Card
 from lvtrain.export.packages import write_folder
 from lvtrain.weights.architecture import Architecture
+from lvtrain.weights.space import space_of
 from tests.runs import tool
 from tests.shard_data import jpeg, make_dataset
 
@@ -68,7 +70,8 @@ def test_a_folder_with_all_that_lies_in_folders(model: Path, tmp_path: Path) -> 
     alone = lvtrain.load_model(model).embed(sound)
     np.testing.assert_allclose(found[~np.array(bad)], alone, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(alone, axis=1), 1, atol=1e-6)
-    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.csv", "out.npy"]
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.csv", "out.json", "out.npy"]
+    assert read_embeddings(tmp_path / "out.npy").space == space_of(model)
 
 
 def _file(number: int, folder: Path) -> Path:
@@ -109,11 +112,12 @@ def test_refusals_leave_what_is_there(model: Path, tmp_path: Path) -> None:
     refused(model, out)  # a folder without an image
     refused(tmp_path / "faces", tmp_path / "out.bin")
     (tmp_path / "faces" / "good.jpg").write_bytes(jpeg(1))
-    for there in (out, tmp_path / "out.csv"):
+    files = [out, tmp_path / "out.csv", tmp_path / "out.json"]
+    for there in files:
         there.write_bytes(b"precious")
         refused(tmp_path / "faces", out)
         assert there.read_bytes() == b"precious"
         done = tool("embed", tmp_path / "faces", out, "-m", model, "--overwrite")
         assert done.exit_code == 0 and np.load(out).shape == (2, 16)
-        out.unlink()
-        (tmp_path / "out.csv").unlink()
+        for path in files:
+            path.unlink()

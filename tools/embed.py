@@ -1,4 +1,4 @@
-"""Embeds a folder of images or a packed dataset: SRC to OUT.npy (float32 [N, d], rows of unit length) and OUT.csv, which names the rows."""
+"""Embeds a folder of images or a packed dataset: SRC to OUT.npy (float32 [N, d], rows of unit length) OUT.csv, which names the rows, and OUT.json."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(
     average: Annotated[
         bool, typer.Option("--average", help="take a run's moving average of the weights (ema)")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT.npy and OUT.csv")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT.npy, .csv and .json")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="do not use a GPU")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
 ) -> None:
@@ -45,6 +45,7 @@ def main(
 
         import lvtrain
         from lvtrain.export.embeddings import check_out, embed_images, list_images
+        from lvtrain.weights.space import space_of
 
         check_out(out, overwrite=overwrite)
         listing = list_images(source)
@@ -53,7 +54,7 @@ def main(
         with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=len(listing.images))
             done = embed_images(
-                opened, listing, out, batch=batch, mirror=mirror, align=align, overwrite=overwrite,
+                opened, listing, out, space=space_of(model, average=average), batch=batch, mirror=mirror, align=align, overwrite=overwrite,
                 progress=lambda rows: bar.update(task, completed=rows),
             )  # fmt: skip
     for row in sorted(done.errors)[:_SHOWN]:

@@ -38,7 +38,12 @@ def write_embeddings(path: Path, rows: np.ndarray, *, space: str, **facts: Any) 
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, rows)
-    write_json(path.with_suffix(".json"), {"space": space, "shape": list(rows.shape), **facts}, indent=1)
+    write_facts(path, rows.shape, space=space, **facts)
+
+
+def write_facts(path: Path, shape: tuple[int, ...], *, space: str, **facts: Any) -> None:
+    """Writes only the JSON file beside `path` (.npy), an array of that `shape`."""
+    write_json(path.with_suffix(".json"), {"space": space, "shape": list(shape), **facts}, indent=1)
 
 
 def read_embeddings(path: Path) -> Embeddings:

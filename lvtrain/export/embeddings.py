@@ -1,7 +1,8 @@
-"""The embeddings of a folder or a dataset as a file: a `.npy` of one row an image, and a `.csv` that names the rows.
+"""The embeddings of a folder or a dataset as files: a `.npy` of one row an image, a `.csv` that names the rows, a `.json` about the model.
 
     OUT.npy    float32 [N, d], rows of unit length; zeros where the image could not be embedded
     OUT.csv    row,name,identity,error: N lines in the order of the rows; `error` is empty, or says why the row is zeros
+    OUT.json   `space` (of the embeddings, `lvtrain.weights.space`), `shape`, `model`, `mirror`, `aligned` (on request, by the detector)
 
 `name` is a path relative to the folder, or a sample's key; `identity` the folder below the top, or the dataset's name of the label.
 Row i of a dataset is sample id i, so `tools/clean_dataset.py --embeddings OUT.npy` takes the file.
@@ -23,6 +24,7 @@ from lvtrain.data.folders import is_hidden, natural_key
 from lvtrain.data.images import is_image_name
 from lvtrain.data.shards import ShardDataset
 from lvtrain.errors import UserError
+from lvtrain.evaluation.embeddings import write_facts
 from lvtrain.files.atomic import commit, write_bytes
 from lvtrain.weights import Model
 from lvtrain.weights.faces import Faces
@@ -114,18 +116,20 @@ def embed_images(
     listing: Listing,
     out: str | Path,
     *,
+    space: str,
     batch: int = 64,
     mirror: bool = False,
     align: bool = False,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Embedded:
-    """Writes `out` (.npy) and the .csv beside it, whole or not at all, in memory that does not grow with the number of images.
+    """Writes `out` (.npy), with the .csv and .json beside it, whole or not at all, in memory that does not grow with the number of images.
 
     Args:
         model: see `Model.embed`, also for `batch`, `mirror` and `align`.
         listing: what is embedded.
         out: path of the .npy file.
+        space: identifier of the model's embedding space, by `space_of`.
         batch: images a forward call.
         mirror: add the embedding of the mirrored image before normalising.
         align: find and align the largest face of each photograph.
@@ -156,6 +160,8 @@ def embed_images(
         rows.flush()
         del rows
         write_bytes(names, _table(listing, errors))
+        shape = (count, model.embedding_dim)
+        write_facts(out, shape, space=space, model=model.name, mirror=mirror, aligned=align)
         commit(open(beside, "r+b"), out)  # noqa: SIM115  (closed by commit)
     finally:
         beside.unlink(missing_ok=True)
@@ -166,12 +172,12 @@ def check_out(out: Path, *, overwrite: bool) -> Path:
     """Where the names go: beside `out`.
 
     Raises:
-        UserError: `out` is not a .npy, or one of the two files is there and must not be replaced.
+        UserError: `out` is not a .npy, or one of the three files is there and must not be replaced.
     """
     if out.suffix != ".npy":
         raise UserError(f"{out} does not end with .npy; the embeddings are saved as numpy.save would")
     names = out.with_suffix(".csv")
-    for path in (out, names):
+    for path in (out, names, out.with_suffix(".json")):
         if path.exists() and not overwrite:
             raise UserError(f"{path} is there already; choose another name, or replace it with --overwrite")
     return names

@@ -20,6 +20,7 @@ import torch
 
 from lvtrain.errors import UserError
 from lvtrain.weights.onnx_match import read_onnx
+from lvtrain.weights.onnx_pack import recogniser
 from lvtrain.weights.source import CONFIG, open_source
 
 SPACE, TENSORS = "lvtrain.space", "lvtrain.tensors"  # keys of an ONNX file's metadata
@@ -35,7 +36,7 @@ def space_of(path: str | Path, *, average: bool = False) -> str:
     Raises:
         UserError: nothing usable there.
     """
-    path = Path(path)
+    path = recogniser(Path(path))
     if path.suffix == ".onnx":
         return _onnx_space(path)
     return space_at(path, open_source(path, average=average).state())
