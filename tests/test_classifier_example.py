@@ -63,7 +63,7 @@ def test_two_ranks_train_as_one_process_with_all_logits() -> None:
     losses = []
     for images, labels in data():
         cosines = F.normalize(backbone(images)) @ F.normalize(centres).T
-        loss = F.cross_entropy(SCALE * (cosines - M * F.one_hot(labels, CLASSES)), labels)
+        loss = F.cross_entropy(SCALE * (cosines - M * F.one_hot(labels, CLASSES).double()), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -92,8 +92,11 @@ def test_a_dataset_and_a_subset_by_sample_id(model: Path, tmp_path: Path) -> Non
         np.testing.assert_allclose(found[sample], lvtrain.load_model(model).embed(data, mirror=True)[0], atol=1e-6)
     ids = np.arange(3, 41, 2)
     write_subset(tmp_path / "part.json", dataset, ids, criteria={})
-    assert tool("embed", tmp_path / "part.json", tmp_path / "part.npy", "-m", model, "--mirror").exit_code == 0
-    np.testing.assert_allclose(np.load(tmp_path / "part.npy"), found[ids], atol=1e-6)
+    assert tool("embed", tmp_path / "part.json", tmp_path / "some.npy", "-m", model, "--mirror").exit_code == 0
+    np.testing.assert_allclose(np.load(tmp_path / "some.npy"), found[ids], atol=1e-6)
+    before = (tmp_path / "part.json").read_bytes()  # part.npy would have its facts in part.json
+    assert tool("embed", tmp_path / "part.json", tmp_path / "part.npy", "-m", model, "--overwrite").exit_code == 2
+    assert (tmp_path / "part.json").read_bytes() == before
 
 
 def test_refusals_leave_what_is_there(model: Path, tmp_path: Path) -> None:

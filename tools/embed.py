@@ -47,7 +47,7 @@ def main(
         from lvtrain.export.embeddings import check_out, embed_images, list_images
         from lvtrain.weights.space import space_of
 
-        check_out(out, overwrite=overwrite)
+        check_out(out, source, overwrite=overwrite)
         listing = list_images(source)
         device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
         opened = lvtrain.load_model(model, device=device, average=average)

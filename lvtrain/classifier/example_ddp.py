@@ -36,7 +36,7 @@ def train(
         loss.backward()
         optimizer.step()
         classifier.end_step(lr=lr)
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 

@@ -41,11 +41,13 @@ class Listing:
         name: of a row.
         identity: of a row; empty where none is known.
         left_out: files of the folder that are not images by their suffix, or lie in hidden folders.
+        source: where they are from.
     """
 
     images: Sequence[Any]
     name: Callable[[int], str]
     identity: Callable[[int], str]
+    source: Path
     left_out: int = 0
 
 
@@ -98,7 +100,7 @@ def list_images(source: str | Path) -> Listing:
     """
     source = Path(source)
     if source.suffix == ".json" or (source / "dataset.json").is_file():
-        return _of_dataset(ShardDataset(source))
+        return _of_dataset(source)
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; give a folder of images, a dataset, or a subset manifest (.json)")
     found, left_out = _walk(source)
@@ -108,7 +110,7 @@ def list_images(source: str | Path) -> Listing:
     def identity(row: int) -> str:
         return found[row].split("/")[0] if "/" in found[row] else ""
 
-    return Listing([source / name for name in found], found.__getitem__, identity, left_out)
+    return Listing([source / name for name in found], found.__getitem__, identity, source, left_out)
 
 
 def embed_images(
@@ -141,7 +143,7 @@ def embed_images(
         OSError: it cannot be written, or a disk fails.
     """
     out = Path(out)
-    names = check_out(out, overwrite=overwrite)
+    names = check_out(out, listing.source, overwrite=overwrite)
     count, step = len(listing.images), _AT_ONCE * batch
     faces = Faces(listing.images, model.image_size, align=align)
     errors: dict[int, str] = {}
@@ -168,8 +170,8 @@ def embed_images(
     return Embedded(count, model.embedding_dim, errors, names)
 
 
-def check_out(out: Path, *, overwrite: bool) -> Path:
-    """Where the names go: beside `out`.
+def check_out(out: Path, source: Path, *, overwrite: bool) -> Path:
+    """Where the names go: beside `out`. `source` is what is embedded, which is never replaced.
 
     Raises:
         UserError: `out` is not a .npy, or one of the three files is there and must not be replaced.
@@ -178,18 +180,21 @@ def check_out(out: Path, *, overwrite: bool) -> Path:
         raise UserError(f"{out} does not end with .npy; the embeddings are saved as numpy.save would")
     names = out.with_suffix(".csv")
     for path in (out, names, out.with_suffix(".json")):
+        if path.resolve() == source.resolve():
+            raise UserError(f"{out} would replace {source}, which is embedded; choose another name")
         if path.exists() and not overwrite:
             raise UserError(f"{path} is there already; choose another name, or replace it with --overwrite")
     return names
 
 
-def _of_dataset(dataset: ShardDataset) -> Listing:
+def _of_dataset(source: Path) -> Listing:
+    dataset = ShardDataset(source)
     identities = dataset.label_names()
 
     def identity(row: int) -> str:
         return identities[int(dataset.labels(np.array([row]))[0])]
 
-    return Listing(_Samples(dataset), lambda row: dataset.describe(row)[1], identity)
+    return Listing(_Samples(dataset), lambda row: dataset.describe(row)[1], identity, source)
 
 
 def _walk(root: Path) -> tuple[list[str], int]:
