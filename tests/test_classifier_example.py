@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
-def on_a_rank(rank: int, ranks: int) -> dict[str, object]:
+def on_a_rank(rank: int, ranks: int) -> dict[str, Any]:
     share = slice(rank * GLOBAL // ranks, (rank + 1) * GLOBAL // ranks)
     backbone = network()
     classifier = lvtrain.ShardedClassifier(
@@ -52,11 +54,16 @@ def on_a_rank(rank: int, ranks: int) -> dict[str, object]:
         "state": backbone.state_dict(),
         "first": first,
         "centres": centres,
+        "main": example_ddp.main(),
     }
 
 
-def test_two_ranks_train_as_one_process_with_all_logits() -> None:
-    ranks = run_ranks(2, on_a_rank)
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(2, on_a_rank)
+
+
+def test_two_ranks_train_as_one_process_with_all_logits(ranks: list[dict[str, Any]]) -> None:
     centres = torch.nn.Parameter(torch.cat([each["first"] for each in ranks]))
     backbone = network()
     optimizer = torch.optim.SGD([*backbone.parameters(), centres], lr=LR, momentum=0.9)
@@ -77,10 +84,6 @@ def test_two_ranks_train_as_one_process_with_all_logits() -> None:
     torch.testing.assert_close(torch.cat([each["centres"] for each in ranks]), centres.data, rtol=1e-8, atol=1e-12)
 
 
-def main_on_a_rank(rank: int, ranks: int) -> list[float]:
-    return example_ddp.main()
-
-
-def test_the_file_itself_runs_on_two_ranks() -> None:
-    first, second = run_ranks(2, main_on_a_rank)
+def test_the_file_itself_runs_on_two_ranks(ranks: list[dict[str, Any]]) -> None:
+    first, second = (each["main"] for each in ranks)
     assert first == second and len(first) == 10 and first[-1] < first[0]
