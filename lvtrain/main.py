@@ -6,7 +6,7 @@
 
 `python -m lvtrain` and the command `lvtrain` do the same. `section.key=value` changes the recipe.
 
-Exit codes: 0 finished; 75 stopped on request with a checkpoint, so the same command goes on; anything else is an error,
+Exit codes: 0 finished; 75 stopped on request with a checkpoint, so the same command continues the run; anything else is an error,
 and the last line says what it was.
 """
 

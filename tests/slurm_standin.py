@@ -1,7 +1,7 @@
 """A trainer in miniature for the chain's protocol: ranks, steps, checkpoints, exit codes, outcome.json, fault points, as lvtrain/main.py.
 
 It starts in a blink because it does without torch: the ranks talk over one socket. The "model" is a number that depends on every step
-once, in order. At the fault point `loop.step` the word `fatal` stands for an error that starting again would only repeat.
+once, in order. At the fault point `loop.step` the word `fatal` means an error that another start would only repeat.
 """
 
 from __future__ import annotations

@@ -109,11 +109,11 @@ def run(folder: Path, size: int, fault: str = "") -> tuple[list[int | None], dic
         if process.is_alive():
             process.kill()
             raise AssertionError(f"rank {processes.index(process)} hangs with fault {fault!r}")
-    told = {}
+    ends = {}
     while not outcomes.empty():
         rank, first, ended = outcomes.get()
-        told[rank] = first, ended
-    return [process.exitcode for process in processes], told
+        ends[rank] = first, ended
+    return [process.exitcode for process in processes], ends
 
 
 def final(folder: Path) -> dict[str, bytes]:
@@ -151,16 +151,16 @@ def test_killed_in_a_save(tmp_path: Path, undisturbed: dict[int, dict[str, bytes
     visible = committed_steps(tmp_path)
     renamed = point in SAVE_POINTS[SAVE_POINTS.index("save.after_rename") :]
     assert visible[-1] == (8 if renamed else 6)
-    codes, told = run(tmp_path, size)
-    assert told == {rank: (visible[-1], "done") for rank in range(size)}
+    codes, ends = run(tmp_path, size)
+    assert ends == {rank: (visible[-1], "done") for rank in range(size)}
     assert final(tmp_path) == undisturbed[size]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000000010", "step_000000012"]
 
 
 @pytest.mark.parametrize("point", ["save.after_mkdir", "save.mid_file", "save.after_files"])
 def test_another_rank_killed_in_a_save(tmp_path: Path, undisturbed: dict[int, dict[str, bytes]], point: str) -> None:
-    codes, told = run(tmp_path, 2, f"{point}:1:8:sigkill")
-    assert codes[1] == -signal.SIGKILL and told[0][1].startswith("failed")
+    codes, ends = run(tmp_path, 2, f"{point}:1:8:sigkill")
+    assert codes[1] == -signal.SIGKILL and ends[0][1].startswith("failed")
     assert committed_steps(tmp_path) == [4, 6]
     assert run(tmp_path, 2)[1] == {0: (6, "done"), 1: (6, "done")}
     assert final(tmp_path) == undisturbed[2]
@@ -195,9 +195,9 @@ def test_a_rank_that_lags_is_waited_for(tmp_path: Path) -> None:
 def test_a_full_disk_on_one_rank_stops_all_alike(
     tmp_path: Path, undisturbed: dict[int, dict[str, bytes]], rank: int
 ) -> None:
-    codes, told = run(tmp_path, 2, f"save.mid_file:{rank}:8:enospc")
+    codes, ends = run(tmp_path, 2, f"save.mid_file:{rank}:8:enospc")
     assert codes == [0, 0]
-    assert all(ended.startswith("refused") and "No space left" in ended for _, ended in told.values())
+    assert all(ended.startswith("refused") and "No space left" in ended for _, ended in ends.values())
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_000000004", "step_000000006"]
     assert run(tmp_path, 2)[1] == {0: (6, "done"), 1: (6, "done")}
     assert final(tmp_path) == undisturbed[2]
@@ -211,15 +211,15 @@ def test_a_passing_error_costs_one_checkpoint_and_no_training(
 
 
 def test_an_error_that_stays_stops_the_run_with_the_checkpoints_it_has(tmp_path: Path) -> None:
-    told = run(tmp_path, 2, ";".join(f"save.mid_file:1:{step}:eio" for step in range(6, STEPS + 1)))[1]
+    ends = run(tmp_path, 2, ";".join(f"save.mid_file:1:{step}:eio" for step in range(6, STEPS + 1)))[1]
     # not a UserError: a chain starts again, when the disk may work
-    assert all(ended.startswith("crashed") and "Input/output error" in ended for _, ended in told.values())
+    assert all(ended.startswith("crashed") and "Input/output error" in ended for _, ended in ends.values())
     assert committed_steps(tmp_path) == [2, 4]
 
 
 def test_a_folder_that_became_read_only_stops_all_alike(tmp_path: Path) -> None:
-    told = run(tmp_path, 2, "save.before_rename:0:8:erofs")[1]
-    assert all(ended.startswith("refused") and "Read-only" in ended for _, ended in told.values())
+    ends = run(tmp_path, 2, "save.before_rename:0:8:erofs")[1]
+    assert all(ended.startswith("refused") and "Read-only" in ended for _, ended in ends.values())
     assert committed_steps(tmp_path) == [4, 6]
 
 

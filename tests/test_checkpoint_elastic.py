@@ -125,18 +125,18 @@ def test_replicated_tensors_are_shared_out_and_left_to_who_has_them() -> None:
 # ------------------------------------------------------------------------------------------------------------------- the lease
 
 
-def _hold(folder: str, told: Any) -> None:
+def _hold(folder: str, queue: Any) -> None:
     Lease(Path(folder), heartbeat=0.05)
-    told.put("held")
+    queue.put("held")
     time.sleep(60)
 
 
 def _holder(folder: Path) -> Any:
     context = multiprocessing.get_context("fork")
-    told = context.Queue()
-    process = context.Process(target=_hold, args=(str(folder), told))
+    queue = context.Queue()
+    process = context.Process(target=_hold, args=(str(folder), queue))
     process.start()
-    assert told.get(timeout=60) == "held"
+    assert queue.get(timeout=60) == "held"
     return process
 
 

@@ -525,17 +525,23 @@ def test_a_run_that_learns_nothing_is_told():
         "phases": [{"name": "only", "global_batch": 8, "micro_batches": 1}], "optimizer": {"lr": 0.1}, "schedule": {"total": "10 steps"}})  # fmt: skip
     method = create_method(recipe, num_classes=5, device=torch.device("cpu"))
 
-    def told(epoch, cos2, across, step=100):
+    def warnings_at(epoch, cos2, across, step=100):
         return method.warnings(
             {"cos2": cos2, "batch_cosine": across}, StepInfo(step=step, lr=0.1, progress=0.1, epoch=epoch)
         )
 
-    assert told(1.0, 0.12, 0.0) == told(9.0, 0.6, 0.2) == told(0.9, 0.002, 0.9) == told(3.0, 0.002, 0.9, step=99) == []
-    (warning,) = told(1.4, 0.014, 0.24)
+    assert (
+        warnings_at(1.0, 0.12, 0.0)
+        == warnings_at(9.0, 0.6, 0.2)
+        == warnings_at(0.9, 0.002, 0.9)
+        == warnings_at(3.0, 0.002, 0.9, step=99)
+        == []
+    )
+    (warning,) = warnings_at(1.4, 0.014, 0.24)
     assert "cos2 0.014" in warning and "batch_cosine 0.24" in warning and "optimizer.lr" in warning
-    assert told(1.5, 0.014, 0.24) == []  # said once
+    assert warnings_at(1.5, 0.014, 0.24) == []  # said once
     method.warned = False
-    assert "cos2 0.0020" in told(1.0, 0.002, 0.0)[0]
+    assert "cos2 0.0020" in warnings_at(1.0, 0.002, 0.0)[0]
 
 
 def test_wrong_use_is_refused():

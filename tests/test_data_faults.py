@@ -222,8 +222,8 @@ def test_other_formats_grey_and_odd_sizes_are_read(tmp_path):
 
 
 def test_failing_reads_are_retried_and_told(clean, monkeypatch):
-    told = []
-    dataset = ShardDataset(clean, warn=told.append, pause=0.01)
+    messages = []
+    dataset = ShardDataset(clean, warn=messages.append, pause=0.01)
     expected = dataset.read(5)
     real, failures = os.pread, [errno.EIO, errno.ESTALE]
 
@@ -234,7 +234,7 @@ def test_failing_reads_are_retried_and_told(clean, monkeypatch):
 
     monkeypatch.setattr(os, "pread", pread)
     assert dataset.read(5) == expected
-    assert len(told) == 2 and "attempt 2 of 6 in 0.01 s" in told[0] and "in 0.02 s" in told[1]
+    assert len(messages) == 2 and "attempt 2 of 6 in 0.01 s" in messages[0] and "in 0.02 s" in messages[1]
 
 
 def test_a_read_that_never_works_ends_the_run_and_costs_no_sample(folder):
@@ -269,10 +269,10 @@ def test_a_shard_cut_while_training(folder):
 
 def test_a_stalling_read_is_told(clean, monkeypatch):
     """The first read ends only when the waiting rank has reported that it waits."""
-    told, waiting = [], threading.Event()
+    messages, waiting = [], threading.Event()
 
     def warn(message):
-        told.append(message)
+        messages.append(message)
         if "has waited" in message:
             waiting.set()
 
@@ -281,8 +281,8 @@ def test_a_stalling_read_is_told(clean, monkeypatch):
     dataset = ShardDataset(clean, warn=warn, slow_seconds=0)
     with Loader(dataset, seed=1, micro_batch=1, micro_batches=1, prefetch=1, stall_seconds=0.05) as loader:
         next(loader)
-    assert any("took" in line and "stalling" in line for line in told)
-    assert "rank 0 has waited" in " ".join(told)
+    assert any("took" in line and "stalling" in line for line in messages)
+    assert "rank 0 has waited" in " ".join(messages)
 
 
 def test_reads_ahead_go_on_side_by_side_and_change_nothing(clean, monkeypatch):

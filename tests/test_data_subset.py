@@ -190,9 +190,9 @@ def test_cache_copies_within_its_bound_and_changes_nothing(folder, tmp_path):
 
 
 def test_a_copy_that_fails_while_it_is_read_is_left_for_the_original(folder, tmp_path, monkeypatch):
-    told: list[str] = []
+    messages: list[str] = []
     plain = ShardDataset(folder)
-    dataset = ShardDataset(folder, warn=told.append, pause=60, files=cached(tmp_path, 1 << 30))
+    dataset = ShardDataset(folder, warn=messages.append, pause=60, files=cached(tmp_path, 1 << 30))
     cache = dataset.files
     for sample in (0, 199):
         dataset.read(sample)
@@ -214,8 +214,8 @@ def test_a_copy_that_fails_while_it_is_read_is_left_for_the_original(folder, tmp
     assert dataset.read(199) == plain.read(199)
     cache._wanted.join()
     assert not broken.exists() and not last.exists()  # nor copied again by this rank
-    assert len(told) == 2 and all(part in told[0] for part in (str(broken), "shard 0", "Input/output error"))
-    assert "(cut short)" in told[1]
+    assert len(messages) == 2 and all(part in messages[0] for part in (str(broken), "shard 0", "Input/output error"))
+    assert "(cut short)" in messages[1]
     cache.close()
     with pytest.raises(UserError, match=r"dataset\.json"):
         ShardDataset(folder, files=cached(folder / "dataset.json", 1))

@@ -42,9 +42,9 @@ def test_two_different_labels_are_never_one_identity(files: list[bytes]) -> None
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(["<B", "<H", "<i", "<q"]), st.permutations(range(200)), st.booleans())
-def test_binary_integers_are_recognised_or_refused(form: str, order: list[int], told: bool) -> None:
-    labels = read_all([struct.pack(form, number) for number in order], **({"form": "binary"} if told else {}))
-    if told or form != "<B":  # the others hold a zero byte here, which no text has
+def test_binary_integers_are_recognised_or_refused(form: str, order: list[int], stated: bool) -> None:
+    labels = read_all([struct.pack(form, number) for number in order], **({"form": "binary"} if stated else {}))
+    if stated or form != "<B":  # the others hold a zero byte here, which no text has
         assert labels == order
     else:
         assert labels is None  # some of them look like text: nothing is guessed

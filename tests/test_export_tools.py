@@ -104,8 +104,8 @@ def test_check_fails_for_clients_that_live_or_are_named(trained: Path, tiny_face
     convert("export", trained, file, "--opset", "14")
     convert("check", file, "--client", "MFR-Ongoing", "--client", "lvface")
     assert "known: insightface" in convert("check", file, "--client", "nobody", code=2)
-    told = convert("export", trained, file, "--precision", "int8", "--benchmark", tiny_faces / "heldout.bin")
-    assert "int8 against torch" in told and re.search(r"% by torch, [\d.]+% by the int8 file", told)
+    report = convert("export", trained, file, "--precision", "int8", "--benchmark", tiny_faces / "heldout.bin")
+    assert "int8 against torch" in report and re.search(r"% by torch, [\d.]+% by the int8 file", report)
 
 
 def test_two_processes_give_the_figures_of_one(trained: Path, tiny_faces: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_two_processes_give_the_figures_of_one(trained: Path, tiny_faces: Path, 
     arguments = ["--benchmark", f"pairs:{heldout}.bin", "--benchmark", f"all:{heldout}"]
     arguments += ["--benchmark", f"groups:clustering:{heldout}", "--benchmark", f"mega:megaface:{heldout},{train}"]
     one = evaluate(trained, tmp_path / "one", *arguments)
-    # as the README says; torchrun finds a free port itself (told --master_port 0 it would hand port 0 to its processes)
+    # as the README says; torchrun finds a free port itself (with --master_port 0 it would hand port 0 to its processes)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--local_addr", "127.0.0.1"]
     done = subprocess.run(
         [*torchrun, "tools/evaluate.py", str(trained), "--cpu", *arguments, "-o", str(tmp_path / "two")],

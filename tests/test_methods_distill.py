@@ -178,8 +178,8 @@ def test_a_stopped_run_goes_on_with_its_teacher_and_with_no_other(tiny_faces: Pa
     assert run(stopped, ranks=2, environment={"LVTRAIN_FAULT": "loop.step:0:4:sigterm"}) == 75, output(stopped)
 
     folders = {name: tmp_path / name / "runs" / "tiny" for name in ("peaceful", "alone", "stopped")}
-    (told,) = events(folders["stopped"], "teacher")
-    assert told["name"].startswith("vit_nano from") and len(told["fingerprint"]) == 64
+    (event,) = events(folders["stopped"], "teacher")
+    assert event["name"].startswith("vit_nano from") and len(event["fingerprint"]) == 64
     another = weights(tmp_path / "another.safetensors", 2)
     assert run(stopped, f"method.distill.teacher={another}") == 2
     (refusal,) = (line for line in output(stopped).splitlines() if "lvtrain: error:" in line)
@@ -221,12 +221,12 @@ def test_a_teacher_that_cannot_be_is_refused_before_a_start(
             tmp_path / "large.safetensors", 1, image_size=144
         ): "has image_size 144, the student 112; set backbone.image_size=144",
     }
-    for path, told in refused.items():
+    for path, part in refused.items():
         recipe = make(tmp_path / "run", tiny_faces, path)
         for arguments in ([], ["--dry-run"]):
             status = main(["--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json", *arguments])
             (line,) = capfd.readouterr().err.strip().splitlines()
-            assert status == 2 and line.startswith("lvtrain: error: method.distill.teacher: ") and told in line
+            assert status == 2 and line.startswith("lvtrain: error: method.distill.teacher: ") and part in line
     assert not (tmp_path / "run" / "runs").exists()
 
 

@@ -52,8 +52,8 @@ def test_clusterings_and_headlines_of_what_was_evaluated(run: Path) -> None:
     page = Links()
     page.feed(text)
     assert page.fetched == [] and page.open == []
-    told = clustering.cluster(embeddings, "kmeans", clusters=12)
-    assert f"{100 * normalized_mutual_info_score(labels, told):.2f}" in text
+    predicted = clustering.cluster(embeddings, "kmeans", clusters=12)
+    assert f"{100 * normalized_mutual_info_score(labels, predicted):.2f}" in text
     assert "DBSCAN, joined at cosine 0.55" in text and "agglomerative, joined at cosine 0.55" in text
     tar = found["benchmarks"]["all of them"]["tar_at_far"]["1e-01"]
     assert f"{100 * tar['tar']:.2f}% at {tar['threshold']:.4f}" in text

@@ -190,7 +190,7 @@ with Heartbeat(Path(sys.argv[1]), 1, timeout_seconds=1.0, interval_seconds=0.1) 
     ("wait", "code"),
     [
         ("time.sleep(60)", EXIT_HUNG),
-        # a C call that never lets go of the interpreter's lock: no python thread can notice, faulthandler's timer does
+        # a C call that never releases the interpreter's lock: no Python thread can notice, but faulthandler's timer does
         ("ctypes.PyDLL(None).sleep(60)", 1),
     ],
 )

@@ -264,7 +264,7 @@ class _SampleGrid(torch.autograd.Function):
 _BILINEAR, _ZEROS = 0, 0  # torch's numbers of the interpolation and of the padding
 
 
-# an operator of its own, because torch.compile does not trace the switch of deterministic algorithms
+# a custom operator, because torch.compile does not trace the switch of deterministic algorithms
 @torch.library.custom_op("lvtrain::grid_gradient", mutates_args=())
 def _grid_gradient(gradient: torch.Tensor, images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

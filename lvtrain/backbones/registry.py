@@ -1,7 +1,7 @@
 """The names under which backbones are known, and how each is built.
 
-A file of this room registers its networks with `@register`. A name `family:variant` stands for a family whose members
-are named elsewhere, such as `timm:resnet50`.
+A file of this room registers its networks with `@register`. A name `family:variant` takes a member of a family whose
+members are named by another library, such as `timm:resnet50`.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Committer:
         try:
             written = self._write_files(job)
             self._point("save.before_vote", job)
-        except Exception as error:  # the vote tells the others: all give up together, or all go on
+        except Exception as error:  # the vote tells the others: all give up together, or all continue
             written = error
         try:
             votes = self._gather(written)

@@ -3,7 +3,7 @@
 Two modes for the centres that a step did not touch (at sample rate r most of them):
 
 - `dense`: `torch.optim.AdamW` / `SGD` on the whole matrix with zero gradients for untouched centres, as in arcface_torch.
-  Momentum and weight decay go on moving them. One step count for all centres.
+  Momentum and weight decay still move them. One step count for all centres.
 - `row_sparse`: an untouched centre is neither read nor written. Each centre has its own step count for the bias
   correction, so its first update is a proper first Adam step. Decay is applied at each update only, so the decay per
   update is the same at every r. At r = 1 both modes agree.

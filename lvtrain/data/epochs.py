@@ -210,7 +210,7 @@ def epoch_line(count: EpochCount, ranks: int) -> str:
     name, seen = f"epoch {count.epoch}", f"{count.served:,} of {count.images:,} images"
     if count.uncounted:
         return (
-            f"{name} cannot be counted: the run went on after its first {count.uncounted:,} of {count.images:,} images "
+            f"{name} cannot be counted: the run was resumed after its first {count.uncounted:,} of {count.images:,} images "
             "from a checkpoint without a count"
         )
     if not count.complete:

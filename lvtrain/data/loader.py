@@ -114,7 +114,7 @@ class Loader:
         self.views = augmentation_views(augmentation)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
-            # the loader's thread has a current device of its own
+            # each thread has its own current device
             self.device = torch.device("cuda", torch.cuda.current_device())
         if warn is not None:
             dataset.warn = warn
@@ -207,7 +207,7 @@ class Loader:
 
     def _run(self) -> None:
         if self.device.type == "cuda":
-            # a stream of its own: decoding ahead must not wait behind the training step's kernels
+            # a separate stream: decoding ahead must not wait behind the training step's kernels
             with torch.cuda.stream(torch.cuda.Stream(self.device)):
                 self._produce()
         else:

@@ -56,7 +56,7 @@ class StreamDataset(IterableDataset[StreamSample]):
         seed: of the order of the shards and of the draws.
         rank: of this process.
         size: number of ranks.
-        repeat: go on with the next epoch without end, so that all ranks can run the same number of steps.
+        repeat: continue with the next epoch without end, so that all ranks can run the same number of steps.
         warn: called with a line: what a stream gives up, and each image that cannot be decoded. By default it is logged.
 
     Raises:

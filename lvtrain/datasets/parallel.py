@@ -79,7 +79,7 @@ def _call(function: Callable[[Item], Result], item: Item) -> Result:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent is killed. Otherwise it would go on writing while the next pack runs."""
+    """Ends this worker when its parent is killed. Otherwise it would still write while the next pack runs."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -117,7 +117,7 @@ def start(timeout_seconds: float = 1800.0) -> World:
         check_usable()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")
-    # DeepSpeed and torch read these, whoever started us
+    # DeepSpeed and torch read these, whichever launcher started this process
     os.environ.update(
         RANK=str(started.rank),
         WORLD_SIZE=str(started.size),

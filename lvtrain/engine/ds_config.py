@@ -168,7 +168,7 @@ def check_with_deepspeed(config: Mapping[str, Any], name: str = "the DeepSpeed J
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.utils import logger
 
-    # any batch will do: DeepSpeed wants one, and the engine sets it phase by phase
+    # DeepSpeed requires a batch size; the engine sets the real one at each phase
     whole = json.loads(json.dumps(dict(config))) | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

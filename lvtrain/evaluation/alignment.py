@@ -29,7 +29,7 @@ class Alignment:
     """What is known of a set's alignment.
 
     Attributes:
-        stated: by the sidecar or whoever wrote the set; `unknown` if nobody did.
+        stated: alignment that the sidecar or the set itself names; `unknown` if neither does.
         images: looked at, 0 where no detector is installed.
         faces: found in them.
         offset: median distance from the template, in pixels of a 112 x 112 image; None where fewer than 8 faces were found.

@@ -15,7 +15,7 @@ import numpy as np
 
 from lvtrain.errors import UserError
 
-# MFR-Ongoing's server is offline (2026); its rules are checked, but count only for whoever asks for them
+# MFR-Ongoing's server is offline (2026); its rules are checked, but are an error only with `--client MFR-Ongoing`
 LIVING = ("insightface", "lvface", "uniface")
 _MFR_BYTES = 1024 * 1024 * 1024
 

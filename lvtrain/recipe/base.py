@@ -97,7 +97,12 @@ def setting(
 
 
 class Section(BaseModel):
-    """`bare`: the key that a bare value stands for, as `init_from: PATH` is short for `init_from: {path: PATH}`."""
+    """A section of a recipe.
+
+    Attributes:
+        bare: key that takes a value written in place of the section: with `path`, `init_from: PATH` is short for
+            `init_from: {path: PATH}`.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
     bare: ClassVar[str] = ""

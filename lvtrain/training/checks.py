@@ -84,7 +84,7 @@ def check_before_start(
     names = [phase.name for phase in recipe.phases]
     if only_phase is not None and only_phase not in names:
         raise UserError(f"--phase {only_phase}: the recipe has {', '.join(names)}")
-    is_new = committed_step(recipe.run_folder) == 0  # a run that goes on needs nothing of what it began from
+    is_new = committed_step(recipe.run_folder) == 0  # a resumed run does not read the weights it began from
     if files:
         _check_files(recipe, is_new=is_new)
         check_trackers(recipe)

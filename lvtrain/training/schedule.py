@@ -144,7 +144,7 @@ def phase_limit(phase: Phase, start_samples: int, *, total: int, samples_per_epo
 
 
 def phase_images(recipe: Recipe, *, samples_per_epoch: int) -> dict[str, int]:
-    """Images of each phase, by name, if every phase goes on to its latest end; 0 where the schedule is over before.
+    """Images of each phase, by name, if every phase lasts as long as it may; 0 where the schedule ends before the phase.
 
     Raises:
         UserError: as `learning_rate`.
@@ -160,7 +160,7 @@ def phase_images(recipe: Recipe, *, samples_per_epoch: int) -> dict[str, int]:
 
 
 def phase_end_reason(samples_seen: int, *, limit: int, total: int, reached_delta: bool) -> str | None:
-    """Why the phase ends here: "cos2", "length" or "schedule"; None when it goes on."""
+    """Why the phase ends here: "cos2", "length" or "schedule"; None when it continues."""
     if samples_seen >= total:
         return "schedule"
     if reached_delta:

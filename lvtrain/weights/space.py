@@ -2,7 +2,7 @@
 
 Its identifier is 16 hexadecimal digits of a SHA-256 over the weights that give the embedding. A run, its checkpoint, the
 folder, the `.pt` and the float32 ONNX file exported from it have the same one. A float16 or int8 file moves embeddings, so
-it is a space of its own, named after the one it derives from: `0123456789abcdef+int8-89ab`.
+it has another space, named after the one it derives from: `0123456789abcdef+int8-89ab`.
 
 A file that was changed after its identifier was written does not keep it: the identifier is kept beside a digest of what
 it was written for.

@@ -260,7 +260,7 @@ def _markdown(result: dict[str, Any]) -> str:
         epochs = list(next(iter(memory.values())))
         lines += [
             "",
-            "Memory of a process of its own with our path, MiB resident (of it allocated). A leak would show in what is allocated; the rest is libraries",
+            "Memory of a separate process with our path, MiB resident (of it allocated). A leak would show in what is allocated; the rest is libraries",
             "and freed blocks which malloc keeps, more or fewer of them.",
             "",
             "| set | " + " | ".join(f"epoch {epoch}" for epoch in epochs) + " |",

@@ -227,11 +227,11 @@ class _Step:
 
     def __call__(self, clock: Clock | None) -> None:
         mark = clock.mark if clock else (lambda name: None)
-        told = self.global_labels
+        labels_of_step = self.global_labels
         if self.loader:
             labels = torch.from_numpy(self.loader.global_labels(self.number * self.global_batch, self.global_batch))
-            told = torch.cat([labels % self.local_classes, told[self.batch :]])
-        self.classifier.begin_step(self.number, told)
+            labels_of_step = torch.cat([labels % self.local_classes, labels_of_step[self.batch :]])
+        self.classifier.begin_step(self.number, labels_of_step)
         mark("choose classes")
         seen: list[ClassifierOutput] = []
         for micro in range(self.accumulation):
