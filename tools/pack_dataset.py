@@ -99,9 +99,9 @@ def _summary(report: dict[str, Any], out: Path) -> None:
         f"{out}: {report['identities']} identities, {report['images_written']} images in {report['shards']} shard(s), {report['bytes'] / 1e6:.1f} MB; "
         f"{report['images_untouched']} copied, {report['images_encoded']} encoded, {report['images_skipped']} skipped"
     )
-    for name, trouble in report["troubles"].items():
-        if trouble["count"]:
-            typer.echo(f"  {name}: {trouble['count']} ({trouble['policy']}), first: {trouble['list'][0]}")
+    for name, issue in report["troubles"].items():
+        if issue["count"]:
+            typer.echo(f"  {name}: {issue['count']} ({issue['policy']}), first: {issue['list'][0]}")
     typer.echo(f"  {report['reconciliation']['line']}")
     for heading in ("left_out", "ignored"):
         for reason, tally in report[heading].items():

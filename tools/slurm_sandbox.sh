@@ -27,9 +27,9 @@ held = [socket.create_server(('127.0.0.1', 0)) for _ in range($nodes + 1)]
 print(*(each.getsockname()[1] for each in held))")
     read -r -a ports <<<"$ports"
     mkdir -p "$folder/state" "$folder/logs" "$folder/spool"
-    # Eight CPUs a node whatever is there (config_overrides), so that a few small chains run side by side.
+    # Eight CPUs per node on any machine (config_overrides), so that a few small chains run side by side.
     # cred_expire also is how long a requeued job waits before it may start again: 2 minutes by default.
-    # job_time_limit is looked at twice a minute whatever is set here, so limits bite up to 30 s late.
+    # job_time_limit is looked at twice a minute whatever is set here, so a job is ended up to 30 s after its limit.
     # Jobs choose ports by their ids, so ids of sandboxes side by side begin apart.
     # The long timeouts are for machines that are busy with other things.
     cat >"$folder/slurm.conf" <<END

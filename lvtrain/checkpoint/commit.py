@@ -78,7 +78,7 @@ class Committer:
         """Checks that this job still holds the folder. On rank 0.
 
         Raises:
-            Takeover: another job holds it, or nobody.
+            Takeover: another job holds it, or no job does.
         """
         if self.lease is None:
             raise Takeover(f"{self.folder} is not held by this process")

@@ -69,7 +69,7 @@ class Lease:
         """Checks that this job still holds the lease.
 
         Raises:
-            Takeover: another job holds it, or nobody.
+            Takeover: another job holds it, or no job does.
         """
         holder = _read(self.path)
         if holder is None or holder["token"] != self.token:

@@ -1,7 +1,7 @@
-"""Embeddings on disk, with the space that they are of: `NAME.npy`, and `NAME.json` beside it.
+"""Embeddings on disk, `NAME.npy`, and their embedding space, `NAME.json` beside it.
 
 `NAME.json` is an object; its key `space` is the identifier of `lvtrain.weights.space`. An array without it is of an unknown
-space: nothing is refused, and it is the user who knows.
+space: it is compared with any other, and the user must make sure that both come from the same weights.
 """
 
 from __future__ import annotations

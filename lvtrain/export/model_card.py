@@ -109,7 +109,7 @@ def bare(
 
 
 def _add_run(card: Card, run: Path, weights: str) -> None:
-    """What a run folder knows: recipe, dataset licence, and the figures and thresholds that were found with these very `weights`."""
+    """Adds what the run folder records: recipe, licence of the data, and results and thresholds found with these `weights`."""
     card.recipe = (run / "recipe.yaml").read_text()
     values = recipes.of_run(card.recipe)
     data = Path(values["data"]["path"])

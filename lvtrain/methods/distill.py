@@ -34,7 +34,7 @@ class Distill(Section):
     teacher: Path = setting(
         REQUIRED,
         "a run, a checkpoint, an exported folder or others' weights, of the student's embedding_dim and image_size",
-        resume="free",  # a checkpoint knows the teacher's weights, as it knows the data's fingerprint
+        resume="free",  # the path may change: a checkpoint records a fingerprint of the teacher's weights and compares it
     )
     weight: float = setting(
         0.99,

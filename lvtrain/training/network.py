@@ -67,7 +67,7 @@ def of_address(address: str) -> Interface | None:
 
 
 def towards(host: str, port: int) -> Interface | None:
-    """The interface from which this host would reach another; nothing is sent. None if it knows no way."""
+    """The interface from which this host would reach another, None without a route. Nothing is sent."""
     for family, kind, protocol, _, place in _resolved(host, port):
         with socket.socket(family, kind, protocol) as probe:
             try:

@@ -9,14 +9,14 @@ from lvtrain.datasets.catalogue import Ledger
 _SKIPPED = ("wrong_size", "grey", "duplicate", "no_face")  # sound images that a policy leaves out
 
 
-def reconcile(ledger: Ledger, listed: int, packed: int, troubles: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def reconcile(ledger: Ledger, listed: int, packed: int, issues: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The sum, with its parts and as a line of text.
 
     Args:
         ledger: of the catalogue.
         listed: images of the catalogue.
         packed: images written.
-        troubles: of the report, by kind, with policy and count.
+        issues: of the report, by kind, with policy and count.
 
     Returns:
         A dict:
@@ -32,9 +32,9 @@ def reconcile(ledger: Ledger, listed: int, packed: int, troubles: dict[str, dict
         RuntimeError: the sum is wrong, which is a bug of lvtrain.
     """
     skipped = {reason: tally.count for reason, tally in ledger.left_out.items()}
-    skipped |= {kind: troubles[kind]["count"] for kind in _SKIPPED if troubles[kind]["policy"] == "skip"}
+    skipped |= {kind: issues[kind]["count"] for kind in _SKIPPED if issues[kind]["policy"] == "skip"}
     refused = {
-        "undecodable": troubles["undecodable"]["count"] if troubles["undecodable"]["policy"] == "skip" else 0,
+        "undecodable": issues["undecodable"]["count"] if issues["undecodable"]["policy"] == "skip" else 0,
         "unlabelled": ledger.unlabelled.count,
         "announced but not found": ledger.missing,
     }
