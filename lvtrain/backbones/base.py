@@ -31,7 +31,8 @@ class Backbone(nn.Module):
     Args:
         embedding_dim: width of the embedding.
         image_size: side of the images, in pixels.
-        checkpoint_blocks, checkpoint_every: what the backward pass recomputes, see `lvtrain.backbones.memory`.
+        checkpoint_blocks: what the backward pass recomputes, see `lvtrain.backbones.memory`.
+        checkpoint_every: in which blocks it does so, see there.
 
     Attributes:
         dim: width of a token, or channels of the last feature map.
@@ -74,7 +75,9 @@ class Backbone(nn.Module):
 
         Raises:
             UserError: the names are this class's, but no network of it has these shapes.
-            KeyError, ValueError, IndexError: likewise, with tensors missing.
+            KeyError: likewise; a tensor is missing.
+            ValueError: likewise; a tensor has another number of dimensions.
+            IndexError: likewise; a tensor has fewer dimensions.
         """
         return None
 

@@ -34,7 +34,10 @@ class DinoViT(Backbone):
     views), the grid of position embeddings is resized.
 
     Args:
-        dim, depth, heads, patch: the transformer's shape.
+        dim: width of a token.
+        depth: number of blocks.
+        heads: attention heads of a block.
+        patch: side of a patch, in pixels.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
 
     Raises:

@@ -93,7 +93,12 @@ class FViT(Backbone):
     another size (DINO's local views), the grid of position embeddings is resized (bicubic), as DINO does.
 
     Args:
-        dim, depth, heads, head_dim, mlp_dim, patch: the transformer's shape.
+        dim: width of a token.
+        depth: number of blocks.
+        heads: attention heads of a block.
+        head_dim: width of a head.
+        mlp_dim: hidden width of a block's MLP.
+        patch: side of a patch, in pixels.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
         dropout: in attention, MLP and after the positions.
 

@@ -53,7 +53,11 @@ class VisionTransformer(Backbone):
     """`[B, 3, image_size, image_size]` float -> `[B, embedding_dim]` float32, not normalised.
 
     Args:
-        dim, depth, heads, patch, mlp_ratio: the transformer's shape; the MLP is `dim * mlp_ratio` wide.
+        dim: width of a token.
+        depth: number of blocks.
+        heads: attention heads of a block.
+        patch: side of a patch, in pixels.
+        mlp_ratio: a block's MLP is `dim * mlp_ratio` wide.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
         mask_ratio: share of the tokens that are dropped before the blocks in training (see `kept_tokens`). Before the
             head, a learnt mask token takes their places. The draw is from torch's default generator of the device.

@@ -81,7 +81,8 @@ class EpochTally:
 
     Args:
         order: of the run; its `n` is the epoch's length.
-        rank, size: of this process among the ranks.
+        rank: of this process.
+        size: number of ranks.
         stream: the place in the endless stream of samples from which this object counts.
     """
 

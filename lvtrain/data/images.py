@@ -90,7 +90,8 @@ def decode(source: bytes | str | Path, size: tuple[int, int] | None = None, *, u
     """Decodes an image to uint8 RGB [height, width, 3], and resizes it (bilinear) to `size` (height, width) if it differs.
 
     Raises:
-        ImageError, OSError: as `open_image`.
+        ImageError: as `open_image`.
+        OSError: as `open_image`.
     """
     image = open_image(source, upright=upright).convert("RGB")
     if size is not None and image.size != size[::-1]:

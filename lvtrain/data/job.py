@@ -42,7 +42,8 @@ class Job:
     """One micro-batch to decode.
 
     Attributes:
-        ids, labels: int64 [m].
+        ids: of the samples, int64 `[m]`.
+        labels: of the samples, int64 `[m]`.
         encoded: JPEG bytes [m].
         draws: parameters by view name.
         bad: row -> what is wrong with it; backends add to it.

@@ -68,15 +68,19 @@ class Loader:
 
     Args:
         dataset: opened in this process.
-        seed, block: of the order and the augmentation.
-        micro_batch, micro_batches: m and V; the global batch is m * V.
-        rank, size: r and R; R must divide V.
+        seed: of the order and the augmentation.
+        block: samples that the order keeps together.
+        micro_batch: images m of a micro-batch.
+        micro_batches: V per step over all ranks; the global batch is m * V.
+        rank: of this process.
+        size: number of ranks, which must divide V.
         start: samples_seen at the first batch.
         augmentation: a set's name (`lvtrain.data.augment.SETS`).
         image_size: pixels of the views that do not fix their own.
         device: where the views are delivered.
         backend: `dali`, `torch`, or `auto` (DALI where it can be imported).
-        threads: decoding threads; prefetch: micro-batches decoded ahead.
+        threads: that decode.
+        prefetch: micro-batches decoded ahead.
         read_ahead: micro-batches read at the same time, ahead of those being decoded. It hides the latency of a distant file system.
         warn: called with a line when data is late or a read failed.
 

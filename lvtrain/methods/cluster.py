@@ -83,7 +83,10 @@ class Clusters:
         classes: int64 `[P]`, the sorted distinct labels of the global batch.
         phi: `[P]`, their concentrations.
         known: bool `[P]`, whether a class has a centre.
-        mean, deviation, lowest, highest: scalars, of the concentrations that are measured in S.
+        mean: scalar, of the concentrations that are measured in S.
+        deviation: their standard deviation.
+        lowest: the least of them.
+        highest: the largest of them.
         mine: int64 `[p]`, local rows of those of `classes` that are on this rank.
     """
 

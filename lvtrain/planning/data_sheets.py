@@ -11,7 +11,8 @@ class GpuSheet:
 
     Attributes:
         memory: bytes; the sheet's GB are 10^9 bytes here, which is a little less than the driver reports.
-        bfloat16, tf32: flop/s of the tensor cores, dense, with float32 sums.
+        bfloat16: flop/s of the tensor cores, dense, with float32 sums.
+        tf32: likewise.
         float32: flop/s without tensor cores.
         bandwidth: of its memory, bytes/s.
         node_link: its usual link inside a node, a name of `NODE_LINKS`.

@@ -27,7 +27,8 @@ class Device:
     Attributes:
         name: for tables.
         matmul: flop/s of a large matmul in bfloat16 or float16.
-        tf32, float32: likewise.
+        tf32: likewise in TF32.
+        float32: likewise in float32.
         bandwidth: of a copy in its memory, bytes/s.
         memory: bytes.
         link: bytes/s that a GPU sends to other nodes, and receives at the same time.

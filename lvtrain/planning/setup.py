@@ -29,7 +29,8 @@ class Zero:
         bucket: elements of the reduction bucket.
         overlap: `overlap_comm`, whether gradients travel during backward; None is DeepSpeed's default.
         hierarchical: ZeRO++ keeps a second copy of the weights in every node (`zero_hpz_partition_size`).
-        offload_optimizer, offload_parameters: to host memory.
+        offload_optimizer: the optimizer's state lies in host memory.
+        offload_parameters: the parameters lie in host memory.
     """
 
     stage: int = 1
@@ -62,12 +63,16 @@ class ClassCentres:
     """The sharded classifier.
 
     Attributes:
-        num_classes, dim: C and d.
+        num_classes: C.
+        dim: d, numbers of a class centre.
         sample_rate: r, the share of the classes that takes part in a step.
         banks: names of what else is kept for every class (PCO's feature expectations), a float32 vector each.
         bank_has_negatives: the step also goes over all vectors of a bank; they get no gradient.
-        optimizer, mode, moments_bytes: of the class centres' optimizer, as in `lvtrain.classifier`.
-        precision, kernel: of the passes, as in `lvtrain.classifier.Numerics`; the kernel is chosen, not `auto`.
+        optimizer: of the class centres, `adamw` or `sgd`.
+        mode: of that optimizer, `dense` or `row_sparse`.
+        moments_bytes: of a number of its averages, as in `lvtrain.classifier`.
+        precision: of the passes, as in `lvtrain.classifier.Numerics`.
+        kernel: of the passes, likewise; the one chosen, not `auto`.
         scale: s, the factor on every cosine.
         filtered: whether negatives above a threshold are dropped.
         gather_bytes: of a number in the gathered embeddings, 2 or 4.

@@ -19,7 +19,8 @@ class Key:
 
     Attributes:
         field: its default, description and bounds.
-        rule, because: whether a resume may change it, and why not.
+        rule: whether a resume may change it.
+        because: why a resume may not.
         named: the entry of a named section that has it, such as "sgd"; empty where all entries have it.
     """
 

@@ -36,7 +36,8 @@ class Setup:
     """What a start trains with, the same in every phase.
 
     Attributes:
-        recipe, ds_config: resolved.
+        recipe: resolved.
+        ds_config: DeepSpeed's settings, resolved.
         dataset: opened in this process.
         world: this process among the ranks.
     """
@@ -89,9 +90,11 @@ class PhaseState:
         opened: what the method read that every start needs, for `events.jsonl`.
         initial: what a fresh run took from other weights, for `events.jsonl`.
         saved_step: step of the newest checkpoint, -1 if there is none.
-        nonfinite_in_row, nonfinite_total: steps without a finite loss or gradient, since this object was built.
+        nonfinite_in_row: steps in succession without a finite loss or gradient, up to the last one.
+        nonfinite_total: all such steps since this object was built.
         tally: counts which images were served in each epoch.
-        cos2, grad_norm: of the last finite step, scalars on the device.
+        cos2: of the last finite step, a scalar on the device.
+        grad_norm: likewise.
 
     Raises:
         UserError: weights that do not fit the recipe.

@@ -30,7 +30,8 @@ class Position:
         samples_seen: samples trained, in units of whole global batches.
         data_skip: samples that roll-backs have skipped.
         phase_index: number of the phase in the recipe, from 0.
-        phase_start_step, phase_start_samples: `step` and `samples_seen` where the phase began.
+        phase_start_step: `step` where the phase began.
+        phase_start_samples: `samples_seen` where the phase began.
         phase_over: whether the phase is complete.
     """
 

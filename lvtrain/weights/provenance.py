@@ -46,7 +46,8 @@ class Provenance:
 
     Attributes:
         licences: of the data, and of all weights they began from or were taught by. The strictest counts.
-        dataset, fingerprint: name and fingerprint of the data of the last training.
+        dataset: name of the data of the last training.
+        fingerprint: of that data.
         recipe: 16 hexadecimal digits of the SHA-256 of the resolved recipe.
         commit: of lvtrain's repository, at the training's start.
         packages: versions by name.
