@@ -22,6 +22,9 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+# where a rank is gone, torch would print the stack of its C++ log beside our line
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 from lvtrain import signals
 from lvtrain.errors import EXIT_DONE, EXIT_ERROR, UserError, error_line
 
