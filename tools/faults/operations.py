@@ -65,7 +65,7 @@ class Operation:
 class Bench:
     """What the operations start from, made once in `folder`: generated faces (shards and image files), a stopped and a finished run."""
 
-    def __init__(self, folder: Path, limit: float = 60.0) -> None:
+    def __init__(self, folder: Path, limit: float = 150.0) -> None:
         self.folder, self.limit = folder, limit
         self.sources = folder / "sources"
         self.faces, self.photos = self.sources / "faces", self.sources / "photos"
