@@ -1,8 +1,8 @@
-"""insightface's verification sets (`lfw.bin`, `cfp_fp.bin`, ...): reading them without trusting them, writing them, checking their shape.
+"""insightface's verification sets (`lfw.bin`, `cfp_fp.bin`, ...): a reader that runs no code of the file, a writer, and checks.
 
 A `.bin` file is a pickle of `(images, issame)`: `2 P` encoded images (bytes, or the uint8 array that OpenCV's encoder returns) and P booleans.
-Pairs stand in ten consecutive folds; the order is part of the benchmark. A pickle can run any code, so this reader resolves no name to
-anything real: the few names such files contain are replaced by inert stand-ins, and any other name is refused.
+The pairs form ten consecutive folds; the order is part of the benchmark. A pickle can run any code, so this reader replaces the few names
+that such files contain by classes of this file that do nothing, and refuses any other name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lvtrain.files.checked import check_regular
 
 FOLDS = 10
 _LARGEST_STRING = 1 << 24  # bytes; an encoded face has some thousands
-_FREE_PLACES = 1024  # of the memo that may stay empty (Python 2 counts from 1)
+_FREE_PLACES = 1024  # places of the pickle's memo that may stay empty (Python 2 counts from 1)
 # pairs of the published sets; a file with such a name and another count has lost some
 KNOWN_PAIRS = {"lfw": 6000, "agedb_30": 6000, "calfw": 6000, "cplfw": 6000, "cfp_fp": 7000, "cfp_ff": 7000}
 
@@ -31,7 +31,7 @@ KNOWN_PAIRS = {"lfw": 6000, "agedb_30": 6000, "calfw": 6000, "cplfw": 6000, "cfp
 def read_bin(path: str | Path, *, strict: bool = True) -> tuple[list[bytes], np.ndarray]:
     """The encoded images (2 P of them, pair i is images 2i and 2i+1) and `issame`, bool [P].
 
-    A sidecar `<path>.json` as `write_bin` leaves it is checked when it is there: a changed byte is noticed.
+    A sidecar `<path>.json`, which `write_bin` writes, is compared with the file: a changed byte is an error.
 
     Args:
         path: the set.
@@ -39,7 +39,8 @@ def read_bin(path: str | Path, *, strict: bool = True) -> tuple[list[bytes], np.
             pairs were shuffled). The published sets are recognised by name and count instead.
 
     Raises:
-        UserError: no such file, cut short, not such a pickle, a name outside the format, odd counts, a published set with pairs missing.
+        UserError: no such file, cut short, not such a pickle, a name outside the format, counts that do not agree, or a published set with
+            pairs missing.
     """
     path = Path(path)
     check_regular(path)
@@ -97,8 +98,8 @@ def write_bin(
 def check_folds(issame: np.ndarray, path: str | Path) -> None:
     """Refuses sets that are visibly incomplete or out of order.
 
-    Ten equal folds with the same number of positive pairs each is how every such set is laid out (or all positives first); a missing fold
-    or shuffled pairs break it.
+    Every such set has ten equal folds with the same number of positive pairs each, or all positives first. A missing fold or shuffled pairs
+    break that.
 
     Raises:
         UserError: naming the count that is wrong.
@@ -127,10 +128,10 @@ def check_folds(issame: np.ndarray, path: str | Path) -> None:
 
 
 def balanced_order(issame: np.ndarray) -> np.ndarray:
-    """An order of the pairs, int64 [P], that makes ten folds with equally many positive pairs, positives first in each, as LFW's are.
+    """An order of the pairs, int64 [P]: ten folds with equally many positive pairs, positives first in each, as in LFW.
 
     Raises:
-        UserError: the positive or the negative pairs are no multiple of ten.
+        UserError: the number of positive or of negative pairs is not a multiple of ten.
     """
     positive, negative = np.flatnonzero(issame), np.flatnonzero(~np.asarray(issame, dtype=bool))
     for kind, pairs in (("positive", positive), ("negative", negative)):
@@ -146,7 +147,7 @@ def _sidecar(path: Path) -> Path:
 
 
 def read_sidecar(path: str | Path) -> dict[str, Any]:
-    """What `write_bin` left beside a set; empty where there is no sidecar.
+    """The sidecar that `write_bin` wrote beside a set; empty without one.
 
     Raises:
         UserError: it is not JSON.
@@ -174,7 +175,7 @@ def _check_sidecar(path: Path, data: bytes, pairs: int) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------ the inert unpickler
+# ------------------------------------------------------------------------------------------------------ the unpickler that runs nothing
 
 
 class _Refused(pickle.UnpicklingError):
@@ -182,10 +183,10 @@ class _Refused(pickle.UnpicklingError):
 
 
 def _check_sizes(data: bytes) -> None:
-    """Refuses a pickle that would take more memory than its own bytes explain, before it is loaded.
+    """Refuses, before it is loaded, a pickle that would take far more memory than its size.
 
-    A number for a place in the memo makes the unpickler reserve all places below it: 9 bytes can ask for gigabytes. Strings that are converted
-    again and again from one place in the memo are the other way.
+    Two ways are known. A place in the memo makes the unpickler reserve all places below it, so 9 bytes can ask for gigabytes. And one
+    string in the memo can be converted many times.
     """
     places = converted = longest = 0
     for opcode, argument, _ in pickletools.genops(data):
@@ -204,7 +205,7 @@ def _check_sizes(data: bytes) -> None:
 
 
 class _Dtype:
-    """Stands for `numpy.dtype(name, ...)`; only one-byte unsigned integers and booleans, and plain integers of scalars, are known."""
+    """Replaces `numpy.dtype(name, ...)`; takes one-byte unsigned integers, booleans, and integers of scalars."""
 
     __slots__ = ("name",)
 
@@ -221,7 +222,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for an array: raw bytes and a type."""
+    """Replaces an array: raw bytes and a type."""
 
     __slots__ = ("dtype", "raw")
 
@@ -244,7 +245,7 @@ class _Array:
 
 
 class _Name:
-    """A callable the pickle may call; nothing can be set on it."""
+    """A callable that the pickle may call; nothing can be set on it."""
 
     __slots__ = ("function",)
 
@@ -299,7 +300,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes) -> None:
         import io
 
-        # "bytes": Python 2 wrote its images as strings, which no text encoding may touch
+        # "bytes": Python 2 wrote its images as strings, which must not be decoded as text
         super().__init__(io.BytesIO(data), encoding="bytes")
 
     def find_class(self, module: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A run's files -> one self-contained HTML page: no script, no font, no image is fetched from anywhere."""
+"""Turns a run's files into one HTML page that fetches no script, font or image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lvtrain.report import beside, faces, figures, protocols
 from lvtrain.report.files import PhaseSpan, Row, RunFiles, read_run
 
 _SHOWN_EVENTS = 200
-# columns of metrics.jsonl that have their own figure, or are not a curve
+# columns of metrics.jsonl that have another figure, or are not drawn as a curve
 _KNOWN = {"time", "step", "samples_seen", "epoch", "loss", "cos2", "cos2_window", "lr", "grad_norm"}
 _KNOWN |= {"images_per_second", "data_wait", "nonfinite", "memory_gb", "phi_mean", "phi_std", "phi_min", "phi_max"}
 _REASONS = {
@@ -36,16 +36,16 @@ def write_report(
 ) -> Path:
     """Writes the report of a run and returns its path.
 
-    Works for a run at any moment of its life: what is not there yet is left out.
+    Works for a run that is still training: what does not exist yet is left out.
 
     Args:
         run_folder: folder of the run.
         out: file to write; None for `report.html` in the run folder.
-        any_faces: draw landmarks and attention on images of a dataset that is not generated, too; the page then holds real faces.
+        any_faces: also draw landmarks and attention on images of a dataset that is not generated; the page then holds real faces.
         others: folders of up to three runs that are drawn beside this one, with what differs in their recipes.
 
     Raises:
-        UserError: not a run folder, too many of them.
+        UserError: not a run folder, or too many of them.
     """
     run = read_run(run_folder)
     if len(others) >= beside.MOST:
@@ -285,7 +285,7 @@ def _events(events: list[Row]) -> tuple[list[Row], str]:
     shown = [event for event in events if event["event"] not in quiet]
     hidden = [
         f"{counts[name]:,} {name.replace('_', ' ')} events" for name in sorted(quiet - {"epoch"}) if counts[name]
-    ]  # epochs have a table of their own
+    ]  # epochs have a separate table
     if len(shown) > _SHOWN_EVENTS:
         hidden.append(f"{len(shown) - _SHOWN_EVENTS:,} events between the first and the last {_SHOWN_EVENTS // 2}")
         shown = shown[: _SHOWN_EVENTS // 2] + shown[-_SHOWN_EVENTS // 2 :]

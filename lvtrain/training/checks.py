@@ -32,7 +32,7 @@ from lvtrain.training.schedule import learning_rate, phase_images, rate_line
 
 
 def open_dataset(recipe: Recipe) -> ShardDataset:
-    """The recipe's dataset: manifest, index, every shard there and of its recorded size, every label in range.
+    """Opens the recipe's dataset and checks manifest, index, the size of every shard, and that labels are in range.
 
     Raises:
         UserError: a shard that is missing or cut, no images, a label that is not below the number of classes, or
@@ -76,7 +76,7 @@ def check_before_start(
         The resolved DeepSpeed configuration.
 
     Raises:
-        UserError: they do not fit; the line says what to change.
+        UserError: they do not agree; the line says what to change.
     """
     num_classes, num_samples = sizes
     check_ranks(recipe, num_classes=num_classes, ranks=ranks)
@@ -124,7 +124,7 @@ def _check_files(recipe: Recipe, *, is_new: bool) -> None:
 
 
 def check_benchmarks(recipe: Recipe) -> None:
-    """Looks into every benchmark's files once. One rank calls it, before there is a run folder.
+    """Opens every benchmark's files once. One rank calls it, before there is a run folder.
 
     Raises:
         UserError: a benchmark that is damaged or incomplete.
@@ -149,7 +149,7 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 def check_ranks(recipe: Recipe, *, num_classes: int, ranks: int) -> None:
-    """Refuses a number of ranks that the recipe cannot be cut into.
+    """Refuses a number of ranks over which the recipe cannot be split.
 
     Raises:
         UserError: the ranks cannot share the micro-batches evenly, or there are more ranks than classes.
@@ -176,7 +176,7 @@ def dry_run(
     ranks: int | None,
     only_phase: str | None = None,
 ) -> str:
-    """Checks what a start would, and returns the plan as text: phases, parameters, memory, bytes on the wire.
+    """Checks what a start would check, and returns the plan as text: phases, parameters, memory, bytes sent.
 
     It works without the data where the recipe has `data.num_classes` and `data.num_samples`.
 
@@ -187,7 +187,7 @@ def dry_run(
         only_phase: name of the phase to train; None for all.
 
     Raises:
-        UserError: whatever a start would refuse, as far as one process can see it.
+        UserError: anything that a start would refuse and one process can find.
     """
     launched = worlds.launch()
     size = ranks or launched.size
@@ -229,7 +229,7 @@ def dry_run(
 
 
 def sizes(recipe: Recipe) -> tuple[int, int, str]:
-    """Identities, images, and where both numbers are from: the data if it is here, else the recipe."""
+    """Identities, images, and the source of both numbers: the data if it is on this machine, otherwise the recipe."""
     if recipe.data.path.exists():
         dataset = open_dataset(recipe)
         return dataset.num_classes, len(dataset), f"counted in {dataset.path}"

@@ -30,7 +30,7 @@ from lvtrain.recipe.sections import Recipe
 from lvtrain.weights.provenance import FILE as PROVENANCE
 
 RECIPE, IDENTITY, ENVIRONMENT = "recipe.yaml", "run.json", "environment.json"
-# what of environment.json changes numbers, and how
+# keys of environment.json that change numbers, and how
 _REPORTED = {"classifier_kernel": "rounding differs"} | {
     f"packages.{package}": follows
     for package, follows in (
@@ -62,8 +62,8 @@ class RunFolder:
     Attributes:
         run_id: given at the run's first start.
         attempt: number of this start, from 1.
-        changes: what the recipe changes since the last start that is allowed and reported.
-        surroundings: what else has changed since then that the numbers depend on, and what follows.
+        changes: keys of the recipe that differ from the last start's; allowed, and reported.
+        surroundings: other changes since then that the numbers depend on, and their consequence.
     """
 
     path: Path
@@ -80,8 +80,8 @@ def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World, *, fact
         recipe: the recipe; it names the folder.
         ds_config: the resolved DeepSpeed configuration.
         world: this process among the ranks.
-        facts: added to `environment.json`: the licence of the data, which may be gone when the model card is written,
-            and the classifier's kernel.
+        facts: added to `environment.json`: the classifier's kernel and the licence of the data, because the data may
+            be gone when the model card is written.
 
     Raises:
         UserError: the folder holds a run that has trained with another recipe, or cannot be written.
@@ -110,7 +110,7 @@ def _open(
 
 
 def _surroundings(folder: Path, now: dict[str, Any]) -> list[str]:
-    """What of `_REPORTED` differs from the last start's `environment.json`; nothing where that was lost."""
+    """Entries of `_REPORTED` that differ from the last start's `environment.json`; none if that file was lost."""
     try:
         before = json.loads(patiently((folder / ENVIRONMENT).read_text))
     except (FileNotFoundError, ValueError):
@@ -145,7 +145,10 @@ def _keep(folder: Path, recipe: Recipe, dataset: ShardDataset) -> None:
 
 
 def _identity(folder: Path) -> dict[str, Any]:
-    """Run id and number of starts so far: of `run.json`; where that was lost, of the newest checkpoint (starts are counted anew); or new."""
+    """Run id and number of starts so far, from `run.json`.
+
+    If that was lost, the id is the newest checkpoint's, and starts are counted from 0. A new run gets a new id.
+    """
     path = folder / IDENTITY
     try:
         found = json.loads(patiently(path.read_text))
@@ -170,19 +173,19 @@ def has_trained(folder: Path) -> bool:
 
 
 def changes(folder: Path, recipe: Recipe) -> list[str]:
-    """What another start with `recipe` changes of the run in `folder` that is allowed and reported.
+    """The changes that another start of the run in `folder` with `recipe` makes; allowed, and reported.
 
     Raises:
-        UserError: it differs in something that is learned from; or the run has trained and its recipe is lost.
+        UserError: a key differs that is fixed for the run; or the run has trained and its recipe is lost.
     """
     known = patiently((folder / RECIPE).exists) or patiently((folder / IDENTITY).exists)
     if not (has_trained(folder) and known):
-        return []  # a start refused before its first step has left nothing that the corrected recipe could spoil
+        return []  # a start that was refused before its first step left no results, so the recipe may be corrected
     return compare(_recipe_before(folder), yaml.safe_load(recipes.dump(recipe)), str(folder))
 
 
 def _recipe_before(folder: Path) -> dict[str, Any]:
-    """The recipe of the last start: of `recipe.yaml`, or where that was lost of the newest checkpoint."""
+    """The recipe of the last start, from `recipe.yaml`; if that was lost, from the newest checkpoint."""
     path = folder / RECIPE
     try:
         text = patiently(path.read_text)
@@ -201,7 +204,7 @@ def _recipe_before(folder: Path) -> dict[str, Any]:
 
 
 def _in_todays_keys(text: str) -> dict[str, Any]:
-    """The resolved recipe of an earlier start, with today's default for what did not exist then."""
+    """The resolved recipe of an earlier start; keys that did not exist then have today's default."""
     values = recipes.of_run(text)
     try:
         resolved: dict[str, Any] = yaml.safe_load(recipes.dump(recipes.resolve(values)))
