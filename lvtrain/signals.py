@@ -1,4 +1,4 @@
-"""What asks a run to stop: signals, a terminal that hangs up, a launcher that is gone.
+"""Requests to stop a run: signals, a closed terminal, a launcher that has ended.
 
 `main.py` calls `listen` before it imports torch, so that a signal during the import does not kill the rank. So this file
 needs only the standard library. A handler only sets a flag, which `training.stopping` reads after every step.
@@ -25,7 +25,7 @@ def listen() -> None:
     if _listeners == 0:
         for number in SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue  # under nohup a run goes on without its terminal
+                continue  # under nohup a run continues without its terminal
             _previous[number] = signal.signal(number, _note)
         _launcher[:] = _launcher_processes()
     _listeners += 1
@@ -51,7 +51,7 @@ def restore() -> None:
 
 
 def launcher_is_gone() -> bool:
-    """Whether `deepspeed` or `torchrun`, which started this rank, has ended without telling it.
+    """Whether `deepspeed` or `torchrun`, which started this rank, has ended without a signal to it.
 
     It then cannot report how the run ends, and nobody starts the other ranks again.
     """
@@ -59,7 +59,7 @@ def launcher_is_gone() -> bool:
 
 
 def drop_console() -> None:
-    """Sends what is printed from now on nowhere, because the terminal or pipe behind it is gone.
+    """Discards all further output, because its terminal or pipe is closed.
 
     Without this, the next line would end the rank before it has saved.
     """

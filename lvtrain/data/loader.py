@@ -1,4 +1,4 @@
-"""Batches for one rank, forever: order -> index -> bytes -> decoded and augmented views on the device.
+"""Batches for one rank, without end: order -> index -> bytes -> decoded and augmented views on the device.
 
 Position p of the endless stream is `samples_seen`. A step at s0 trains positions [s0, s0 + G); micro-batch v holds
 [s0 + v*m, s0 + (v+1)*m); rank r of R runs v in [r*V/R, (r+1)*V/R). Everything a batch holds is a function of its positions and the seed, so
@@ -155,7 +155,7 @@ class Loader:
     def global_labels(self, samples_seen: int, global_batch: int) -> np.ndarray:
         """Labels int64 [global_batch] of all ranks' samples of the step at `samples_seen`, from the index, without communication.
 
-        Bad samples keep their label here: only decoding can tell, and that happens on one rank.
+        Bad samples keep their label here: only the rank that decodes them finds out.
         """
         return self.dataset.labels(self.order.at(range(samples_seen, samples_seen + global_batch)))
 

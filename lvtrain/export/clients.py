@@ -1,6 +1,6 @@
 """`check`: would the programs that open face-recognition ONNX files take this one? Each client's rules, and why it would refuse.
 
-The rules were read off the clients: insightface's `get_model`, lvface's `LVFaceOnnxEmbedder`, uniface's recogniser base class, and the (now offline)
+The rules are those in the clients' code: insightface's `get_model`, lvface's `LVFaceOnnxEmbedder`, uniface's recogniser base class, and the (now offline)
 MFR-Ongoing server's checks in its `onnx_helper.py`.
 """
 

@@ -1,4 +1,4 @@
-"""Conversions from files to files, as `tools/convert_checkpoint.py` offers them. `tell` gets every line that is meant for the user."""
+"""Conversions from files to files, for `tools/convert_checkpoint.py`. `tell` is called with every line for the user."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lvtrain.weights.source import open_source
 Tell = Callable[[str], None]
 Precision = Literal["float32", "float16", "int8"]
 
-_LEAST_COSINE = 0.9  # of a narrow file's embeddings to torch's; int8 reaches 0.97 on weights that were never trained
+_LEAST_COSINE = 0.9  # between embeddings of a float16 or int8 file and torch's; int8 reaches 0.97 on weights that were never trained
 
 
 def import_weights(
@@ -182,7 +182,7 @@ def export(
     """Writes the backbone in another program's format and checks what was written.
 
     Args:
-        source: whatever `open_source` takes: a run, a checkpoint, an exported folder or a file of weights.
+        source: anything that `open_source` takes: a run, a checkpoint, an exported folder or a file of weights.
         out: file or folder to write.
         to: format.
         opset: ONNX opset.
@@ -271,12 +271,12 @@ def _write_onnx(
     card: Card,
     tell: Tell,
 ) -> Card:
-    """Writes the file and returns the card that is true of it."""
+    """Writes the file and returns its card."""
     backbone, size, precision = architecture.create(), architecture.image_size, options.precision
     fit(backbone, state)
     with tempfile.TemporaryDirectory(
         dir=out.parent, prefix=".export-"
-    ) as room:  # a file that does not agree never gets the name
+    ) as room:  # a file that does not agree is never moved to `out`
         plain, made = Path(room) / "float32.onnx", Path(room) / out.name
         parity = onnx_export.export_onnx(backbone, plain, image_size=size, opset=options.opset, batch=options.batch)
         tell(f"float32 against torch: {parity}")
@@ -286,9 +286,7 @@ def _write_onnx(
             layers, parity = _narrow(backbone, plain, made, size, options)
             tell(f"{precision} against torch: {parity}, {made.stat().st_size / 1e6:.1f} MB")
             if parity.smallest_cosine < _LEAST_COSINE:
-                raise UserError(
-                    f"{precision} does not suit this backbone, its embeddings turn too far; take another precision"
-                )
+                raise UserError(f"{precision} changes this backbone's embeddings too much; take another precision")
             if layers:
                 table = out.with_suffix(".layers.json")
                 table.write_text(json.dumps([asdict(layer) for layer in layers], indent=1) + "\n")
@@ -307,7 +305,7 @@ def _write_onnx(
 def _narrow(
     backbone: torch.nn.Module, plain: Path, made: Path, size: int, options: _OnnxOptions
 ) -> tuple[list[quantise.LayerCosine], onnx_export.Parity]:
-    """Writes the narrower file and compares it with torch: on random images, or a static one on images that did not calibrate it."""
+    """Writes the float16 or int8 file and compares it with torch: on random images, or for static int8 on images not used for its scales."""
     batches = (options.batch,) if options.batch else (1, 7, 32)
     if options.calibration is None:
         (onnx_export.to_float16 if options.precision == "float16" else onnx_export.to_int8)(plain, made)

@@ -44,9 +44,7 @@ class Card:
     source: str = ""
     dataset: str = "unknown"
     data_licence: str | None = None
-    made_from: list[str] = field(
-        default_factory=list
-    )  # other weights that had a part in these: where they began, a teacher
+    made_from: list[str] = field(default_factory=list)  # other weights used in training: initial ones, a teacher
     method: str = "unknown"
     samples_seen: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +61,7 @@ class Card:
 
 
 def for_weights(source: Path, architecture: Architecture, state: Mapping[str, torch.Tensor], weights: str) -> Card:
-    """The card of weights that `open_source` found at `source`: an exported folder's own, a run's, or one of what can be seen in the weights."""
+    """The card of the weights at `source`: an exported folder's, a run's, or one with only what the weights show."""
     if source.is_dir() and (card := from_folder(source)) is not None:
         card.space, card.provenance = space_at(source, state), provenance_of(source).as_json()
         return card
@@ -141,7 +139,7 @@ def from_folder(folder: Path) -> Card | None:
 
 
 def keep_calibration(model: Path, weights: str, found: dict[str, Any]) -> Path | None:
-    """Puts thresholds where the model card is written from: a run's `calibration.json`, or an exported folder's card itself.
+    """Saves thresholds for the model card: in a run's `calibration.json`, or in an exported folder's card.
 
     `weights` says which of a run's weights were calibrated (step and phase), `found` has a result of `calibrate` for each set's name; results of sets
     calibrated before with the same weights stay. Returns the file written, None for a model that has no card (one file, an ONNX file, a checkpoint).

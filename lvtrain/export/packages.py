@@ -1,4 +1,4 @@
-"""Weights out: our own folder (safetensors + config + model card), arcface_torch's `.pt`, insightface's V2 package, class rows of any rank count."""
+"""Writes weights: our folder (safetensors, config, model card), arcface_torch's `.pt`, insightface's V2 package, class rows of any rank count."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_folder(
 ) -> Path:
     """One float32 safetensors file, `config.json` and a model card: `lvtrain.load_model(folder)` opens it.
 
-    `rows` `[C, d]` are written beside, when the class centres are wanted too.
+    `rows`, the class centres `[C, d]`, are written to a second file if given.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def write_arcface(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def save(value: Any, path: str | Path) -> None:
-    """`torch.save`, whole or not at all: where the disk is full, torch's own writer raises what says nothing of it and leaves a stump.
+    """`torch.save` that writes the whole file or none. On a full disk torch raises an unclear error and leaves half a file.
 
     Raises:
         UserError: the file cannot be written.
@@ -135,7 +135,7 @@ def merge_rows(parts: list[torch.Tensor], *, num_classes: int | None = None) -> 
     """Class rows of all ranks, in rank order, as one `[C, d]` tensor.
 
     Raises:
-        UserError: a part is missing or of another training (the sizes are not those of an even split, or do not add up to `num_classes`).
+        UserError: a part is missing or is of another run (the sizes are not those of an even split, or do not add up to `num_classes`).
     """
     if not parts:
         raise UserError("no class rows given; name the files of all ranks in order")
@@ -162,7 +162,7 @@ def split_rows(rows: torch.Tensor, ranks: int) -> list[torch.Tensor]:
 def read_deepspeed(folder: str | Path, tag: str | None = None) -> dict[str, torch.Tensor]:
     """float32 weights of a DeepSpeed ZeRO-1/2/3 checkpoint folder written by anyone, through DeepSpeed's own `zero_to_fp32`.
 
-    That function leaves out parameters that ZeRO-1 did not train (it keeps no shard of them); those are taken from the module's own state beside it.
+    That function leaves out parameters that ZeRO-1 did not train; those are read from the module's state in the same folder.
     It unpickles the files, so the folder must be one you trust.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Static int8 for small devices: scales from calibration images, and what each layer lost by it."""
+"""Static int8 for small devices: scales from calibration images, and the error of each layer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lvtrain.evaluation.bins import read_bin
 from lvtrain.evaluation.extract import decode
 from lvtrain.evaluation.sources import labelled_images
 
-QUANTISED = ("Conv", "Gemm", "MatMul")  # those with weights of their own; attention's products stay float32
+QUANTISED = ("Conv", "Gemm", "MatMul")  # operations with weights; attention's products stay float32
 _IMAGES = 256
 _MEASURED = 16  # images that the layers are compared on
 
 
 @dataclass(frozen=True)
 class LayerCosine:
-    """How far a quantised layer's output turned from the float32 file's, over some images.
+    """The cosine between a quantised layer's output and the float32 file's, over some images.
 
     Attributes:
         layer: the module that the layer is of, as the exporter named it; else the name of the graph's node.
@@ -46,7 +46,7 @@ def to_static_int8(source: str | Path, target: str | Path, images: np.ndarray) -
             reach.
 
     Returns:
-        Every quantised layer, the one that lost most first.
+        Every quantised layer, the lowest cosine first.
 
     Raises:
         UserError: a file that onnxruntime cannot quantise.

@@ -108,7 +108,7 @@ def plan(setup: Setup) -> Plan:
 
 
 def _waited(transfers: list[Transfer], seconds: dict[str, float], device: Device) -> float:
-    """Seconds of transfers that hide behind nothing, and of what does not fit behind the computation."""
+    """Seconds of transfers that the step waits for: all of some, of others what exceeds the computation at that time."""
     room = {
         "forward": seconds["forward"],
         "backward": seconds["backward"],

@@ -20,7 +20,7 @@ class RunPlan:
         phases: the plan of one step of each phase, by its name.
         images: images of each phase at its latest end; 0 for a phase that the schedule does not reach.
         epoch: images of an epoch.
-        price: of a GPU for an hour, in any currency; None where nobody asked.
+        price: of a GPU for an hour, in any currency; None if not given.
     """
 
     phases: Mapping[str, Plan]

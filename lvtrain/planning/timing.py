@@ -47,7 +47,7 @@ def forward_seconds(network: Network, device: Device, precision: Precision, *, c
 
 
 def _elementwise_seconds(network: Network, device: Device, precision: Precision, *, compiled: bool) -> float:
-    """One image's forward and backward pass without its matmuls, nothing recomputed."""
+    """One image's forward and backward pass without its matmuls and without recomputation."""
     whole = (network.unrecomputed or network.saved) * (FLOAT32_KEEPS if precision == "float32" else 1.0)
     return (TRAFFIC_COMPILED if compiled else TRAFFIC_EAGER) * whole / device.bandwidth
 

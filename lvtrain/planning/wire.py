@@ -1,4 +1,4 @@
-"""Bytes on the wire: what each rank sends in one step, between nodes and within them, and what it can hide behind."""
+"""Bytes that each rank sends in one step, between nodes and within them, and the computation at the same time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Transfer:
     Attributes:
         sent: bytes that a rank sends (and receives), `(R - 1) / R` of the whole for a gather or scatter (a ring).
         between: of them, bytes that leave the node, where the collective runs in two levels (nodes, then inside).
-        behind: the computation it can hide behind; "" if the step waits for it.
+        behind: the computation that runs at the same time; "" if the step waits for the transfer.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """The weights that a new run starts from: `init_from`, and what a method reads itself.
 
-`init_from` takes whatever weights evaluation takes (`weights/source.py`), never a schedule or optimizer state.
+`init_from` takes the same weights as evaluation (`weights/source.py`), but no schedule or optimizer state.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
 
 
 def _adopted(weights: dict[str, torch.Tensor], method: Method) -> dict[str, torch.Tensor]:
-    """By the names that the backbone has for them."""
+    """The weights by the backbone's names."""
     module = method.evaluated()
     return module.adopt(weights) if isinstance(module, Backbone) else weights
 
@@ -129,7 +129,7 @@ def _fitting(path: Path, weights: dict[str, torch.Tensor], method: Method) -> tu
 
 
 def _whose(shapes: dict[str, torch.Size]) -> str:
-    """What to do about weights of another network: its backbone section, where it is one of ours."""
+    """Advice for weights of another network: its backbone section, if it is one of ours."""
     try:
         found = recognise({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     except UserError:

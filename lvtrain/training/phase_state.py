@@ -1,7 +1,7 @@
 """What a phase trains with: method, engine, averaged weights, loader, stage, meter and position.
 
-A phase is built anew at its start and at every start of the run, for this number of ranks. It then begins, or takes
-over a checkpoint. So going to the next phase, resuming, and changing the number of GPUs are one path.
+A phase is built when it starts and at every start of the run, for the present number of ranks. It then begins, or loads
+a checkpoint. So the next phase, a resume and another number of GPUs use the same code.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class AveragedWeights:
 
 
 class PhaseState:
-    """The phase that `position` stands in. Call `load` before training, unless the run begins here (`fresh`).
+    """The phase at `position`. Call `load` before training, unless the run begins here (`fresh`).
 
     Args:
         rate: of the run; its `total` bounds the phase.
@@ -87,8 +87,8 @@ class PhaseState:
         section: the recipe's section of this phase.
         limit: samples seen at the phase's latest end.
         accumulation: micro-batches of this rank per step.
-        opened: what the method read that every start needs, for `events.jsonl`.
-        initial: what a fresh run took from other weights, for `events.jsonl`.
+        opened: files that the method read and every start needs, for `events.jsonl`.
+        initial: weights that a fresh run loaded, for `events.jsonl`.
         saved_step: step of the newest checkpoint, -1 if there is none.
         nonfinite_in_row: steps in succession without a finite loss or gradient, up to the last one.
         nonfinite_total: all such steps since this object was built.
@@ -137,7 +137,7 @@ class PhaseState:
         self._tally_before: dict[int, EpochSums] = {}
 
     def now(self, steps_back: int = 0) -> StepInfo:
-        """The step that is trained next, or one before it, for the method."""
+        """The step that is trained next, or an earlier one, as the method takes it."""
         batch, position = self.section.global_batch, self.position
         seen, stream = position.samples_seen - steps_back * batch, position.stream - steps_back * batch
         progress = seen / self.rate.total
@@ -159,7 +159,7 @@ class PhaseState:
         self.nonfinite_in_row = 0
 
     def count(self, served: list[tuple[np.ndarray, tuple[int, ...]]], *, finite: bool) -> None:
-        """Counts the images of a step. Call it before the position moves on.
+        """Counts the images of a step. Call it before the position changes.
 
         Args:
             served: sample ids int64 [m] and rows that could not be decoded, of each micro-batch of this rank.
@@ -178,7 +178,7 @@ class PhaseState:
         self.nonfinite_total += 1
 
     def go_back(self) -> None:
-        """Puts the position back to the first of the steps in a row without a finite loss. Nothing was learned since."""
+        """Puts the position back to the first of the steps in a row without a finite loss. The weights have not changed since."""
         back = self.nonfinite_in_row - 1  # the last of them has not moved the position yet
         self.position.step -= back
         self.position.samples_seen -= back * self.section.global_batch
@@ -198,7 +198,7 @@ class PhaseState:
         return self.cos2 is not None and self.stage.observe(self.cos2)
 
     def place(self) -> dict[str, Any]:
-        """Where the phase stands, for events, metrics and evaluations."""
+        """The phase's position, for events, metrics and evaluations."""
         position = self.position
         return {"step": position.step, "samples_seen": position.samples_seen, "phase": self.section.name}
 
@@ -211,13 +211,13 @@ class PhaseState:
         return seen // length > (seen - batch) // length
 
     def state(self) -> State:
-        """Every tensor that a resumed run needs, by name. Of what all ranks hold alike, each gives a share. A collective."""
+        """Every tensor that a resumed run needs, by name. A tensor that is equal on all ranks is divided among them. A collective."""
         rank, size = self.setup.world.rank, self.setup.world.size
         state = self.engine.export_state(keep=lambda i: i % size == rank) | self.method.state()
         return state | self.average.state() if self.average else state
 
     def meta(self) -> dict[str, Any]:
-        """What a resumed run needs besides, as JSON: numbers, and the recipe for a run folder that has lost its own. A collective."""
+        """Further state of a resumed run, as JSON: numbers, and the recipe in case the run folder's is lost. A collective."""
         position = {name: value for name, value in asdict(self.position).items() if name not in _IN_MANIFEST}
         recipe = self.setup.recipe.model_dump(mode="json")
         return {
@@ -229,7 +229,7 @@ class PhaseState:
         }
 
     def load(self, reader: Reader, stored: Position) -> None:
-        """Takes over a checkpoint of this phase, or of the end of the phase before. A collective.
+        """Loads a checkpoint of this phase, or of the end of the phase before. A collective.
 
         Args:
             reader: an opened checkpoint.
@@ -300,7 +300,7 @@ class PhaseState:
         )
 
     def restart_clock(self) -> None:
-        """Starts the measurement of speed anew, after something other than training took time."""
+        """Restarts the measurement of speed after something other than training took time."""
         self.pace.start(self.position.step, self.loader.wait_seconds)
 
     def close(self) -> None:

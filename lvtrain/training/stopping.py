@@ -1,6 +1,6 @@
 """Stopping on request: after a signal, or before the time is over, all ranks stop after the same step.
 
-A signal handler only sets a flag, because saving inside a handler would hang in collectives or tear files. The ranks
+A signal handler only sets a flag, because saving inside a handler would hang in collectives or cut files. The ranks
 agree by a small all-reduce on the host (gloo). It is started at the end of a step and read at the end of the next one,
 so no rank waits for it. In return, a request takes effect one step later.
 """
@@ -82,7 +82,7 @@ class Stopping:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Stops listening. A vote under way is not waited for: after an error another rank may never answer it."""
+        """Stops listening. It does not wait for an unfinished vote: after an error another rank may never answer."""
         self._vote = None
         signals.restore()
 

@@ -27,10 +27,10 @@ class Telemetry:
         run: what trackers are given.
         world: this process among the ranks.
         trackers: sections of the recipe.
-        lease: of the run folder. A job that was frozen and replaced writes nothing when it wakes up.
+        lease: of the run folder. A job that was suspended and replaced writes nothing when it continues.
 
     Raises:
-        FolderInUse: by every method that writes a file: another job has taken the folder over.
+        FolderInUse: by every method that writes a file: another job now holds the folder.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Telemetry:
         with open(self.folder / name, "ab+") as file:
             end = file.tell()
             file.seek(max(0, end - 1))
-            cut = end > 0 and file.read(1) != b"\n"  # by a crash; the row must not be glued to what it left
+            cut = end > 0 and file.read(1) != b"\n"  # a crash cut the last row; the new one must start on a new line
             file.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
 
     def _track(self, method: str, *arguments: Any) -> None:

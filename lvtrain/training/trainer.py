@@ -1,12 +1,12 @@
 """The trainer: one start of a run, from phase to phase, step by step.
 
     train(recipe, ...)          opens the ranks and the run folder
-      Trainer.run               leaves `outcome.json`
-        Trainer.train_phases    from wherever the run stands to its end
+      Trainer.run               writes `outcome.json`
+        Trainer.train_phases    from the run's position to its end
           Trainer.train_phase   the loop: step, stop?, log, save, evaluate
             Trainer.step        one global batch
 
-`Trainer` owns what lives as long as the start; `PhaseState` owns what lives as long as a phase.
+`Trainer` holds what exists once per start; `PhaseState` holds what exists once per phase.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def train(
     """One start of a run: trains until the run (or `only_phase`) is done, or until asked to stop.
 
     Raises:
-        UserError: the run cannot go on; `outcome.json` then says fatal and why.
+        UserError: the run cannot continue; `outcome.json` then holds the error and the word fatal.
     """
     if recipe.deterministic:
         _make_deterministic()
@@ -86,7 +86,7 @@ def train(
 
 
 class Trainer:
-    """What lives as long as one start: data, ranks, run folder, checkpoints, telemetry, stopping, heartbeat, schedule.
+    """What exists once per start: data, ranks, run folder, checkpoints, telemetry, stopping, heartbeat, schedule.
 
     Construction and all methods are collectives.
 
@@ -129,7 +129,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- from phase to phase
 
     def run(self) -> Outcome:
-        """Trains, and leaves `outcome.json` unless this start crashes."""
+        """Trains, and writes `outcome.json` unless this start crashes."""
         try:
             with self.heartbeat, self.stopping, self.checkpoints:
                 outcome = self.train_phases()
@@ -146,10 +146,10 @@ class Trainer:
             self.telemetry.close()
 
     def train_phases(self) -> Outcome:
-        """Trains from wherever the run stands to its end, to the end of `only_phase`, or until asked to stop.
+        """Trains from the run's position to its end, to the end of `only_phase`, or until asked to stop.
 
         Raises:
-            UserError: nothing valid to resume from although something is there; data or numbers gone bad.
+            UserError: there are checkpoints but none is valid; or too many bad images or non-finite steps.
         """
         found = self._first_checkpoint()
         position = _position_of(found) if found else Position()
@@ -225,7 +225,7 @@ class Trainer:
         if rolled_back_to.count(found.step) == _ROLLBACKS:
             raise UserError(
                 f"the loss is not finite whatever data is skipped: {_ROLLBACKS} roll-backs to step {found.step} did not get past it; "
-                "lower optimizer.lr, or go on from an earlier checkpoint by removing later ones"
+                "lower optimizer.lr, or resume from an earlier checkpoint by removing later ones"
             )
         rolled_back_to.append(found.step)
         stored = _position_of(found)
@@ -259,7 +259,7 @@ class Trainer:
                 self.save(phase, "stop")
                 self.checkpoints.wait()
                 return False
-            # nothing is saved amid non-finite steps: if they stop the run, it goes on from before them
+            # nothing is saved between non-finite steps: if they stop the run, it resumes from before them
             if phase.is_due(self.recipe.checkpoint.every) and not phase.nonfinite_in_row:
                 self.save(phase, "interval")
             if phase.is_due(self.recipe.evaluation.every):
@@ -409,9 +409,9 @@ class Trainer:
         phase.restart_clock()
 
     def _check_data(self, phase: PhaseState) -> None:
-        """Checks the images that were served, at every log line: how many are bad, and what a finished epoch counted.
+        """Checks the served images at every log line: how many are bad, and the count of a finished epoch.
 
-        All ranks answer together, because each decodes and counts its own images.
+        A collective, because each rank decodes and counts its own images.
         """
         limit, loader = self.recipe.data.max_bad_fraction, phase.loader
         answers = worlds.gather_objects((loader.bad_count, loader.seen_count, phase.tally.ended(phase.position.stream)))
@@ -473,7 +473,7 @@ class Trainer:
             )
 
     def _report_kernel(self) -> None:
-        """The classifier's kernel; where `auto` could not take Triton's, each rank that saw why says it."""
+        """The classifier's kernel. Where `auto` could not take Triton's, each rank concerned prints the reason."""
         tested = self.recipe.classifier is not None and self.recipe.classifier.numerics.kernel == "auto"
         wrong = failure(self.world.device) if tested and self.world.device.type == "cuda" else None
         if wrong is not None:
@@ -487,7 +487,7 @@ class Trainer:
         verdict = "done" if done else "stop"
         self.telemetry.event(verdict, step=outcome.step, phase=outcome.phase, reason=outcome.reason)
         folder = self.folder.path
-        then = f"python tools/report.py {folder} shows it" if done else "start the same command again to go on"
+        then = f"python tools/report.py {folder} shows it" if done else "start the same command again to resume"
         self.telemetry.say(f"lvtrain: {verdict} at step {outcome.step}: {outcome.reason}; run folder {folder}; {then}")
         if self.world.is_first:
             outcomes.write(folder, outcome)
@@ -496,7 +496,7 @@ class Trainer:
         self.telemetry.event(event, **(phase.place() | fields))
 
     def _first_checkpoint(self) -> CheckpointInfo | None:
-        """The checkpoint to go on from, as `checkpoint.resume` allows."""
+        """The checkpoint to resume from, as `checkpoint.resume` allows."""
         found, resume = self.checkpoints.newest(), self.recipe.checkpoint.resume
         folder = self.folder.path
         if found is not None and resume == "never":

@@ -1,4 +1,4 @@
-"""What weights were made from: whose licence they inherit, which data, which code. It travels with a model.
+"""What weights were made from: licences that they inherit, data and code. It is saved with a model.
 
 A run keeps it in `provenance.json`, an exported folder in `config.json`, an ONNX file in its metadata. Runs and files of
 earlier versions, and others' files, have none: their licences are unknown.
@@ -26,7 +26,7 @@ METADATA = "lvtrain.provenance"  # key of an ONNX file's metadata
 
 @dataclass(frozen=True)
 class Terms:
-    """The licence of one thing that had a part in the weights: `of` names it, `licence` is None where nobody said."""
+    """The licence of one source of the weights: `of` names the source; `licence` is None where it is not stated."""
 
     of: str
     licence: str | None = None
@@ -69,7 +69,7 @@ class Provenance:
         """Refuses commercial use unless every licence allows it.
 
         Raises:
-            UserError: it names each licence that does not, and whose it is.
+            UserError: it names each licence that does not, and its source.
         """
         if self.commercial == "yes":
             return
@@ -102,7 +102,7 @@ def provenance_of(path: str | Path, *, stated: str | None = None) -> Provenance:
 
     Args:
         path: the file or folder.
-        stated: the licence of their data, from the user, where they say nothing themselves. What they say still counts.
+        stated: the licence of their data, from the user, where they record none. A recorded licence counts all the same.
 
     Raises:
         UserError: a record that cannot be read.
@@ -153,13 +153,13 @@ def _recorded(path: Path) -> Provenance:
 def _of_card(card: Mapping[str, Any], name: str) -> Provenance:
     if card.get("provenance"):
         return from_json(card["provenance"])
-    # version 0.1 knew the data's licence, and only the paths of other weights that had a part
+    # version 0.1 recorded the data's licence, and only the paths of other weights
     parts = [Terms(str(part)) for part in card.get("made_from") or ()]
     return Provenance(licences=(Terms(f"data of {name}", card.get("data_licence")), *parts))
 
 
 def _of_old_run(run: Path) -> Provenance:
-    """A run that kept no provenance: what its recipe and its environment say."""
+    """The provenance of a run without a record, from its recipe and its `environment.json`."""
     text = (run / "recipe.yaml").read_text()
     values = recipes.of_run(text)
     noted = run / "environment.json"
@@ -178,7 +178,7 @@ def _of_old_run(run: Path) -> Provenance:
 
 
 def data_licence(run: Path, data: Path) -> str | None:
-    """As the run noted it at its start; of runs that did not, as the dataset says, if it is still there."""
+    """The licence that the run recorded at its start; without a record, the dataset's, if it still exists."""
     noted = run / "environment.json"
     if noted.is_file() and (licence := json.loads(noted.read_text()).get("data_licence")):
         return str(licence)

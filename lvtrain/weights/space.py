@@ -27,7 +27,7 @@ SPACE, TENSORS = "lvtrain.space", "lvtrain.tensors"  # keys of an ONNX file's me
 
 
 def space_of(path: str | Path, *, average: bool = False) -> str:
-    """The identifier of the weights at `path`: whatever `load_model` opens.
+    """The identifier of the weights at `path`, which may be anything that `load_model` opens.
 
     Args:
         path: the file or folder.
@@ -114,7 +114,7 @@ def _onnx_space(path: Path) -> str:
 
 
 def _kept(path: Path) -> dict[str, Any]:
-    """`space` and the digest of the `weights` it was written for, of a folder that lvtrain exported; else nothing."""
+    """`space` and the digest of the `weights` it was written for, of a folder that lvtrain exported; otherwise empty."""
     config = path / CONFIG
     try:
         section = json.loads(config.read_text())["lvtrain"] if path.is_dir() and config.is_file() else {}
