@@ -45,7 +45,7 @@ class Distill(Section):
     licence: str | None = setting(
         None,
         "of the data that the teacher learned from, where its file does not say; the student inherits it",
-        because="the run has inherited it",
+        because="the weights inherit this licence",
     )
 
 

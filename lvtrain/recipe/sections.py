@@ -233,7 +233,7 @@ class InitFrom(Section):
     licence: str | None = setting(
         None,
         "of the data that these weights learned from, where they do not say; the run inherits it",
-        because="the run has inherited it",
+        because="the weights inherit this licence",
     )
 
 
@@ -276,7 +276,9 @@ class Safety(Section):
 class Recipe(Section):
     """All that decides a run, besides the DeepSpeed JSON."""
 
-    name: FileName = setting(REQUIRED, "of the run and of its folder below runs", because="the run folder is called so")
+    name: FileName = setting(
+        REQUIRED, "of the run and of its folder below runs", because="the run folder has this name"
+    )
     runs: Path = setting(Path("runs"), "folder that holds the run folders", resume="free")
     seed: int = setting(0, "of every random draw", because=IMAGES)
     deterministic: bool = setting(

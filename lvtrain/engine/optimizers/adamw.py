@@ -20,7 +20,9 @@ class AdamWSection(Optimizer):
 
     name: Literal["adamw"] = setting("adamw", "AdamW", because="the checkpoints hold its state")
     betas: tuple[float, float] = setting((0.9, 0.999), "decay of the two moments", because="the moments depend on it")
-    eps: float = setting(1e-8, "added to the root of the second moment", because="the run has learned with it", gt=0)
+    eps: float = setting(
+        1e-8, "added to the root of the second moment", because="the run has learned with it so far", gt=0
+    )
 
 
 @OPTIMIZERS.register("adamw")
