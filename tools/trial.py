@@ -56,6 +56,7 @@ def start(size: int, arguments: list[str], log: Path, environment: dict[str, str
     """Starts `size` ranks of `lvtrain/main.py ARGUMENTS`, as processes whose output goes to `log`."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as main.py says it, before torch is imported
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with socket.socket() as probe:
