@@ -5,7 +5,9 @@ On several GPUs, start it with torchrun or accelerate launch.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +50,15 @@ def main(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="images per forward call")] = 128,
     average: Annotated[bool, typer.Option(help="use the moving average of a run's weights (ema)")] = False,
+    input_: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            metavar="WORDS",
+            help='how the model takes its images, where its file does not say so: "bgr 0..255", "imagenet", "mean=127.5 std=128", '
+            '"nhwc"; the line that begins with input shows what is used',
+        ),
+    ] = "",
     cpu: Annotated[bool, typer.Option(help="do not use a GPU")] = False,
     debug: Annotated[bool, typer.Option(help="show tracebacks")] = False,
 ) -> None:
@@ -60,6 +71,7 @@ def main(
 
         from lvtrain.distributed.world import World
         from lvtrain.evaluation import suite
+        from lvtrain.evaluation.spread import Spread
 
         options = _options(option or [])
         tasks = [suite.parse(text, options) for text in benchmark or []]
@@ -67,21 +79,29 @@ def main(
             raise UserError("no benchmark; give at least one --benchmark NAME:PATH")
         state = PartialState(cpu=cpu)
         console = Console(quiet=not state.is_main_process)
-        name, forward, image_size, weights = _model(model, state.device, average)
+        opened = _model(model, state.device, average, input_)
+        if opened.taken:
+            console.print(opened.taken, soft_wrap=True, markup=False)
         world = World(state.process_index, state.num_processes, state.local_process_index, state.device)
-        setting = suite.Setting(world, state.device, batch, image_size)
+        setting = suite.Setting(world, state.device, batch, opened.image_size)
+        spread = Spread(opened.forward)
         refused: dict[str, str] = {}  # a benchmark that fails does not stop the others
         results = suite.evaluate(
-            forward, tasks, setting, say=lambda text: console.print(f"[dim]{text}"), refused=refused
+            spread, tasks, setting, say=lambda text: console.print(f"[dim]{text}"), refused=refused
         )
         if results and state.is_main_process:
             alignments = _alignments(tasks, results)
-            _show(name, results, console)
+            _show(opened.name, results, console)
             for line in alignments:
                 console.print(line, soft_wrap=True, style="bold" if line.startswith("warning") else "dim")
-            _write(name, results, tasks, folder, image_size, _space(model, average))
+            warning = "" if model == "raw_pixels" else spread.warning(opened.others)
+            if warning:
+                console.print(f"warning: {warning}", style="bold red", soft_wrap=True, markup=False)
+            about = {"model": opened.name, "space": _space(model, average), "input": opened.taken}
+            about |= {"mean_cosine": spread.mean_cosine, "warning": warning}
+            _write(about, results, tasks, folder, opened.image_size)
             console.print(f"figures and plots: {folder}/", soft_wrap=True)
-            _calibration(Path(model), weights, results, console)
+            _calibration(Path(model), opened.weights, results, console)
         state.wait_for_everyone()
         state.destroy_process_group()
         if refused:
@@ -110,16 +130,28 @@ def _folder(model: Path) -> Path:
     return model / "evaluated" if run == model.absolute() else run / f"evaluated_{model.absolute().name}"
 
 
-def _model(path, device, average):
-    """Name of the model, its forward for normalised images, image size, and which weights they are."""
+@dataclass
+class _Opened:
+    """A model to evaluate. `taken` is the line of its input, `others` its forward on images in other ranges."""
+
+    name: str
+    forward: Callable[[Any], Any]
+    image_size: int = 112
+    weights: str = ""
+    taken: str = ""
+    others: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+
+
+def _model(path: str, device: Any, average: bool, words: str) -> _Opened:
     from lvtrain.evaluation import raw_pixels
 
     if path == "raw_pixels":
-        return "raw pixels", raw_pixels, 112, ""
+        return _Opened("raw pixels", raw_pixels)
     from lvtrain.weights import load_model
 
-    model = load_model(path, device=device, average=average)
-    return model.name, model.forward, model.image_size, model.weights
+    model = load_model(path, device=device, average=average, takes=words)
+    others = {other.range: partial(model.forward, takes=other) for other in model.takes.others()}
+    return _Opened(model.name, model.forward, model.image_size, model.weights, model.takes.line(), others)
 
 
 def _show(name, results, console) -> None:
@@ -159,12 +191,12 @@ def _space(model: str, average: bool) -> str | None:
     return None if model == "raw_pixels" else space_of(model, average=average)
 
 
-def _write(name, results, tasks, out: Path, image_size: int, space: str | None) -> None:
+def _write(about, results, tasks, out: Path, image_size: int) -> None:
     from lvtrain.evaluation import plots
     from lvtrain.evaluation.protocol import PROTOCOLS
 
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "evaluation.json", {"model": name, "space": space, "benchmarks": results}, indent=1)
+    write_json(out / "evaluation.json", {**about, "benchmarks": results}, indent=1)
     drawn = plots.roc_of(results)
     for task in tasks:
         if (result := results.get(task.name)) is not None:

@@ -36,6 +36,11 @@ class Distill(Section):
         "a run, a checkpoint, an exported folder or others' weights, of the student's embedding_dim and image_size",
         resume="free",  # the path may change: a checkpoint records a fingerprint of the teacher's weights and compares it
     )
+    input: str = setting(
+        "",
+        'how another project\'s teacher takes images, where its file does not say so: "bgr", "bgr 0..255"',
+        resume="free",
+    )
     weight: float = setting(
         0.99,
         "of the teacher's part; near 1, because a classification's gradient is 64 times as steep (its scale)",

@@ -22,7 +22,7 @@ def open_teacher(section: Distill, student: Backbone) -> tuple[Architecture, Sou
         UserError: nothing usable at the path, or another embedding_dim or image_size than the student's.
     """
     try:
-        source = open_source(section.teacher)
+        source = open_source(section.teacher, takes=section.input)
         architecture = source.architecture()
         name = f"{architecture.name} from {section.teacher}, {source.kind}"
         for what in ("embedding_dim", "image_size"):

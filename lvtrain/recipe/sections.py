@@ -235,6 +235,9 @@ class InitFrom(Section):
         "of the data that these weights learned from, where they do not say; the run inherits it",
         because="the weights inherit this licence",
     )
+    input: str = setting(
+        "", 'how another project\'s weights take images, where the file does not say so: "bgr", "bgr 0..255"'
+    )
 
 
 class Evaluation(Section):

@@ -79,7 +79,7 @@ def open_initial(section: InitFrom) -> Source:
         UserError: nothing usable at its path.
     """
     try:
-        return open_source(section.path)
+        return open_source(section.path, takes=section.input)
     except UserError as error:
         raise UserError(f"init_from.path: {error}") from error
 

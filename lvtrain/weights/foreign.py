@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -54,14 +54,46 @@ def _ir_name(name: str, where: Mapping[int, str]) -> str:
 
 
 def swap_colours(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same network for images with red and blue exchanged; twice is the identity. Every layer that sees pixels is changed."""
-    swapped = dict(state)
-    for name, tensor in state.items():
-        if name == "patch_to_embedding.weight":  # [dim, patch * patch * 3], colour last
-            swapped[name] = tensor.unflatten(1, (-1, 3)).flip(2).flatten(1)
-        elif tensor.ndim == 4 and tensor.shape[1] == 3 and name in _SEES_PIXELS:
-            swapped[name] = tensor.flip(1)
-    return swapped
+    """The same network for images with red and blue exchanged; twice is the identity. Every layer that sees pixels is changed.
+
+    Raises:
+        UserError: the names and shapes do not show which layers these are.
+    """
+    return _by_colour(state, lambda weight: weight.flip(1))
 
 
-_SEES_PIXELS = ("patch_embed.proj.weight", "conv1.weight", "stn.conv_stem.weight", "stn.features.0.0.weight")
+def scale_pixels(state: Mapping[str, torch.Tensor], factors: Sequence[float]) -> dict[str, torch.Tensor]:
+    """The same network for images whose three channels, in the network's order, have been divided by `factors`.
+
+    Raises:
+        UserError: as `swap_colours`.
+    """
+    return _by_colour(state, lambda weight: weight * torch.tensor(factors, dtype=weight.dtype).view(1, 3, 1, 1))
+
+
+def _by_colour(
+    state: Mapping[str, torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """With `change` on the weights `[n, 3, ...]` of the layers that see pixels."""
+    changed = dict(state)
+    names = [name for name in _SEES_PIXELS if name in state and state[name].ndim == 4 and state[name].shape[1] == 3]
+    if _PATCHES in state:  # [dim, patch * patch * 3], colour last
+        patches = state[_PATCHES].unflatten(1, (-1, 3)).transpose(1, 2).unsqueeze(-1)
+        changed[_PATCHES] = change(patches).squeeze(-1).transpose(1, 2).flatten(1)
+    elif not names:
+        names = [name for name, tensor in state.items() if tensor.ndim == 4 and tensor.shape[1] == 3]
+        if len(names) != 1:
+            raise UserError(
+                f"{len(names)} layers could take the image; colours and range of these weights cannot be changed"
+            )
+    return changed | {name: change(state[name]) for name in names}
+
+
+_PATCHES = "patch_to_embedding.weight"
+_SEES_PIXELS = (
+    "patch_embed.proj.weight",
+    "conv1.weight",
+    "layers.0.layers.0.weight",
+    "stn.conv_stem.weight",
+    "stn.features.0.0.weight",
+)

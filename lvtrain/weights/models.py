@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from lvtrain.errors import UserError
 from lvtrain.weights import extract
 from lvtrain.weights.architecture import Architecture, fit
 from lvtrain.weights.faces import Faces
-from lvtrain.weights.onnx_graph import read_graph
+from lvtrain.weights.model_input import OURS, ModelInput
+from lvtrain.weights.onnx_input import read_input
 from lvtrain.weights.onnx_pack import recogniser
 from lvtrain.weights.onnx_session import session
 from lvtrain.weights.source import open_source
@@ -28,7 +30,7 @@ class Model(nn.Module):
     `model.backbone`.
 
     Args:
-        run: embeds normalised images, see `forward`; only for a model without a `backbone`.
+        run: embeds images that are as `takes` says; only for a model without a `backbone`.
 
     Attributes:
         name: architecture and path, for messages.
@@ -38,6 +40,7 @@ class Model(nn.Module):
         architecture: how to build the backbone; None for an ONNX file.
         weights: which weights these are: a run's step and phase, a foreign format.
         notes: how they fit the architecture.
+        takes: how the network takes its images. `forward` and `embed` take ours and turn them; `backbone` alone does not.
     """
 
     def __init__(
@@ -51,8 +54,10 @@ class Model(nn.Module):
         run: Callable[[torch.Tensor], torch.Tensor] | None = None,
         weights: str = "",
         notes: str = "",
+        takes: ModelInput = OURS,
     ) -> None:
         super().__init__()
+        self.takes = takes
         self.name, self.embedding_dim, self.image_size = name, embedding_dim, image_size
         self.backbone, self.architecture = backbone, architecture
         self.weights, self.notes = weights, notes
@@ -65,15 +70,17 @@ class Model(nn.Module):
         tensor = next(self.parameters(), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, *, takes: ModelInput | None = None) -> torch.Tensor:
         """Embeddings of aligned faces, float32 `[B, d]`, **not** L2-normalised.
 
         Args:
             images: RGB `[B, 3, S, S]` with S = `image_size`; uint8 (0 to 255), or floats that are normalised already, (x - 127.5) / 127.5.
                 On any device.
+            takes: feed the network so, not as `self.takes` says.
         """
         images = self._given(images)
         with torch.inference_mode():
+            images = (takes or self.takes).given(images)
             if self._run is not None:
                 return self._run(images)
             assert self.backbone is not None
@@ -130,7 +137,9 @@ class Model(nn.Module):
                 f"{self.name} gives no patch tokens; load a ViT's weights, not {'an ONNX file' if self.backbone is None else 'a CNN'}"
             )
         with torch.inference_mode():
-            found: tuple[torch.Tensor, torch.Tensor] = self.backbone.tokens(self._given(images))  # type: ignore[operator]
+            found: tuple[torch.Tensor, torch.Tensor] = self.backbone.tokens(  # type: ignore[operator]
+                self.takes.given(self._given(images))
+            )
         return found
 
     def extra_repr(self) -> str:
@@ -138,30 +147,33 @@ class Model(nn.Module):
         return f"{self.name}, embedding_dim={self.embedding_dim}, image_size={self.image_size}"
 
 
-def load_model(path: str | Path, *, device: torch.device | str = "cpu", average: bool = False) -> Model:
+def load_model(
+    path: str | Path, *, device: torch.device | str = "cpu", average: bool = False, takes: str = ""
+) -> Model:
     """Opens weights as a model that embeds faces, in evaluation mode.
 
         model = lvtrain.load_model("runs/mine")
         embeddings = model.embed(["a.jpg", "b.jpg"])     # float32 [2, 512], of unit length
 
-    Colour order and normalisation are the same for all: BGR weights are turned to RGB, and an ONNX file that normalises pixels itself gets
-    pixels.
+    Colour order and normalisation are the same for all callers: the model turns images into what its file takes, and `model.takes.line()`
+    says what that is and how it was found (see `lvtrain.weights.model_input`).
 
     Args:
         path: a run (its newest valid checkpoint), a checkpoint, an exported folder, a .pt, .pth, .ckpt or .safetensors file of another
             project, an .onnx file, or an insightface pack (a folder of .onnx files).
         device: of the backbone; an ONNX file runs where onnxruntime can.
         average: take a run's moving average of the weights (`ema` in its recipe) instead of the weights themselves.
+        takes: how the file takes images, where it does not say so itself: "bgr 0..255", "imagenet", "mean=127.5 std=128".
 
     Raises:
-        UserError: nothing usable at `path`, a damaged file, no moving average, or no backbone of lvtrain fits the weights.
+        UserError: words that `takes` does not know, nothing usable at `path`, a damaged file, no moving average, or no backbone of lvtrain fits the weights.
     """
     path = recogniser(Path(path))
     if path.suffix == ".onnx":
         if average:
             raise UserError(f"{path} has no moving average; runs have one where the recipe has an ema section")
-        return _onnx(path)
-    source = open_source(path, average=average)
+        return _onnx(path, takes)
+    source = open_source(path, average=average, takes=takes, keep_range=True)
     architecture, weights = source.architecture(), source.kind
     backbone = architecture.create()
     report = fit(backbone, source.state())
@@ -173,6 +185,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", average:
         architecture=architecture,
         weights=weights,
         notes=f"{weights}; {report}",
+        takes=replace(source.takes, size=architecture.image_size),
     )
 
 
@@ -185,47 +198,32 @@ def finite(state: Mapping[str, torch.Tensor], source: Path) -> None:
             )
 
 
-def _onnx(path: Path) -> Model:
+def _onnx(path: Path, words: str) -> Model:
     run = session(path)
-    import onnx
+    taken = read_input(path, words)
+    example = taken.given(torch.zeros(1, 3, taken.size, taken.size)).numpy()
+    fixed = taken.batch
+    if not fixed:
+        try:
+            fixed = None if len(run(np.concatenate([example, example]))) == 2 else 1
+        except UserError:  # it promises any batch, but its reshapes were made for one image (arcface_torch's mbf)
+            fixed = 1
 
-    taken = onnx.load(str(path), load_external_data=False).graph.input[0].type.tensor_type
-    if len(taken.shape.dim) != 4 or taken.elem_type != onnx.TensorProto.FLOAT:
-        raise UserError(f"{path} does not take float32 images [N, 3, H, W]; it is not a face recogniser")
-    side = taken.shape.dim[2].dim_value or 112
-    fixed = taken.shape.dim[0].dim_value
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        array = given(images.detach().float().cpu().numpy())
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        array = images.detach().cpu().numpy()
         if not fixed:
-            return torch.from_numpy(run(array))
+            return torch.from_numpy(run(array)).float()
         # a file with a fixed batch: pad the last part
         parts = []
         for start in range(0, len(array), fixed):
             part = array[start : start + fixed]
-            padded = (
-                torch.from_numpy(part)
-                if len(part) == fixed
-                else torch.cat([torch.from_numpy(part), torch.zeros(fixed - len(part), *part.shape[1:])])
-            )
-            parts.append(torch.from_numpy(run(padded.numpy()))[: len(part)])
-        return torch.cat(parts)
+            filled = np.concatenate([part, np.zeros((fixed - len(part), *part.shape[1:]), dtype=part.dtype)])
+            parts.append(torch.from_numpy(run(filled)[: len(part)]))
+        return torch.cat(parts).float()
 
-    try:
-        given = read_graph(path).given
-    except UserError:  # not a network that we know the layers of: it takes what nearly all take
-
-        def given(images: np.ndarray) -> np.ndarray:
-            return images
-
-    if not fixed:
-        try:
-            fixed = 0 if len(run(np.zeros((2, 3, side, side), dtype=np.float32))) == 2 else 1
-        except UserError:  # it promises any batch, but its reshapes were made for one image (arcface_torch's mbf)
-            fixed = 1
-    found = forward(torch.zeros(1, 3, side, side))
+    found = embed(torch.from_numpy(example))
     if found.ndim != 2:
         raise UserError(
             f"{path} gives {list(found.shape)} for one image, not one embedding [1, d]; it is not a face recogniser"
         )
-    return Model(f"ONNX {path}", found.shape[1], side, run=forward)
+    return Model(f"ONNX {path}", found.shape[1], taken.size, run=embed, takes=replace(taken, batch=fixed))

@@ -51,11 +51,6 @@ class OnnxGraph:
     image_size: int | None
     batch: int | None
 
-    def given(self, images: np.ndarray) -> np.ndarray:
-        """Converts images normalised as ours, (x - 127.5) / 127.5, to the file's input: pixels if it normalises them itself."""
-        factor, summand = next(reversed(self.image.values()))
-        return (images + 1) * half_range(factor, summand) if summand else images
-
     def reachable(self) -> Iterator[Operation]:
         """The operations that the output depends on, in the file's order."""
         needed, waiting = {self.output}, [self.output]
@@ -69,11 +64,6 @@ class OnnxGraph:
     def uses(self) -> Counter[str]:
         """How often each tensor is an input of an operation that the output depends on."""
         return Counter(name for operation in self.reachable() for name in operation.inputs)
-
-
-def half_range(factor: float, summand: float) -> np.float32:
-    """Half of the range of pixels of a file that normalises them by a x + b: of 0 to 255, or of 0 to 1."""
-    return np.float32(127.5 if -summand / factor > 1.5 else 0.5)
 
 
 def read_graph(path: Path) -> OnnxGraph:

@@ -24,7 +24,9 @@ from lvtrain.backbones.iresnet import IResNet
 from lvtrain.backbones.registry import published_sizes
 from lvtrain.errors import UserError
 from lvtrain.weights.architecture import Architecture, fit, recognise
-from lvtrain.weights.onnx_graph import OnnxGraph, Operation, half_range, read_graph
+from lvtrain.weights.model_input import ModelInput
+from lvtrain.weights.onnx_graph import OnnxGraph, Operation, read_graph
+from lvtrain.weights.onnx_input import read_input
 from lvtrain.weights.onnx_session import session
 
 _CLOSE = 1e-4  # largest difference to the file's embeddings; relative to the largest value if that is above 1
@@ -45,21 +47,25 @@ class OnnxWeights:
         return f"ONNX graph{folded}, embeddings differ from the file's by {self.difference:.0e} of the largest"
 
 
-def read_onnx(path: Path) -> OnnxWeights:
-    """Reads weights that take RGB, (x - 127.5) / 127.5, and give the file's embeddings.
+def read_onnx(path: Path, takes: str = "") -> OnnxWeights:
+    """The weights take RGB, (x - 127.5) / 127.5, and give the file's embeddings.
+
+    Args:
+        path: an ONNX file.
+        takes: how the file takes its images, where it does not say so itself; see `ModelInput.changed`.
 
     Raises:
         UserError: it is not one of these networks. The line says what was found.
     """
-    graph = read_graph(path)
+    graph, taken = read_graph(path), read_input(path, takes)
     try:
         architecture = _guess(graph)
         with torch.device("meta"):
-            match = _match(graph, architecture.create().eval())
+            match = _match(graph, architecture.create().eval(), taken)
         architecture = replace(recognise(match.state), image_size=architecture.image_size)
     except _Mismatch as error:
         raise UserError(f"{path} {error}; an IResNet or MobileFaceNet of insightface is expected") from error
-    difference = _difference(path, graph, architecture, match)
+    difference = _difference(path, taken, architecture, match)
     if not difference <= _CLOSE:
         raise UserError(
             f"{path} looks like {architecture.name}, but its embeddings differ by {difference:.1e} from those of the weights read from it; not used"
@@ -116,6 +122,7 @@ class _Layers(fx.Tracer):
 
 @dataclass
 class _Match:
+    taken: ModelInput
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
 
@@ -124,14 +131,14 @@ class _Match:
             self.state[f"{name}.{what}"] = torch.from_numpy(np.array(array, dtype=np.float32))
 
 
-def _match(graph: OnnxGraph, backbone: nn.Module) -> _Match:
-    """Matches the network's graph with the file's, from the output to the image.
+def _match(graph: OnnxGraph, backbone: nn.Module, taken: ModelInput) -> _Match:
+    """Lays the network's graph beside the file's, from the output to the image.
 
     Raises:
         _Mismatch: where they differ.
     """
     traced = _Layers().trace(backbone, concrete_args={"return_tokens": False})
-    uses, match = graph.uses(), _Match()
+    uses, match = graph.uses(), _Match(taken)
     seen: dict[fx.Node, str] = {}
     (end,) = (node for node in traced.nodes if node.op == "output")
     waiting = [(_source(end.args[0], backbone), graph.output)]
@@ -256,7 +263,7 @@ def _take(match: _Match, graph: OnnxGraph, node: fx.Node, module: nn.Module, fou
     elif isinstance(module, (nn.Conv2d, nn.Linear)):
         assert weight is not None
         if found.inputs[0] in graph.image:
-            weight = weight * _pixel_factor(*graph.image[found.inputs[0]])
+            weight = _for_our_pixels(weight, match.taken, *graph.image[found.inputs[0]])
         match.put(name, weight=weight)
         bias = found.tensors.get("bias")
         if module.bias is not None:
@@ -281,32 +288,31 @@ def _fold(match: _Match, name: str, module: _BatchNorm) -> None:
     match.folded.append(name)
 
 
-def _pixel_factor(factor: float, summand: float) -> float:
-    """The factor from our input, (x - 127.5) / 127.5, to the input of the file's first layer.
+def _for_our_pixels(weight: np.ndarray, taken: ModelInput, factor: float, summand: float) -> np.ndarray:
+    """The first layer's weight [width, 3, ...] for RGB, (x - 127.5) / 127.5, where the file computes factor * z + summand on z as `taken` says.
 
     Raises:
-        _Mismatch: the mean is not the middle of 0..255 or 0..1. Where the image is padded, no weight can replace it.
+        _Mismatch: a mean that is not the middle of the range: where the image is padded, no weight can stand in for it.
     """
-    if (factor, summand) == (1.0, 0.0):  # normalised outside, as insightface does for such a file
-        return 1.0
-    half = float(half_range(factor, summand))
-    if abs(factor * half + summand) > 1e-5:
-        mean = -summand / factor
+    mean, std = np.array(taken.mean), np.array(taken.std)
+    scale, shift = factor * 127.5 / std, factor * (127.5 - mean) / std + summand
+    if np.abs(shift).max() > 1e-5 * max(1.0, np.abs(scale).max()):
         raise _Mismatch(
-            f"normalises pixels itself, with mean {mean:g} and divisor {1 / factor:g}; only a mean of {half:g} can be read"
+            f"normalises pixels with mean {(127.5 - shift * 127.5 / scale)[0]:g} of 0 to 255; only a mean of 127.5 can be read"
         )
-    return factor * half
+    scaled = weight * scale.astype(np.float32).reshape(1, 3, *(1,) * (weight.ndim - 2))
+    return scaled[:, ::-1] if taken.colours == "bgr" else scaled
 
 
-def _difference(path: Path, graph: OnnxGraph, architecture: Architecture, match: _Match) -> float:
+def _difference(path: Path, taken: ModelInput, architecture: Architecture, match: _Match) -> float:
     backbone = architecture.create().eval()
     fit(backbone, match.state)
-    size, together = architecture.image_size, graph.batch or 1  # a file may promise any batch and hold reshapes for one
+    size, together = architecture.image_size, taken.batch or 1  # a file may promise any batch and hold reshapes for one
     images = torch.rand(2 * together, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
         ours = backbone(images)
     run = session(path, exact=True)
-    theirs = torch.cat([torch.from_numpy(run(graph.given(part.numpy()))) for part in images.split(together)])
+    theirs = torch.cat([torch.from_numpy(run(taken.given(part).numpy())) for part in images.split(together)])
     if theirs.shape != ours.shape:
         return math.inf
     return float((theirs - ours).abs().max() / ours.abs().max().clamp(min=1))

@@ -9,11 +9,13 @@ import numpy as np
 
 from lvtrain.errors import UserError
 
+_TYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(uint8)": np.uint8}
+
 
 def session(path: str | Path, *, exact: bool = False) -> Callable[[np.ndarray], np.ndarray]:
-    """A function float32 `[N, 3, H, W]` -> float32 `[N, d]` that runs an ONNX file, whatever its input and output are called.
+    """A function `[N, 3, H, W]`, or whatever the file takes, -> float32 `[N, d]` over onnxruntime, whatever its input and output are called.
 
-    `exact` uses the CPU only: on a GPU onnxruntime multiplies in TF32.
+    Images are brought to the input's type. `exact` keeps to the CPU: on a GPU onnxruntime multiplies in TF32.
     """
     import onnxruntime
 
@@ -25,11 +27,12 @@ def session(path: str | Path, *, exact: bool = False) -> Callable[[np.ndarray], 
         )
     except Exception as error:
         raise UserError(f"{path} cannot be opened by onnxruntime: {' '.join(str(error).split())[:200]}") from error
-    source, target = running.get_inputs()[0].name, running.get_outputs()[0].name
+    (source, *_), target = running.get_inputs(), running.get_outputs()[0].name
+    kind = _TYPES.get(source.type, np.float32)
 
     def run(images: np.ndarray) -> np.ndarray:
         try:
-            found: np.ndarray = running.run([target], {source: np.ascontiguousarray(images, dtype=np.float32)})[0]
+            found: np.ndarray = running.run([target], {source.name: np.ascontiguousarray(images, dtype=kind)})[0]
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path} cannot be run on images {list(images.shape)}: {reason}") from error

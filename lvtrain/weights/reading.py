@@ -42,13 +42,14 @@ class Weights:
     bgr: bool = False
 
 
-def read_weights(path: str | Path, *, branch: str | None = None, average: bool = False) -> Weights:
+def read_weights(path: str | Path, *, branch: str | None = None, average: bool = False, takes: str = "") -> Weights:
     """Reads any of the formats above.
 
     Args:
         path: file or folder.
-        branch: `teacher` or `student` of a self-supervised checkpoint; None = the teacher.
-        average: read the moving average that the file also holds, for example as `state_dict_ema`.
+        branch: `teacher` or `student` of a self-supervised checkpoint; the teacher when absent.
+        average: the moving average that lies beside the weights, as `state_dict_ema` for example.
+        takes: how an ONNX file takes its images, where it does not say so itself; other weights are left as they are.
 
     Raises:
         UserError: no such file, no moving average, a pickle with more than tensors and plain values, or no backbone and no
@@ -56,7 +57,7 @@ def read_weights(path: str | Path, *, branch: str | None = None, average: bool =
     """
     path = Path(path)
     if path.suffix == ".onnx" and path.is_file():
-        found = read_onnx(path)
+        found = read_onnx(path, takes)
         return Weights(str(found), found.state)
     content = _load(path)
     if isinstance(content, torch.Tensor):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +20,10 @@ from safetensors.torch import load_file
 from lvtrain.checkpoint.reader import Weights, open_shapes, open_weights
 from lvtrain.errors import UserError
 from lvtrain.weights.architecture import Architecture, recognise
-from lvtrain.weights.foreign import swap_colours
+from lvtrain.weights.foreign import scale_pixels, swap_colours
+from lvtrain.weights.model_input import ASSUMED, OURS, ModelInput
 from lvtrain.weights.onnx_pack import recogniser
+from lvtrain.weights.reading import Weights as ForeignWeights
 from lvtrain.weights.reading import read_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
@@ -37,11 +40,13 @@ class Source(ABC):
         kind: which weights these are, for messages.
         shapes: of the evaluated network's tensors, by name.
         centres_shape: [C, d] of the class centres, if the source holds all of them.
+        takes: how the network of `state` takes its images: as lvtrain's do, unless `open_source` was asked to leave the range as it is.
     """
 
     kind: str
     shapes: dict[str, torch.Size]
     centres_shape: torch.Size | None = None
+    takes: ModelInput = OURS
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -125,17 +130,42 @@ class ExportedSource(Source):
 class ForeignSource(Source):
     """Other projects' weights. They are read whole, because only all of them together give the names."""
 
-    def __init__(self, path: Path, average: bool) -> None:
+    def __init__(self, path: Path, average: bool, takes: str, keep_range: bool) -> None:
         super().__init__(path)
-        weights = read_weights(path, average=average)
+        weights = read_weights(path, average=average, takes=takes)
         if not weights.backbone:
             raise UserError(f"{path} holds {weights.kind}, no backbone")
         self.kind, self._weights = weights.kind, weights.backbone
-        if weights.bgr:
-            self.kind, self._weights = f"{weights.kind}, turned from BGR to RGB", swap_colours(weights.backbone)
+        if path.suffix != ".onnx":
+            self._turn(weights, takes, keep_range)
         self.shapes = {name: tensor.shape for name, tensor in self._weights.items()}
         self._rows = weights.rows
         self.centres_shape = None if weights.rows is None else weights.rows.shape
+
+    def _turn(self, weights: ForeignWeights, takes: str, keep_range: bool) -> None:
+        """To RGB, and to our range where that is exact."""
+        said = {"colours": "its file says so" if weights.bgr else ASSUMED, "range": ASSUMED}
+        found = replace(OURS, colours="bgr" if weights.bgr else "rgb", sources=said).changed(takes)
+        if not keep_range:
+            if found.mean != OURS.mean:
+                raise UserError(
+                    f"{self.path}, input {takes!r}: only a mean of 127.5 can be taken over by the first layer's weights; "
+                    "evaluate takes any"
+                )
+            if found.std != OURS.std:
+                self._weights = scale_pixels(self._weights, [127.5 / value for value in found.std])
+                found = replace(found, std=OURS.std)
+        if found.colours == "bgr":
+            self.kind, self._weights = f"{self.kind}, turned from BGR to RGB", swap_colours(self._weights)
+            turned = f"the weights were turned from BGR, {found.sources['colours']}"
+            found = replace(
+                found,
+                colours="rgb",
+                mean=found.mean[::-1],
+                std=found.std[::-1],
+                sources={**found.sources, "colours": turned},
+            )
+        self.takes = found
 
     def state(self) -> State:
         return self._weights
@@ -145,20 +175,33 @@ class ForeignSource(Source):
         return self._rows[start:stop]
 
 
-def open_source(path: str | Path, *, average: bool = False) -> Source:
-    """Opens the weights at `path`; `average` takes a run's moving average instead of the weights.
+def open_source(path: str | Path, *, average: bool = False, takes: str = "", keep_range: bool = False) -> Source:
+    """Whatever weights lie at `path`, for RGB images in our range.
+
+    Args:
+        path: a run, a checkpoint, an exported folder, another project's file or an insightface pack.
+        average: take a run's moving average instead of the weights.
+        takes: how another project's network takes its images, where the file does not say so; see `ModelInput.changed`.
+        keep_range: the caller feeds images as `Source.takes` says; else the first layer's weights take over the range, where that is exact.
 
     Raises:
-        UserError: nothing usable there, a damaged file, or no moving average.
+        UserError: nothing usable there, a damaged file, no moving average, or a range that the first layer cannot take over.
     """
     path = recogniser(Path(path))
     if (backbone := _exported_backbone(path)) is not None:
         if average:
             raise UserError(f"{path} has no moving average; runs have one where the recipe has an ema section")
+        _refuse_words(path, takes)
         return ExportedSource(path, backbone)
     if (path.is_dir() and not any(path.glob("*.safetensors"))) or (path / "manifest.json").is_file():
+        _refuse_words(path, takes)
         return RunSource(path, average)
-    return ForeignSource(path, average)
+    return ForeignSource(path, average, takes, keep_range)
+
+
+def _refuse_words(path: Path, takes: str) -> None:
+    if takes:
+        raise UserError(f"{path}, input {takes!r}: lvtrain's own weights take RGB, -1..1; leave it out")
 
 
 def architecture_from(section: dict[str, Any]) -> Architecture:
