@@ -97,7 +97,7 @@ def main(
             warning = "" if model == "raw_pixels" else spread.warning(opened.others)
             if warning:
                 console.print(f"warning: {warning}", style="bold red", soft_wrap=True, markup=False)
-            about = {"model": opened.name, "space": _space(model, average), "input": opened.taken}
+            about: dict[str, Any] = {"model": opened.name, "space": _space(model, average), "input": opened.taken}
             about |= {"mean_cosine": spread.mean_cosine, "warning": warning}
             _write(about, results, tasks, folder, opened.image_size)
             console.print(f"figures and plots: {folder}/", soft_wrap=True)
@@ -150,7 +150,9 @@ def _model(path: str, device: Any, average: bool, words: str) -> _Opened:
     from lvtrain.weights import load_model
 
     model = load_model(path, device=device, average=average, takes=words)
-    others = {other.range: partial(model.forward, takes=other) for other in model.takes.others()}
+    others: dict[str, Callable[[Any], Any]] = {
+        other.range: partial(model.forward, takes=other) for other in model.takes.others()
+    }
     return _Opened(model.name, model.forward, model.image_size, model.weights, model.takes.line(), others)
 
 

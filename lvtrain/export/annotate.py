@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 from lvtrain.export.model_card import Card
+from lvtrain.weights.model_input import METADATA as INPUT
+from lvtrain.weights.model_input import OURS
 from lvtrain.weights.provenance import METADATA, from_json
 from lvtrain.weights.space import SPACE, TENSORS, graph_digest, narrowed
 
@@ -16,7 +18,8 @@ def annotate(path: Path, card: Card, precision: str) -> Card:
     """Writes the card's facts into the file's metadata, and returns the card that is true of the file.
 
     Keys: `lvtrain.space`; `lvtrain.commercial`: yes, no or unknown; `lvtrain.provenance`: JSON of licences, dataset and
-    its fingerprint, recipe digest, commit and packages; `lvtrain.tensors`: digest of the graph they were written for.
+    its fingerprint, recipe digest, commit and packages; `lvtrain.tensors`: digest of the graph they were written for;
+    `lvtrain.input`: how the file takes images, as `--input` of `tools/evaluate.py` is written.
 
     Args:
         path: an ONNX file.
@@ -33,6 +36,7 @@ def annotate(path: Path, card: Card, precision: str) -> Card:
         COMMERCIAL: from_json(card.provenance).commercial,
         METADATA: json.dumps(card.provenance),
         TENSORS: graph_digest(model.graph),
+        INPUT: f"{OURS.colours} {OURS.range}",
     }
     for key, value in found.items():
         model.metadata_props.add(key=key, value=value)

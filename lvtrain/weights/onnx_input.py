@@ -18,6 +18,7 @@ _TYPES = {"FLOAT": "float32", "FLOAT16": "float16", "DOUBLE": "float64", "UINT8"
 _FACE_MEAN, _FACE_STD = np.array([131.1, 103.9, 91.5], dtype=np.float32), 62.0
 # A BatchNorm's statistics are believed where `_misfit` is below _FITS, and the next range's is _CLEAR times as large. SFace without its own
 # normalisation has 0.40 in its own range, 0.88 in the next, 163 as bytes. In BGR it has 0.48: that is too near to decide the colour order.
+# Nor do they decide for imagenet: its images have variance 1, and so has the noise that a network without a training has seen.
 _FITS, _CLEAR = 1.0, 1.9
 
 
@@ -183,7 +184,8 @@ def _by_statistics(path: Path, model: Any, image: str, found: ModelInput) -> str
     except Exception:  # a graph that cannot be cut here says nothing
         return None
     best, second = sorted(scores, key=scores.__getitem__)[:2]
-    return best if scores[best] < _FITS and scores[second] > _CLEAR * scores[best] else None
+    clear = scores[best] < _FITS and scores[second] > _CLEAR * scores[best]
+    return best if clear and best != "imagenet" else None
 
 
 def _misfit(seen: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> float:

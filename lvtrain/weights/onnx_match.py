@@ -298,7 +298,8 @@ def _for_our_pixels(weight: np.ndarray, taken: ModelInput, factor: float, summan
     scale, shift = factor * 127.5 / std, factor * (127.5 - mean) / std + summand
     if np.abs(shift).max() > 1e-5 * max(1.0, np.abs(scale).max()):
         raise _Mismatch(
-            f"normalises pixels with mean {(127.5 - shift * 127.5 / scale)[0]:g} of 0 to 255; only a mean of 127.5 can be read"
+            f"normalises pixels (0 to 255) itself, with mean {(127.5 - shift * 127.5 / scale)[0]:g} and divisor {127.5 / scale[0]:g}; "
+            "only a mean of 127.5 can be read"
         )
     scaled = weight * scale.astype(np.float32).reshape(1, 3, *(1,) * (weight.ndim - 2))
     return scaled[:, ::-1] if taken.colours == "bgr" else scaled
