@@ -94,6 +94,7 @@ _SEES_PIXELS = (
     "patch_embed.proj.weight",
     "conv1.weight",
     "layers.0.layers.0.weight",
+    "stem.0.weight",
     "stn.conv_stem.weight",
     "stn.features.0.0.weight",
 )

@@ -64,7 +64,7 @@ def read_onnx(path: Path, takes: str = "") -> OnnxWeights:
             match = _match(graph, architecture.create().eval(), taken)
         architecture = replace(recognise(match.state), image_size=architecture.image_size)
     except _Mismatch as error:
-        raise UserError(f"{path} {error}; an IResNet or MobileFaceNet of insightface is expected") from error
+        raise UserError(f"{path} {error}; an IResNet, MobileFaceNet or MobileNet of insightface is expected") from error
     difference = _difference(path, taken, architecture, match)
     if not difference <= _CLOSE:
         raise UserError(
@@ -90,6 +90,8 @@ def _guess(graph: OnnxGraph) -> Architecture:
     found += f", first convolution {kernel}x{kernel} to {width} channels, stride {stride}"
     strides = [conv.settings["strides"][0] for conv in convs[1:] if conv.tensors["weight"].shape[2] == 3]
     embedding_dim, features = linears[-1].tensors["weight"].shape
+    if (kernel, stride) == (3, 1) and len(convs) == 27 and convs[1].settings["group"] == width:
+        return Architecture("mobilenet", embedding_dim, graph.image_size or 112, {"scale": width})
     if (kernel, stride, width) == (3, 1, 64):
         image_size = graph.image_size or 16 * math.isqrt(features // 512)
         layers = _runs(strides[1::2])
