@@ -57,6 +57,9 @@ def main(
     ] = 95,
     label_order: Annotated[str, typer.Option(help="natural (id2 before id10) or lexicographic")] = "natural",
     align: Annotated[bool, typer.Option("--align", help="raw photographs: find the largest face and align it")] = False,
+    detector: Annotated[
+        str | None, typer.Option(metavar="FILE", help="with --align: OpenCV's YuNet (.onnx) in place of MTCNN")
+    ] = None,
     licence: Annotated[str, typer.Option(help="licence of the images; copied into runs and model cards")] = "unknown",
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help=f"of the kind of source; {_options_of_kinds()}")
@@ -75,7 +78,7 @@ def main(
     with one_line_errors("pack_dataset", out):
         options = PackOptions(
             kind=kind, seed=seed, shuffle=shuffle, samples_per_shard=samples_per_shard, size=size or None, quality=quality,
-            label_order=label_order, align=align, licence=licence, options=_options(option or []),
+            label_order=label_order, align=align, detector=detector, licence=licence, options=_options(option or []),
             policies=Policies(
                 wrong_size=wrong_size, undecodable=undecodable, grey=grey, empty_identity=empty_identity, duplicate=duplicate,
                 label_gap=label_gap, no_face=no_face, unlabelled=unlabelled, mismatch=mismatch,

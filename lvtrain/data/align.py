@@ -5,6 +5,8 @@ The similarity is Umeyama's least-squares one (S. Umeyama, 1991, eqs. 34 to 43),
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from lvtrain.errors import UserError
@@ -89,3 +91,52 @@ class Detector:
         names = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
         points: np.ndarray = np.array([best[name] for name in names], dtype=np.float64) / shrink
         return points
+
+
+class YuNet:
+    """OpenCV's face detector from its ONNX file (OpenCV Zoo, MIT licence), which the user brings.
+
+    Args:
+        path: `face_detection_yunet_2023mar.onnx`, or another version of it.
+        side: photographs are brought to this longest side for detection: it finds faces of about 10 to 300 pixels.
+        confidence: detections below it are dropped.
+
+    Raises:
+        UserError: no such file, or not a detector that OpenCV opens.
+    """
+
+    def __init__(self, path: str | Path, *, side: int = 320, confidence: float = 0.6) -> None:
+        import cv2
+
+        self.side = side
+        if not Path(path).is_file():
+            raise UserError(f"--detector {path} does not exist; give YuNet's ONNX file of OpenCV Zoo")
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns of what it has no choice in
+        try:
+            self._model = cv2.FaceDetectorYN.create(str(path), "", (side, side), confidence)
+        except cv2.error as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"--detector {path} is not a YuNet file that OpenCV opens: {reason}") from None
+
+    def largest_face(self, image: np.ndarray) -> np.ndarray | None:
+        """As `Detector.largest_face`."""
+        import cv2
+
+        scale = self.side / max(image.shape[:2])
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        resized = cv2.resize(image, None, fx=scale, fy=scale, interpolation=how)
+        if min(resized.shape[:2]) < 24:
+            return None
+        self._model.setInputSize((resized.shape[1], resized.shape[0]))
+        _, faces = self._model.detect(np.ascontiguousarray(resized[..., ::-1]))  # it takes BGR
+        if faces is None:
+            return None
+        best = max(faces, key=lambda face: face[2] * face[3])
+        # the person's right eye is on the left of the image, where the template begins
+        points: np.ndarray = np.asarray(best[4:14], dtype=np.float64).reshape(5, 2) / scale
+        return points
+
+
+def open_detector(path: str | Path | None = None) -> Detector | YuNet:
+    """YuNet from its file at `path`; without one, MTCNN."""
+    return Detector() if path is None else YuNet(path)

@@ -33,7 +33,7 @@ class Target:
 
 
 def inspect(
-    data: bytes, target: Target, detector: align.Detector | None
+    data: bytes, target: Target, detector: align.Detector | align.YuNet | None
 ) -> tuple[int, int, int, int, np.ndarray | None]:
     """Inspects an encoded image: hash of its bytes, width, height, flags, alignment matrix [2, 3].
 

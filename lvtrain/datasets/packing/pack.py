@@ -56,6 +56,7 @@ class PackOptions:
         align: detect faces and align them.
         licence: of the images, for the manifest.
         policies: what is done about each kind of problem.
+        detector: with `align`, the ONNX file of OpenCV's YuNet; None: MTCNN of the `align` extra.
         options: of the kind of source, by name; see the classes of `lvtrain/datasets/importers/`.
 
     Raises:
@@ -70,6 +71,7 @@ class PackOptions:
     quality: int = 95
     label_order: str = "natural"
     align: bool = False
+    detector: str | None = None
     licence: str = "unknown"
     policies: Policies = field(default_factory=Policies)
     options: dict[str, Any] = field(default_factory=dict)
@@ -124,11 +126,11 @@ def pack(
 def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers: int, tell: Progress) -> dict[str, Any]:
     job = work.Job(
         options.kind, source, out, scratch, options.options, images.Target(options.size, options.quality),
-        options.align, options.policies.wrong_size == "fix", options.policies.grey == "fix",
+        options.align, options.detector, options.policies.wrong_size == "fix", options.policies.grey == "fix",
     )  # fmt: skip
     opened = open_importer(options.kind, source, options.options)
     if options.align:
-        align.Detector()  # raises an error now, before the listing, if it is not installed
+        align.open_detector(options.detector)  # raises an error now, before the listing, if it is not installed
     if not (scratch / "rows.bin").exists():
         tell("listing", 0, 0)
         writer = CatalogueWriter(scratch)

@@ -33,6 +33,7 @@ class Job:
     options: dict[str, Any]
     target: images.Target
     align: bool
+    detector: str | None
     resize: bool
     widen: bool
 
@@ -46,7 +47,7 @@ class _Open:
     job: Job
     source: Importer
     catalogue: Catalogue
-    detector: align.Detector | None
+    detector: align.Detector | align.YuNet | None
 
 
 _open: _Open | None = None
@@ -59,7 +60,9 @@ def start(job: Job, inspecting: bool) -> None:
 
     cv2.setNumThreads(1)
     source = open_importer(job.kind, job.source, job.options)
-    _open = _Open(job, source, Catalogue.open(job.work), align.Detector() if job.align and inspecting else None)
+    _open = _Open(
+        job, source, Catalogue.open(job.work), align.open_detector(job.detector) if job.align and inspecting else None
+    )
 
 
 def _state() -> _Open:
