@@ -1,0 +1,47 @@
+"""Identification in a labelled set: whose image is it, among all that are enrolled, or nobody's?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from lvtrain.evaluation import extract, identification
+from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
+from lvtrain.evaluation.sources import labelled_images
+
+
+class IdentificationOptions(Flip):
+    """Options of `protocol: identification`."""
+
+    enrolled: int = Field(1, ge=1, description="images of an identity in the gallery; the others are searched for")
+
+
+@PROTOCOLS.register("identification")
+class Identification(Protocol):
+    """1:N search in a labelled set, with mates and without."""
+
+    title = "identification"
+    options_class = IdentificationOptions
+
+    @classmethod
+    def check(cls, paths: tuple[Path, ...]) -> None:
+        labelled_images(paths[0])
+
+    def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
+        images, labels = labelled_images(paths[0])
+        embeddings = setting.embed(forward, images, mirror=self.options.flip)
+        return identification.identify(embeddings, labels, enrolled=self.options.enrolled)
+
+    @classmethod
+    def figure(cls, result: Result) -> float:
+        return float(result["rank"]["1"])
+
+    @classmethod
+    def headline(cls, result: Result) -> list[tuple[str, str]]:
+        ranks = [(f"rank {n}", percent(share)) for n, share in result["rank"].items()]
+        rates = [
+            (f"TPIR@FPIR={fpir}", f"{percent(found['tpir'])} at {found['threshold']:.4f}")
+            for fpir, found in result["tpir_at_fpir"].items()
+        ]
+        return ranks + rates
