@@ -78,7 +78,7 @@ def graph(
 
 
 def asked(path: Path, images: np.ndarray) -> np.ndarray:
-    """onnxruntime's own answer, image by image."""
+    """Asks onnxruntime itself, image by image."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(None, {"data": image[None]})[0] for image in images])
 
