@@ -11,7 +11,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from lvtrain.evaluation import allpairs, clustering
 from lvtrain.report import write_report
-from tests.test_report import Links, make_run
+from tests.test_report_page import Links, make_run
 
 
 @pytest.fixture
