@@ -89,15 +89,20 @@ def _run(options: argparse.Namespace) -> int:
     from lvtrain.distributed import world as worlds
     from lvtrain.engine.ds_config import resolve_ds_config
     from lvtrain.training.checks import check_before_start, dry_run, open_dataset
+    from lvtrain.training.micro_batches import with_recorded_micro_batches
 
     # before the data is read, so that a wrong path is reported at once
     resolve_ds_config(options.ds_config, optimizer=recipe.optimizer)
     if options.dry_run:
-        print(dry_run(recipe, options.ds_config, ranks=options.ranks, only_phase=options.phase))
+        print(
+            dry_run(
+                with_recorded_micro_batches(recipe), options.ds_config, ranks=options.ranks, only_phase=options.phase
+            )
+        )
         return EXIT_DONE
     dataset = open_dataset(recipe)
     ds_config = check_before_start(
-        recipe,
+        with_recorded_micro_batches(recipe),
         options.ds_config,
         sizes=(dataset.num_classes, len(dataset)),
         ranks=worlds.launch().size,

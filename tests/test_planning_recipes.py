@@ -12,7 +12,7 @@ import typer.testing
 
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
-from lvtrain.planning import default_micro_batches, measure_network, plan_phases
+from lvtrain.planning import measure_network, plan_phases
 from lvtrain.recipe import files as recipes
 from tools import plan as tool
 
@@ -110,29 +110,3 @@ def test_parameters_are_timms(name: str) -> None:
     bare = timm.create_model(name, num_classes=0)
     trained = sum(parameter.numel() for parameter in bare.parameters())
     assert backbone.parameters == trained + 512 * bare.num_features + 2 * 512  # a linear layer and a BatchNorm
-
-
-@pytest.mark.parametrize("memory", [12e9, 80e9])
-def test_the_default_micro_batches_are_the_fewest_that_fit(memory: float) -> None:
-    path = RECIPES / "pco_vitb_glint360k.yaml"
-    counts = default_micro_batches(recipes.load(path), gpu_memory=memory)
-
-    def fits(changes: dict[str, int]) -> dict[str, bool]:
-        recipe = recipes.load(path, [f"phases.{name}.micro_batches={count}" for name, count in changes.items()])
-        return {name: found.total_memory <= memory for name, found in plan_phases(recipe, ranks=8).items()}
-
-    batches = {phase.name: phase.global_batch for phase in recipes.load(path).phases}
-    assert all(count % 8 == 0 and batches[name] % count == 0 for name, count in counts.items())
-    assert all(fits(counts).values())
-    fewer = {
-        name: max((n for n in range(8, count, 8) if batches[name] % n == 0), default=0)
-        for name, count in counts.items()
-    }
-    for name, fitted in fits({name: count or 8 for name, count in fewer.items()}).items():
-        assert fewer[name] == 0 or not fitted
-    assert (min(counts.values()) == 8) == (memory == 80e9)
-
-
-def test_no_micro_batch_fits_a_small_gpu() -> None:
-    with pytest.raises(UserError, match=r"phases\.alignment: .* fits 3 GB on 8 GPUs"):
-        default_micro_batches(recipes.load(RECIPES / "pco_vitb_glint360k.yaml"), gpu_memory=3e9)

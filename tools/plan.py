@@ -37,6 +37,10 @@ def main(
     detail: Annotated[
         bool, typer.Option("--detail", help="memory, time and communication of a step, part by part")
     ] = False,
+    suggested: Annotated[bool, typer.Option("--suggest", help="the cheapest setting that fits, to paste")] = False,
+    scaled: Annotated[
+        bool, typer.Option("--scale-table", help="what breaks first on 8 to 512 GPUs, as Markdown")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
     matmul: Annotated[
         float | None, typer.Option(help="measured bfloat16 matmul rate, Tflop/s (tools/benchmark.py)")
@@ -46,9 +50,10 @@ def main(
     # imported here, because they import torch: --help answers at once
     from lvtrain.engine.ds_config import resolve_ds_config
     from lvtrain.methods import MethodSection
-    from lvtrain.planning import RunPlan, device, plan_phases
+    from lvtrain.planning import ROOM, RunPlan, device, plan_phases, planned_micro_batches, scale_table, suggest
     from lvtrain.recipe import files as recipes
     from lvtrain.training.checks import sizes
+    from lvtrain.training.micro_batches import with_recorded_micro_batches
     from lvtrain.training.schedule import phase_images
 
     with one_line_errors("plan", recipe):
@@ -58,6 +63,9 @@ def main(
         if memory is not None:
             chosen = replace(chosen, memory=memory * 1e9)
         loaded = recipes.load(recipe, overrides or [])
+        if scaled:
+            typer.echo(scale_table(loaded, device=chosen))
+            return
         zero: dict[str, Any] = {"stage": 1}
         if ds_config:
             resolved = resolve_ds_config(ds_config, optimizer=loaded.optimizer, phases=loaded.phases, world_size=ranks)
@@ -67,15 +75,33 @@ def main(
             if not path.exists():
                 typer.echo(f"plan: warning: method.{key}: {path} is not here: the plan leaves it out", err=True)
         classes, samples, _ = sizes(loaded)
-        plans = plan_phases(loaded, ranks=ranks, zero=zero, num_classes=classes, device=chosen)
-        planned = RunPlan(plans, phase_images(loaded, samples_per_epoch=samples), samples, price)
+        images = phase_images(loaded, samples_per_epoch=samples)
+        if suggested:
+            found = suggest(loaded, images, ranks=ranks, num_classes=classes, device=chosen)
+            plans = dict(found.phases)
+        else:
+            loaded = with_recorded_micro_batches(loaded)
+            counts = planned_micro_batches(loaded, memory=chosen.memory, ranks=ranks, zero=zero, num_classes=classes)
+            plans = plan_phases(
+                loaded.with_micro_batches(counts), ranks=ranks, zero=zero, num_classes=classes, device=chosen
+            )
+        planned = RunPlan(plans, images, samples, price)
+    paste = {"ds_config": found.ds_config, "overrides": found.overrides} if suggested else {}
     if as_json:
-        typer.echo(json.dumps(planned.as_dict(), indent=1))
+        typer.echo(json.dumps(planned.as_dict() | ({"suggested setting": paste} if paste else {}), indent=1))
         return
     where = "counted in the data" if loaded.data.path.exists() else "from the recipe"
     network = f"{loaded.backbone.name} ({planned.parameters / 1e6:.1f} M parameters)"
     typer.echo(f"{network}, {classes:,} identities, {samples:,} images ({where})"[:100])
     typer.echo(planned.screen())
+    if suggested:
+        typer.echo(
+            f"the cheapest of {found.tried} settings that takes at most {ROOM:.0%} of the memory; for a new run:"
+        )
+        typer.echo(f"DeepSpeed JSON: {json.dumps(found.ds_config)}")
+        typer.echo("overrides:\n" + " \\\n".join(found.overrides))
+    elif not planned.fits:
+        typer.echo("--suggest finds a setting that fits")
     if detail:
         for phase, found in plans.items():
             typer.echo(f"\nphase {phase}: {found.table()}")

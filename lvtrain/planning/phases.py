@@ -1,10 +1,9 @@
-"""A recipe's phases as plans, for `--dry-run` and `tools/plan.py`; and the number of micro-batches that fits."""
+"""A recipe's phases as plans, for `--dry-run` and `tools/plan.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from math import gcd
 from typing import Any
 
 from lvtrain.backbones import Backbone, create_backbone
@@ -46,49 +45,12 @@ def plan_phases(
         if phase.micro_batches % ranks:
             raise UserError(
                 f"phase {phase.name!r}: {phase.micro_batches} micro-batches cannot be split over {ranks} ranks; "
-                f"use one of {', '.join(map(str, _divisors(phase.micro_batches)))}"
+                f"use one of {', '.join(map(str, divisors(phase.micro_batches)))}"
             )
         setup = phase_setup(recipe, phase, network, frozen, num_classes=num_classes)
         accumulation = phase.micro_batches // ranks
         plans[phase.name] = plan(replace(setup, ranks=ranks, accumulation=accumulation, zero=settings, device=device))
     return plans
-
-
-def default_micro_batches(
-    recipe: Recipe, *, gpu_memory: float = 80e9, gpus: int = 8, num_classes: int | None = None
-) -> dict[str, int]:
-    """For each phase, by name, the smallest number of micro-batches that fits the memory of one GPU, by the plan.
-
-    It is a multiple of `gpus`, where the global batch is one, so that any number of GPUs that divides `gpus` can train.
-    Planned on `gpus` ranks under ZeRO stage 1. A function of its arguments alone, not of this machine.
-
-    Args:
-        recipe: `phases.*.micro_batches` is not read.
-        gpu_memory: bytes.
-        gpus: that share the work.
-        num_classes: the recipe's `data.num_classes` if absent.
-
-    Raises:
-        UserError: not even one image a micro-batch fits.
-    """
-    network, frozen = measure(recipe)
-    device = replace(H200, memory=gpu_memory)
-    found = {}
-    for phase in recipe.phases:
-        ranks = gcd(phase.global_batch, gpus)
-        setup = phase_setup(recipe, phase, network, frozen, num_classes=num_classes)
-        for count in _divisors(phase.global_batch):
-            if count % ranks == 0:
-                trial = replace(setup, ranks=ranks, micro_batch=phase.global_batch // count, device=device)
-                if plan(trial).fits:
-                    found[phase.name] = count
-                    break
-        else:
-            raise UserError(
-                f"phases.{phase.name}: not even one image a micro-batch fits {gpu_memory / 1e9:.0f} GB on {ranks} GPUs; "
-                "see tools/plan.py, and set phases.*.micro_batches"
-            )
-    return found
 
 
 def measure(recipe: Recipe) -> tuple[Network, tuple[FrozenNetwork, ...]]:
@@ -163,5 +125,6 @@ def _class_centres(recipe: Recipe, phase: Phase, cost: Cost, num_classes: int | 
     )
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Sorted."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -132,7 +132,8 @@ class Phase(Section):
     global_batch: int = setting(REQUIRED, "images a step, over all GPUs", unit="images", because=IMAGES, gt=0)
     micro_batches: int = setting(
         lambda before: default_micro_batches(before.get("global_batch", 1)),
-        "the global batch is cut into this many micro-batches, whatever the number of GPUs; absent: at most 128 images each",
+        "the global batch is cut into this many micro-batches, whatever the number of GPUs; absent: at most 128 images "
+        "each, or on a GPU what fits by the plan; decided at the first start",
         unit="micro-batches",
         because="batch norm and sampling work on micro-batches",
         gt=0,
@@ -313,6 +314,19 @@ class Recipe(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"phase names must differ, got {names}")
         return self
+
+    @property
+    def open_phases(self) -> list[Phase]:
+        """The phases whose number of micro-batches the recipe leaves open; they have the default."""
+        return [phase for phase in self.phases if "micro_batches" not in phase.model_fields_set]
+
+    def with_micro_batches(self, counts: dict[str, int]) -> Recipe:
+        """The recipe with these numbers of micro-batches, by phase; it then says them, and other phases stay."""
+        phases = [
+            phase.model_copy(update={"micro_batches": counts[phase.name]}) if phase.name in counts else phase
+            for phase in self.phases
+        ]
+        return self.model_copy(update={"phases": phases})
 
     @property
     def run_folder(self) -> Path:

@@ -22,7 +22,7 @@ from lvtrain.errors import UserError
 from lvtrain.evaluation import suite
 from lvtrain.evaluation.protocol import PROTOCOLS
 from lvtrain.methods import MethodSection, create_method, method_title
-from lvtrain.planning import RunPlan, plan_phases
+from lvtrain.planning import H200, RunPlan, plan_phases, planned_micro_batches
 from lvtrain.recipe.sections import Phase, Recipe
 from lvtrain.recipe.trackers import TRACKERS
 from lvtrain.training.initial import check_start_weights, open_initial
@@ -200,9 +200,12 @@ def dry_run(
         check_benchmarks(recipe)
         changes(recipe.run_folder, recipe)
     rate = learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=samples)
-    known = recipe.model_copy(update={"data": recipe.data.model_copy(update={"num_classes": classes})})
+    zero = config["zero_optimization"]
+    recipe = recipe.with_micro_batches(
+        planned_micro_batches(recipe, memory=H200.memory, ranks=size, zero=zero, num_classes=classes)
+    )
     images = phase_images(recipe, samples_per_epoch=samples)
-    planned = RunPlan(plan_phases(known, ranks=size, zero=config["zero_optimization"]), images, samples)
+    planned = RunPlan(plan_phases(recipe, ranks=size, zero=zero, num_classes=classes), images, samples)
 
     lines = [
         f"recipe {recipe.name}: method {method_title(recipe.method.name)}, {recipe.backbone.name} "

@@ -172,19 +172,23 @@ def has_trained(folder: Path) -> bool:
     )
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether the run has trained under a recipe that is known."""
+    return has_trained(folder) and (patiently((folder / RECIPE).exists) or patiently((folder / IDENTITY).exists))
+
+
 def changes(folder: Path, recipe: Recipe) -> list[str]:
     """The changes that another start of the run in `folder` with `recipe` makes; allowed, and reported.
 
     Raises:
         UserError: a key differs that is fixed for the run; or the run has trained and its recipe is lost.
     """
-    known = patiently((folder / RECIPE).exists) or patiently((folder / IDENTITY).exists)
-    if not (has_trained(folder) and known):
+    if not has_begun(folder):
         return []  # a start that was refused before its first step left no results, so the recipe may be corrected
-    return compare(_recipe_before(folder), yaml.safe_load(recipes.dump(recipe)), str(folder))
+    return compare(recipe_before(folder), yaml.safe_load(recipes.dump(recipe)), str(folder))
 
 
-def _recipe_before(folder: Path) -> dict[str, Any]:
+def recipe_before(folder: Path) -> dict[str, Any]:
     """The recipe of the last start, from `recipe.yaml`; if that was lost, from the newest checkpoint."""
     path = folder / RECIPE
     try:

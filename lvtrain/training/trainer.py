@@ -36,6 +36,7 @@ from lvtrain.recipe.sections import Recipe
 from lvtrain.training import outcome as outcomes
 from lvtrain.training.checks import check_benchmarks
 from lvtrain.training.heartbeat import Heartbeat
+from lvtrain.training.micro_batches import decide_micro_batches
 from lvtrain.training.nonfinite import FILE, note_batch
 from lvtrain.training.outcome import Outcome, Verdict
 from lvtrain.training.phase_state import PhaseState, Setup
@@ -75,6 +76,7 @@ def train(
     world = worlds.start(recipe.safety.collective_timeout)
     try:
         worlds.on_first(lambda: check_benchmarks(recipe))
+        recipe = decide_micro_batches(recipe, ds_config, num_classes=dataset.num_classes, world=world)
         setup = Setup(recipe, ds_config, dataset, world)
         with hold(recipe.run_folder, world) as lease:
             outcome = Trainer(setup, lease, only_phase=only_phase, max_minutes=max_minutes).run()
