@@ -26,7 +26,6 @@ def _classes(setup: Setup, **changes: object) -> Setup:
 
 # what may help, by the short names of the table
 REMEDIES: dict[str, Callable[[Setup], Setup]] = {
-    "triton": lambda setup: _classes(setup, kernel="triton"),
     "r=0.1": lambda setup: _classes(setup, sample_rate=0.1),
     "row-sparse": lambda setup: _classes(setup, mode="row_sparse"),
     "bf16 moments": lambda setup: _classes(setup, moments_bytes=2),
