@@ -24,8 +24,11 @@ def planned_micro_batches(
     that divides the default can train. Where nothing fits by the plan, which may be wrong, the default stays.
 
     Args:
+        recipe: resolved.
         memory: of one GPU, bytes.
-        ranks, zero, num_classes: as for `plan_phases`.
+        ranks: GPUs.
+        zero: DeepSpeed's `zero_optimization` section; stage 1 if absent.
+        num_classes: the recipe's `data.num_classes` if absent.
     """
     if not recipe.open_phases:
         return {}

@@ -57,7 +57,9 @@ def suggest(
     Args:
         recipe: its ZeRO stage, micro-batches and recomputation are what is chosen.
         images: of each phase, by name.
-        ranks, num_classes, device: as for `plan_phases`.
+        ranks: GPUs.
+        num_classes: the recipe's `data.num_classes` if absent.
+        device: the GPU and its links.
 
     Raises:
         UserError: nothing fits.
