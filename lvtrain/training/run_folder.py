@@ -24,6 +24,7 @@ from lvtrain.errors import UserError
 from lvtrain.files import atomic
 from lvtrain.files.patience import FORBIDDEN, in_words, patiently
 from lvtrain.methods.provenance import collect
+from lvtrain.planning import planned_micro_batches
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.resume import resume_reason, resume_rule
 from lvtrain.recipe.sections import Recipe
@@ -172,7 +173,61 @@ def has_trained(folder: Path) -> bool:
     )
 
 
-def has_begun(folder: Path) -> bool:
+def with_recorded_micro_batches(recipe: Recipe) -> Recipe:
+    """The recipe with the micro-batches of the run in its folder, where the recipe leaves them open.
+
+    So what the first start decided stays, on any GPU and in any version.
+
+    Raises:
+        UserError: the run has trained and its recipe is lost.
+    """
+    if not recipe.open_phases or not _has_begun(recipe.run_folder):
+        return recipe
+    before = {phase.get("name"): phase for phase in _recipe_before(recipe.run_folder).get("phases", [])}
+    counts = {}
+    for phase in recipe.open_phases:
+        recorded = before.get(phase.name, {})
+        # another global batch is refused later, when the recipes are compared
+        if recorded.get("global_batch") == phase.global_batch and "micro_batches" in recorded:
+            counts[phase.name] = recorded["micro_batches"]
+    return recipe.with_micro_batches(counts)
+
+
+def decide_micro_batches(recipe: Recipe, ds_config: dict[str, Any], *, num_classes: int, world: World) -> Recipe:
+    """The recipe with the micro-batches of every phase: as recorded, else planned for the smallest GPU of this start.
+
+    On a CPU they are the recipe's default. Rank 0 decides. A collective.
+
+    Raises:
+        UserError: the run has trained and its recipe is lost.
+    """
+    if not recipe.open_phases:
+        return recipe
+    memory = None
+    if world.device.type == "cuda":
+        import torch
+
+        memory = min(worlds.gather_objects(torch.cuda.get_device_properties(world.device).total_memory))
+
+    def decide() -> dict[str, int]:
+        decided = with_recorded_micro_batches(recipe)
+        if memory is not None and not _has_begun(recipe.run_folder):
+            zero = ds_config["zero_optimization"]
+            planned = planned_micro_batches(recipe, memory=memory, ranks=world.size, zero=zero, num_classes=num_classes)
+            decided = decided.with_micro_batches(planned)
+            for before, phase in zip(recipe.phases, decided.phases, strict=True):
+                if before.micro_batches != phase.micro_batches:
+                    print(
+                        f"lvtrain: phases.{phase.name}.micro_batches={phase.micro_batches} for this run: "
+                        f"{before.micro_batch} images each do not fit {memory / 1e9:.0f} GB by the plan",
+                        flush=True,
+                    )
+        return {phase.name: phase.micro_batches for phase in decided.phases}
+
+    return recipe.with_micro_batches(worlds.on_first(decide))
+
+
+def _has_begun(folder: Path) -> bool:
     """Whether the run has trained under a recipe that is known."""
     return has_trained(folder) and (patiently((folder / RECIPE).exists) or patiently((folder / IDENTITY).exists))
 
@@ -183,12 +238,12 @@ def changes(folder: Path, recipe: Recipe) -> list[str]:
     Raises:
         UserError: a key differs that is fixed for the run; or the run has trained and its recipe is lost.
     """
-    if not has_begun(folder):
+    if not _has_begun(folder):
         return []  # a start that was refused before its first step left no results, so the recipe may be corrected
-    return compare(recipe_before(folder), yaml.safe_load(recipes.dump(recipe)), str(folder))
+    return compare(_recipe_before(folder), yaml.safe_load(recipes.dump(recipe)), str(folder))
 
 
-def recipe_before(folder: Path) -> dict[str, Any]:
+def _recipe_before(folder: Path) -> dict[str, Any]:
     """The recipe of the last start, from `recipe.yaml`; if that was lost, from the newest checkpoint."""
     path = folder / RECIPE
     try:

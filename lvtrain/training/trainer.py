@@ -36,11 +36,10 @@ from lvtrain.recipe.sections import Recipe
 from lvtrain.training import outcome as outcomes
 from lvtrain.training.checks import check_benchmarks
 from lvtrain.training.heartbeat import Heartbeat
-from lvtrain.training.micro_batches import decide_micro_batches
 from lvtrain.training.nonfinite import FILE, note_batch
 from lvtrain.training.outcome import Outcome, Verdict
 from lvtrain.training.phase_state import PhaseState, Setup
-from lvtrain.training.run_folder import keep_provenance, open_folder
+from lvtrain.training.run_folder import decide_micro_batches, keep_provenance, open_folder
 from lvtrain.training.schedule import Position, learning_rate, phase_end_reason, rate_line, what_is_complete
 from lvtrain.training.stopping import Stopping
 from lvtrain.training.telemetry import Telemetry, progress_line
