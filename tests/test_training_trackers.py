@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,40 @@ def test_wandb_offline_holds_the_rows_and_the_recipe(tmp_path: Path) -> None:
     ]
     assert [(row["step"], row["evaluation/lfw"]) for row in rows if "evaluation/lfw" in row] == [(3, 0.3), (5, 0.5)]
     assert ids == {"a1b2c3d4e5f60718"} and config["optimizer"] == {"lr": 1e-3}
+
+
+WITHOUT_SERVICE = """
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from lvtrain.distributed.world import World
+from lvtrain.training.telemetry import Telemetry
+from lvtrain.training.trackers import TRACKERS, TrackedRun
+
+section = TRACKERS.get("wandb").section(name="wandb", mode="offline")
+run = TrackedRun(Path(sys.argv[1]), "a1b2c3d4e5f60718", {"name": "tiny"})
+telemetry = Telemetry(run, World(0, 1, 0, torch.device("cpu")), [section])
+telemetry.begin(0)
+telemetry.metrics({"step": 1, "loss": 1.0})
+for child in psutil.Process().children(recursive=True):
+    child.terminate()
+    child.wait(30)
+telemetry.close()
+"""
+
+
+def test_wandb_whose_own_process_is_gone_is_reported_and_leaves_no_traceback(tmp_path: Path) -> None:
+    """As at Ctrl-C under deepspeed, whose launcher ends the processes of its ranks' children, too."""
+    pytest.importorskip("wandb")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_SERVICE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    (off,) = events(tmp_path, "tracker_off")
+    assert off["tracker"] == "wandb"
 
 
 def test_mlflow_holds_the_rows_of_both_starts_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, ClassVar, Literal
 
 from lvtrain.recipe.base import setting
@@ -53,4 +54,12 @@ class Wandb(Tracker):
             self._run.log({"step": row["step"], **figures})
 
     def close(self) -> None:
-        self._run.finish()
+        import wandb
+
+        try:
+            self._run.finish()
+        except Exception:
+            # deepspeed ends W&B's own process at Ctrl-C; wandb would then print a traceback when Python exits
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+            raise
