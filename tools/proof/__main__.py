@@ -70,7 +70,6 @@ def ended(part: Part, folder: Path, until: float, *, small: bool, why_not: str) 
     if left < _LEAST:
         return Ended(part, "skipped", why="the time was over")
     options = part.options | (part.small if small else {})
-    print(f"{part.name}: {part.question}", flush=True)
     return child.run(part, options, folder, min(part.seconds, left))
 
 
@@ -98,7 +97,7 @@ def _report(one: Ended, out: Path) -> None:
     (out / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
     missed = [goal["goal"] for goal in goals if not goal["met"]] if one.state == "ran" else []
     print(
-        f"  {one.state} ({one.seconds:g} s) {one.why}{'missed: ' + '; '.join(map(str, missed)) if missed else ''}",
+        f"{name}: {one.state} ({one.seconds:g} s) {one.why}{'missed: ' + '; '.join(map(str, missed)) if missed else ''}",
         flush=True,
     )
 
