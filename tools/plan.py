@@ -77,8 +77,8 @@ def main(
         classes, samples, _ = sizes(loaded)
         images = phase_images(loaded, samples_per_epoch=samples)
         if suggested:
-            found = suggest(loaded, images, ranks=ranks, num_classes=classes, device=chosen)
-            plans = dict(found.phases)
+            cheapest = suggest(loaded, images, ranks=ranks, num_classes=classes, device=chosen)
+            plans = dict(cheapest.phases)
         else:
             loaded = with_recorded_micro_batches(loaded)
             counts = planned_micro_batches(loaded, memory=chosen.memory, ranks=ranks, zero=zero, num_classes=classes)
@@ -86,7 +86,7 @@ def main(
                 loaded.with_micro_batches(counts), ranks=ranks, zero=zero, num_classes=classes, device=chosen
             )
         planned = RunPlan(plans, images, samples, price)
-    paste = {"ds_config": found.ds_config, "overrides": found.overrides} if suggested else {}
+    paste = {"ds_config": cheapest.ds_config, "overrides": cheapest.overrides} if suggested else {}
     if as_json:
         typer.echo(json.dumps(planned.as_dict() | ({"suggested setting": paste} if paste else {}), indent=1))
         return
@@ -96,10 +96,10 @@ def main(
     typer.echo(planned.screen())
     if suggested:
         typer.echo(
-            f"the cheapest of {found.tried} settings that takes at most {ROOM:.0%} of the memory; for a new run:"
+            f"the cheapest of {cheapest.tried} settings that takes at most {ROOM:.0%} of the memory; for a new run:"
         )
-        typer.echo(f"DeepSpeed JSON: {json.dumps(found.ds_config)}")
-        typer.echo("overrides:\n" + " \\\n".join(found.overrides))
+        typer.echo(f"DeepSpeed JSON: {json.dumps(cheapest.ds_config)}")
+        typer.echo("overrides:\n" + " \\\n".join(cheapest.overrides))
     elif not planned.fits:
         typer.echo("--suggest finds a setting that fits")
     if detail:
