@@ -140,7 +140,8 @@ class _Inputs:
         )
         assert part.weighted is not None
         logsumexp = part.total.log() + part.maximum
-        arguments = (classes, self.x, self.positions, logsumexp, *self.gradients)
+        into_logsumexp, into_cosine = self.gradients
+        arguments = (classes, self.x, self.positions, logsumexp, into_logsumexp, into_cosine)
         weight_gradient_pass(*arguments, out=memory, running=running, kept=part.kept)
         of_embeddings = part.weighted / part.total.unsqueeze(1)
         return {"log-sum-exp": logsumexp, "embeddings' gradient": of_embeddings, "class centres' gradient": memory}
