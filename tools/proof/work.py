@@ -140,8 +140,9 @@ def trained(folder: Path, identities: int, images: int, steps: int, dali: bool =
     phases = [f"phases.{name}.end={{at_most: {steps // 4} steps}}" for name in ("alignment", "stabilisation")]
     recipe = [*SMALL, *phases, f"schedule.total={steps} steps", "schedule.warmup=2 steps", "deterministic=true"]
     recipe += ["checkpoint.every=100000 steps", "classifier.numerics=fast", "optimizer.precision=bfloat16"]
-    for run, starts in {"once": [[]], "again": [[]], "resumed": [["--phase", "alignment"], []]}.items():
-        for more in starts:
+    starts: dict[str, list[list[str]]] = {"once": [[]], "again": [[]], "resumed": [["--phase", "alignment"], []]}
+    for run, each in starts.items():
+        for more in each:
             apart(_train, folder, data=data, runs=folder / "runs", recipe=[*recipe, f"name={run}", *more], dali=dali)
     once, again, resumed = (contents(folder / "runs" / run) for run in ("once", "again", "resumed"))
 
@@ -255,8 +256,8 @@ def _faces(out: Path, identities: int, images: int) -> str:
     path = out / f"faces_{identities}_{images}"
     if not (path / "heldout.bin").exists():
         workers = min(16, os.cpu_count() or 1)
-        pairs = {"heldout": 60, "pairs": 3000} if identities > 100 else {"heldout": 12, "pairs": 20}
-        main(path, identities=identities, images=images, seed=0, workers=workers, **pairs)
+        heldout, pairs = (60, 3000) if identities > 100 else (12, 20)
+        main(path, identities=identities, images=images, heldout=heldout, pairs=pairs, seed=0, workers=workers)
     return str(path)
 
 
