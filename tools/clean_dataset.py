@@ -19,7 +19,6 @@ from lvtrain.data.shards import ShardDataset
 from lvtrain.datasets import clean, contact_sheet
 from lvtrain.datasets.subset import check_target, write_subset
 from lvtrain.errors import UserError, one_line_errors
-from lvtrain.evaluation.embeddings import check_same_space, read_embeddings
 from lvtrain.files import atomic
 
 _SHOWN = 6
@@ -89,6 +88,8 @@ def _clean(
         raise UserError(
             f"{len(bins)} --evaluation and {len(bin_embeddings)} --evaluation-embeddings; give one .npy for each .bin, or a model"
         )
+    from lvtrain.evaluation.embeddings import check_same_space, read_embeddings  # imports torch
+
     check_target(out)
     data = ShardDataset(folder)
     read = _reader(data)
