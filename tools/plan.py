@@ -98,6 +98,8 @@ def main(
         typer.echo(
             f"the cheapest of {cheapest.tried} settings that takes at most {ROOM:.0%} of the memory; for a new run:"
         )
+        if cheapest.stage == 3:
+            typer.echo("ZeRO-3 makes the host wait, which is not planned: where ZeRO-1 fits, too, measure both")
         typer.echo(f"DeepSpeed JSON: {json.dumps(cheapest.ds_config)}")
         typer.echo("overrides:\n" + " \\\n".join(cheapest.overrides))
     elif not planned.fits:
