@@ -49,13 +49,13 @@ def test_opsets(name: str, opset: int, tmp_path: Path) -> None:
     assert export_onnx(backbone, tmp_path / "m.onnx", opset=opset).largest_difference < 1e-5
     verdicts = {verdict.client: verdict.accepted for verdict in check(tmp_path / "m.onnx")}
     assert verdicts == {"insightface": True, "lvface": True, "uniface": True, "MFR-Ongoing": opset == 14}
-    with pytest.raises(UserError, match="opset 13 is not one of 14 to 20"):
+    with pytest.raises(UserError, match=r"opset 13.* 14 to 20"):
         export_onnx(backbone, tmp_path / "m.onnx", opset=13)
 
 
 @pytest.mark.parametrize("opset", [14, 17])  # 14 has no grid_sample, and what is traced at 17 fixes the batch
 def test_part_fvit_needs_the_present_exporter(opset: int, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"opset {opset} cannot express this backbone .* use opset 18"):
+    with pytest.raises(UserError, match=rf"opset {opset} .* 18"):
         export_onnx(create_backbone("part_fvit_tiny", depth=1), tmp_path / "m.onnx", opset=opset)
 
 
@@ -103,7 +103,7 @@ def test_a_file_that_does_not_agree_takes_nobodys_place(tmp_path: Path) -> None:
     write_folder(source, Architecture("vit_nano", 512), state, card=Card("test", "vit_nano", 512, 1))
     out = tmp_path / "m.onnx"
     out.write_bytes(b"earlier")
-    with pytest.raises(UserError, match="float16 does not suit this backbone"):
+    with pytest.raises(UserError, match="float16"):
         export(source, out, precision="float16", tell=lambda line: None)
     assert out.read_bytes() == b"earlier" and sorted(tmp_path.iterdir()) == [source, out]
 
