@@ -22,17 +22,27 @@ def test_shipped_recipes_load_and_survive_a_round_trip(path: Path) -> None:
     assert recipe.name == path.stem
 
 
-# of published runs: ranks, and millions of parameters that insightface's module of that size has
+# of published runs: ranks, and millions of parameters that insightface's or CVLface's module of that size has
 PUBLISHED = {
     "pco_vitb_glint360k": (32, "113.8"),
     "pco_vitl_webface42m": (64, "255.7"),
     "pco_vith_webface42m": (64, "756.4"),
     "arcface_r50_ms1mv3": (8, "43.6"),
     "arcface_r100_ms1mv3": (8, "65.2"),
+    "arcface_mbf_ms1mv3": (8, "2.1"),
+    **{
+        f"cosface_{network}_{dataset}": (8, parameters)
+        for network, parameters in {"r50": "43.6", "r100": "65.2", "mbf": "2.1"}.items()
+        for dataset in ("glint360k", "webface4m", "webface12m")
+    },
     "cosface_r50_webface42m": (8, "43.6"),
     "cosface_r100_webface42m": (16, "65.2"),
+    "cosface_mbf_webface42m": (16, "2.1"),
+    "cosface_vitt_webface42m": (64, "19.1"),
+    "cosface_vits_webface42m": (64, "76.0"),
     "cosface_vitb_webface42m": (64, "113.8"),
     "cosface_vitl_webface42m": (64, "255.7"),
+    "adaface_vitb_webface4m": (8, "114.9"),
 }
 
 
