@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lvtrain.backbones import create_backbone
+from lvtrain.data import Loader, ShardDataset
+from lvtrain.data.augment import SETS, View, with_clean_twin
 from lvtrain.main import main
 from lvtrain.methods import StepInfo, create_method
 from lvtrain.methods.distill import Distill, Teacher
@@ -276,3 +278,66 @@ def test_what_a_teacher_is(tmp_path: Path) -> None:
     assert not any(module.training for module in first.backbone.modules()) and not any(
         p.requires_grad for p in first.backbone.parameters()
     )
+
+
+# ------------------------------------------------------------------------------------------------------------- twin views
+
+
+def test_the_clean_twin_has_the_crop_and_flip_of_the_degraded_image(tiny_faces: Path) -> None:
+    """It takes no draws of its own: `image` is what it is without a twin, and with flips alone `clean` is the set `flip`'s image."""
+    dataset = ShardDataset(tiny_faces / "train")
+
+    def batch(views: str | tuple[View, ...]) -> dict[str, torch.Tensor]:
+        with Loader(dataset, seed=3, micro_batch=12, micro_batches=1, augmentation=views, backend="torch") as batches:
+            return next(batches).views
+
+    for name in ("degraded", "strong"):
+        both, alone = batch(with_clean_twin(SETS[name])), batch(name)
+        assert both.keys() == {"image", "clean"} and torch.equal(both["image"], alone["image"])
+        assert (both["image"] - both["clean"]).abs().mean(dim=(1, 2, 3)).gt(0.01).sum() > 6
+    flipped = batch("flip")["image"]
+    assert torch.equal(batch(with_clean_twin(SETS["degraded"]))["clean"], flipped)
+    assert not torch.equal(batch("none")["image"], flipped)
+
+
+def test_the_teacher_sees_the_clean_image(tiny_faces: Path, tmp_path: Path) -> None:
+    """The first step's distance by the front door: the student's embedding of the degraded image to the teacher's of the clean one."""
+    teacher = weights(tmp_path / "teacher.safetensors", 1)
+    shape = {"dim": 32, "depth": 2, "heads": 2}
+    distance = {}
+    for view in ("clean", "same"):
+        method = {"name": "pco", "window": 2, "distill": {"teacher": str(teacher), "view": view}}
+        recipe = recipe_file(
+            tmp_path / view,
+            tiny_faces / "train",
+            method=method,
+            data={"block": 8, "augmentation": "degraded"},
+            backbone={"name": "vit_nano", "embedding_dim": 32, "overrides": shape},
+            schedule={"total": "1 steps", "warmup": "0 steps"},
+        )
+        assert run(recipe) == 0, output(recipe)
+        distance[view] = metrics(tmp_path / view / "runs" / "tiny")[0]["loss_distillation"]
+    read = recipes.load(recipe)
+    student = create_method(read, num_classes=24, device=torch.device("cpu")).module.train()
+    frozen = create_backbone("vit_nano", embedding_dim=32).eval()
+    frozen.load_state_dict(load_file(teacher))
+    terms: dict[str, list[torch.Tensor]] = {"clean": [], "same": []}
+    with (
+        torch.no_grad(),
+        Loader(
+            ShardDataset(read.data.path),
+            seed=read.seed,
+            block=8,
+            micro_batch=4,
+            micro_batches=4,
+            augmentation=with_clean_twin(SETS["degraded"]),
+            backend="torch",
+        ) as batches,
+    ):
+        for _ in range(4):
+            views = next(batches).views
+            for name, seen in (("clean", views["clean"]), ("same", views["image"])):
+                terms[name].append(1 - F.cosine_similarity(student(views["image"]), frozen(seen)))
+    for name, found in terms.items():
+        assert distance[name] == pytest.approx(float(torch.cat(found).mean()), rel=1e-4)
+    assert abs(distance["clean"] - distance["same"]) > 1e-3

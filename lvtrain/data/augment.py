@@ -166,15 +166,22 @@ def _dino(
     )
 
 
+def with_clean_twin(views: tuple[View, ...]) -> tuple[View, ...]:
+    """The views, and beside `image` a view `clean`: the same crop and flip and nothing else.
+
+    It has no draws of its own, so `image` is the same with and without it.
+    """
+    (image,) = (view for view in views if view.name == "image")
+    return *views, _twin(image, "clean")
+
+
+def _twin(view: View, name: str) -> View:
+    return View(name, tuple(op for op in view.ops if isinstance(op, Crop | Flip)), view.size, view.name)
+
+
 def _with_landmark_twins(views: tuple[View, ...]) -> tuple[View, ...]:
     """Adds to each view a `NAME_landmarks` with the same crop and flip and nothing else, for LAFS's landmark CNN."""
-    twins = tuple(
-        View(
-            f"{view.name}_landmarks", tuple(op for op in view.ops if isinstance(op, Crop | Flip)), view.size, view.name
-        )
-        for view in views
-    )
-    return views + twins
+    return views + tuple(_twin(view, f"{view.name}_landmarks") for view in views)
 
 
 _RAND_AUGMENT = (Flip(), RandAugment(2, 9.0), Erase(0.25, (0.02, 0.2)))
@@ -204,6 +211,8 @@ SETS: dict[str, tuple[View, ...]] = {
             ),
         ),
     ),
+    # small and blurred faces, for a student of a teacher that sees the clean image (method.distill.view)
+    "degraded": (View("image", (Flip(), Down(0.8, (0.15, 0.9)), Blur(0.5, (0.2, 2.0)))),),
     # LAFS fine-tuning
     "randaugment": (View("image", _RAND_AUGMENT),),
     # self-supervision. Local crops: [0.05, 0.4] is the default of DINO's own code (--local_crops_scale), [0.08, 0.4] what LAFS says it starts

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lvtrain.data.augment import View, draw
 from lvtrain.data.augment import augmentation as augmentation_views
-from lvtrain.data.augment import draw
 from lvtrain.data.job import Backend, DecodedViews, DecodeSpec, Job
 from lvtrain.data.order import SampleOrder
 from lvtrain.data.shards import ReadError, ShardDataset
@@ -99,7 +99,7 @@ class Loader:
         rank: int = 0,
         size: int = 1,
         start: int = 0,
-        augmentation: str = "flip",
+        augmentation: str | tuple[View, ...] = "flip",
         image_size: int = 112,
         device: str | torch.device = "cpu",
         backend: str = "auto",
@@ -115,7 +115,7 @@ class Loader:
         self.dataset, self.seed, self.start = dataset, seed, start
         self.order = SampleOrder(len(dataset), seed, block)
         self.micro_batch, self.micro_batches, self.rank, self.size = micro_batch, micro_batches, rank, size
-        self.views = augmentation_views(augmentation)
+        self.views = augmentation_views(augmentation) if isinstance(augmentation, str) else augmentation
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             # each thread has its own current device

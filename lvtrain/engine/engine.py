@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -54,6 +54,10 @@ class Engine:
         accumulation: micro-batches of this rank in one step.
         optimizer: the recipe's section.
         device: where the module is moved to.
+        still: parts of the module that stay in evaluation mode while it is trained.
+
+    Attributes:
+        held: whether the whole module stays as it is in this step, see `train`.
 
     Raises:
         UserError: DeepSpeed refuses the configuration.
@@ -68,6 +72,7 @@ class Engine:
         accumulation: int,
         optimizer: Optimizer,
         device: torch.device,
+        still: Sequence[nn.Module] = (),
     ) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
         if device.type == "cpu":
@@ -77,6 +82,7 @@ class Engine:
         module.to(device)
         module.train()
         self.accumulation, self.device = accumulation, device
+        self._still, self.held = still, False
         self.groups = parameter_groups(module, optimizer)
         self._names = [name for name, _ in module.named_parameters()]
         self._statistics = BatchStatistics(module, accumulation)
@@ -138,6 +144,10 @@ class Engine:
 
     def __call__(self, *inputs: Any) -> Any:
         """The module's forward on one micro-batch, in bfloat16 if the recipe says so."""
+        if self.held:
+            with torch.no_grad():
+                fixed = self._engine(*inputs)
+            return _map(fixed, lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), every=True)
         self._engine.set_gradient_accumulation_boundary(self._micro == self.accumulation - 1)
         outputs = self._engine(*inputs)
         if self.module.training:
@@ -150,6 +160,10 @@ class Engine:
         """Adds the gradient of one micro-batch's scalar loss. Call it `accumulation` times a step."""
         if self._micro >= self.accumulation:
             raise RuntimeError(f"backward called more than {self.accumulation} times in a step")
+        if self.held:  # the gradient ends at the module's outputs, for what is trained outside it
+            (loss / self.accumulation).backward()
+            self._micro += 1
+            return
         self._engine.set_gradient_accumulation_boundary(self._micro == self.accumulation - 1)
         self._engine.backward(loss)
         self._micro += 1
@@ -171,6 +185,11 @@ class Engine:
         """
         if self._micro != self.accumulation:
             raise RuntimeError(f"step after {self._micro} of {self.accumulation} micro-batches")
+        if self.held:
+            self._verdict.send(~torch.isfinite(loss))
+            self._micro = 0
+            self._skipped = self._verdict.receive()
+            return torch.zeros((), device=self.device)
         if weight_decay is not None:
             self._weight_decay = weight_decay
         for group in self._engine.optimizer.param_groups:
@@ -198,11 +217,23 @@ class Engine:
 
     def sync_batch_statistics(self) -> None:
         """Updates BatchNorm's running statistics from all micro-batches of the step. Call it after `step`. A collective."""
-        if not self._skipped:
+        if not self._skipped and not self.held:
             self._statistics.commit()
 
-    def train(self) -> None:
+    def train(self, *, held: bool = False) -> None:
+        """Prepares a training step.
+
+        Args:
+            held: the module stays in evaluation mode and its weights, buffers and optimizer state stay as they are, to the
+                bit. `backward` gives a gradient only to what is trained outside the module.
+        """
+        self.held = held
+        if held:
+            self._engine.eval()
+            return
         self._engine.train()
+        for part in self._still:
+            part.eval()
 
     def eval(self) -> None:
         self._engine.eval()
@@ -323,13 +354,13 @@ class _ScaledGradient(torch.autograd.Function):
         return gradients[0] * ctx.factor, None
 
 
-def _map(outputs: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """Applies `function` to every tensor that requires a gradient in a tensor, tuple or list."""
+def _map(outputs: Any, function: Callable[[torch.Tensor], Any], *, every: bool = False) -> Any:
+    """Applies `function` to every tensor (or those that require a gradient) in a tensor, tuple or list."""
     if isinstance(outputs, torch.Tensor):
-        return function(outputs) if outputs.requires_grad else outputs
-    return (
-        type(outputs)(_map(output, function) for output in outputs) if isinstance(outputs, (tuple, list)) else outputs
-    )
+        return function(outputs) if every or outputs.requires_grad else outputs
+    if isinstance(outputs, (tuple, list)):
+        return type(outputs)(_map(output, function, every=every) for output in outputs)
+    return outputs
 
 
 def _fit_buckets(zero: dict[str, Any], module: nn.Module) -> dict[str, Any]:

@@ -17,10 +17,8 @@ from lvtrain.errors import UserError
 from lvtrain.export.model_card import Card, write_card
 from lvtrain.files.atomic import write_json, write_text
 from lvtrain.weights.architecture import Architecture
-from lvtrain.weights.source import CONFIG, WEIGHTS
+from lvtrain.weights.source import CONFIG, ROWS, WEIGHTS
 from lvtrain.weights.space import space_of_state
-
-ROWS = "class_rows.safetensors"
 
 
 def write_folder(

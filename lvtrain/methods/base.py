@@ -25,7 +25,7 @@ from torch import nn
 from lvtrain import randomness
 from lvtrain.backbones import Backbone, create_backbone
 from lvtrain.checkpoint.state import State
-from lvtrain.data.augment import SETS, augmentation
+from lvtrain.data.augment import SETS, View, augmentation
 from lvtrain.errors import UserError
 from lvtrain.methods.cost import Cost
 from lvtrain.recipe.base import Duration, NamedSection
@@ -125,6 +125,14 @@ class Method(ABC):
         One whose weights are not on this machine is left out.
         """
         return {}
+
+    def served_views(self, views: tuple[View, ...]) -> tuple[View, ...]:
+        """The views that the loader makes, from those of `data.augmentation`; a method may add some."""
+        return views
+
+    def still_parts(self) -> list[nn.Module]:
+        """Parts of `module` that stay in evaluation mode while it is trained."""
+        return []
 
     @abstractmethod
     def evaluated(self) -> nn.Module:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,11 @@ class Distill(Section):
         gt=0,
         lt=1,
     )
+    view: Literal["same", "clean"] = setting(
+        "same",
+        "what the teacher sees: the student's image, or the same image with no more than its crop and flip",
+        because="the run has learned with it so far",
+    )
     licence: str | None = setting(
         None,
         "of the data that the teacher learned from, where its file does not say; the student inherits it",
@@ -74,6 +79,7 @@ class Distillation:
 
     def __init__(self, section: Distill, teacher: Teacher, device: torch.device, *, bfloat16: bool) -> None:
         self.weight, self.path, self.teacher = section.weight, section.teacher, teacher
+        self.sees_clean = section.view == "clean"
         self.backbone = teacher.backbone.to(device)
         self.bfloat16 = bfloat16
 
@@ -92,7 +98,8 @@ class Distillation:
 
     def distance(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Scalar: the mean of 1 - cos over this rank's micro-batch. Its gradient goes to `embeddings`."""
-        images, valid = batch.images, batch.labels >= 0
+        images = batch.views["clean"] if self.sees_clean else batch.images
+        valid = batch.labels >= 0
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
             target = self.backbone(images)
         # an image that could not be decoded may give NaN: masked before the cosine, so that its gradient is 0 and not NaN

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,9 @@ from lvtrain.checkpoint.state import State
 from lvtrain.classifier import ClassifierOutput
 from lvtrain.classifier.margins import Margin
 from lvtrain.data import Batch
+from lvtrain.data.augment import View, with_clean_twin
 from lvtrain.distributed import world as worlds
+from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, Method, MethodSection, StepInfo, initial_backbone
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.distill import Distill, Distillation, Teacher
@@ -33,10 +35,40 @@ def batch_cosine(embeddings: torch.Tensor) -> torch.Tensor:
     return (embeddings.sum(dim=0).square().sum() - valid) / (valid * (valid - 1)).clamp_min(1)
 
 
+def freeze(backbone: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Takes the gradient from the parts of a backbone whose names are given, and returns those that are modules.
+
+    Raises:
+        UserError: no such part, or nothing is left to train.
+    """
+    parts = {name: module for name, module in backbone.named_modules() if name}
+    parameters = dict(backbone.named_parameters())
+    for name in names:
+        found = [parameter for own, parameter in parameters.items() if own == name or own.startswith(f"{name}.")]
+        if not found:
+            known = ", ".join(dict.fromkeys(own.partition(".")[0] for own in parameters))
+            raise UserError(
+                f"method.frozen: the backbone has no part {name} with weights; its parts are {known}, and what is below them"
+            )
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if names and not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError(
+            "method.frozen leaves nothing of the backbone to train; name fewer parts, or use init_from.head_only"
+        )
+    return [parts[name] for name in names if name in parts]
+
+
 class SupervisedSection(MethodSection):
     """The options of every method with a classifier."""
 
     distill: Distill | None = setting(None, "a frozen teacher that the embeddings follow")
+    frozen: list[str] = setting(
+        list,
+        "parts of the backbone that are not trained, by the beginning of their names, such as blocks.0; their BatchNorms "
+        "keep their statistics",
+        because="the checkpoints hold no optimizer state of them",
+    )
     window: int = setting(20, "CSS averages the batch mean of cos^2 over this many steps", unit="steps", gt=0)
 
     def sources(self) -> dict[str, Path]:
@@ -63,6 +95,7 @@ class SupervisedMethod(Method):
         self.cos2_window = self.settings.window
         self.backbone: nn.Module = initial_backbone(recipe, device)
         self.module = self.backbone
+        self._still = freeze(self.backbone, self.settings.frozen)
         self.classifier = create_classifier(recipe, num_classes=num_classes, device=device, margin=margin)
         self.distillation: Distillation | None = None
         self.warned = False
@@ -106,6 +139,14 @@ class SupervisedMethod(Method):
 
     def evaluated(self) -> nn.Module:
         return self.backbone
+
+    def still_parts(self) -> list[nn.Module]:
+        return self._still
+
+    def served_views(self, views: tuple[View, ...]) -> tuple[View, ...]:
+        """With `distill.view: clean`, also the image without its degradation."""
+        clean = self.settings.distill is not None and self.settings.distill.view == "clean"
+        return with_clean_twin(views) if clean else views
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
         return (batch.images,)

@@ -231,6 +231,11 @@ class InitFrom(Section):
         "fresh",
         "class centres: load them (same classes), means of the pretrained embeddings, or fresh random ones",
     )
+    head_only: PositiveDuration | None = setting(
+        None,
+        "at first, train the class centres alone for this long; the backbone and its BatchNorm statistics stay as they are",
+        because="it decides when the backbone is trained",
+    )
     licence: str | None = setting(
         None,
         "of the data that these weights learned from, where they do not say; the run inherits it",

@@ -69,6 +69,10 @@ def check_start_weights(recipe: Recipe, method: Method) -> None:
             _check_centres(source, method)
         if section.classifier == "means":
             _classifier(method, "means")
+        if section.head_only is not None and getattr(method, "classifier", None) is None:
+            raise UserError(
+                f"init_from.head_only={section.head_only}: this method has no class centres to train alone; leave it out"
+            )
     method.check_start_weights()
 
 

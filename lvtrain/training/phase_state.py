@@ -17,6 +17,7 @@ from torch import nn
 from lvtrain.checkpoint.reader import Reader
 from lvtrain.checkpoint.state import Replicated, State
 from lvtrain.data import Loader, ShardDataset
+from lvtrain.data.augment import View, augmentation
 from lvtrain.data.epochs import EpochSums, EpochTally
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
@@ -127,12 +128,15 @@ class PhaseState:
             accumulation=self.accumulation,
             optimizer=recipe.optimizer,
             device=world.device,
+            still=self.method.still_parts(),
         )
         if fresh:
             self.method.enter_phase(section, first_time=True)
         self.stage = CosineStage(section.end.cos2, self.method.cos2_window, world.device)
         self.meter = Meter(world.device)
-        self.loader = _create_loader(setup, section.micro_batch, section.micro_batches, position.stream)
+        views = self.method.served_views(augmentation(recipe.data.augmentation))
+        self.loader = _create_loader(setup, section.micro_batch, section.micro_batches, position.stream, views)
+        self.head_only_until = _head_only(recipe, len(dataset))
         self.tally = EpochTally(self.loader.order, world.rank, world.size, position.stream)
         self._tally_before: dict[int, EpochSums] = {}
 
@@ -145,6 +149,11 @@ class PhaseState:
             position.step - steps_back, self.rate.at(seen, batch), progress, stream / len(self.setup.dataset)
         )
 
+    @property
+    def trains_head_only(self) -> bool:
+        """Whether the next step trains the class centres alone; a function of the samples seen."""
+        return self.position.samples_seen < self.head_only_until
+
     def global_labels(self) -> torch.Tensor:
         """Labels of the next step's whole global batch, int64 [G] on the host."""
         return torch.from_numpy(self.loader.global_labels(self.position.stream, self.section.global_batch))
@@ -153,7 +162,7 @@ class PhaseState:
         """After the engine's own update: BatchNorm's statistics, the method's class centres, the averaged weights."""
         self.engine.sync_batch_statistics()
         self.method.end_step(now, self.engine.full_parameters)
-        if self.average:
+        if self.average and not self.engine.held:
             with self.engine.full_parameters():
                 self.average.update(self.method.evaluated())
         self.nonfinite_in_row = 0
@@ -308,7 +317,15 @@ class PhaseState:
         self.engine.close()
 
 
-def _create_loader(setup: Setup, micro_batch: int, micro_batches: int, start: int) -> Loader:
+def _head_only(recipe: Recipe, samples_per_epoch: int) -> int:
+    """Samples seen at the end of `init_from.head_only`; 0 without it."""
+    if recipe.init_from is None or recipe.init_from.head_only is None:
+        return 0
+    batch = recipe.phases[0].global_batch
+    return recipe.init_from.head_only.samples(global_batch=batch, samples_per_epoch=samples_per_epoch)
+
+
+def _create_loader(setup: Setup, micro_batch: int, micro_batches: int, start: int, views: tuple[View, ...]) -> Loader:
     recipe, data = setup.recipe, setup.recipe.data
     return Loader(
         setup.dataset,
@@ -319,7 +336,7 @@ def _create_loader(setup: Setup, micro_batch: int, micro_batches: int, start: in
         rank=setup.world.rank,
         size=setup.world.size,
         start=start,
-        augmentation=data.augmentation,
+        augmentation=views,
         device=setup.world.device,
         backend=data.backend,
         threads=data.threads,

@@ -272,7 +272,9 @@ class Trainer:
         faults.point("loop.step", rank=self.world.rank, step=position.step)
         now = phase.now()
         method.begin_step(now, phase.global_labels())
-        engine.train()
+        engine.train(held=phase.trains_head_only)
+        if position.samples_seen == phase.head_only_until > 0:
+            self._event(phase, "unfreeze")
         outputs, served = [], []
         for number in range(phase.accumulation):
             self.heartbeat.beat(position.step, "data")

@@ -1,7 +1,8 @@
 """Reads weight files of other projects: a flat state dict without wrappers' prefixes. Nothing is unpickled that could run code.
 
-Accepted: arcface_torch `model.pt` and `checkpoint_gpu_{rank}.pt`, its older `rank_{r}_softmax_weight.pt`, LVFace's released `.pt`, CVLface's
-`model.pt` and AdaFace's Lightning `.ckpt`, LAFS's and DINO's `checkpoint*.pth`, safetensors files and folders, ONNX files of insightface's networks.
+Accepted: arcface_torch `model.pt` and `checkpoint_gpu_{rank}.pt`, its older `softmax_fc_gpu_{rank}.pt` and
+`rank_{r}_softmax_weight.pt`, LVFace's released `.pt`, CVLface's `model.pt` and AdaFace's Lightning `.ckpt`, LAFS's and
+DINO's `checkpoint*.pth`, safetensors files and folders, ONNX files of insightface's networks.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def read_weights(path: str | Path, *, branch: str | None = None, average: bool =
         return Weights("class rows of one rank (arcface_torch, older)", {}, rows=content.float())
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    if _is_partial_fc(content):
+        return Weights("class centres of one rank (arcface_torch's PartialFC)", {}, rows=content["weight"].float())
     rows = None
     softmax = content.get("state_dict_softmax_fc")
     if isinstance(softmax, Mapping) and "weight" in softmax:
@@ -80,6 +83,13 @@ def read_weights(path: str | Path, *, branch: str | None = None, average: bool =
     if is_ir(bare):
         bare = from_ir(bare)
     return Weights(kind, bare, rows, dropped, kind.startswith("AdaFace") or _says_bgr(path))
+
+
+def _is_partial_fc(content: Mapping[str, Any]) -> bool:
+    """arcface_torch's `softmax_fc_gpu_{rank}.pt`: a PartialFC's `weight` [c, d], maybe with its optimizer's tensors."""
+    weight = content.get("weight")
+    alone = all(str(name) == "weight" or str(name).startswith("weight_") for name in content)
+    return alone and isinstance(weight, torch.Tensor) and weight.ndim == 2
 
 
 def strip_wrappers(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

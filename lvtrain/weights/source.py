@@ -26,7 +26,7 @@ from lvtrain.weights.onnx_pack import recogniser
 from lvtrain.weights.reading import Weights as ForeignWeights
 from lvtrain.weights.reading import read_weights
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
+CONFIG, WEIGHTS, ROWS = "config.json", "model.safetensors", "class_rows.safetensors"  # of an exported folder
 _T = TypeVar("_T")
 TEACHER = "teacher.backbone."
 
@@ -119,12 +119,25 @@ class ExportedSource(Source):
                 self.shapes = {name: torch.Size(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise UserError(f"{path / WEIGHTS} is not a whole safetensors file ({error}); export it again") from error
+        if (path / ROWS).is_file():
+            with self._rows() as stored:
+                self.centres_shape = torch.Size(stored.get_slice("weight").get_shape())
 
     def architecture(self) -> Architecture:
         return self._architecture
 
     def state(self) -> State:
         return load_file(self.path / WEIGHTS)
+
+    def class_centres(self, start: int, stop: int) -> torch.Tensor:
+        with self._rows() as stored:
+            return stored.get_slice("weight")[start:stop]  # type: ignore[no-any-return]
+
+    def _rows(self) -> Any:
+        try:
+            return safe_open(self.path / ROWS, "pt")
+        except SafetensorError as error:
+            raise UserError(f"{self.path / ROWS} is not a whole safetensors file ({error}); import it again") from error
 
 
 class ForeignSource(Source):
