@@ -1,6 +1,7 @@
 """Alignment: the similarity against linear least squares, and raw photographs packed with the detector."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from lvtrain.data import align
 from lvtrain.data.shards import ShardDataset
 from lvtrain.datasets.packing import PackOptions, Policies, pack
+from lvtrain.errors import UserError
 
 
 def least_squares(source, target):
@@ -75,3 +77,10 @@ def test_photographs_are_aligned_and_faceless_ones_counted(tmp_path):
         large = np.asarray(Image.fromarray(crop).resize((224, 224)))
         points = detector.largest_face(np.pad(large, ((60, 60), (60, 60), (0, 0)))) - 60
         assert np.abs(points / 2 - align.template()).max() < 6
+
+
+def test_a_detector_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "no.onnx").write_bytes(b"no model")
+    for path in (tmp_path / "no.onnx", tmp_path / "missing.onnx"):
+        with pytest.raises(UserError, match="--detector"):
+            align.open_detector(path)

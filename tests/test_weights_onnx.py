@@ -33,6 +33,7 @@ NETWORKS = {
     "adaface18": Architecture("iresnet18", 24, SIDE, {"first_shortcut": "subsample"}),
     "mobilefacenet": Architecture("mobilefacenet", 24, SIDE),
     "mobilefacenet of other sizes": Architecture("mobilefacenet", 24, SIDE, {"blocks": (2, 1, 3, 1), "scale": 1}),
+    "mobilenet": Architecture("mobilenet", 24, SIDE, {"scale": 8}),
 }
 OLD = {"dynamo": False, "opset_version": 11}
 STYLES: dict[str, dict[str, Any]] = {
@@ -46,9 +47,17 @@ STYLES: dict[str, dict[str, Any]] = {
     "dynamo, not optimised": {"dynamo": True, "opset_version": 20, "optimize": False},
 }  # fmt: skip
 UNFUSED = {"old, constants not folded", "old, nothing fused", "dynamo, not optimised"}
-CONVOLUTIONS = {"iresnet18": 21, "adaface18": 20, "mobilefacenet": 49, "mobilefacenet of other sizes": 33}
+CONVOLUTIONS = {
+    "iresnet18": 21,
+    "adaface18": 20,
+    "mobilefacenet": 49,
+    "mobilefacenet of other sizes": 33,
+    "mobilenet": 27,
+}
 PAIRS = [(name, style) for name in ("iresnet18", "mobilefacenet of other sizes") for style in STYLES]
-PAIRS += [(name, style) for name in ("adaface18", "mobilefacenet") for style in ("old", "dynamo, dynamic batch")]
+PAIRS += [
+    (name, style) for name in ("adaface18", "mobilefacenet", "mobilenet") for style in ("old", "dynamo, dynamic batch")
+]
 
 
 def network(architecture: Architecture) -> nn.Module:
