@@ -36,7 +36,7 @@ def test_a_step_stays_within_its_budget(fake_device: FakeDevice, tmp_path: Path,
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_host_waits_only_for_the_verdict(name: str) -> None:
-    """Whether the step was finite, in `update`. Nothing is copied from pageable memory, and no memory is asked of the driver."""
+    """Whether the step was finite, in `update`. Nothing is copied from pageable memory."""
     for part, allowed in BUDGETS[name]["parts"].items():
         assert allowed["waits"] == (part == "update"), part
-        assert allowed["pageable"] == allowed["mallocs"] == 0, part
+        assert allowed["pageable"] == 0, part
