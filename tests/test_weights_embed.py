@@ -22,6 +22,7 @@ from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.evaluation import Setting
 from lvtrain.weights.faces import Faces
+from lvtrain.weights.space import space_of
 from tests.runs import output, recipe_file, run, tool
 
 BACKBONE = {"name": "mobilefacenet", "embedding_dim": 32, "overrides": {"blocks": [1, 1, 1, 1], "scale": 1}}
@@ -118,6 +119,13 @@ def test_every_source_gives_the_networks_embeddings(sources: dict[str, Path], fi
     for name in ("run", "checkpoint"):
         found = lvtrain.load_model(sources[name], average=True).embed(files)
         np.testing.assert_allclose(found, averaged, atol=1e-5, rtol=0)
+
+
+def test_every_source_is_of_one_space(sources: dict[str, Path]) -> None:
+    spaces = {name: space_of(path) for name, path in sources.items()}
+    averaged = spaces.pop("averaged")
+    assert len(set(spaces.values())) == 1 and averaged not in spaces.values()
+    assert space_of(sources["run"], average=True) == averaged
 
 
 def test_evaluation_embeds_to_the_same_bits(sources: dict[str, Path], files: list[Path]) -> None:
