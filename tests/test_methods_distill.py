@@ -311,7 +311,7 @@ def test_the_teacher_sees_the_clean_image(tiny_faces: Path, tmp_path: Path) -> N
             tmp_path / view,
             tiny_faces / "train",
             method=method,
-            data={"block": 8, "augmentation": "degraded"},
+            data={"block": 8, "augmentation": "degraded", "backend": "torch"},
             backbone={"name": "vit_nano", "embedding_dim": 32, "overrides": shape},
             schedule={"total": "1 steps", "warmup": "0 steps"},
         )
