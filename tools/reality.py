@@ -273,7 +273,7 @@ def run(work: Path, name: str, seed: int, changes: dict[str, Any]) -> dict[str, 
     typer.echo(f"{time.strftime('%H:%M:%S')} training {name}", err=True)
     path.write_text(text.replace("DISTILLED", str(work / "runs" / f"1-{seed}")))
     log = work / f"{name}.txt"
-    codes = end(start(1, ["--recipe", str(path), "--ds_config", str(ROOT / "ds_configs" / "zero2.json")], log), 600)
+    codes = end(start(1, ["--recipe", str(path), "--ds_config", str(ROOT / "ds_configs" / "zero2.json")], log), 3600)
     if codes != [0]:
         raise SystemExit(f"reality: training {name} ended with {codes}:\n{log.read_text()[-2000:]}")
     results = json.loads((work / "runs" / name / "evaluation" / "final.json").read_text())["benchmarks"]
