@@ -21,6 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dino_vit_tiny": {"depth": 2},
     "iresnet18": {},
     "mobilefacenet": {},
+    "mobilenet": {},
     "timm:resnet18": {},
 }
 
