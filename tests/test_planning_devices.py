@@ -46,7 +46,7 @@ def test_links_are_lanes_times_rates() -> None:
 
 def test_a_device_by_name() -> None:
     h200 = device()
-    # what was measured on one: 790 Tflop/s, 4.3 TB/s
+    # what is assumed of one: 790 Tflop/s, 4.3 TB/s
     assert (h200.matmul, h200.bandwidth) == pytest.approx((790e12, 4.3e12), rel=0.01)
     assert h200.memory == 141e9 and h200.link == 50e9 * LINK_REACHED and h200.node_link == 450e9 * NODE_LINK_REACHED
     small = device("NVIDIA RTX 4090", link="eth-25", per_node=4)

@@ -12,7 +12,7 @@ from lvtrain.planning.data_sheets import GPUS, LINKS, NODE_LINKS
 
 Format = Literal["bfloat16", "tf32", "float32"]
 
-# shares of the peaks: one large matmul and a copy, measured on an H200 (790 of 989 Tflop/s, 4.3 of 4.8 TB/s)
+# shares of the peaks that one large matmul and a copy reach: assumed (of an H200: 790 of 989 Tflop/s, 4.3 of 4.8 TB/s)
 MATMUL_REACHED, COPY_REACHED = 0.80, 0.90
 # all-gather of 8 H100: 360 of 450 GB/s (github.com/NVIDIA/nccl-tests/issues/326)
 NODE_LINK_REACHED = 0.80
