@@ -50,7 +50,7 @@ class Distill(Section):
     view: Literal["same", "clean"] = setting(
         "same",
         "what the teacher sees: the student's image, or the same image with no more than its crop and flip",
-        because="the run has learned with it so far",
+        because="a change would make it another run",
     )
     licence: str | None = setting(
         None,

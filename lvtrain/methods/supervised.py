@@ -69,7 +69,7 @@ class SupervisedSection(MethodSection):
         "keep their statistics",
         because="the checkpoints hold no optimizer state of them",
     )
-    window: int = setting(20, "CSS averages the batch mean of cos^2 over this many steps", unit="steps", gt=0)
+    window: int = setting(20, "steps over which end.cos2 averages the batch mean of cos^2 (CSS)", unit="steps", gt=0)
 
     def sources(self) -> dict[str, Path]:
         return {"distill.teacher": self.distill.teacher} if self.distill else {}

@@ -12,7 +12,7 @@ from pydantic import field_validator
 from lvtrain.recipe.base import REQUIRED, Duration, NamedSection, Section, in_steps_or_epochs, setting
 from lvtrain.recipe.registry import MARGINS, named_section
 
-_LEARNED = "the run has learned with it so far"
+_LEARNED = "a change would make it another run"
 _STATE = "the checkpoints hold the state of this optimizer"
 
 

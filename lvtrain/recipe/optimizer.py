@@ -15,7 +15,7 @@ from lvtrain.recipe.registry import Registry, named_section
 
 OPTIMIZERS: Registry[Any] = Registry("optimizer", "lvtrain.engine.optimizers")
 
-_LEARNED = "the run has learned with it so far"
+_LEARNED = "a change would make it another run"
 _GROUPS = "it decides the optimizer's parameter groups"
 
 

@@ -27,7 +27,7 @@ else:
 
 IMAGES = "it decides which images a step trains on, and how they are augmented"
 NETWORK = "the checkpoints hold the state of this network"
-LOSS = "the run has learned with it so far"
+LOSS = "a change would make it another run"
 
 
 def _augmentation(name: str) -> str:
@@ -106,7 +106,10 @@ class PhaseEnd(Section):
     """What ends a phase: a cosine that is reached (CSS), or a length."""
 
     cos2: float | None = setting(
-        None, "the phase ends when the mean of cos^2 to the target centre reaches this (CSS)", gt=0, lt=1
+        None,
+        "the phase ends when the mean of cos^2 to the target centre reaches this (CSS, cosine stage scheduler)",
+        gt=0,
+        lt=1,
     )
     at_most: PositiveDuration | None = setting(None, "longest length of the phase, from its start")
     until: PositiveDuration | None = setting(
@@ -214,7 +217,9 @@ class Checkpoint(Section):
     """When checkpoints are written, and which are kept."""
 
     every: PositiveDuration = setting(lambda: Duration("2000 steps"), "time between checkpoints")
-    keep_last: int = setting(2, "newest checkpoints that are kept", unit="checkpoints", ge=2)
+    keep_last: int = setting(
+        2, "newest checkpoints that are kept, besides those at the ends of phases", unit="checkpoints", ge=2
+    )
     keep_every: PositiveDuration | None = setting(None, "a checkpoint is kept for good every so often")
     resume: Literal["auto", "must", "never"] = setting(
         "auto", "auto: resume where there is a checkpoint; must: only resume; never: only start anew"
@@ -252,7 +257,9 @@ class Evaluation(Section):
     benchmarks: dict[str, Path | dict[str, Any]] = setting(
         dict, "by name: a path (.bin file, IJB folder, labelled set), or {protocol, path, and the protocol's options}"
     )
-    every: PositiveDuration | None = setting(None, "time between evaluations; absent: before and after training")
+    every: PositiveDuration | None = setting(
+        None, "time between evaluations, besides those before training and at the end of each phase"
+    )
 
 
 class Logging(Section):

@@ -12,7 +12,7 @@ from lvtrain.recipe.registry import MARGINS
 class ArcFaceSection(AngularSection):
     """Keys of `margin: arcface`."""
 
-    name: str = setting("arcface", "name of the margin", because="the run has learned with it so far")
+    name: str = setting("arcface", "name of the margin", because="a change would make it another run")
     m: float = setting(0.5, "added to the angle to the sample's own class centre, radians", ge=0, lt=math.pi)
 
 

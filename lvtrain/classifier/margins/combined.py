@@ -12,7 +12,7 @@ from lvtrain.recipe.registry import MARGINS
 class CombinedSection(AngularSection):
     """Keys of `margin: combined`."""
 
-    name: str = setting("combined", "name of the margin", because="the run has learned with it so far")
+    name: str = setting("combined", "name of the margin", because="a change would make it another run")
     m1: float = setting(1.0, "factor on the angle (SphereFace)", ge=1)
     m2: float = setting(0.0, "added to the angle, radians (ArcFace)", ge=0, lt=math.pi)
     m3: float = setting(0.0, "subtracted from the cosine (CosFace)", ge=0, le=1)

@@ -13,7 +13,7 @@ from lvtrain.recipe.registry import MARGINS
 class CosFaceSection(MarginSection):
     """Keys of `margin: cosface`."""
 
-    name: str = setting("cosface", "name of the margin", because="the run has learned with it so far")
+    name: str = setting("cosface", "name of the margin", because="a change would make it another run")
     m: float = setting(0.4, "subtracted from the cosine to the sample's own class centre", ge=0, le=1)
 
 

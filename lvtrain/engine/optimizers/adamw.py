@@ -21,7 +21,7 @@ class AdamWSection(Optimizer):
     name: Literal["adamw"] = setting("adamw", "AdamW", because="the checkpoints hold its state")
     betas: tuple[float, float] = setting((0.9, 0.999), "decay of the two moments", because="the moments depend on it")
     eps: float = setting(
-        1e-8, "added to the root of the second moment", because="the run has learned with it so far", gt=0
+        1e-8, "added to the root of the second moment", because="a change would make it another run", gt=0
     )
 
 

@@ -23,10 +23,10 @@ class SgdSection(Optimizer):
     name: Literal["sgd"] = setting("sgd", "SGD", because="the checkpoints hold its state")
     lr: float = setting(0.1, "peak learning rate of the backbone", resume="reported", gt=0)
     weight_decay: float = setting(
-        5e-4, "L2 weight decay, added to the gradient", because="the run has learned with it so far", ge=0
+        5e-4, "L2 weight decay, added to the gradient", because="a change would make it another run", ge=0
     )
     momentum: float = setting(0.9, "decay of the momentum", because="the momentum depends on it", ge=0, lt=1)
-    nesterov: bool = setting(False, "Nesterov's momentum", because="the run has learned with it so far")
+    nesterov: bool = setting(False, "Nesterov's momentum", because="a change would make it another run")
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> SgdSection:
