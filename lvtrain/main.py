@@ -22,9 +22,6 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# where a rank is gone, torch would print the stack of its C++ log beside our line
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
 from lvtrain import signals
 from lvtrain.errors import EXIT_DONE, EXIT_ERROR, UserError, error_line
 
@@ -52,6 +49,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    # read when torch is imported: where a rank is gone, torch would print the stack of its C++ log beside our line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     signals.listen()  # a request to stop that comes while torch is imported must not kill the rank
     try:
         return _run(options)

@@ -130,7 +130,7 @@ def test_mistakes_are_one_line(override: str, named: list[str]) -> None:
 def test_an_unknown_key_lists_the_keys_of_this_method_only() -> None:
     """Another method's key would be refused next."""
     with pytest.raises(UserError) as caught:
-        recipes.load(QUICKSTART, ["method.margin=0.4"])
+        recipes.load(QUICKSTART, ["method.qqqq=0.4"])
     known = set(METHODS.get("pco").section.model_fields)
     listed = str(caught.value).rpartition(": ")[2].split(", ")
     assert set(listed) == known and "prototypes" not in known

@@ -88,7 +88,7 @@ def disturb(recipe: Path, zero: int, blows: list[str]) -> None:
 @pytest.mark.parametrize(
     ("zero", "blows"),
     [
-        (1, ["loop.step:0:5:sigterm", "loop.step:1:16:sigkill"]),
+        pytest.param(1, ["loop.step:0:5:sigterm", "loop.step:1:16:sigkill"], marks=pytest.mark.slow),
         (2, ["save.mid_file:1:6:sigterm", "loop.step:1:16:sigkill"]),
         (3, ["loop.step:0:5:sigkill", "load.begin:1:*:sigterm", "loop.step:1:16:sigkill"]),
     ],
