@@ -65,7 +65,7 @@ class Source(ABC):
 
     def class_centres(self, start: int, stop: int) -> torch.Tensor:
         """Class centres `[stop - start, d]`, float32 on the host; only if there is a `centres_shape`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no class centres")
 
 
 class RunSource(Source):
