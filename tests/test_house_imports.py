@@ -14,7 +14,7 @@ FLOORS = [
     {"errors", "randomness", "signals", "faults", "files", "recipe", "distributed"},
     {"backbones", "checkpoint", "data"},
     {"engine", "classifier", "weights"},
-    {"methods", "planning", "evaluation"},
+    {"methods", "planning", "evaluation", "health"},
     {"training", "datasets"},
     {"export", "report", "launch"},
     {"main", "__main__", "__init__"},
