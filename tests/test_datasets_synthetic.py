@@ -8,8 +8,10 @@ import pytest
 import webdataset
 from PIL import Image
 
+from lvtrain import randomness
 from lvtrain.data.index import open_index, read_labels, read_manifest
 from lvtrain.datasets.synthetic import DIFFICULTIES, heldout_pairs, render_face, write_faces
+from lvtrain.datasets.synthetic.faces import IMAGE_NAMES, image_numbers
 from lvtrain.errors import UserError
 
 NORMAL = DIFFICULTIES["normal"]
@@ -97,7 +99,39 @@ def test_raw_pixels_do_not_solve_it():
     assert 0.5 <= best < 0.65
 
 
-@pytest.mark.parametrize("bad", [{"identities": 0}, {"images": 1}, {"heldout": 1}, {"difficulty": "impossible"}])
+@pytest.mark.parametrize("difficulty", ["normal", "hard"])
+def test_the_numbers_of_the_first_difficulties_stay(difficulty):
+    numbers = image_numbers(3, 40, 2, DIFFICULTIES[difficulty])
+    assert list(numbers) == list(IMAGE_NAMES)
+    assert list(numbers.values()) == randomness.uniform(3, "synthetic/image", 40, 2, np.arange(len(numbers))).tolist()
+    assert set(DIFFICULTIES[difficulty].described()) == {"spread", "nuisance", "light"}  # as manifests have it
+
+
+def test_an_album_has_one_backdrop_shirt_and_lamp_and_calibrated_cameras():
+    album, pool = DIFFICULTIES["album"], IMAGE_NAMES[IMAGE_NAMES.index("back hue") : IMAGE_NAMES.index("glasses worn")]
+    drawn = [image_numbers(seed, identity, 0, album) for seed in (0, 1) for identity in range(300)]
+    for name in (*pool, "light x", "light y", "light strength"):
+        assert len({numbers[name] for numbers in drawn}) == 1, name
+    for name, (low, high) in album.ranges.items():
+        values = np.array([numbers[name] for numbers in drawn])
+        assert (
+            low <= values.min()
+            and values.max() <= high
+            and values.std() == pytest.approx((high - low) / 12**0.5, rel=0.1)
+        )
+    assert all(numbers["occlusion"] > 0.25 and numbers["saturation"] > 0.1 for numbers in drawn)
+
+
+def test_one_image_of_each_identity(tmp_path):
+    result = write_faces(tmp_path, identities=5, images=1, heldout=3, seed=11, difficulty="album", workers=1)
+    assert (result.train.samples, result.train.num_classes) == (5, 5)
+    assert [len(person) for person in result.heldout_images] == [2, 2, 2]
+    assert result.train.provenance["difficulty"]["name"] == "album"
+
+
+@pytest.mark.parametrize(
+    "bad", [{"identities": 0}, {"images": 0}, {"heldout_images": 1}, {"heldout": 1}, {"difficulty": "impossible"}]
+)
 def test_bad_counts_are_one_line(tmp_path, bad):
     arguments = {"identities": 2, "images": 2, "heldout": 2, "seed": 0, **bad}
     with pytest.raises(UserError) as error:

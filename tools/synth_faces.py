@@ -21,7 +21,10 @@ def main(
     heldout: Annotated[int, typer.Option(help="identities that are not trained on")] = 60,
     pairs: Annotated[int, typer.Option(help="verification pairs, a multiple of 20")] = 3000,
     seed: int = 0,
-    difficulty: Annotated[str, typer.Option(help="normal or hard")] = "normal",
+    difficulty: Annotated[str, typer.Option(help="normal, hard or album")] = "normal",
+    heldout_images: Annotated[
+        int | None, typer.Option(help="images of each held-out identity; default: as --images, at least 2")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes; the bytes do not depend on it")] = 2,
 ) -> None:
     """Generates faces: a training dataset, a held-out dataset, and verification pairs."""
@@ -33,12 +36,14 @@ def main(
 
     start = time.perf_counter()
     with one_line_errors("synth_faces", out):
-        chosen, same = heldout_pairs(heldout, images, pairs, seed)
+        heldout_images = max(images, 2) if heldout_images is None else heldout_images
+        chosen, same = heldout_pairs(heldout, heldout_images, pairs, seed)
         columns = (TextColumn("faces"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as bar:
-            task = bar.add_task("faces", total=(identities + heldout) * images)
+            task = bar.add_task("faces", total=identities * images + heldout * heldout_images)
             written = write_faces(
-                out, identities=identities, images=images, heldout=heldout, seed=seed, difficulty=difficulty, workers=workers,
+                out, identities=identities, images=images, heldout=heldout, seed=seed, difficulty=difficulty,
+                heldout_images=heldout_images, workers=workers,
                 progress=lambda done, _: bar.update(task, completed=done),
             )  # fmt: skip
         flat = [written.heldout_images[person][image] for person, image in chosen.reshape(-1, 2).tolist()]

@@ -152,17 +152,23 @@ class View:
 _DINO_JITTER = Jitter(0.8, 0.4, 0.4, 0.2, 0.1)
 # for the small recipes' 56 pixels and generated faces, whose light and exposure identify an image more than in photographs
 _SMALL_JITTER = Jitter(0.9, 0.6, 0.6, 0.4, 0.1)
+# for generated faces of difficulty `album`, which an identity's colours tell apart
+_ALBUM_JITTER = Jitter(0.8, 0.4, 0.4, 0.2, 0.05)
 
 
 def _dino(
-    local_scale: Range, local_size: int | None, jitter: Jitter = _DINO_JITTER, radius: Range = (0.1, 2.0)
+    local_scale: Range,
+    local_size: int | None,
+    jitter: Jitter = _DINO_JITTER,
+    radius: Range = (0.1, 2.0),
+    local_views: int = 8,
 ) -> tuple[View, ...]:
     """DINO's views (Caron et al., 2021): two global ones (one always blurred, one sometimes solarised) and eight local ones."""
     whole, colour = Crop((0.4, 1.0)), (Flip(), jitter, Grey(0.2))
     return (
         View("global_0", (whole, *colour, Blur(1.0, radius))),
         View("global_1", (whole, *colour, Blur(0.1, radius), Solarise(0.2))),
-        *(View(f"local_{i}", (Crop(local_scale), *colour, Blur(0.5, radius)), local_size) for i in range(8)),
+        *(View(f"local_{i}", (Crop(local_scale), *colour, Blur(0.5, radius)), local_size) for i in range(local_views)),
     )
 
 
@@ -220,9 +226,12 @@ SETS: dict[str, tuple[View, ...]] = {
     "dino": _dino((0.05, 0.4), 48),
     "dino_faces": _dino((0.08, 0.4), 48),
     "dino_faces_56": _dino((0.08, 0.4), 24, _SMALL_JITTER, (0.1, 1.0)),
+    # for generated faces of difficulty `album`: fewer and larger local crops, which teach more in a few thousand steps
+    "dino_album_56": _dino((0.25, 0.6), 32, _ALBUM_JITTER, (0.1, 1.0), local_views=4),
     # LAFS crops its student views as the global ones, [0.4, 1.0] (section 3.2 and supplement 8.1.3), at full size
     "lafs": _with_landmark_twins(_dino((0.4, 1.0), None)),
     "lafs_56": _with_landmark_twins(_dino((0.4, 1.0), None, _SMALL_JITTER, (0.1, 1.0))),
+    "lafs_album_56": _with_landmark_twins(_dino((0.4, 1.0), None, _ALBUM_JITTER, (0.1, 1.0), local_views=4)),
 }
 
 for _name, _views in SETS.items():

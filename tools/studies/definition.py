@@ -19,7 +19,7 @@ class Generated(Section):
 
     path: Path
     identities: int = Field(gt=1)
-    images: int = Field(gt=1, description="per identity")
+    images: int = Field(gt=0, description="per identity")
     heldout: int = Field(gt=1, description="identities that are not trained on")
     pairs: int = Field(gt=0)
     difficulty: str = "normal"

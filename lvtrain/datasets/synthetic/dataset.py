@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -67,6 +67,7 @@ def write_faces(
     heldout: int,
     seed: int,
     difficulty: str = "normal",
+    heldout_images: int | None = None,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> GeneratedFaces:
@@ -75,31 +76,35 @@ def write_faces(
     Args:
         folder: holds both datasets.
         identities: for training.
-        images: of each identity.
+        images: of each identity for training.
         heldout: identities that are not in the training set.
         seed: of every draw.
         difficulty: a name in `DIFFICULTIES`.
+        heldout_images: of each held-out identity; None = `images`, but at least 2.
         workers: processes.
         progress: called with (images done, images in all).
 
     Raises:
-        UserError: a count below one (a pair needs two images) or an unknown difficulty.
+        UserError: a count that is too small (a pair needs two images) or an unknown difficulty.
     """
-    if identities < 1 or heldout < 2 or images < 2:
+    heldout_images = max(images, 2) if heldout_images is None else heldout_images
+    if identities < 1 or images < 1 or heldout < 2 or heldout_images < 2:
         raise UserError(
-            f"generated faces need at least 1 identity, 2 held out and 2 images each, got {identities}, {heldout}, {images}"
+            f"generated faces need at least 1 identity x 1 image, and 2 held out x 2 images for pairs; "
+            f"got {identities} x {images} and {heldout} x {heldout_images}"
         )
     if difficulty not in DIFFICULTIES:
         raise UserError(f"unknown difficulty {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}")
     folder = Path(folder)
-    total = (identities + heldout) * images
-    kept: list[list[bytes]] = [[b""] * images for _ in range(heldout)]
+    total = identities * images + heldout * heldout_images
+    kept: list[list[bytes]] = [[b""] * heldout_images for _ in range(heldout)]
     manifests = []
     done = 0
-    for name, first, count in (("train", 0, identities), ("heldout", identities, heldout)):
+    parts = (("train", 0, identities, images), ("heldout", identities, heldout, heldout_images))
+    for name, first, count, each in parts:
         # shuffled, so that identities are mixed even for a reader that goes through the shards in order
-        order = np.argsort(randomness.bits(seed, f"synthetic/order/{name}", np.arange(count * images)), kind="stable")
-        tasks = [(first + int(sample) // images, int(sample) % images) for sample in order]
+        order = np.argsort(randomness.bits(seed, f"synthetic/order/{name}", np.arange(count * each)), kind="stable")
+        tasks = [(first + int(sample) // each, int(sample) % each) for sample in order]
         encoded = _encoded(tasks, seed, DIFFICULTIES[difficulty], workers)
         writer = IndexWriter(folder / name)
         for number, start in enumerate(range(0, len(tasks), _SAMPLES_A_SHARD)):
@@ -119,8 +124,8 @@ def write_faces(
         provenance = {
             "kind": "generated faces",
             "identities": [first, first + count],
-            "images": images,
-            "difficulty": {"name": difficulty, **asdict(DIFFICULTIES[difficulty])},
+            "images": each,
+            "difficulty": {"name": difficulty, **DIFFICULTIES[difficulty].described()},
             "jpeg_quality": JPEG_QUALITY,
             "opencv": cv2.__version__,
         }

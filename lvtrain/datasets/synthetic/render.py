@@ -107,7 +107,7 @@ def _line(canvas: np.ndarray, points: np.ndarray, colour: np.ndarray, thickness:
 
 def render_face(seed: int, identity: int, image: int, difficulty: Difficulty) -> np.ndarray:
     """One image of one identity: uint8 RGB [112, 112, 3], a pure function of the arguments."""
-    who, how = identity_numbers(seed, identity, difficulty), image_numbers(seed, identity, image)
+    who, how = identity_numbers(seed, identity, difficulty), image_numbers(seed, identity, image, difficulty)
     k = difficulty.nuisance
     head = _Head(
         _span(who["face width"], 0.86, 1.10),
