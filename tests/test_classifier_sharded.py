@@ -16,7 +16,8 @@ from lvtrain.classifier import Anchor, Numerics, OptimizerSettings, ShardedClass
 from lvtrain.classifier.banks import ExpectationBank
 from lvtrain.classifier.kernel import on_device
 from lvtrain.classifier.margins import AdaFace, ArcFace, Combined, CosFace
-from lvtrain.classifier.partition import initial_centres, sampled_classes
+from lvtrain.classifier.partition import initial_centres
+from lvtrain.classifier.sampling import sampled_classes
 from lvtrain.errors import UserError
 from lvtrain.methods import StepInfo, create_method
 from lvtrain.methods.heads import centre_rates
@@ -109,7 +110,7 @@ def reference(options, phase, kind):
         valid = labels[step] >= 0
         y = labels[step].clamp(min=0)
         leaf = torch.where(valid[:, None], x[step], 0.0).requires_grad_()
-        taking = sampled_classes(5, step, (0, CLASSES), phase["sample_rate"], labels[step])
+        taking = sampled_classes(5, step, CLASSES, (0, CLASSES), phase["sample_rate"], labels[step])
         taking = torch.arange(CLASSES) if taking is None else taking
         own = F.one_hot(y, CLASSES)[:, taking].bool()
         unit = F.normalize(leaf)

@@ -1,5 +1,7 @@
 """A run that version 0.1.0 trained for 60 steps, resumed with today's code, gives that version's results bit for bit.
 
+It samples no classes. A run that has still to sample is refused, because the rule is another one since.
+
 The arithmetic is held to instructions that every x86 processor has (`expected.json`: environment), so the bits depend on
 the versions of torch, DeepSpeed and NumPy only. With other versions losses are compared to 1e-4.
 """
@@ -24,6 +26,9 @@ import yaml
 from lvtrain.checkpoint import files
 from lvtrain.checkpoint.reader import open_weights
 from lvtrain.data import ShardDataset
+from lvtrain.errors import UserError
+from lvtrain.recipe import files as recipes
+from lvtrain.training.run_folder import changes
 from tests.conftest import ROOT
 from tests.runs import events, free_port, metrics
 
@@ -114,6 +119,7 @@ def test_the_new_checkpoint_has_its_position_once(resumed: Path) -> None:
     content, state = files.read_manifest(folder), json.loads((folder / files.STATE).read_text())
     assert (content["step"], content["samples_seen"], content["phase"]) == (90, 90 * 16, "refinement")
     assert state.keys() == {"meta"}
+    assert state["meta"]["class_sampling"] == 2
     assert state["meta"]["position"] == {
         "data_skip": 0,
         "phase_index": 2,
@@ -121,3 +127,20 @@ def test_the_new_checkpoint_has_its_position_once(resumed: Path) -> None:
         "phase_start_samples": 75 * 16,
         "phase_over": True,
     }
+
+
+def test_sampling_by_the_old_rule_is_refused(tmp_path: Path) -> None:
+    def resume(*sampled: int) -> list[str]:
+        folder = tmp_path / str(sampled) / "pco_r1"
+        shutil.copytree(OLD_RUN, folder)
+        values = yaml.safe_load((folder / "recipe.yaml").read_text())
+        for phase in sampled:
+            values["phases"][phase]["sample_rate"] = 0.5
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+        return changes(folder, recipes.resolve(todays(values)))
+
+    # the run stands in the second phase
+    assert resume() == resume(0) == []
+    for sampled in (1, 2):
+        with pytest.raises(UserError, match="samples classes by another rule"):
+            resume(sampled)

@@ -46,8 +46,9 @@ from lvtrain.classifier.logsumexp import class_ids, combine
 from lvtrain.classifier.margins.base import Margin
 from lvtrain.classifier.numerics import EXACT, Numerics
 from lvtrain.classifier.optimizer import ADAMW, CentreOptimizer, OptimizerSettings, SideStream
-from lvtrain.classifier.partition import class_range, initial_centres, sampled_classes
+from lvtrain.classifier.partition import class_range, initial_centres
 from lvtrain.classifier.passes import forward_pass, weight_gradient_pass
+from lvtrain.classifier.sampling import sampled_classes
 from lvtrain.distributed.collectives import (
     Group,
     PendingRows,
@@ -100,7 +101,7 @@ class ShardedClassifier(nn.Module):
         margin: target logit, scale and inter-class filtering (`lvtrain.classifier.margins`).
         numerics: number formats, kernel and memory.
         optimizer: of the class centres.
-        sample_rate: r, the share of negative classes that take part in a step; a phase may change it.
+        sample_rate: r, the share of the classes that take part in a step, the batch's own included; a phase may change it.
         seed: of the first centres and of the sampling.
         group: of the ranks; None = the default process group, or one process.
         device: where the centres are.
@@ -165,8 +166,8 @@ class ShardedClassifier(nn.Module):
                 f"label {highest} in step {step}, but there are {self.num_classes} classes; repack the dataset"
             )
         self.margin.warmup_factor = warmup_factor
-        indices = sampled_classes(self.seed, step, self.rows, self.sample_rate, global_labels, self.weight.device)
-        self._step = _Step(step, indices)
+        drawn = (self.seed, step, self.num_classes, self.rows, self.sample_rate)
+        self._step = _Step(step, sampled_classes(*drawn, global_labels, self.weight.device))
 
     def forward(
         self,

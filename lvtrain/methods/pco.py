@@ -2,7 +2,7 @@
 
 Three phases over one backbone and one sharded classifier:
 
-1. feature alignment: negative class sub-sampling (NCS, r = 0.1) and CosFace;
+1. feature alignment: negative class sub-sampling (NCS: r·C classes in all, r = 0.1) and CosFace;
 2. centroid stabilisation: NCS, and a second anchor per class, its feature expectation e, which follows the features
    without a gradient (`classifier.banks.ExpectationBank`);
 3. boundary refinement: both anchors, all classes, e frozen.
@@ -14,8 +14,7 @@ N is the log-sum-exp over the negatives and T the target logit; Ne and Te are th
 Each is a phase of the recipe: `sample_rate` is r, `expectation` is off, update or frozen, `end.cos2` is CSS's delta.
 
 Our reading: the second anchor's margin is CosFace's with `m2`, whatever margin the class centres have (the paper does not
-say for ArcFace). With
-`expectation_init: weight` e begins at the class centres.
+say for ArcFace). With `expectation_init: weight` e begins at the class centres.
 """
 
 from __future__ import annotations

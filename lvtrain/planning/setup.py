@@ -65,7 +65,7 @@ class ClassCentres:
     Attributes:
         num_classes: C.
         dim: d, numbers of a class centre.
-        sample_rate: r, the share of the classes that takes part in a step.
+        sample_rate: r, the share of the classes that takes part in a step, the batch's own included.
         banks: names of what else is kept for every class (PCO's feature expectations), a float32 vector each.
         bank_has_negatives: the step also goes over all vectors of a bank; they get no gradient.
         optimizer: of the class centres, `adamw` or `sgd`.
@@ -109,7 +109,7 @@ class ClassCentres:
         return -(-self.num_classes // ranks)
 
     def taking_part(self, ranks: int) -> int:
-        """Those of a rank in one step's softmax (the batch's own classes are among them or replace negatives)."""
+        """Those of a rank in one step, the batch's own included. A batch with more classes than that is not planned for."""
         return max(1, round(self.local(ranks) * self.sample_rate))
 
     def kept_share(self, batch: int, ranks: int) -> float:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lvtrain.checkpoint.reader import Reader
 from lvtrain.checkpoint.state import Replicated, State
+from lvtrain.classifier import sampling
 from lvtrain.data import Loader, ShardDataset
 from lvtrain.data.augment import View, augmentation
 from lvtrain.data.epochs import EpochSums, EpochTally
@@ -235,6 +236,7 @@ class PhaseState:
             "meter": self.meter.state(),
             "epochs": self.tally.state(worlds.gather_objects(self.tally.sums)),
             "recipe": recipe,
+            "class_sampling": sampling.RULE,
         }
 
     def load(self, reader: Reader, stored: Position) -> None:

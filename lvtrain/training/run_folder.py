@@ -17,6 +17,7 @@ import yaml
 
 from lvtrain.checkpoint.lease import ELSEWHERE
 from lvtrain.checkpoint.reader import newest_summary
+from lvtrain.classifier import sampling
 from lvtrain.data import ShardDataset
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
@@ -236,11 +237,29 @@ def changes(folder: Path, recipe: Recipe) -> list[str]:
     """The changes that another start of the run in `folder` with `recipe` makes; allowed, and reported.
 
     Raises:
-        UserError: a key differs that is fixed for the run; or the run has trained and its recipe is lost.
+        UserError: a key differs that is fixed for the run; or the run has trained and its recipe is lost; or classes were
+            sampled by another rule.
     """
     if not _has_begun(folder):
         return []  # a start that was refused before its first step left no results, so the recipe may be corrected
+    _refuse_another_sampling(folder, recipe)
     return compare(_recipe_before(folder), yaml.safe_load(recipes.dump(recipe)), str(folder))
+
+
+def _refuse_another_sampling(folder: Path, recipe: Recipe) -> None:
+    """Refuses a run of another sampling rule, unless all classes take part in everything that it has still to train."""
+    newest = newest_summary(folder)
+    if newest is None:
+        return
+    position, rule = newest.meta["position"], newest.meta.get("class_sampling", 1)
+    left = recipe.phases[position["phase_index"] + position["phase_over"] :]
+    sampled = [phase.name for phase in left if phase.sample_rate < 1]
+    if rule != sampling.RULE and sampled:
+        raise UserError(
+            f"{folder} was begun by a version that samples classes by another rule (rule {rule}, today's is "
+            f"{sampling.RULE}), and phase {sampled[0]} has a sample_rate below 1; finish it with that version "
+            f"({ENVIRONMENT} has its commit), or use another name=..., and init_from.path={folder} to start from its weights"
+        )
 
 
 def _recipe_before(folder: Path) -> dict[str, Any]:
