@@ -24,7 +24,7 @@ def test_shipped_recipes_load_and_survive_a_round_trip(path: Path) -> None:
 
 # of published runs: ranks, and millions of parameters that insightface's or CVLface's module of that size has
 PUBLISHED = {
-    "pco_vitb_glint360k": (32, "113.8"),
+    "pco_vitb_glint360k": (64, "113.8"),
     "pco_vitl_webface42m": (64, "255.7"),
     "pco_vith_webface42m": (64, "756.4"),
     "arcface_r50_ms1mv3": (8, "43.6"),
