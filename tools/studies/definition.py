@@ -23,6 +23,7 @@ class Generated(Section):
     heldout: int = Field(gt=1, description="identities that are not trained on")
     pairs: int = Field(gt=0)
     difficulty: str = "normal"
+    seed: int = 0
 
 
 class Subsets(Section):
@@ -31,6 +32,15 @@ class Subsets(Section):
     dataset: Path
     fractions: list[float] = Field(min_length=1, description="shares of the identities")
     shots: list[int | None] = Field(min_length=1, description="images per identity; null is all")
+
+
+class Manifest(Section):
+    """A subset that settings name in `data.path`; written if it does not exist."""
+
+    dataset: Path
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the identities")
+    shots: int | None = Field(None, description="images per identity; null is all")
+    seed: int = 0
 
 
 class Study(Section):
@@ -44,6 +54,7 @@ class Study(Section):
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     generated: Generated | None = None
     subsets: Subsets | None = None
+    manifests: dict[Path, Manifest] = Field(default_factory=dict, description="by path: subsets to write first")
     unseen: Path | None = Field(None, description="a dataset of identities that are not trained on")
     # DBSCAN and agglomeration join at the cosine of this false accept rate, because cosines depend on the loss
     far: str = Field("1e-02", description="false accept rate of the table")

@@ -109,23 +109,16 @@ class Grid:
 
             dataset = ShardDataset(subsets.dataset)
             for cell in self.cells:
-                self._write_subset(dataset, cell)
+                if cell.fraction is not None:
+                    _write(self._manifest(cell), dataset, fraction=cell.fraction, shots=cell.shots, seed=cell.seed)
+        for path, wanted in self.study.manifests.items():
+            from lvtrain.data import ShardDataset
+
+            _write(path, ShardDataset(wanted.dataset), fraction=wanted.fraction, shots=wanted.shots, seed=wanted.seed)
 
     def _manifest(self, cell: Cell) -> Path:
         """Manifest of the cell's subset, which is the same for every setting of one seed."""
         return self.out / "subsets" / f"{cell.subset}_seed{cell.seed}.json"
-
-    def _write_subset(self, dataset: ShardDataset, cell: Cell) -> None:
-        from lvtrain.datasets.subset import choose, write_subset
-
-        path = self._manifest(cell)
-        if path.exists():
-            return
-        assert cell.fraction is not None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        criteria = {"fraction": cell.fraction, "shots": cell.shots}
-        ids = choose(dataset, fraction=cell.fraction, shots=cell.shots, seed=cell.seed)
-        write_subset(path, dataset, ids, criteria=criteria, seed=cell.seed)
 
     def _train(self, cell: Cell) -> bool:
         folder, subset = self.folder(cell), []
@@ -153,6 +146,17 @@ class Grid:
             # as a job step: then Slurm's warning before the time limit reaches the ranks
             return ["srun", f"--ntasks={ranks}", "--kill-on-bad-exit=1", sys.executable]
         return ["torchrun", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+
+
+def _write(path: Path, dataset: ShardDataset, *, fraction: float, shots: int | None, seed: int) -> None:
+    """Writes a subset's manifest, if it does not exist."""
+    from lvtrain.datasets.subset import choose, write_subset
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = choose(dataset, fraction=fraction, shots=shots, seed=seed)
+    write_subset(path, dataset, ids, criteria={"fraction": fraction, "shots": shots}, seed=seed)
 
 
 def finished(folder: Path) -> bool:
