@@ -141,7 +141,9 @@ class Phase(Section):
         because="batch norm and sampling work on micro-batches",
         gt=0,
     )
-    sample_rate: float = setting(1.0, "r: share of the classes that take part in a step, the batch's own included", because=LOSS, gt=0, le=1)
+    sample_rate: float = setting(
+        1.0, "r: share of the classes that take part in a step, the batch's own included", because=LOSS, gt=0, le=1
+    )
     end: PhaseEnd = setting(PhaseEnd, "when the phase ends", resume="reported")
 
     @property
