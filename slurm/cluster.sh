@@ -2,7 +2,7 @@
 #SBATCH --job-name=cluster-submit
 #SBATCH --ntasks=1
 #SBATCH --time=00:10:00
-#SBATCH --output=%x-%j.log
+#SBATCH --output=/dev/null
 # ViT-B on WebFace4M, joint classification and clustering (arXiv 2312.04029): one node of 8 GPUs; fewer run the same batches.
 #
 #   sbatch slurm/cluster.sh [section.key=value ...]      or, on a login node: bash slurm/cluster.sh [section.key=value ...]

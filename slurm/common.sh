@@ -1,5 +1,10 @@
 # Sourced by the scripts in this folder, with $here set to it: reads the site's settings and submits the chain.
 # The logic is Python: lvtrain/launch.
+# as a job: one log here, rather than in whatever folder sbatch was called from
+if [ -n "${SLURM_JOB_ID:-}" ] && [ "$(readlink "/proc/$$/fd/1")" = /dev/null ]; then
+    mkdir -p "$here/logs"
+    exec >"$here/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.log" 2>&1
+fi
 cd "$here/.."
 
 # a variable that is set already wins over the site's file, if that is written like site.env.example

@@ -2,7 +2,7 @@
 #SBATCH --job-name=pco_vitb-submit
 #SBATCH --ntasks=1
 #SBATCH --time=00:10:00
-#SBATCH --output=%x-%j.log
+#SBATCH --output=/dev/null
 # ViT-B on Glint360K, PCO's phases: 4 nodes of 8 GPUs; any divisor of 32 GPUs runs the same batches.
 #
 #   sbatch slurm/pco_vitb.sh [section.key=value ...]      or, on a login node: bash slurm/pco_vitb.sh [section.key=value ...]

@@ -2,7 +2,7 @@
 #SBATCH --job-name=pco_vith-submit
 #SBATCH --ntasks=1
 #SBATCH --time=00:10:00
-#SBATCH --output=%x-%j.log
+#SBATCH --output=/dev/null
 # ViT-H on WebFace42M, PCO's phases: 8 nodes of 8 GPUs; any divisor of 64 GPUs runs the same batches.
 #
 #   sbatch slurm/pco_vith.sh [section.key=value ...]      or, on a login node: bash slurm/pco_vith.sh [section.key=value ...]

@@ -2,7 +2,7 @@
 #SBATCH --job-name=pco_vitl-submit
 #SBATCH --ntasks=1
 #SBATCH --time=00:10:00
-#SBATCH --output=%x-%j.log
+#SBATCH --output=/dev/null
 # ViT-L on WebFace42M, PCO's phases: 8 nodes of 8 GPUs, as the paper; any divisor of 64 GPUs runs the same batches.
 #
 #   sbatch slurm/pco_vitl.sh [section.key=value ...]      or, on a login node: bash slurm/pco_vitl.sh [section.key=value ...]

@@ -2,7 +2,7 @@
 #SBATCH --job-name=quickstart-submit
 #SBATCH --ntasks=1
 #SBATCH --time=00:10:00
-#SBATCH --output=%x-%j.log
+#SBATCH --output=/dev/null
 # The quick start as a chain: generated identities, 2 nodes x 1 task, no GPU needed.
 #
 #   sbatch slurm/quickstart.sh [section.key=value ...]      or, on a login node: bash slurm/quickstart.sh [section.key=value ...]

@@ -2,7 +2,7 @@
 #SBATCH --job-name=recipe-submit
 #SBATCH --ntasks=1
 #SBATCH --time=00:10:00
-#SBATCH --output=%x-%j.log
+#SBATCH --output=/dev/null
 # Any recipe as a chain: sbatch slurm/recipe.sh RECIPE.yaml DS_CONFIG.json [section.key=value ...]
 #
 #   sbatch slurm/recipe.sh RECIPE DS_CONFIG [...]      or, on a login node: bash slurm/recipe.sh RECIPE DS_CONFIG [...]

@@ -149,7 +149,9 @@ def sbatch_quickstart(environment: dict[str, str], run_folder: Path, overrides: 
     """`sbatch slurm/quickstart.sh`, as a user would; the small job it starts submits the chain."""
     chain = ChainRun(with_settings(environment, settings), run_folder)
     words = [f"name={run_folder.name}", f"runs={run_folder.parent}", *overrides]
-    log = run_folder.parent / f"{run_folder.name}-submit.log"
-    job = chain.command("sbatch", "--parsable", f"--output={log}", "slurm/quickstart.sh", *words).strip()
+    job = chain.command("sbatch", "--parsable", "slurm/quickstart.sh", *words).strip()
+    log = ROOT / "slurm" / "logs" / f"quickstart-submit-{job}.log"
     chain.wait(lambda: bool(chain.ledger("submit")), f"job {job} to submit the chain: {log}")
+    chain.wait(lambda: str(run_folder) in log.read_text(), f"the submission's own words in {log}")
+    log.unlink()
     return chain

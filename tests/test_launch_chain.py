@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -573,7 +574,9 @@ def test_status_of_a_cancelled_chain_has_advice(world: World) -> None:
     world.slurm.state = "JobState=COMPLETING Reason=None EndTime=Unknown"
     world.attempt("alignment", world.ends("requeue", 40, code=75))
     status = chain_status(world.folder, Slurm(world.slurm))
-    assert status.phases[0].state == "lost" and status.advice
+    assert status.phases[0].state == "ended" and status.advice
+    world.slurm.state = "JobState=CANCELLED Reason=None EndTime=Unknown"
+    assert chain_status(world.folder, Slurm(world.slurm)).phases[0].note.startswith("Slurm: CANCELLED")
     world.slurm.refuse = lambda command: command[0] == "squeue"
     status = chain_status(world.folder, Slurm(world.slurm))
     assert status.phases[0].state == "unknown" and "Slurm" in str(status.advice)
@@ -617,6 +620,31 @@ def test_submission_freezes_the_plan_and_starts_with_the_first_open_phase(tmp_pa
     assert (
         slurm.sent("sbatch")[-1][-1] == str(chain.script("refinement")) and not (chain.folder / "stopped.json").exists()
     )
+
+
+def test_a_run_that_was_finished_outside_slurm_queues_nothing(tmp_path: Path) -> None:
+    slurm = FakeSlurm()
+    chain, _ = send(tmp_path, slurm)
+    run = Path(chain.run_folder)
+    slurm.queued.clear()
+    for done, step in (Outcome("done", "alignment", 10, "over", 1), 10), (Outcome("done", None, 10, "over", 1), 5):
+        outcome.write(run, done)  # one phase only; a checkpoint that was removed since
+        (run / "checkpoints" / f"step_{step:09d}").mkdir(parents=True)
+        (run / "checkpoints" / f"step_{step:09d}" / "manifest.json").touch()
+        assert len(send(tmp_path, slurm)[1]) == 1
+        slurm.queued.clear()
+        shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints" / "step_000000010").mkdir(parents=True)
+    (run / "checkpoints" / "step_000000010" / "manifest.json").touch()
+    finished, jobs = send(tmp_path, slurm)
+    assert jobs == [] and finished.first_open_phase() is None
+
+
+def test_a_lost_job_is_called_lost(world: World) -> None:
+    world.ledger.add("submit", job=7, phase="alignment")
+    world.ledger.add("start", attempt=1, job=7, phase="alignment", step=0)
+    world.slurm.refuse = lambda command: command[0] == "scontrol"  # forgotten
+    assert chain_status(world.folder, Slurm(world.slurm)).phases[0].state == "lost"
 
 
 def test_links_are_submitted_ahead(tmp_path: Path) -> None:

@@ -14,7 +14,15 @@ from lvtrain.errors import one_line_errors
 from lvtrain.launch.slurm import Slurm
 from lvtrain.launch.status import chain_status
 
-COLOURS = {"done": "green", "skipped": "green", "running": "cyan", "queued": "yellow", "stopped": "red", "lost": "red"}
+COLOURS = {
+    "done": "green",
+    "skipped": "green",
+    "running": "cyan",
+    "queued": "yellow",
+    "stopped": "red",
+    "ended": "yellow",
+    "lost": "red",
+}
 
 
 def main(run: Path, as_json: bool = typer.Option(False, "--json", help="print JSON")) -> None:

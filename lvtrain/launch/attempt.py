@@ -164,6 +164,7 @@ class Attempt:
     def go_on(self, decision: Retry) -> int:
         fate = self.fate()
         if fate == "not ours":
+            self.ledger.add("ended", job=self.job, phase=self.phase)
             say(f"{decision.reason}; Slurm or a user ended the job, so it is not started again here")
             return EXIT_STOPPED
         if self.chain.site.links:

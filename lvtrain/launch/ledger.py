@@ -17,7 +17,11 @@ Record = dict[str, Any]
 
 
 class Ledger:
-    """Records are dicts with `time` (seconds since 1970) and `event`: chain, submit, start, end or stop."""
+    """Records are dicts with `time` (seconds since 1970) and `event`.
+
+    Events are chain (a submission by hand), submit (of a job), start and end (of an attempt), ended (Slurm or a user
+    ended the job) and stop.
+    """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self.path, self.clock = Path(folder) / "attempts.jsonl", clock

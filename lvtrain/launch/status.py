@@ -22,7 +22,7 @@ class PhaseStatus:
     """Status of one phase."""
 
     phase: str
-    state: str  # done, skipped, running, queued, lost, stopped or waiting
+    state: str  # done, skipped, running, queued, ended, lost, stopped, waiting or unknown
     attempts: int
     fruitless: int  # attempts since the last progress
     steps: str  # from the step at its first start to the last one known
@@ -56,7 +56,7 @@ def chain_status(run_folder: Path, slurm: Slurm, *, now: float | None = None) ->
         queue = None
     stopped = _stop_reason(chain)
     step, records = committed_step(run_folder), ledger.this_chain()
-    phases = [_phase(chain, phase, ledger, records, queue, step, stopped) for phase in chain.phases]
+    phases = [_phase(chain, phase, ledger, records, queue, step, stopped, slurm) for phase in chain.phases]
     return ChainStatus(chain, phases, step, stopped, _advice(chain, queue, stopped), _heartbeat(run_folder, now))
 
 
@@ -68,6 +68,7 @@ def _phase(
     queue: list[QueuedJob] | None,
     step: int,
     stopped: str | None,
+    slurm: Slurm,
 ) -> PhaseStatus:
     mine = [record for record in records if record.get("phase") == phase]
     starts = [record for record in mine if record["event"] == "start"]
@@ -88,7 +89,7 @@ def _phase(
     elif stopped is not None and any(record["event"] == "stop" for record in mine):
         state, note = "stopped", stopped
     elif starts and queue is not None:
-        state = "lost"
+        state, note = _without_jobs(mine, note, slurm, jobs)
     else:
         state = "waiting" if queue is not None or not starts else "unknown"
     last = ends[-1]["step"] if state == "done" and ends else step
@@ -102,6 +103,17 @@ def _phase(
         jobs=" ".join(map(str, waiting or jobs[-1:])),
         note=note,
     )
+
+
+def _without_jobs(mine: list[Record], note: str, slurm: Slurm, jobs: list[int]) -> tuple[str, str]:
+    """State and note of a phase that was started and has no job: `ended` by Slurm or a user, or `lost` without a trace."""
+    try:
+        last = slurm.job(jobs[-1]).state if jobs else ""
+    except UserError:  # Slurm forgets a job after some minutes
+        last = ""
+    if last in ("CANCELLED", "PREEMPTED", "TIMEOUT", "NODE_FAIL"):
+        return "ended", f"Slurm: {last}; {note}" if note else f"Slurm: {last}"
+    return ("ended" if mine[-1]["event"] == "ended" else "lost"), note
 
 
 def _entered(chain: Chain, phase: str) -> bool:

@@ -19,6 +19,7 @@ from lvtrain.launch.site import Site
 from lvtrain.launch.slurm import Slurm
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
+from lvtrain.training import outcome as outcomes
 
 
 def submit_chain(
@@ -42,6 +43,7 @@ def submit_chain(
     """
     chain = plan_chain(recipe_path, ds_config, overrides, site, home=home, slurm=slurm, main=main)
     chain.save()
+    _mark_if_finished(chain)
     # copies, because somebody may edit the originals in the weeks that a chain takes
     write_bytes(Path(chain.recipe), Path(_absolute(home, recipe_path)).read_bytes())
     write_bytes(Path(chain.ds_config), Path(_absolute(home, ds_config)).read_bytes())
@@ -58,6 +60,17 @@ def submit_chain(
         for _ in range(site.links):
             jobs.append(submit_phase(chain, ledger, slurm, phase, "--dependency=singleton"))
     return chain, jobs
+
+
+def _mark_if_finished(chain: Chain) -> None:
+    """Marks all phases done if a start outside Slurm has finished the run."""
+    folder = Path(chain.run_folder)
+    last = outcomes.read(folder)
+    if last is None or last.outcome != "done" or last.phase is not None:
+        return
+    if last.step == outcomes.committed_step(folder):
+        for phase in chain.phases:
+            chain.mark_done(phase, last)
 
 
 def plan_chain(
