@@ -34,7 +34,18 @@ SMALL = [
     "data.block=8",
 ]
 # imported once, by the process that the ranks are forked from: a start takes a tenth of a second, not ten
-PRELOADED = ["lvtrain.training.trainer", "lvtrain.training.checks", "sklearn.metrics", "nvidia.dali", "torch._dynamo"]
+PRELOADED = [
+    "lvtrain.training.trainer",
+    "lvtrain.training.checks",
+    "lvtrain.data.dali",
+    "lvtrain.backbones.part_fvit",
+    "lvtrain.classifier.banks",
+    "sklearn.metrics",
+    "torch.utils.cpp_extension",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's inductor; DeepSpeed loads it at every start
+]
 
 
 def _rank(rank: int, size: int, port: int, arguments: list[str], environment: dict[str, str], log: str) -> None:
