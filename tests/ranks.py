@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import traceback
@@ -77,6 +78,7 @@ class _Bytes:
 def _pickled_enter(
     rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...], results: Any
 ) -> None:
+    gc.freeze()  # what was imported before the fork need not be looked through again
     _enter(rank, world_size, store, function, args, _Bytes(results))
 
 

@@ -7,6 +7,7 @@ has imported everything, so fifty restarts take minutes. They run `lvtrain.main.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -49,6 +50,7 @@ PRELOADED = [
 
 
 def _rank(rank: int, size: int, port: int, arguments: list[str], environment: dict[str, str], log: str) -> None:
+    gc.freeze()  # what was imported before the fork need not be looked through again
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
