@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import top_k_accuracy_score
 
 from lvtrain.errors import UserError
-from lvtrain.evaluation.identification import TARGETS, identify
+from lvtrain.evaluation.scores.identification import TARGETS, identify
 
 
 def sample(spread: float, images: int = 400, identities: int = 60) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import roc_curve
 
 from lvtrain.errors import UserError
-from lvtrain.evaluation import megaface
+from lvtrain.evaluation.sets import megaface
 
 
 def sample() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -28,8 +28,8 @@ def main(
             "--benchmark",
             metavar="NAME:PATH",
             help="a benchmark; its path decides the protocol. NAME:PROTOCOL:PATH chooses it: verification (.bin file), "
-            "ijb (folder with meta/), all_pairs, clustering, calibration (labelled set; the last also a .bin file), "
-            "megaface (PROBES,DISTRACTORS). Repeat it for more benchmarks",
+            "ijb, ijb_identification (folder with meta/), tinyface (its published folder), all_pairs, identification, clustering, "
+            "calibration (labelled set; the last also a .bin file), megaface (PROBES,DISTRACTORS). Repeat it for more benchmarks",
         ),
     ] = None,
     option: Annotated[
@@ -37,6 +37,14 @@ def main(
         typer.Option(
             metavar="PROTOCOL.OPTION=VALUE",
             help="such as ijb.detector_scores=false, all_pairs.flip=false, clustering.cosine=0.35",
+        ),
+    ] = None,
+    groups: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME:]FILE",
+            help="table identity,group (labelled sets), template,group (ijb) or image,group (.bin): error rates by group, "
+            "for every 1:1 benchmark or that of NAME",
         ),
     ] = None,
     out: Annotated[
@@ -74,7 +82,7 @@ def main(
         from lvtrain.evaluation.spread import Spread
 
         options = _options(option or [])
-        tasks = [suite.parse(text, options) for text in benchmark or []]
+        tasks = suite.with_groups([suite.parse(text, options) for text in benchmark or []], groups or [])
         if not tasks:
             raise UserError("no benchmark; give at least one --benchmark NAME:PATH")
         state = PartialState(cpu=cpu)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
+from lvtrain.evaluation import verification
 from lvtrain.evaluation.verification import diverged
 
 BINS = 1 << 21
@@ -81,7 +82,7 @@ def all_pairs(
     positives = int((sizes * (sizes - 1) // 2).sum())
     if positives == 0 or positives == total:
         raise UserError("all-pairs verification needs identities with several images, and several identities")
-    resolved = [target for target in sorted(targets, reverse=True) if target * (total - positives) >= 1]
+    resolved = verification.resolved(sorted(targets, reverse=True), total - positives)
     share = 1.5 * max(resolved, default=1.0)
     floor = _floor(rows, groups, share, seed) if total > _SMALL and share < 0.5 else -1.0
     counts = count_pairs(rows, groups, floor=floor, tile=tile, device=device, world=world)

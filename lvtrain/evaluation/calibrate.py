@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import binom
 
 from lvtrain.errors import UserError
-from lvtrain.evaluation.verification import normalise
+from lvtrain.evaluation.verification import normalise, resolved
 
 TARGETS = (1e-3, 1e-4, 1e-5, 1e-6)
 # a larger labelled set is cut to whole identities, because the bootstrap needs single pairs
@@ -37,7 +37,7 @@ def from_pairs(
     impostors, genuine = np.sort(cosines[~issame])[::-1], cosines[issame]
     _check(len(impostors), genuine, targets)
     results = _head(impostors, genuine, targets, "order statistics of independent pairs", confidence)
-    for target in _resolved(targets, len(impostors)):
+    for target in resolved(targets, len(impostors)):
         fewest, most = binom.ppf([(1 - confidence) / 2, (1 + confidence) / 2], len(impostors), target).astype(int)
         threshold = _after(impostors, int(target * len(impostors) * (1 + 1e-12)))
         # few impostors above it: the threshold is high; many: low
@@ -77,20 +77,20 @@ def from_people(
     _check(negatives, genuine, targets)
     results = _head(impostors, genuine, targets, "bootstrap over identities", confidence)
     results.update(impostor_pairs=negatives, images=len(rows), people=len(np.unique(identities)))
-    resolved = _resolved(targets, negatives)
-    results["unresolved"] = [f"{target:.0e}" for target in targets if target not in resolved]
+    possible = resolved(targets, negatives)
+    results["unresolved"] = [f"{target:.0e}" for target in targets if target not in possible]
     order = np.argsort(-impostors, kind="stable")
     impostors, first, second = impostors[order], first[order], second[order]
     sizes = np.bincount(identities, minlength=identities.max() + 1).astype(np.float64)
-    thresholds = np.empty((replicates, len(resolved)))
+    thresholds = np.empty((replicates, len(possible)))
     for replicate in range(replicates):
         weight = generator.poisson(1.0, len(sizes)).astype(np.float64)
         above = np.cumsum(weight[first] * weight[second])
         # all impostor pairs of the drawn identities: half of (sum of weighted sizes) squared minus each identity with itself
         all_pairs = ((weight * sizes).sum() ** 2 - ((weight * sizes) ** 2).sum()) / 2
-        positions = np.searchsorted(above, np.array(resolved) * all_pairs * (1 + 1e-12), side="right")
+        positions = np.searchsorted(above, np.array(possible) * all_pairs * (1 + 1e-12), side="right")
         thresholds[replicate] = [_after(impostors, int(position)) for position in positions]
-    for column, target in enumerate(resolved):
+    for column, target in enumerate(possible):
         threshold = _after(impostors, int(target * negatives * (1 + 1e-12)))
         low, high = np.quantile(thresholds[:, column], [(1 - confidence) / 2, (1 + confidence) / 2])
         results["thresholds"][f"{target:.0e}"] = _entry(threshold, float(low), float(high), genuine)
@@ -111,19 +111,15 @@ def _entry(threshold: float, low: float, high: float, genuine: np.ndarray) -> di
 def _head(
     impostors: np.ndarray, genuine: np.ndarray, targets: tuple[float, ...], method: str, confidence: float
 ) -> dict[str, Any]:
-    resolved = _resolved(targets, len(impostors))
+    possible = resolved(targets, len(impostors))
     return {
         "method": method,
         "confidence": confidence,
         "impostor_pairs": len(impostors),
         "genuine_pairs": len(genuine),
         "thresholds": {},
-        "unresolved": [f"{target:.0e}" for target in targets if target not in resolved],
+        "unresolved": [f"{target:.0e}" for target in targets if target not in possible],
     }
-
-
-def _resolved(targets: tuple[float, ...], impostors: int) -> list[float]:
-    return [target for target in targets if target * impostors >= 1]
 
 
 def pairs_needed(target: float) -> int:
@@ -134,7 +130,7 @@ def pairs_needed(target: float) -> int:
 def _check(impostors: int, genuine: np.ndarray, targets: tuple[float, ...]) -> None:
     if not impostors or not len(genuine):
         raise UserError("calibration needs both genuine and impostor pairs")
-    if not _resolved(targets, impostors):
+    if not resolved(targets, impostors):
         needed = ", ".join(f"{target:.0e} needs {pairs_needed(target):,}" for target in targets)
         raise UserError(
             f"{impostors:,} impostor pairs are too few for a threshold: FMR {needed}; calibrate on a larger set"

@@ -81,6 +81,55 @@ def hardest(name: str, result: dict[str, Any], path: Path, image_size: int = 112
     return figure
 
 
+def groups(name: str, kind: str, found: dict[str, Any]) -> Figure:
+    """`kind` (`fmr` or `fnmr`) of each group with its interval, for every FMR of `found`, a result's `groups`."""
+    figure, axes = _axes(f"{name}: {kind.upper()} by group")
+    names = list(next(iter(found["at"].values()))["by_group"])
+    for number, (fmr, one) in enumerate(found["at"].items()):
+        rates = [one["by_group"][group] for group in names]
+        values = np.array([each[kind] for each in rates])
+        spans = np.abs(np.array([[each[f"{kind}_low"], each[f"{kind}_high"]] for each in rates]).T - values)
+        places = np.arange(len(names)) + 0.12 * (number - (len(found["at"]) - 1) / 2)
+        color = _COLORS[number % len(_COLORS)]
+        axes.errorbar(places, values, yerr=spans, fmt="o", color=color, capsize=3, label=f"at FMR {fmr}")
+    axes.set_yscale("symlog", linthresh=1e-5)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(np.arange(len(names)), names)
+    axes.set_ylabel(f"{kind.upper()}, {100 * found['confidence']:.0f}% interval")
+    axes.legend(frameon=False)
+    return figure
+
+
+def of_groups(name: str, result: dict[str, Any]) -> dict[str, Figure]:
+    """Plots of a result's error rates by group, by file name; empty if it has none."""
+    found = result.get("groups") or {"at": {}}
+    return {f"{name}_groups_{kind}": groups(name, kind, found) for kind in ("fmr", "fnmr") if found["at"]}
+
+
+def of_discard(name: str, result: dict[str, Any]) -> dict[str, Figure]:
+    """The plot of a result's error against discarded share, by file name; empty if it has none."""
+    found = result.get("error_versus_discard") or {"at": {}}
+    return {f"{name}_discard": discard(name, found)} if found["at"] else {}
+
+
+def discard(name: str, found: dict[str, Any]) -> Figure:
+    """FNMR over the discarded share, for every FMR of `found`, a result's `error_versus_discard`."""
+    figure, axes = _axes(f"{name}: error against discarded share, by {found['quality']}")
+    for number, (fmr, curve) in enumerate(found["at"].items()):
+        color = _COLORS[number % len(_COLORS)]
+        axes.step(found["discarded"], curve["fnmr"], where="post", color=color, label=f"at FMR {fmr}")
+        start = curve["fnmr"][0]
+        best = [max(0.0, (start - share) / (1 - share)) for share in found["discarded"]]
+        axes.plot(found["discarded"], best, color=color, linewidth=0.8, linestyle=(0, (2, 3)))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("genuine comparisons discarded (dotted: as if every error were known)")
+    axes.set_ylabel("FNMR of the rest")
+    axes.legend(frameon=False)
+    return figure
+
+
 def _axes(title: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()

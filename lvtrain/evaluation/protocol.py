@@ -7,6 +7,7 @@ options, how it runs, and what tables and plots show.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +31,14 @@ class Flip(Options):
     """The option that most protocols share."""
 
     flip: bool = Field(True, description="add the embedding of the mirrored image")
+
+
+class Grouped(Options):
+    """The option of protocols that compare one to one."""
+
+    groups: Path | None = Field(
+        None, description="table of identities, templates or images and their group, for error rates by group"
+    )
 
 
 class Protocol(ABC):
@@ -65,8 +74,7 @@ class Protocol(ABC):
             UserError: the files cannot be read, or are too few for the protocol.
         """
 
-    @classmethod
-    def check(cls, paths: tuple[Path, ...]) -> None:
+    def check(self, paths: tuple[Path, ...]) -> None:
         """Refuses before training what `run` would refuse for its files.
 
         Raises:
@@ -105,6 +113,12 @@ class Task:
     kind: str
     paths: tuple[Path, ...]
     options: Options = field(default_factory=Options)
+
+
+def followed(rates: Mapping[str, float]) -> float:
+    """The rate at FAR 1e-4, or at the lowest FAR above it that is resolved; 0 if none is. `rates`: FAR as text -> rate."""
+    resolved = [far for far in rates if float(far) >= 0.99e-4]
+    return float(rates[min(resolved, key=float)]) if resolved else 0.0
 
 
 def percent(share: float) -> str:

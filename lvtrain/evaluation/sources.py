@@ -56,3 +56,16 @@ def labelled_images(path: str | Path) -> tuple[Images, np.ndarray]:
     files = sorted(path / str(image) for image, _ in found)
     number = {name: label for label, name in enumerate(sorted({str(identity) for _, identity in found}))}
     return files, np.array([number[file.relative_to(path).parts[0]] for file in files], dtype=np.int64)
+
+
+def identity_names(path: str | Path) -> list[str]:
+    """The names of the identities of a labelled set, by label.
+
+    Raises:
+        UserError: as `labelled_images`.
+    """
+    path = Path(path)
+    if path.suffix == ".json" or (path / "dataset.json").is_file():
+        dataset = ShardDataset(path)
+        return dataset.label_names() or [str(label) for label in range(dataset.num_classes)]
+    return sorted({str(entry.identity) for entry in walk_identities(path) if entry.path and not entry.reason})

@@ -7,6 +7,7 @@ recipe writes `name: path`, or `name: {protocol: …, path: …, and the protoco
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from lvtrain.errors import UserError
 from lvtrain.evaluation import extract
-from lvtrain.evaluation.protocol import PROTOCOLS, Setting, Task
+from lvtrain.evaluation.protocol import PROTOCOLS, Grouped, Setting, Task
 
 
 def create_task(name: str, path: str | Path, kind: str | None = None, options: Mapping[str, Any] | None = None) -> Task:
@@ -85,6 +86,33 @@ def evaluate(
                 raise
             refused[task.name] = str(error)
     return results
+
+
+def with_groups(tasks: Sequence[Task], words: Sequence[str]) -> list[Task]:
+    """The tasks with their table of groups. A word is `FILE`, for every 1:1 benchmark, or `NAME:FILE`, for one.
+
+    Raises:
+        UserError: a file that does not exist, a name of no benchmark, or a benchmark that does not compare one to one.
+    """
+    found = {task.name: task for task in tasks}
+    for word in words:
+        name, colon, file = word.partition(":")
+        chosen = [name] if colon and name in found else list(found)
+        path = Path(file if colon and name in found else word)
+        if not path.is_file():
+            raise UserError(
+                f"--groups {word}: {path} does not exist; give FILE or NAME:FILE with the NAME of a benchmark"
+            )
+        fitting = [one for one in chosen if isinstance(found[one].options, Grouped)]
+        if not fitting:
+            kinds = sorted(kind for kind, cls in PROTOCOLS.entries().items() if issubclass(cls.options_class, Grouped))
+            raise UserError(
+                f"--groups {word}: none of {', '.join(chosen)} is of a protocol with groups: {', '.join(kinds)}"
+            )
+        for one in fitting:
+            options = found[one].options.model_copy(update={"groups": path})
+            found[one] = replace(found[one], options=options)
+    return list(found.values())
 
 
 def run_benchmarks(

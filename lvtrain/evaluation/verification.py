@@ -10,6 +10,7 @@ FAR does not exceed the target.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,14 @@ def normalise(embeddings: np.ndarray) -> np.ndarray:
         raise diverged(int(bad.sum()), len(rows), "embeddings")
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
     return rows / np.where(norms == 0, 1.0, norms)[:, None]
+
+
+def unit_rows(embeddings: np.ndarray) -> np.ndarray:
+    """`normalise` as float32 [N, d], in blocks: no float64 copy of a large set is made."""
+    rows = np.empty(embeddings.shape, dtype=np.float32)
+    for start in range(0, len(rows), 65536):
+        rows[start : start + 65536] = normalise(embeddings[start : start + 65536])
+    return rows
 
 
 def diverged(bad: int, count: int, what: str) -> UserError:
@@ -100,11 +109,16 @@ def roc(cosines: np.ndarray, issame: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def tar_at_far(
     far: np.ndarray, tar: np.ndarray, targets: tuple[float, ...] = FAR_TARGETS, *, negatives: int
 ) -> dict[str, float]:
-    """The largest TAR with FAR <= target, for every target that `negatives` pairs can resolve (at least one false accept allowed)."""
-    resolved = [target for target in targets if target * negatives >= 1]
+    """The largest TAR with FAR <= target, for every target that `negatives` pairs can resolve."""
     return {
-        f"{target:.0e}": float(tar[np.searchsorted(far, target * (1 + 1e-12), side="right") - 1]) for target in resolved
+        f"{target:.0e}": float(tar[np.searchsorted(far, target * (1 + 1e-12), side="right") - 1])
+        for target in resolved(targets, negatives)
     }
+
+
+def resolved(targets: Sequence[float], count: int) -> list[float]:
+    """The targets of an error rate that `count` comparisons can resolve: those that allow at least one error. The others are left out of figures."""
+    return [target for target in targets if target * count * (1 + 1e-12) >= 1]
 
 
 def summary(

@@ -131,7 +131,7 @@ def check_benchmarks(recipe: Recipe) -> None:
     """
     for task in suite.recipe_tasks(recipe.evaluation.benchmarks):
         try:
-            PROTOCOLS.get(task.kind).check(task.paths)
+            PROTOCOLS.get(task.kind)(task.options).check(task.paths)
         except UserError as error:
             raise UserError(f"evaluation.benchmarks.{task.name}: {error}") from error
 

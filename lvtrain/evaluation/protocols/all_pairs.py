@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lvtrain.evaluation import allpairs, extract
-from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
-from lvtrain.evaluation.sources import is_labelled_set, labelled_images
+import numpy as np
+from matplotlib.figure import Figure
+
+from lvtrain.evaluation import allpairs, extract, plots, shown
+from lvtrain.evaluation.group_files import groups_of
+from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Grouped, Protocol, Result, Setting, followed, percent
+from lvtrain.evaluation.scores.discard import error_versus_discard, genuine_pairs
+from lvtrain.evaluation.scores.groups import of_identities
+from lvtrain.evaluation.sources import identity_names, is_labelled_set, labelled_images
+from lvtrain.evaluation.verification import unit_rows
+
+
+class AllPairsOptions(Flip, Grouped):
+    """Options of `protocol: all_pairs`."""
 
 
 @PROTOCOLS.register("all_pairs")
@@ -15,26 +26,52 @@ class AllPairs(Protocol):
 
     title = "all pairs"
     fallback = True
-    options_class = Flip
+    options_class = AllPairsOptions
 
     @classmethod
     def matches(cls, path: Path) -> bool:
         return is_labelled_set(path)
 
-    @classmethod
-    def check(cls, paths: tuple[Path, ...]) -> None:
+    def check(self, paths: tuple[Path, ...]) -> None:
         labelled_images(paths[0])
+        if self.options.groups:
+            _groups(paths[0], self.options.groups)
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
         images, labels = labelled_images(paths[0])
         embeddings = setting.embed(forward, images, mirror=self.options.flip)
-        return allpairs.all_pairs(embeddings, labels, device=setting.device, world=setting.world)
+        result = allpairs.all_pairs(embeddings, labels, device=setting.device, world=setting.world)
+        at = {far: found["threshold"] for far, found in result["tar_at_far"].items()}
+        rows, quality = unit_rows(embeddings), np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings))
+        genuine, lower = genuine_pairs(rows, labels, quality)
+        limits = {far: at[far] for far in at if float(far) <= 1.01e-2}
+        result["error_versus_discard"] = error_versus_discard(genuine, lower, limits)
+        if self.options.groups:
+            groups = _groups(paths[0], self.options.groups)
+            result["groups"] = of_identities(rows, labels, groups, at, device=setting.device, world=setting.world)
+        return result
 
     @classmethod
     def figure(cls, result: Result) -> float:
-        return float(next(iter(result["tar_at_far"].values()))["tar"])
+        return followed({far: found["tar"] for far, found in result["tar_at_far"].items()})
 
     @classmethod
     def headline(cls, result: Result) -> list[tuple[str, str]]:
         rates = result["tar_at_far"].items()
-        return [(f"TAR@FAR={far}", f"{percent(f['tar'])} at {f['threshold']:.4f}") for far, f in rates]
+        rows = [(f"TAR@FAR={far}", f"{percent(f['tar'])} at {f['threshold']:.4f}") for far, f in rates]
+        rows = rows or [("TAR@FAR", f"{result['negative_pairs']:,} impostor pairs resolve none")]
+        return [*rows, *shown.discard_lines(result), *shown.group_lines(result)]
+
+    @classmethod
+    def rows(cls, result: Result) -> list[dict[str, str]]:
+        return shown.group_rows(result)
+
+    @classmethod
+    def figures(cls, name: str, result: Result, paths: tuple[Path, ...], image_size: int) -> dict[str, Figure]:
+        return plots.of_discard(name, result) | plots.of_groups(name, result)
+
+
+def _groups(path: Path, table: Path) -> dict[int, str]:
+    """Label -> group, of the identities that have one."""
+    found = groups_of(table, "identity", identity_names(path))
+    return {label: group for label, group in enumerate(found) if group is not None}

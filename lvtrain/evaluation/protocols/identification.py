@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lvtrain.evaluation import extract, identification
+from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
+from lvtrain.evaluation.scores import identification
 from lvtrain.evaluation.sources import labelled_images
 
 
@@ -24,8 +25,7 @@ class Identification(Protocol):
     title = "identification"
     options_class = IdentificationOptions
 
-    @classmethod
-    def check(cls, paths: tuple[Path, ...]) -> None:
+    def check(self, paths: tuple[Path, ...]) -> None:
         labelled_images(paths[0])
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:

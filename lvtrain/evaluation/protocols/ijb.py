@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from pydantic import Field
 
-from lvtrain.evaluation import extract, ijb
-from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
+from lvtrain.evaluation import extract, plots, shown
+from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Grouped, Protocol, Result, Setting, followed, percent
+from lvtrain.evaluation.sets import ijb
 
 
-class IjbOptions(Flip):
+class IjbOptions(Flip, Grouped):
     """Options of `protocol: ijb`."""
 
     detector_scores: bool = Field(True, description="weight each face by its detector score")
@@ -27,13 +29,29 @@ class Ijb(Protocol):
     def matches(cls, path: Path) -> bool:
         return (path / "meta").is_dir()
 
+    def check(self, paths: tuple[Path, ...]) -> None:
+        release = ijb.read_release(paths[0])
+        if self.options.groups:
+            ijb.groups_of_templates(release, self.options.groups)
+
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
         return ijb.run(forward, paths[0], setting, **self.options.model_dump())
 
     @classmethod
     def figure(cls, result: Result) -> float:
-        return float(next(iter(result["nearest"].values())))
+        return followed(result["nearest"])
 
     @classmethod
     def headline(cls, result: Result) -> list[tuple[str, str]]:
-        return [(f"TAR@FAR={far}", percent(tar)) for far, tar in result["nearest"].items()]
+        rows = [(f"TAR@FAR={far}", percent(tar)) for far, tar in result["nearest"].items()]
+        impostors = result["pairs"] - result["positive_pairs"]
+        rows = rows or [("TAR@FAR", f"{impostors:,} impostor pairs resolve none")]
+        return [*rows, *shown.group_lines(result)]
+
+    @classmethod
+    def rows(cls, result: Result) -> list[dict[str, str]]:
+        return shown.group_rows(result)
+
+    @classmethod
+    def figures(cls, name: str, result: Result, paths: tuple[Path, ...], image_size: int) -> dict[str, Figure]:
+        return plots.of_groups(name, result)

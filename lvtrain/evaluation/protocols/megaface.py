@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lvtrain.evaluation import extract, megaface
+from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
+from lvtrain.evaluation.sets import megaface
 from lvtrain.evaluation.sources import labelled_images
 
 

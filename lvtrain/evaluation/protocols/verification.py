@@ -6,8 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lvtrain.evaluation import benchmarks, bins, extract, plots
-from lvtrain.evaluation.protocol import PROTOCOLS, Protocol, Result, Setting, percent
+from lvtrain.evaluation import benchmarks, bins, extract, plots, shown
+from lvtrain.evaluation.protocol import PROTOCOLS, Grouped, Protocol, Result, Setting, percent
 
 
 @PROTOCOLS.register("verification")
@@ -15,6 +15,7 @@ class Verification(Protocol):
     """Pair verification on a `.bin` set (LFW, CFP-FP, AgeDB-30 and others), ten folds."""
 
     title = "verification"
+    options_class = Grouped
     fallback = True
     has_own_part = True  # curves, histogram, faces
 
@@ -23,11 +24,12 @@ class Verification(Protocol):
         return path.is_file() and path.suffix != ".json"
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
-        return benchmarks.verify_set(forward, paths[0], setting)
+        return benchmarks.verify_set(forward, paths[0], setting, groups=self.options.groups)
 
-    @classmethod
-    def check(cls, paths: tuple[Path, ...]) -> None:
-        bins.read_bin(paths[0])
+    def check(self, paths: tuple[Path, ...]) -> None:
+        images, _ = bins.read_bin(paths[0])
+        if self.options.groups:
+            benchmarks.groups_of_images(len(images), self.options.groups)
 
     @classmethod
     def figure(cls, result: Result) -> float:
@@ -37,11 +39,18 @@ class Verification(Protocol):
     def headline(cls, result: Result) -> list[tuple[str, str]]:
         rows = [("accuracy", f"{percent(result['accuracy'])} ± {100 * result['std']:.2f}")]
         rows += [(f"TAR@FAR={far}", percent(tar)) for far, tar in result["tar_at_far"].items() if float(far) <= 1e-2]
-        return [*rows, ("cosine threshold", f"{result['cosine_threshold']:.3f}"), ("norm", f"{result['xnorm']:.2f}")]
+        rows += [("cosine threshold", f"{result['cosine_threshold']:.3f}"), ("norm", f"{result['xnorm']:.2f}")]
+        return [*rows, *shown.discard_lines(result), *shown.group_lines(result)]
+
+    @classmethod
+    def rows(cls, result: Result) -> list[dict[str, str]]:
+        return shown.group_rows(result)
 
     @classmethod
     def figures(cls, name: str, result: Result, paths: tuple[Path, ...], image_size: int) -> dict[str, Figure]:
         return {
             f"{name}_cosines": plots.cosines(name, result),
             f"{name}_hardest": plots.hardest(name, result, paths[0], image_size),
+            **plots.of_discard(name, result),
+            **plots.of_groups(name, result),
         }

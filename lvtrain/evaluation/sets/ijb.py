@@ -20,6 +20,8 @@ from sklearn.metrics import roc_curve
 
 from lvtrain.errors import UserError
 from lvtrain.evaluation import extract, verification
+from lvtrain.evaluation.group_files import groups_of
+from lvtrain.evaluation.scores.groups import Pairs, of_pairs
 
 TARGETS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # rows of `*_face_tid_mid.txt`, a number on which our sources agree
@@ -28,8 +30,8 @@ _BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
-class Release:
-    """One release's meta files; arrays over faces [F] or over pairs [P]."""
+class Faces:
+    """The faces of a release; arrays over faces [F]. `points` are [F, 5, 2] pixels, `scores` the detector's."""
 
     name: str
     crops: Path
@@ -38,20 +40,31 @@ class Release:
     media: np.ndarray
     points: np.ndarray
     scores: np.ndarray
+
+    def unit_templates(self, features: np.ndarray, *, detector_scores: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """`template_features` of the features of all faces [F, d] (unnormalised)."""
+        weights = self.scores if detector_scores else np.ones(len(self.files))
+        return template_features(features, self.templates, self.media, weights)
+
+
+@dataclass(frozen=True)
+class Release(Faces):
+    """The 1:1 protocol: faces, and template ids and labels of pairs [P]."""
+
     first: np.ndarray
     second: np.ndarray
     issame: np.ndarray
 
 
-def read_release(folder: str | Path, *, complete: bool = True) -> Release:
-    """Reads `meta/<name>_face_tid_mid.txt`, `<name>_template_pair_label.txt` and `<name>_name_5pts_score.txt`; crops lie in `loose_crop/`.
+def read_faces(folder: str | Path, *, complete: bool = True) -> Faces:
+    """Reads `meta/<name>_face_tid_mid.txt` and `<name>_name_5pts_score.txt`; crops lie in `loose_crop/`.
 
     Args:
         folder: the release's folder.
         complete: also refuse IJB-B or IJB-C meta files that have not the release's number of faces.
 
     Raises:
-        UserError: a file missing or cut short, rows of the two face files in different order, a pair of an unknown template, a missing crop.
+        UserError: a file missing or cut short, rows of the two files in different order.
     """
     folder = Path(folder)
     meta = folder / "meta"
@@ -77,31 +90,39 @@ def read_release(folder: str | Path, *, complete: bool = True) -> Release:
             )
     points, scores = _points(landmarks, meta / f"{name}_name_5pts_score.txt")
     templates, media = _integers(faces, 1, found[0]), _integers(faces, 2, found[0])
-    pair_file = meta / f"{name}_template_pair_label.txt"
+    return Faces(name, folder / "loose_crop", files, templates, media, points, scores)
+
+
+def read_release(folder: str | Path, *, complete: bool = True) -> Release:
+    """`read_faces` and the pairs of `meta/<name>_template_pair_label.txt`.
+
+    Raises:
+        UserError: as `read_faces`, or a pair of an unknown template.
+    """
+    faces = read_faces(folder, complete=complete)
+    pair_file = Path(folder) / "meta" / f"{faces.name}_template_pair_label.txt"
     pairs = _pairs(pair_file)
-    unknown = np.setdiff1d(pairs[:, :2], templates)
+    check_known(faces, pairs[:, :2], pair_file)
+    return Release(**vars(faces), first=pairs[:, 0], second=pairs[:, 1], issame=pairs[:, 2].astype(bool))
+
+
+def check_known(faces: Faces, templates: np.ndarray, path: Path) -> None:
+    """Refuses a file that names templates without faces.
+
+    Raises:
+        UserError: there is one.
+    """
+    unknown = np.setdiff1d(templates, faces.templates)
     if len(unknown):
         raise UserError(
-            f"{pair_file} names template {unknown[0]}, of which {found[0].name} has no face; the files do not belong together"
+            f"{path} names template {unknown[0]}, of which {faces.name}_face_tid_mid.txt has no face; the files do not belong together"
         )
-    return Release(
-        name=name,
-        crops=folder / "loose_crop",
-        files=files,
-        templates=templates,
-        media=media,
-        points=points,
-        scores=scores,
-        first=pairs[:, 0],
-        second=pairs[:, 1],
-        issame=pairs[:, 2].astype(bool),
-    )
 
 
 class AlignedCrops:
     """The release's faces, aligned on demand: a sequence of uint8 RGB [112, 112, 3]."""
 
-    def __init__(self, release: Release, image_size: int = 112) -> None:
+    def __init__(self, release: Faces, image_size: int = 112) -> None:
         # OpenCV is an optional dependency, and only this protocol warps
         from lvtrain.data import align
 
@@ -124,36 +145,56 @@ def run(
     flip: bool = True,
     detector_scores: bool = True,
     complete: bool = True,
+    groups: Path | None = None,
 ) -> dict[str, Any]:
     """Embeds a release on all ranks and scores its pairs. A collective.
 
-    Returns the values of `score_pairs` and the settings.
+    Returns the values of `score_pairs` and the settings. `groups`: the table template,group.
     """
     release = read_release(folder, complete=complete)
     crops = AlignedCrops(release, setting.image_size)
     features = setting.embed(forward, crops, mirror=flip)
-    result = score_pairs(release, features, detector_scores=detector_scores)
+    result = score_pairs(release, features, detector_scores=detector_scores, groups=groups)
     return {**result, "release": release.name, "flip": flip, "detector_scores": detector_scores}
 
 
-def score_pairs(release: Release, features: np.ndarray, *, detector_scores: bool = True) -> dict[str, Any]:
+def score_pairs(
+    release: Release, features: np.ndarray, *, detector_scores: bool = True, groups: Path | None = None
+) -> dict[str, Any]:
     """JSON values of the 1:1 protocol from the features of all faces [F, d] (unnormalised)."""
-    weights = release.scores if detector_scores else np.ones(len(release.files))
-    names, templates = template_features(features, release.templates, release.media, weights)
-    cosines = pair_cosines(templates, np.searchsorted(names, release.first), np.searchsorted(names, release.second))
+    names, templates = release.unit_templates(features, detector_scores=detector_scores)
+    first, second = np.searchsorted(names, release.first), np.searchsorted(names, release.second)
+    cosines = pair_cosines(templates, first, second)
     far, tar, _ = verification.roc(cosines, release.issame)
     # the field's table reads the curve as scikit-learn thins it by default
     thin_far, thin_tar, _ = roc_curve(release.issame, cosines)
     negatives = int((~release.issame).sum())
     kept = verification.thin(far, 400)
+    by_group: dict[str, Any] = {}
+    if groups is not None:
+        pairs = Pairs(cosines, release.issame, first, second)
+        by_group["groups"] = of_pairs(pairs, groups_of_templates(release, groups), pairs.identities())
     return {
+        **by_group,
         "templates": len(names),
         "pairs": len(release.issame),
         "positive_pairs": int(release.issame.sum()),
         "tar_at_far": verification.tar_at_far(far, tar, TARGETS, negatives=negatives),
-        "nearest": {f"{target:.0e}": nearest_tar(thin_far, thin_tar, target) for target in TARGETS},
+        "nearest": {
+            f"{target:.0e}": nearest_tar(thin_far, thin_tar, target)
+            for target in verification.resolved(TARGETS, negatives)
+        },
         "roc": {"far": far[kept].tolist(), "tar": tar[kept].tolist()},
     }
+
+
+def groups_of_templates(faces: Faces, path: Path) -> np.ndarray:
+    """The group of every template, ascending, object [T], from a table template,group.
+
+    Raises:
+        UserError: as `group_files.groups_of`.
+    """
+    return groups_of(path, "template", [str(template) for template in np.unique(faces.templates)])
 
 
 def nearest_tar(far: np.ndarray, tar: np.ndarray, target: float) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lvtrain.errors import UserError
-from lvtrain.evaluation.verification import normalise
+from lvtrain.evaluation.verification import normalise, resolved
 from lvtrain.files.reading import find
 
 RANKS = (1, 10)
@@ -94,8 +94,8 @@ def score(
     keep = max(RANKS)
     # false accepts are the highest of P x D negatives: keep enough of each probe's best, and of all, to find every target's threshold
     negatives = len(rows) * len(distractors)
-    resolved = [target for target in TARGETS if target * negatives >= 1]
-    wanted = int(max(resolved, default=0) * negatives) + 1
+    possible = resolved(TARGETS, negatives)
+    wanted = int(max(possible, default=0) * negatives) + 1
     best = torch.full((len(rows), keep), -2.0, device=device)
     highest = torch.empty(0, device=device)
     for start in range(0, len(distractors), tile):
@@ -122,7 +122,7 @@ def score(
         "distractors": len(distractors),
         "pairs": len(first),
         "identification": {f"rank_{rank}": float((better < rank).double().mean()) for rank in RANKS},
-        "tar_at_far": {f"{target:.0e}": _tar(pair_scores, highest, target * negatives) for target in resolved},
+        "tar_at_far": {f"{target:.0e}": _tar(pair_scores, highest, target * negatives) for target in possible},
     }
 
 

@@ -1,0 +1,1 @@
+"""What scores say: figures from embeddings, cosines and labels, without files or networks."""

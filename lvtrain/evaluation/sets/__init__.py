@@ -1,0 +1,1 @@
+"""Published benchmarks as they are distributed: one file reads each layout."""

@@ -1,0 +1,90 @@
+"""Every protocol runs during training, on two ranks, and the report shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lvtrain.data.shards import ShardDataset
+from lvtrain.evaluation import suite
+from lvtrain.evaluation.protocol import PROTOCOLS
+from lvtrain.report import write_report
+from tests.runs import events, output, recipe_file, run
+from tests.test_evaluation_ijb_galleries import make_galleries
+from tests.test_evaluation_tinyface import make_tinyface
+
+
+def folder_of(faces: ShardDataset, folder: Path, identities: range) -> Path:
+    for sample in range(len(faces)):
+        data, label = faces.read(sample)
+        if label in identities:
+            place = folder / f"p{label}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{sample}.jpg").write_bytes(data)
+    return folder
+
+
+def benchmarks(tiny_faces: Path, folder: Path) -> dict[str, Any]:
+    faces = ShardDataset(tiny_faces / "train")
+    names = faces.label_names()
+    (folder / "identities.csv").write_text(
+        "\n".join(["identity,group", *(f"{name},{'ab'[i % 2]}" for i, name in enumerate(names))])
+    )
+    (folder / "images.csv").write_text("\n".join(["image,group", *(f"{i},{'ab'[i // 4 % 2]}" for i in range(400))]))
+    probes, distractors = (
+        folder_of(faces, folder / name, part) for name, part in (("probes", range(6)), ("others", range(6, 9)))
+    )
+    ijb = make_galleries(folder / "ijb", templates=24, subjects=6)
+    train = str(tiny_faces / "train")
+    return {
+        "pairs": {"path": str(tiny_faces / "heldout.bin"), "groups": str(folder / "images.csv")},
+        "all": {"protocol": "all_pairs", "path": train, "groups": str(folder / "identities.csv")},
+        "search": {"protocol": "identification", "path": str(probes), "enrolled": 2},
+        "clusters": {"protocol": "clustering", "path": str(probes)},
+        "thresholds": {"protocol": "calibration", "path": train},
+        "mega": {"protocol": "megaface", "path": f"{probes},{distractors}"},
+        "templates": str(ijb),
+        "galleries": {"protocol": "ijb_identification", "path": str(ijb)},
+        "tiny": {"path": str(make_tinyface(folder / "tinyface")), "flip": False},
+    }
+
+
+def test_every_protocol_runs_during_training(tiny_faces: Path, tmp_path: Path) -> None:
+    wanted = benchmarks(tiny_faces, tmp_path)
+    kinds = {task.name: task.kind for task in suite.recipe_tasks(wanted)}
+    assert sorted(kinds.values()) == sorted(PROTOCOLS.names()), "a new protocol belongs here too"
+    recipe = recipe_file(
+        tmp_path,
+        tiny_faces / "train",
+        phases=[{"name": "only", "global_batch": 16, "micro_batches": 4}],
+        schedule={"total": "1 steps", "warmup": "0 steps"},
+        evaluation={"benchmarks": wanted},
+    )
+    assert run(recipe, ranks=2) == 0, output(recipe)
+    folder = tmp_path / "runs" / "tiny"
+    for moment in ("before", "final"):
+        results = json.loads((folder / "evaluation" / f"{moment}.json").read_text())["benchmarks"]
+        assert {name: result["kind"] for name, result in results.items()} == kinds
+        for name, result in results.items():
+            assert 0 <= suite.figure(result) <= 1, name
+            assert suite.headline(result), name
+        for name in ("pairs", "all"):
+            assert set(results[name]["groups"]["at"]) == set(results[name]["tar_at_far"])
+    (last,) = [event for event in events(folder, "evaluation") if event["name"] == "final"]
+    assert last["figures"].keys() == wanted.keys()
+    text = write_report(folder).read_text()
+    for name in ("galleries", "tiny", "search", "mega", "templates"):
+        assert name in text
+    assert "IJB 1:N" in text and "TinyFace" in text and "rank 5" in text
+
+
+def test_a_damaged_benchmark_is_refused_before_training(tiny_faces: Path, tmp_path: Path) -> None:
+    wanted = benchmarks(tiny_faces, tmp_path)
+    (tmp_path / "ijb" / "meta" / "ijbtest_1N_probe_mixed.csv").unlink()
+    (tmp_path / "identities.csv").write_text("identity,group\nnobody,a\n")
+    for name, words in {"galleries": "1N_probe_mixed.csv", "all": "none of its 1 names"}.items():
+        recipe = recipe_file(tmp_path / name, tiny_faces / "train", evaluation={"benchmarks": {name: wanted[name]}})
+        assert run(recipe) == 2
+        assert f"evaluation.benchmarks.{name}" in output(recipe) and words in output(recipe)
+        assert not (tmp_path / name / "runs" / "tiny" / "metrics.jsonl").exists()
