@@ -186,7 +186,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert min(shares["fmr ratio"], shares["fnmr ratio"], shares["fmr difference"]) >= 0.94, (
         shares
     )  # the true ratio is 1
-    assert shares["fmr if independent"] < 0.8, shares
+    assert shares["fmr if independent"] < 0.85, shares
 
 
 def test_rates_of_zero_keep_an_honest_interval() -> None:

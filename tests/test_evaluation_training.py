@@ -9,6 +9,7 @@ from typing import Any
 from lvtrain.data.shards import ShardDataset
 from lvtrain.evaluation import suite
 from lvtrain.evaluation.protocol import PROTOCOLS
+from lvtrain.export.model_card import Card, write_card
 from lvtrain.report import write_report
 from tests.runs import events, output, recipe_file, run
 from tests.test_evaluation_ijb_galleries import make_galleries
@@ -73,6 +74,10 @@ def test_every_protocol_runs_during_training(tiny_faces: Path, tmp_path: Path) -
             assert set(results[name]["groups"]["at"]) == set(results[name]["tar_at_far"])
     (last,) = [event for event in events(folder, "evaluation") if event["name"] == "final"]
     assert last["figures"].keys() == wanted.keys()
+    write_card(tmp_path / "card.md", Card("m", "vit_nano", 32, 1, "x", figures=results))
+    card = (tmp_path / "card.md").read_text()
+    for title in ("IJB 1:N", "TinyFace", "FNMR by group"):
+        assert title in card
     text = write_report(folder).read_text()
     for name in ("galleries", "tiny", "search", "mega", "templates"):
         assert name in text

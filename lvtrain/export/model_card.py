@@ -241,16 +241,31 @@ def _provenance(card: Card) -> list[str]:
 def _figures(card: Card) -> list[str]:
     if not card.figures:
         return ["none measured with these weights"]
-    lines = ["| benchmark | accuracy, % | TAR@FAR=1e-3, % | pairs |", "|---|---|---|---|"]
-    for name, figures in card.figures.items():
-        if "accuracy" not in figures:  # another protocol than verification
-            continue
+    verified = {name: figures for name, figures in card.figures.items() if "accuracy" in figures}
+    lines = ["| benchmark | accuracy, % | TAR@FAR=1e-3, % | pairs |", "|---|---|---|---|"] if verified else []
+    for name, figures in verified.items():
         tar = figures.get("tar_at_far", {}).get("1e-03")
         shown = f"{100 * tar:.2f}" if isinstance(tar, (int, float)) else ""
         lines.append(
             f"| {name} | {100 * figures['accuracy']:.2f} ± {100 * figures['std']:.2f} | {shown} | {figures['pairs']} |"
         )
-    return lines
+    return [*lines, *_further_figures(card)]
+
+
+def _further_figures(card: Card) -> list[str]:
+    """A table of the other protocols' figures, and of error rates by group."""
+    from lvtrain.evaluation import shown  # imports plotting libraries, which most cards do not need
+    from lvtrain.evaluation.protocol import PROTOCOLS
+
+    rows = []
+    for name, figures in card.figures.items():
+        kind = figures.get("kind", "verification")
+        if kind not in PROTOCOLS.names():
+            continue
+        found = shown.group_lines(figures) if kind == "verification" else PROTOCOLS.get(kind).headline(figures)
+        rows += [f"| {name} | {PROTOCOLS.get(kind).title} | {figure} | {value} |" for figure, value in found]
+    head = ["| benchmark | protocol | figure | value |", "|---|---|---|---|"]
+    return ["", *head, *rows] if rows else []
 
 
 def _thresholds(card: Card) -> list[str]:
