@@ -7,6 +7,8 @@ traceback only with `--debug`.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,11 @@ from contextlib import contextmanager
 EXIT_DONE = 0
 EXIT_ERROR = 2
 EXIT_STOPPED = 75  # stopped on request, with a checkpoint; the same command resumes (EX_TEMPFAIL of sysexits)
+LOST_RANK = "another rank is gone; its own line, or the log of its node, says why"
+# in the words of gloo, of torch's store and of NCCL
+_GONE = re.compile(
+    "closed by peer|reset by peer|Broken pipe|Connection was likely closed|remote process exited|Timed out waiting|Read timeout"
+)
 
 
 class UserError(Exception):
@@ -27,14 +34,36 @@ def error_line(error: Exception, where: object) -> str:
     )
 
 
+def is_lost_rank(error: BaseException | None) -> bool:
+    """Whether an error only means that another rank is gone."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and _GONE.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def quiet_torch() -> None:
+    """Keeps the stacks of torch's C++ log off the screen, where a rank is gone. Read when torch is imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 @contextmanager
 def one_line_errors(program: str, where: object = "a file", *, debug: bool = False) -> Iterator[None]:
     """Prints a UserError or OSError as `PROGRAM: error: LINE` on standard error and exits with `EXIT_ERROR`.
 
+    Where another rank is gone, the line says so, and the exit code is 1.
+
     `where` is named when an OSError names no file. With `debug` the error is raised, so its traceback is seen.
     """
+    quiet_torch()
     try:
         yield
+    except RuntimeError as error:
+        if debug or not is_lost_rank(error):
+            raise
+        print(f"{program}: error: {LOST_RANK}", file=sys.stderr)
+        raise SystemExit(1) from None
     except (UserError, OSError) as error:
         if debug:
             raise

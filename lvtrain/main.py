@@ -23,7 +23,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lvtrain import signals
-from lvtrain.errors import EXIT_DONE, EXIT_ERROR, UserError, error_line
+from lvtrain.errors import EXIT_DONE, EXIT_ERROR, LOST_RANK, UserError, error_line, is_lost_rank, quiet_torch
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -49,8 +49,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    # read when torch is imported: where a rank is gone, torch would print the stack of its C++ log beside our line
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    quiet_torch()
     signals.listen()  # a request to stop that comes while torch is imported must not kill the rank
     try:
         return _run(options)
@@ -63,11 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
         # a disk that fails may work again: a chain of jobs repeats code 1, as after a crash, and stops at EXIT_ERROR
         return EXIT_ERROR if isinstance(error, UserError) else 1
     except RuntimeError as error:
-        from lvtrain.distributed.world import is_lost_rank
-
         if options.debug or not is_lost_rank(error):
             raise
-        _print("another rank is gone; its own line, or the log of its node, says why")
+        _print(LOST_RANK)
         return 1
     finally:
         signals.restore()

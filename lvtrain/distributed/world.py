@@ -20,10 +20,6 @@ from lvtrain.distributed.gpu import check_usable, device_index
 from lvtrain.errors import UserError
 
 _store: Any = None
-# in the words of gloo, of torch's store and of NCCL
-_GONE = re.compile(
-    "closed by peer|reset by peer|Broken pipe|Connection was likely closed|remote process exited|Timed out waiting|Read timeout"
-)
 
 
 @dataclass(frozen=True)
@@ -175,15 +171,6 @@ def is_first_to_say(line: str, error: BaseException) -> bool:
         return bool(_store.add(f"said/{line}", 1) == 1)
     except RuntimeError:  # rank 0, who keeps the store, is gone
         return True
-
-
-def is_lost_rank(error: BaseException | None) -> bool:
-    """Whether an error only means that another rank is gone."""
-    while error is not None:
-        if isinstance(error, RuntimeError) and _GONE.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def stop() -> None:
