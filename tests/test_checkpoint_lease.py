@@ -48,7 +48,7 @@ def test_the_death_of_a_process_is_only_seen_in_its_own_container(tmp_path: Path
 
 def test_a_replaced_job_writes_no_row(tmp_path: Path) -> None:
     first = Lease(tmp_path)
-    written = Telemetry(TrackedRun(tmp_path, "run", {}), ALONE, lease=first)
+    written = Telemetry(TrackedRun(tmp_path, "run", {}), ALONE, fence=first)
     written.metrics({"step": 1})
     values = json.loads(first.path.read_text())
     first.path.write_text(json.dumps(values | {"token": "of the job that took over"}))

@@ -28,7 +28,7 @@ from lvtrain.checkpoint import files as files
 from lvtrain.checkpoint import plan as layout
 from lvtrain.checkpoint.commit import Commit, Committer, SaveJob
 from lvtrain.checkpoint.folder import INTACT, CheckpointFolder, CheckpointInfo, on_first
-from lvtrain.checkpoint.lease import Lease
+from lvtrain.checkpoint.lease import Fence
 from lvtrain.checkpoint.reader import Reader, Weights, open_weights
 from lvtrain.checkpoint.snapshot import Snapshot
 from lvtrain.checkpoint.state import State
@@ -56,7 +56,7 @@ class Checkpoints:
         run_id: of the run; a checkpoint of another run is refused.
         fingerprint: of the dataset; a checkpoint from another dataset is refused.
         background: return from `save` when the host has a copy.
-        lease: of the folder, held by the caller on rank 0.
+        lease: of the folder, held by the caller; rank 0 asks it.
 
     Raises:
         UserError: the folder cannot be written.
@@ -72,7 +72,7 @@ class Checkpoints:
         run_id: str,
         fingerprint: str,
         background: bool = True,
-        lease: Lease | None,
+        lease: Fence | None,
     ) -> None:
         if keep_last < 2:
             raise ValueError(f"keep_last must be at least 2, got {keep_last}: one may turn out damaged")

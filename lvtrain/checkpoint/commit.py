@@ -23,7 +23,7 @@ import torch.distributed as dist
 from lvtrain import faults
 from lvtrain.checkpoint import files as files
 from lvtrain.checkpoint import plan as layout
-from lvtrain.checkpoint.lease import Lease, Takeover
+from lvtrain.checkpoint.lease import Fence, Takeover
 from lvtrain.distributed.world import World
 from lvtrain.files.atomic import sync_folder
 from lvtrain.files.patience import patiently
@@ -67,7 +67,7 @@ class Committer:
     """Writes and commits jobs in `folder`, under rank 0's `lease`. Construction is a collective."""
 
     def __init__(
-        self, folder: Path, world: World, lease: Lease | None, keep_last: int, keep_every_samples: int | None
+        self, folder: Path, world: World, lease: Fence | None, keep_last: int, keep_every_samples: int | None
     ) -> None:
         self.folder, self.world, self.lease = folder, world, lease
         self._keep_last, self._keep_every = keep_last, keep_every_samples
@@ -107,8 +107,8 @@ class Committer:
                         shutil.rmtree(job.temporary, ignore_errors=True)
                 except Exception as error:
                     failure = error
-                    if job.temporary.exists():
-                        shutil.rmtree(job.temporary, ignore_errors=True)
+                    # nothing here may raise: the other ranks wait for the vote
+                    shutil.rmtree(job.temporary, ignore_errors=True)
             failure = self._gather(failure)[0]
             self._point("save.after_commit", job)
         except Exception as error:

@@ -7,8 +7,8 @@ is dead, the second job takes over:
   earlier start of the same Slurm job;
 - otherwise, when the heartbeat has stood still long enough.
 
-Before a commit, and before a row of metrics or events, the holder checks that the lease still has its token. So a job that
-was frozen and replaced writes nothing. Ages are measured by the file system's clock only, so the nodes' clocks need not agree.
+Every rank has a `Fence`: before it writes into the run folder, it checks that the lease still has its job's token. So a job
+that was frozen and replaced writes nothing. Ages are measured by the file system's clock only, so the nodes' clocks need not agree.
 """
 
 from __future__ import annotations
@@ -43,7 +43,33 @@ class Takeover(FolderInUse):
     """Another job has taken the run folder over."""
 
 
-class Lease:
+class Fence:
+    """Says whether the job of `token` still holds the folder; for every rank, before it writes there."""
+
+    def __init__(self, folder: Path, token: str) -> None:
+        self.path, self.token = folder / NAME, token
+
+    def check(self) -> None:
+        """Checks that this job still holds the lease.
+
+        Raises:
+            Takeover: another job holds it, or no job does.
+        """
+        holder = _read(self.path)
+        if holder is None or holder["token"] != self.token:
+            who = "nobody" if holder is None else _describe(holder)
+            raise Takeover(f"{self.path.parent} was taken over by {who}; this job stops without writing")
+
+    def is_open(self) -> bool:
+        """Whether this job may write. False, too, while the file system fails."""
+        try:
+            self.check()
+        except (Takeover, OSError):
+            return False
+        return True
+
+
+class Lease(Fence):
     """Held from construction to `release`.
 
     Raises:
@@ -58,23 +84,11 @@ class Lease:
         stale_after: float = 30.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.path = folder / NAME
-        self.token = uuid.uuid4().hex
+        super().__init__(folder, uuid.uuid4().hex)
         self._stop = threading.Event()
         self._acquire(stale_after, sleep)
         self._beat = threading.Thread(target=self._keep_alive, args=(heartbeat,), name="lease", daemon=True)
         self._beat.start()
-
-    def check(self) -> None:
-        """Checks that this job still holds the lease.
-
-        Raises:
-            Takeover: another job holds it, or no job does.
-        """
-        holder = _read(self.path)
-        if holder is None or holder["token"] != self.token:
-            who = "nobody" if holder is None else _describe(holder)
-            raise Takeover(f"{self.path.parent} was taken over by {who}; this job stops without writing")
 
     def release(self) -> None:
         self._stop.set()
@@ -121,11 +135,11 @@ class Lease:
 
 
 @contextmanager
-def hold(folder: Path, world: World) -> Iterator[Lease | None]:
+def hold(folder: Path, world: World) -> Iterator[Fence]:
     """Holds the folder's lease during a `with`. Makes the folder if it is missing. A collective.
 
     Yields:
-        The lease on rank 0, None elsewhere.
+        The fence of this job. Rank 0's is the lease.
 
     Raises:
         FolderInUse: another job works in the folder. Nothing in it has changed.
@@ -133,7 +147,7 @@ def hold(folder: Path, world: World) -> Iterator[Lease | None]:
     """
     mine: Lease | None = None
 
-    def take() -> None:
+    def take() -> str:
         nonlocal mine
         try:
             patiently(folder.mkdir, parents=True, exist_ok=True)
@@ -142,10 +156,11 @@ def hold(folder: Path, world: World) -> Iterator[Lease | None]:
         mine = Lease(folder)
         with contextlib.suppress(OSError):
             clear(folder)
+        return mine.token
 
-    worlds.on_first(take)
+    token = worlds.on_first(take)
     try:
-        yield mine
+        yield mine or Fence(folder, token)
     finally:
         if mine is not None:
             mine.release()

@@ -7,6 +7,8 @@ The training thread calls `beat`, which only sets an attribute. A watchdog threa
 * at the timeout it writes them again and ends the process. The launcher then ends the other ranks, which wait for this
   one in a collective.
 
+A rank whose job was replaced while it was frozen leaves the files to the job that took over (`Fence`).
+
 The log of the rank that is furthest behind has the reason. A C call that never releases Python's interpreter lock stops
 the watchdog too; the timer of `faulthandler`, which needs no lock, then ends the process a little later.
 """
@@ -23,9 +25,12 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lvtrain.files.patience import patiently
+
+if TYPE_CHECKING:  # this file needs only the standard library: `slurm_status.py` reads heartbeats outside the container
+    from lvtrain.checkpoint.lease import Fence
 
 EXIT_HUNG = 70
 
@@ -47,9 +52,15 @@ class Heartbeat:
     """The heartbeat of one rank, from `with heartbeat:` on; `heartbeat.beat(step, "data")` at each part of a step."""
 
     def __init__(
-        self, run_folder: Path, rank: int, timeout_seconds: float = 1800.0, *, interval_seconds: float = 5.0
+        self,
+        run_folder: Path,
+        rank: int,
+        timeout_seconds: float = 1800.0,
+        *,
+        interval_seconds: float = 5.0,
+        fence: Fence | None = None,
     ) -> None:
-        self.rank, self.timeout = rank, timeout_seconds
+        self.rank, self.timeout, self._fence = rank, timeout_seconds, fence
         self.interval = min(interval_seconds, timeout_seconds / 8)
         self.folder = Path(run_folder) / "heartbeat"
         self.log = Path(run_folder) / "logs" / f"stacks_rank_{rank:05d}.log"
@@ -79,6 +90,8 @@ class Heartbeat:
         faulthandler.cancel_dump_traceback_later()
         with contextlib.suppress(OSError):  # a file that stays there does no harm
             self._stacks.close()
+            if not self._may_write():
+                return
             if self.log.stat().st_size == 0:
                 self.log.unlink()
             (self.folder / _file_name(self.rank)).unlink(missing_ok=True)
@@ -113,7 +126,12 @@ class Heartbeat:
         self._stacks.flush()
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
 
+    def _may_write(self) -> bool:
+        return self._fence is None or self._fence.is_open()
+
     def _write(self) -> None:
+        if not self._may_write():
+            return
         step, doing, _, since = self._last
         beat = Beat(self.rank, socket.gethostname(), os.getpid(), step, doing, since, time.time())
         target = self.folder / _file_name(self.rank)

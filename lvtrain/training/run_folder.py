@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lvtrain.checkpoint.lease import ELSEWHERE
+from lvtrain.checkpoint.lease import ELSEWHERE, Fence
 from lvtrain.checkpoint.reader import newest_summary
 from lvtrain.classifier import sampling
 from lvtrain.data import ShardDataset
@@ -75,7 +75,9 @@ class RunFolder:
     surroundings: list[str]
 
 
-def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World, *, facts: dict[str, Any]) -> RunFolder:
+def open_folder(
+    recipe: Recipe, ds_config: dict[str, Any], world: World, *, facts: dict[str, Any], fence: Fence | None = None
+) -> RunFolder:
     """Makes or reopens the run folder. A collective.
 
     Args:
@@ -84,16 +86,22 @@ def open_folder(recipe: Recipe, ds_config: dict[str, Any], world: World, *, fact
         world: this process among the ranks.
         facts: added to `environment.json`: the classifier's kernel and the licence of the data, because the data may
             be gone when the model card is written.
+        fence: of the folder; asked before anything is written.
 
     Raises:
         UserError: the folder holds a run that has trained with another recipe, or cannot be written.
     """
     folder = recipe.run_folder
-    return RunFolder(folder, *worlds.on_first(lambda: _open(folder, recipe, ds_config, world, facts)))
+    return RunFolder(folder, *worlds.on_first(lambda: _open(folder, recipe, ds_config, world, facts, fence)))
 
 
 def _open(
-    folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World, facts: dict[str, Any]
+    folder: Path,
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    world: World,
+    facts: dict[str, Any],
+    fence: Fence | None,
 ) -> tuple[str, int, list[str], list[str]]:
     try:
         patiently(folder.mkdir, parents=True, exist_ok=True)
@@ -102,6 +110,8 @@ def _open(
         identity["attempt"] += 1
         now = environment(world) | facts
         surroundings = _surroundings(folder, now) if identity["attempt"] > 1 else []
+        if fence is not None:
+            fence.check()
         atomic.write_text(folder / RECIPE, recipes.dump(recipe))
         atomic.write_json(folder / "ds_config.json", ds_config, indent=2)
         atomic.write_json(folder / ENVIRONMENT, now, indent=2)
@@ -125,7 +135,7 @@ def _surroundings(folder: Path, now: dict[str, Any]) -> list[str]:
     ]
 
 
-def keep_provenance(folder: Path, recipe: Recipe, dataset: ShardDataset) -> None:
+def keep_provenance(folder: Path, recipe: Recipe, dataset: ShardDataset, fence: Fence | None = None) -> None:
     """Writes `provenance.json` into an opened run folder. A collective.
 
     A run that has trained keeps what its first start wrote, because the weights that it began from may be gone.
@@ -133,15 +143,18 @@ def keep_provenance(folder: Path, recipe: Recipe, dataset: ShardDataset) -> None
     Raises:
         UserError: the folder cannot be written.
     """
-    worlds.on_first(lambda: _keep(folder, recipe, dataset))
+    worlds.on_first(lambda: _keep(folder, recipe, dataset, fence))
 
 
-def _keep(folder: Path, recipe: Recipe, dataset: ShardDataset) -> None:
+def _keep(folder: Path, recipe: Recipe, dataset: ShardDataset, fence: Fence | None) -> None:
     try:
         if has_trained(folder) and patiently((folder / PROVENANCE).exists):
             return
         environment = json.loads(patiently((folder / "environment.json").read_text))
-        atomic.write_json(folder / PROVENANCE, collect(recipe, dataset, environment).as_json(), indent=2)
+        found = collect(recipe, dataset, environment).as_json()
+        if fence is not None:
+            fence.check()
+        atomic.write_json(folder / PROVENANCE, found, indent=2)
     except OSError as error:
         raise in_words(error, folder, ELSEWHERE, users=FORBIDDEN) from error
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lvtrain import signals
-from lvtrain.checkpoint.lease import Lease
+from lvtrain.checkpoint.lease import Fence
 from lvtrain.distributed.world import World
 from lvtrain.evaluation import suite
 from lvtrain.files import atomic
@@ -27,16 +27,16 @@ class Telemetry:
         run: what trackers are given.
         world: this process among the ranks.
         trackers: sections of the recipe.
-        lease: of the run folder. A job that was suspended and replaced writes nothing when it continues.
+        fence: of the run folder. A job that was suspended and replaced writes nothing when it continues.
 
     Raises:
         FolderInUse: by every method that writes a file: another job now holds the folder.
     """
 
     def __init__(
-        self, run: TrackedRun, world: World, trackers: Sequence[TrackerSection] = (), lease: Lease | None = None
+        self, run: TrackedRun, world: World, trackers: Sequence[TrackerSection] = (), fence: Fence | None = None
     ) -> None:
-        self.folder, self.world, self.active, self._lease = run.folder, world, world.is_first, lease
+        self.folder, self.world, self.active, self._fence = run.folder, world, world.is_first, fence
         self._trackers: dict[str, Tracker] = {}
         for section in trackers if self.active else ():
             try:
@@ -48,6 +48,7 @@ class Telemetry:
         """Resumes at `step`: rows of later steps are dropped, because they will be written again."""
         path = self.folder / "metrics.jsonl"
         if self.active and path.exists():
+            self.check_fence()
             rows = [row for row in _whole_lines(path) if row["step"] <= step]
             atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._track("begin", step)
@@ -76,7 +77,7 @@ class Telemetry:
             self.say(f"evaluation {name}  {benchmark}: {figure} {value}")
         if not self.active:
             return
-        self._check_lease()
+        self.check_fence()
         folder = self.folder / "evaluation"
         folder.mkdir(exist_ok=True)
         atomic.write_json(folder / f"{name}.json", results)
@@ -90,12 +91,17 @@ class Telemetry:
         """Prints what only this rank saw, such as a file system that fails on its node."""
         _print(f"warning: rank {self.world.rank}: {text}")
 
-    def _check_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.check()
+    def check_fence(self) -> None:
+        """Checks that this job still holds the run folder, before something is written there.
+
+        Raises:
+            FolderInUse: another job holds it.
+        """
+        if self._fence is not None:
+            self._fence.check()
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        self._check_lease()
+        self.check_fence()
         with open(self.folder / name, "ab+") as file:
             end = file.tell()
             file.seek(max(0, end - 1))

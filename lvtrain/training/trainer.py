@@ -23,7 +23,7 @@ import torch
 
 from lvtrain import faults, randomness
 from lvtrain.checkpoint.checkpoints import CheckpointInfo, Checkpoints
-from lvtrain.checkpoint.lease import FolderInUse, Lease, hold
+from lvtrain.checkpoint.lease import Fence, FolderInUse, hold
 from lvtrain.classifier.kernel import choose_kernel, failure
 from lvtrain.data import Batch, ShardDataset
 from lvtrain.data.epochs import EpochCount, counts, epoch_line, unfinished
@@ -77,8 +77,8 @@ def train(
         worlds.on_first(lambda: check_benchmarks(recipe))
         recipe = decide_micro_batches(recipe, ds_config, num_classes=dataset.num_classes, world=world)
         setup = Setup(recipe, ds_config, dataset, world)
-        with hold(recipe.run_folder, world) as lease:
-            outcome = Trainer(setup, lease, only_phase=only_phase, max_minutes=max_minutes).run()
+        with hold(recipe.run_folder, world) as fence:
+            outcome = Trainer(setup, fence, only_phase=only_phase, max_minutes=max_minutes).run()
         # srun would end rank 0 before it has written, if another rank left first with status 75
         worlds.barrier()
         return outcome
@@ -96,7 +96,7 @@ class Trainer:
     """
 
     def __init__(
-        self, setup: Setup, lease: Lease | None, *, only_phase: str | None = None, max_minutes: float | None = None
+        self, setup: Setup, fence: Fence, *, only_phase: str | None = None, max_minutes: float | None = None
     ) -> None:
         recipe, world, dataset = setup.recipe, setup.world, setup.dataset
         self.setup, self.recipe, self.world, self.only_phase = setup, recipe, world, only_phase
@@ -104,13 +104,13 @@ class Trainer:
         self.rate = learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=per_epoch)
         self.kernel = choose_kernel(recipe.classifier.numerics.kernel, world.device) if recipe.classifier else None
         facts = {"data_licence": dataset.manifest.licence, "classifier_kernel": self.kernel}
-        self.folder = open_folder(recipe, setup.ds_config, world, facts=facts)
-        keep_provenance(self.folder.path, recipe, dataset)
+        self.folder = open_folder(recipe, setup.ds_config, world, facts=facts, fence=fence)
+        keep_provenance(self.folder.path, recipe, dataset, fence)
         tracked = TrackedRun(self.folder.path, self.folder.run_id, recipe.model_dump(mode="json"))
-        self.telemetry = Telemetry(tracked, world, recipe.logging.trackers, lease)
+        self.telemetry = Telemetry(tracked, world, recipe.logging.trackers, fence)
         dataset.warn = self.telemetry.warn
         timeout = recipe.safety.collective_timeout
-        self.heartbeat = Heartbeat(self.folder.path, world.rank, timeout)
+        self.heartbeat = Heartbeat(self.folder.path, world.rank, timeout, fence=fence)
         self.stopping = Stopping(
             world, max_minutes * 60 if max_minutes else None, started=_STARTED, vote_timeout_seconds=timeout
         )
@@ -123,7 +123,7 @@ class Trainer:
             keep_every_samples=keep_every.samples(**per) if keep_every else None,
             run_id=self.folder.run_id,
             fingerprint=dataset.fingerprint,
-            lease=lease,
+            lease=fence,
         )
         self.opened: dict[str, dict[str, str]] = {}
 
@@ -139,6 +139,7 @@ class Trainer:
         except FolderInUse:  # another job took the folder over: its events and its outcome are that job's
             raise
         except UserError as error:
+            self.telemetry.check_fence()
             self.telemetry.event("error", reason=str(error))
             fatal = self._outcome("fatal", outcomes.committed_step(self.folder.path), self.only_phase, str(error))
             outcomes.write(self.folder.path, fatal)  # by any rank: rank 0 may be waiting in a collective
@@ -318,6 +319,8 @@ class Trainer:
         phase.method.discard_step()
         phase.note_nonfinite()
         position, figures = phase.position, {"loss": float(loss), "grad_norm": float(norm)}
+        if self.world.is_first:
+            self.telemetry.check_fence()
         noted, said = note_batch(self.folder.path, phase.loader, position.stream, outputs, phase.place() | figures)
         self._event(phase, "nonfinite", in_row=phase.nonfinite_in_row, **noted)
         if said:
@@ -493,6 +496,7 @@ class Trainer:
         then = f"python tools/report.py {folder} shows it" if done else "start the same command again to resume"
         self.telemetry.say(f"lvtrain: {verdict} at step {outcome.step}: {outcome.reason}; run folder {folder}; {then}")
         if self.world.is_first:
+            self.telemetry.check_fence()
             outcomes.write(folder, outcome)
 
     def _event(self, phase: PhaseState, event: str, **fields: Any) -> None:
