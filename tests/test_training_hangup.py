@@ -1,4 +1,4 @@
-"""Runs in a real terminal: what happens when it closes, when Ctrl-C is typed, and when the launcher is killed."""
+"""Runs in a real terminal: what happens when it closes, when Ctrl-C is typed, when the launcher is killed, and in a container."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import pty
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +26,9 @@ from tests.runs import free_port, metrics, recipe_file
 
 DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}"]
 TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2"]
+LAUNCHERS = pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
+CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc"]  # the program is process 1, as in a container
+STOP_SECONDS = 10  # what `docker stop` waits between SIGTERM and SIGKILL
 
 
 class Terminal:
@@ -60,7 +65,7 @@ def begin(tiny_faces: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]
     """Starts an endless run, and returns its terminal after three steps."""
     started: list[Terminal] = []
 
-    def start(launcher: list[str]) -> Terminal:
+    def start(launcher: list[str], around: Callable[[list[str]], list[str]] = list) -> Terminal:
         recipe = recipe_file(
             tmp_path,
             tiny_faces / "train",
@@ -70,7 +75,7 @@ def begin(tiny_faces: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]
         )
         words = [word.format(port=free_port()) for word in launcher]
         command = [*words, "lvtrain/main.py", "--recipe", str(recipe), "--ds_config", "ds_configs/zero1.json"]
-        started.append(Terminal(command))
+        started.append(Terminal(around(command)))
         until = time.monotonic() + 180
         while len(rows(tmp_path)) < 3:
             assert time.monotonic() < until and started[0].process.poll() is None, started[0].text.decode()[-3000:]
@@ -108,7 +113,7 @@ def test_a_closed_terminal_is_a_request_to_stop(begin: Callable[..., Terminal], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
+@LAUNCHERS
 @pytest.mark.parametrize("how", ["close", "type", "interrupt", "terminate", "kill"])
 def test_the_ranks_save_whatever_ends_their_launcher(
     begin: Callable[..., Terminal], tmp_path: Path, launcher: list[str], how: str
@@ -121,4 +126,40 @@ def test_the_ranks_save_whatever_ends_their_launcher(
     else:
         number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}[how]
         os.kill(terminal.process.pid, number)
+    stopped(tmp_path)
+
+
+@pytest.mark.slow
+@LAUNCHERS
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="no tmux on this machine")
+def test_a_session_of_tmux_that_is_ended_is_a_request_to_stop(
+    begin: Callable[..., Terminal], tmp_path: Path, launcher: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    tmux = ["tmux", "-S", str(tmp_path / "tmux"), "-f", os.devnull]
+    begin(launcher, lambda words: [*tmux, "new-session", "-s", "training", shlex.join(words)])
+    subprocess.run([*tmux, "kill-session", "-t", "training"], check=True)
+    stopped(tmp_path)
+
+
+def may_unshare() -> bool:
+    return subprocess.run([*CONTAINER, "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[sys.executable], DEEPSPEED, TORCHRUN], ids=["plain", "deepspeed", "torchrun"])
+@pytest.mark.skipif(not may_unshare(), reason="no process namespaces for this user")
+def test_a_container_that_is_stopped_has_saved_in_time(
+    begin: Callable[..., Terminal], tmp_path: Path, launcher: list[str]
+) -> None:
+    terminal = begin(launcher, lambda words: [*CONTAINER, *words])
+    pid = terminal.process.pid
+    first = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())  # process 1 of the namespace
+    os.kill(first, signal.SIGTERM)
+    until = time.monotonic() + STOP_SECONDS
+    while Path(f"/proc/{first}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(first, signal.SIGKILL)
+    terminal.process.wait(60)
     stopped(tmp_path)

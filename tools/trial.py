@@ -11,6 +11,7 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,18 +36,8 @@ SMALL = [
     "data.block=8",
 ]
 # imported once, by the process that the ranks are forked from: a start takes a tenth of a second, not ten
-PRELOADED = [
-    "lvtrain.training.trainer",
-    "lvtrain.training.checks",
-    "lvtrain.data.dali",
-    "lvtrain.backbones.part_fvit",
-    "lvtrain.classifier.banks",
-    "sklearn.metrics",
-    "torch.utils.cpp_extension",
-    "deepspeed.ops.op_builder.all_ops",
-    "deepspeed.module_inject.auto_ep_layer",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's inductor; DeepSpeed loads it at every start
-]
+PRELOADED = ["tools.preload"]
+OF_MACHINE = ("time", "images_per_second", "data_wait", "memory_gb")  # columns of metrics that no two runs share
 
 
 def _rank(rank: int, size: int, port: int, arguments: list[str], environment: dict[str, str], log: str) -> None:
@@ -54,6 +45,7 @@ def _rank(rank: int, size: int, port: int, arguments: list[str], environment: di
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    os.setpgid(0, 0)  # a kill ends the rank and its children
     places = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()} | environment)
     os.chdir(ROOT)
@@ -82,6 +74,13 @@ def start(size: int, arguments: list[str], log: Path, environment: dict[str, str
     return processes
 
 
+def kill(process: Any) -> None:
+    """SIGKILL of a rank and its children."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended, or is so young that it is not a group yet
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
+
 def end(processes: list[Any], seconds: float) -> list[int | None]:
     """Waits for the ranks, and returns their exit codes. If one fails, the others are killed soon, as launchers do."""
     limit = time.monotonic() + seconds
@@ -99,19 +98,41 @@ def end(processes: list[Any], seconds: float) -> list[int | None]:
 
 
 class Bench:
-    """Data, recipe and the undisturbed run that others are compared with."""
+    """Data, recipe and the undisturbed run that others are compared with.
 
-    def __init__(self, folder: Path, zero: int, limit: float, *overrides: str) -> None:
+    Args:
+        folder: to work in.
+        zero: ZeRO stage.
+        limit: seconds after which a start counts as hung.
+        overrides: of the recipe, besides `small`.
+        recipe: name of a quick start's recipe.
+        small: overrides that make it smaller and shorter.
+        data: folder of the generated faces, made if it is missing; default: `faces` in `folder`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        zero: int,
+        limit: float,
+        *overrides: str,
+        recipe: str = "quickstart",
+        small: list[str] = SMALL,
+        data: Path | None = None,
+    ) -> None:
         self.folder, self.zero, self.limit, self.overrides = folder, zero, limit, overrides
-        data = folder / "faces"
+        self.recipe, self.small = recipe, small
+        self.data = data = data or folder / "faces"
+        folder.mkdir(parents=True, exist_ok=True)
         if not data.exists():
             size = ["--identities", "24", "--images", "12", "--heldout", "4", "--pairs", "20", "--seed", "3"]
             make = [sys.executable, str(ROOT / "tools" / "synth_faces.py"), str(data), *size]
             subprocess.run(make, check=True, cwd=ROOT, capture_output=True)
 
     def arguments(self, runs: Path, *more: str) -> list[str]:
-        fixed = ["--recipe", "lvtrain/recipes/quickstart.yaml", "--ds_config", f"ds_configs/zero{self.zero}.json"]
-        return [*fixed, *SMALL, f"data.path={self.folder / 'faces' / 'train'}", f"runs={runs}", *self.overrides, *more]
+        fixed = ["--recipe", f"lvtrain/recipes/{self.recipe}.yaml", "--ds_config", f"ds_configs/zero{self.zero}.json"]
+        named = [f"data.path={self.data / 'train'}", f"runs={runs}", "name=quickstart"]
+        return [*fixed, *self.small, *named, *self.overrides, *more]
 
     def start(self, runs: Path, size: int = 2, fault: str = "", *more: str) -> list[Any]:
         runs.mkdir(parents=True, exist_ok=True)
@@ -174,9 +195,7 @@ def contents(folder: Path) -> dict[str, Any]:
             tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes(),
         )
     for row in rows(folder):
-        found[f"metrics of step {row['step']}"] = [
-            row[name] for name in ("loss", "cos2", "cos2_window", "grad_norm", "lr")
-        ]
+        found[f"metrics of step {row['step']}"] = {name: row[name] for name in row.keys() - set(OF_MACHINE)}
     return found
 
 

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,22 +17,23 @@ import typer
 
 from tools.faults.operations import OPERATIONS, Bench
 from tools.faults.shim import Mode
-from tools.faults.sweep import GROUPS, Site, Sweep, Trial, all_of, carry_out, keep, sample
+from tools.faults.sweep import GROUPS, Site, Sweep, all_of, carry_out, in_turns, keep
 
+# files that must never be lost or taken for damaged: the short sweep makes them fail, too
+STATE = ("/manifest.json", "/run.json", "/recipe.yaml", "/catalogue.json", "/index.bin")
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-# files that must never be lost or taken for damaged: the short sweep, too, makes them fail in every way
-STATE = ("/manifest.json", "/run.json", "/recipe.yaml", "/options.json")
 
 
 def main(
-    operations: Annotated[str, typer.Option(help="of save, resume, pack, evaluate")] = ",".join(OPERATIONS),
+    operations: Annotated[str, typer.Option(help="of save, resume, pack, evaluate, draw")] = ",".join(OPERATIONS),
     ranks: Annotated[str, typer.Option(help="ranks (of a pack: workers)")] = "1,2",
     visits: Annotated[
-        int, typer.Option(help="which calls of one kind on one file: the first VISITS and the last; 0: all")
+        int, typer.Option(help="which calls of one kind on files of one role: the first VISITS and the last; 0: all")
     ] = 1,
-    count: Annotated[int, typer.Option(help="trials of each operation, a sample; 0: all")] = 0,
-    short: Annotated[bool, typer.Option("--short", help="a sample on one rank that takes a minute")] = False,
-    seed: Annotated[int, typer.Option(help="of the sample")] = 0,
+    count: Annotated[int, typer.Option(help="trials in all, taken from every call and every mode in turn; 0: all")] = 0,
+    minutes: Annotated[float, typer.Option(help="no trial begins after that time")] = 1e6,
+    short: Annotated[bool, typer.Option("--short", help="16 trials on one rank")] = False,
+    seed: Annotated[int, typer.Option(help="of the order")] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="trials at the same time")] = 1,
     folder: Annotated[
         Path | None, typer.Option(help="folder to work in, which is kept; an earlier sweep in it is continued")
@@ -38,41 +41,46 @@ def main(
     results: Annotated[Path, typer.Option(help="folder for syscalls.json and syscalls.md")] = RESULTS,
 ) -> None:
     """Runs the sweep and writes the table. Exit code 1: a trial was wrong."""
-    sizes = [1] if short else [int(size) for size in ranks.split(",")]
-    trials: list[Trial] = []
+    chosen = [group for group in GROUPS if group[0] in operations.split(",") and group[1] in map(int, ranks.split(","))]
     with contextlib.ExitStack() as stack:
         work = (folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lvtrain_")))).resolve()
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(work)
-        for name, size, victim in GROUPS:
-            if name not in operations.split(",") or size not in sizes:
-                continue
-            sites = Sweep(bench, work / "counting").sites(OPERATIONS[name], size, victim)
-            pairs = _short(sites, seed) if short else all_of(sites, visits)
-            pairs = sample(pairs, count, seed) if count else pairs
-            print(f"{name}, {size} ranks, fault on {victim}: {len(pairs)} trials", flush=True)
-            own = []
-            for trial in carry_out(bench, pairs, jobs, work / "trials.jsonl"):
-                own.append(trial)
-                if trial.verdict == "wrong":
-                    place = f"{trial.site.call} {trial.site.nth} of {trial.site.path}"
-                    print(f"WRONG {trial.mode} at {place}: {trial.why}", flush=True)
-            print(f"  {dict(Counter(trial.verdict for trial in own))}", flush=True)
-            trials += own
-            keep(results, trials, {"visits": visits, "sample": count, "short": short, "seed": seed})
+        pairs = all_of([site for group in chosen for site in _sites(bench, *group)], visits)
+        possible = Counter((site.operation, site.size, site.victim) for site, _ in pairs)
+        pairs = _short(pairs, seed) if short else in_turns(pairs, seed)
+        trials = []
+        for trial in carry_out(bench, pairs[: count or None], jobs, work / "trials.jsonl", minutes):
+            trials.append(trial)
+            if trial.verdict == "wrong":
+                site = trial.site
+                print(f"WRONG {trial.mode} at {site.operation} {site.call} {site.nth} of {site.path}: {trial.why}")
+            if len(trials) % 50 == 0:
+                print(f"{len(trials)} of {len(pairs)}: {dict(Counter(one.verdict for one in trials))}", flush=True)
+        keep(results, trials, possible, {"visits": visits, "count": count, "seed": seed})
     if any(trial.verdict == "wrong" for trial in trials):
         raise typer.Exit(1)
 
 
-def _short(sites: list[Site], seed: int) -> list[tuple[Site, Mode]]:
-    """Three trials of any kind, and three errors while state is read."""
-    pairs = all_of(sites, 1)
-    state = [
-        pair
-        for pair in pairs
-        if pair[0].path.endswith(STATE) and pair[0].call in ("open", "read", "stat") and pair[1].error
-    ]
-    return sample(pairs, 3, seed) + sample(state, 3, seed)
+def _short(pairs: list[tuple[Site, Mode]], seed: int) -> list[tuple[Site, Mode]]:
+    """Of each operation two trials of any kind, and two errors while state is read."""
+    chosen = []
+    for operation in OPERATIONS:
+        own = in_turns([pair for pair in pairs if pair[0].operation == operation], seed)
+        state = [
+            pair for pair in own if pair[0].path.endswith(STATE) and pair[0].call in ("open", "read") and pair[1].error
+        ]
+        chosen += own[:2] + state[:2]
+    return chosen
+
+
+def _sites(bench: Bench, operation: str, size: int, victim: int) -> list[Site]:
+    """Every call of an operation, counted once for a folder, so that a sweep that is continued has the same trials."""
+    path = bench.folder / f"calls_{operation}_{size}_{victim}.json"
+    if not path.exists():
+        found = Sweep(bench, bench.folder / "counting").sites(OPERATIONS[operation], size, victim)
+        path.write_text(json.dumps([asdict(site) for site in found]))
+    return [Site(**site) for site in json.loads(path.read_text())]
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Operation:
         tool: `lvtrain`, or a file of `tools/`.
         prepare: `prepare(bench, work, size)` fills the empty folder `work`.
         arguments: `arguments(bench, work, workers)` are the tool's.
-        result: `result(work)` is what must be the same with and without a fault.
+        read: `read(work)` is what must be the same with and without a fault.
         is_repeatable: whether the command may be given again after it has ended well.
     """
 
@@ -58,19 +58,23 @@ class Operation:
     tool: str
     prepare: Callable[[Bench, Path, int], None]
     arguments: Callable[[Bench, Path, int], list[str]]
-    result: Callable[[Path], dict[str, Any]]
+    read: Callable[[Path], dict[str, Any]] = dict
     is_repeatable: bool = True
 
 
 class Bench:
-    """What the operations start from, made once in `folder`: generated faces (shards and image files), a stopped and a finished run."""
+    """What the operations start from, made once in `folder`: faces (shards and image files), a stopped and a finished run."""
 
     def __init__(self, folder: Path, limit: float = 150.0) -> None:
         self.folder, self.limit = folder, limit
+        self.expected: dict[tuple[str, int], tuple[dict[str, Any], set[str]]] = {}  # results, by operation and ranks
+        self.making = threading.RLock()  # held while what trials share is made
         self.sources = folder / "sources"
         self.faces, self.photos = self.sources / "faces", self.sources / "photos"
+        self.sources.mkdir(parents=True, exist_ok=True)
         _serve(shim.build(folder))
         if not self.faces.exists():
+            making = self.folder / "making_faces"
             size = [
                 "--identities",
                 "6",
@@ -85,12 +89,14 @@ class Bench:
                 "--workers",
                 "1",
             ]
-            make = [sys.executable, str(ROOT / "tools" / "synth_faces.py"), str(self.faces), *size]
-            subprocess.run(make, check=True, cwd=ROOT, capture_output=True)
+            codes, output = self.run(
+                Operation("faces", "synth_faces", _nothing, lambda *_: [str(self.faces), *size]), making
+            )
+            if codes != [0]:
+                raise SystemExit(f"no faces were made, {codes}:\n{output}")
             self._photos()
         for name, steps in (("save", 2), ("resume", 4)):
             (self.sources / f"{name}.yaml").write_text(RECIPE.format(faces=self.faces, steps=steps))
-        self._runs()
 
     def run(
         self,
@@ -160,6 +166,42 @@ class Bench:
         work.mkdir(parents=True)
         operation.prepare(self, work, size)
 
+    def result(self, operation: Operation, work: Path) -> dict[str, Any]:
+        """What the operation left, read by a fork.
+
+        Raises:
+            RuntimeError: it cannot be read.
+        """
+        receive, send = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_read, args=(operation.name, str(work), send)
+        )
+        process.start()
+        send.close()
+        try:
+            found = receive.recv()
+        except EOFError:
+            found = f"the reader ended with {process.exitcode}"
+        process.join()
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        return dict(found)
+
+    def earlier_run(self, name: str, size: int) -> Path:
+        """The runs folder of a `done` or `stopped` run on `size` ranks, made once."""
+        runs = self.sources / f"{name}{size}"
+        with self.making:
+            if not runs.exists():
+                operation, fault, code = {"done": (SAVE, "", 0), "stopped": (RESUME, "loop.step:*:1:sigterm", 75)}[name]
+                work = self.folder / "making"
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+                codes, output = self.run(operation, work, size, fault=fault)
+                if codes != [code] * size:
+                    raise SystemExit(f"the {name} run failed with {codes}:\n{output}")
+                shutil.move(work / "runs", runs)
+        return runs
+
     def _photos(self) -> None:
         """Writes the held-out faces as image files: JPEGs, one PNG and one file that is not an image."""
         from lvtrain.data.shards import ShardDataset
@@ -176,26 +218,13 @@ class Bench:
         Image.open(first).save(first.with_suffix(".png"))
         first.write_bytes(b"not an image")
 
-    def _runs(self) -> None:
-        for size in (1, 2):
-            for name, operation, fault, code in (
-                ("done", SAVE, "", 0),
-                ("stopped", RESUME, "loop.step:*:1:sigterm", 75),
-            ):
-                runs = self.sources / f"{name}{size}"
-                if runs.exists():
-                    continue
-                work = self.folder / "making"
-                shutil.rmtree(work, ignore_errors=True)
-                work.mkdir()
-                codes, output = self.run(operation, work, size, fault=fault)
-                if codes != [code] * size:
-                    raise SystemExit(f"the {name} run failed with {codes}:\n{output}")
-                shutil.move(work / "runs", runs)
+
+def _nothing(bench: Bench, work: Path, size: int) -> None:
+    pass
 
 
 def _copy(name: str) -> Callable[[Bench, Path, int], Any]:
-    return lambda bench, work, size: shutil.copytree(bench.sources / f"{name}{size}", work / "runs") and None
+    return lambda bench, work, size: shutil.copytree(bench.earlier_run(name, size), work / "runs") and None
 
 
 def _train(name: str) -> Callable[[Bench, Path, int], list[str]]:
@@ -232,18 +261,18 @@ def _evaluated(work: Path) -> dict[str, Any]:
     return found
 
 
-def _evaluate(bench: Bench, work: Path, size: int) -> list[str]:
-    pairs = bench.faces / "heldout.bin"
-    tasks = ["--benchmark", f"heldout:{pairs}", "--benchmark", f"pairs:all_pairs:{bench.faces / 'heldout'}"]
-    return [str(work / "runs" / "tiny"), *tasks, "--batch", "16", "--cpu"]
+def _evaluate(task: str) -> Callable[[Bench, Path, int], list[str]]:
+    return lambda bench, work, size: [
+        *(str(work / "runs" / "tiny"), "--benchmark", task.format(faces=bench.faces), "--batch", "16", "--cpu")
+    ]
 
 
-SAVE = Operation("save", "lvtrain", lambda bench, work, size: None, _train("save"), _trained)
+SAVE = Operation("save", "lvtrain", _nothing, _train("save"), _trained)
 RESUME = Operation("resume", "lvtrain", _copy("stopped"), _train("resume"), _trained)
 PACK = Operation(
     "pack",
     "pack_dataset",
-    lambda bench, work, size: None,
+    _nothing,
     lambda bench, work, workers: [
         str(bench.photos),
         str(work / "out"),
@@ -257,8 +286,10 @@ PACK = Operation(
     _packed,
     is_repeatable=False,
 )
-EVALUATE = Operation("evaluate", "evaluate", _copy("done"), _evaluate, _evaluated)
-OPERATIONS = {operation.name: operation for operation in (SAVE, RESUME, PACK, EVALUATE)}
+EVALUATE = Operation("evaluate", "evaluate", _copy("done"), _evaluate("pairs:all_pairs:{faces}/heldout"), _evaluated)
+# reads a `.bin` file, and draws: that takes eight times as long
+DRAW = Operation("draw", "evaluate", _copy("done"), _evaluate("heldout:{faces}/heldout.bin"), _evaluated)
+OPERATIONS = {operation.name: operation for operation in (SAVE, RESUME, PACK, EVALUATE, DRAW)}
 
 
 def _serve(library: Path) -> None:
@@ -270,11 +301,12 @@ def _serve(library: Path) -> None:
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # as a command says it, before torch is imported
         "LD_PRELOAD": str(library),
     }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tools.faults.preload"])
-    process = context.Process(target=_nothing)
+    process = context.Process(target=_fork)
     process.start()
     process.join()
     del os.environ["LD_PRELOAD"]
@@ -282,8 +314,16 @@ def _serve(library: Path) -> None:
         raise SystemExit("the processes of the sweep cannot be started")
 
 
-def _nothing() -> None:
+def _fork() -> None:
     pass
+
+
+def _read(name: str, work: str, send: Any) -> None:
+    """Runs in the forked process."""
+    try:
+        send.send(OPERATIONS[name].read(Path(work)))
+    except Exception as error:  # a result that cannot be read differs
+        send.send(f"{type(error).__name__}: {error}")
 
 
 def _enter(tool: str, arguments: list[str], environment: dict[str, Any], log: str, plan: str) -> None:

@@ -13,6 +13,7 @@ import itertools
 import json
 import random
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ GROUPS = [
     (operation, size, victim)
     for operation in OPERATIONS
     for size, victim in ((1, 0), (2, 0), (2, 1))
-    if (operation, size, victim) != ("pack", 2, 0)
+    if (operation, size, victim) != ("pack", 2, 0) and (operation != "draw" or size == 1)
 ]
 LEFT_BEHIND = (".writing_*", ".trash_*", "*.tmp", ".*.new", ".*.tmp", ".pack")
 CODES = {"lvtrain": {0, 1, 2, 75}, "pack_dataset": {0, 1, 2}, "evaluate": {0, 1, 2}}
@@ -61,16 +62,20 @@ class Sweep:
 
     def __init__(self, bench: Bench, work: Path) -> None:
         self.bench, self.work = bench, work
-        self._expected: dict[tuple[str, int], dict[str, Any]] = {}
 
-    def expected(self, operation: Operation, size: int) -> dict[str, Any]:
-        if (operation.name, size) not in self._expected:
-            self.bench.fresh(operation, self.work, size)
-            codes, output = self.bench.run(operation, self.work, size)
-            if any(codes):
-                raise SystemExit(f"{operation.name} fails without any fault, {codes}:\n{output}")
-            self._expected[operation.name, size] = operation.result(self.work)
-        return self._expected[operation.name, size]
+    def expected(self, operation: Operation, size: int) -> tuple[dict[str, Any], set[str]]:
+        """The result without a fault, and the names of the files that it leaves."""
+        with self.bench.making:
+            if (operation.name, size) not in self.bench.expected:
+                self.bench.fresh(operation, self.work, size)
+                codes, output = self.bench.run(operation, self.work, size)
+                if any(codes):
+                    raise SystemExit(f"{operation.name} fails without any fault, {codes}:\n{output}")
+                self.bench.expected[operation.name, size] = self.bench.result(operation, self.work), self._files()
+        return self.bench.expected[operation.name, size]
+
+    def _files(self) -> set[str]:
+        return {plain(str(path.relative_to(self.work))) for path in self.work.rglob("*")}
 
     def sites(self, operation: Operation, size: int, victim: int) -> list[Site]:
         """Every call that the victim makes, in order."""
@@ -87,33 +92,25 @@ class Sweep:
 
     def trial(self, site: Site, mode: Mode) -> Trial:
         operation = OPERATIONS[site.operation]
-        expected = self.expected(operation, site.size)
+        expected, files = self.expected(operation, site.size)
         self.bench.fresh(operation, self.work, site.size)
         plan = self._plan(mode, site.call, site.nth)
         codes, output = self.bench.run(operation, self.work, site.size, plan.path, site.victim)
-        if not plan.fired():
-            return Trial(
-                site,
-                mode.name,
-                "not reached" if codes == [0] * len(codes) else "wrong",
-                "" if not any(codes) else _tail(output),
-            )
         ended_well = codes == [0] * len(codes)
+        if not plan.fired():
+            return Trial(site, mode.name, "not reached" if ended_well else "wrong", "" if ended_well else _tail(output))
         problem = self._problem(operation, mode, codes, output, expected if ended_well else None)
-        if problem is None and (operation.is_repeatable or not ended_well):
+        # a folder as after an undisturbed run needs no second command
+        is_as_ever = ended_well and self._files() == files
+        if problem is None and not is_as_ever and (operation.is_repeatable or not ended_well):
             again, output_again = self.bench.run(operation, self.work, site.size)
             problem = self._problem(operation, None, again, output_again, expected)
-            problem = problem and f"given again: {problem}"
-        verdict = "wrong" if problem else "survived" if ended_well else "refused"
+            problem = problem and f"given again: {problem} | {_tail(output_again)} | before"
+        if problem:
+            return Trial(site, mode.name, "wrong", f"{problem} | {_tail(output)}")
+        last = _lines(output)[-1:]
         return Trial(
-            site,
-            mode.name,
-            verdict,
-            f"{problem} | {_tail(output)}"
-            if problem
-            else _lines(output)[-1][:300]
-            if not ended_well and _lines(output)
-            else "",
+            site, mode.name, "survived" if ended_well else "refused", last[0][:300] if last and not ended_well else ""
         )
 
     def _plan(self, *arguments: Any) -> Plan:
@@ -140,7 +137,7 @@ class Sweep:
         if expected is not None:
             if any(codes):
                 return f"ended with {codes}: {_lines(output)[-1:]}"
-            differing = _differing(operation, self.work, expected)
+            differing = self._differing(operation, expected)
             # a start removes what the one before could not remove
             left = [path.name for pattern in LEFT_BEHIND for path in self.work.rglob(pattern) if mode is None]
             return f"other bits: {differing[:4]}" if differing else f"left behind {left[:3]}" if left else None
@@ -155,19 +152,18 @@ class Sweep:
                 return f"fatal for a chain, {codes}"
         return None
 
+    def _differing(self, operation: Operation, expected: dict[str, Any]) -> list[str]:
+        try:
+            found = self.bench.result(operation, self.work)
+        except RuntimeError as error:
+            return [str(error)]
+        return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+
 
 def plain(path: str) -> str:
     """A path without what differs at every start: tokens and process ids."""
     path = re.sub(r"(?<=_\d{9}_)[0-9a-f]{8}|[0-9a-f]{32}", "X", path)
     return re.sub(r"(?<=[.\w])\.\d+(?=\.|$)", ".N", path)
-
-
-def _differing(operation: Operation, work: Path, expected: dict[str, Any]) -> list[str]:
-    try:
-        found = operation.result(work)
-    except Exception as error:  # a result that cannot be read differs
-        return [f"{type(error).__name__}: {error}"]
-    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
 
 
 def _lines(output: str) -> list[str]:
@@ -181,31 +177,56 @@ def _tail(output: str) -> str:
 # -------------------------------------------------------------------------------------------------- which trials
 
 
+def role(path: str) -> str:
+    """What a file is for: its path without numbers (of a step, rank, shard, identity)."""
+    return re.sub(r"\d+", "N", path)
+
+
 def all_of(sites: list[Site], visits: int) -> list[tuple[Site, Mode]]:
-    """All modes at all calls. Of the calls of one kind on one file, the first `visits` and the last (0: all)."""
-    last = {(site.call, site.path): site.visit for site in sites}
-    chosen = [site for site in sites if not visits or site.visit <= visits or site.visit == last[site.call, site.path]]
-    return [(site, mode) for site in chosen for mode in MODES if mode.applies(site.call)]
+    """All modes at all calls. Of the calls of one kind on files of one role, the first `visits` and the last (0: all)."""
+    by_role: dict[tuple[str, int, int, str, str], list[Site]] = {}
+    for site in sites:
+        by_role.setdefault((site.operation, site.size, site.victim, site.call, role(site.path)), []).append(site)
+    chosen = {site for some in by_role.values() for site in (some if not visits else [*some[:visits], some[-1]])}
+    return [(site, mode) for site in sites if site in chosen for mode in MODES if mode.applies(site.call)]
 
 
-def sample(pairs: list[tuple[Site, Mode]], count: int, seed: int) -> list[tuple[Site, Mode]]:
-    """`count` of the trials, taken from every mode in turn."""
+def in_turns(pairs: list[tuple[Site, Mode]], seed: int) -> list[tuple[Site, Mode]]:
+    """The trials, so that any beginning of them is a fair sample: first every cell of the table once, then again.
+
+    A cell is a call and a mode of one operation, ranks and victim. Within a cell every role comes before any comes again.
+    """
     chance = random.Random(seed)
-    by_mode = {mode.name: [pair for pair in pairs if pair[1] is mode] for mode in MODES}
-    for some in by_mode.values():
-        chance.shuffle(some)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_mode.values()))
-    return list(itertools.islice((pair for pair in turns if pair), count))
+    cells: dict[tuple[str, int, int, str, str], list[tuple[Site, Mode]]] = {}
+    for site, mode in pairs:
+        cells.setdefault((site.operation, site.size, site.victim, site.call, mode.name), []).append((site, mode))
+    for cell in cells.values():
+        chance.shuffle(cell)
+        turns, seen = {}, Counter[str]()
+        for site, mode in cell:
+            turns[site, mode] = seen[role(site.path)]
+            seen[role(site.path)] += 1
+        cell.sort(key=lambda pair: turns[pair])
+    in_any_order = list(cells.values())
+    chance.shuffle(in_any_order)
+    turned = itertools.chain.from_iterable(itertools.zip_longest(*in_any_order))
+    return [pair for pair in turned if pair]
 
 
-def carry_out(bench: Bench, pairs: list[tuple[Site, Mode]], jobs: int, log: Path) -> Iterator[Trial]:
-    """Runs the trials, `jobs` at the same time, and writes each to `log`. A trial that is in `log` is not repeated."""
+def carry_out(bench: Bench, pairs: list[tuple[Site, Mode]], jobs: int, log: Path, minutes: float) -> Iterator[Trial]:
+    """Runs the trials, `jobs` at the same time, and writes each to `log`. A trial that is in `log` is not repeated.
+
+    After `minutes` no other trial begins.
+    """
+    end = time.monotonic() + 60 * minutes
     done = {(trial.site, trial.mode): trial for trial in read_log(log)}
     free = [Sweep(bench, bench.folder / f"work{job}") for job in range(jobs)]
 
-    def one(pair: tuple[Site, Mode]) -> Trial:
+    def one(pair: tuple[Site, Mode]) -> Trial | None:
         if before := done.get((pair[0], pair[1].name)):
             return before
+        if time.monotonic() > end:
+            return None
         sweep = free.pop()
         try:
             trial = sweep.trial(*pair)
@@ -216,7 +237,7 @@ def carry_out(bench: Bench, pairs: list[tuple[Site, Mode]], jobs: int, log: Path
         return trial
 
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(one, pairs)
+        yield from (trial for trial in pool.map(one, pairs) if trial)
 
 
 def read_log(log: Path) -> list[Trial]:
@@ -250,47 +271,66 @@ def _cell(counts: Counter[str]) -> str:
     return f"{counts['survived']}/{counts['refused']}/{wrong}"
 
 
-def keep(results: Path, trials: list[Trial], conditions: dict[str, Any]) -> None:
-    """Writes syscalls.json and syscalls.md. Groups (operation, ranks, victim) that were not swept now stay."""
-    path = results / "syscalls.json"
-    before = json.loads(path.read_text())["trials"] if path.exists() else []
-    old = [Trial(Site(**one.pop("site")), **one) for one in before]
-    swept = {(trial.site.operation, trial.site.size, trial.site.victim) for trial in trials}
-    together = [
-        trial for trial in old if (trial.site.operation, trial.site.size, trial.site.victim) not in swept
-    ] + trials
-    text = [HEADING]
-    for operation, size, victim in GROUPS:
-        own = [
-            trial
-            for trial in together
-            if (trial.site.operation, trial.site.size, trial.site.victim) == (operation, size, victim)
-        ]
-        if own:
-            counts = Counter(trial.verdict for trial in own)
-            output = ", ".join(
-                f"{counts[verdict]} {verdict}" for verdict in ("survived", "refused", "wrong", "not reached")
-            )
-            text += [f"## {operation}, {_who(operation, size, victim)}: {output}", "", table(own)]
+def keep(
+    results: Path, trials: list[Trial], possible: Counter[tuple[str, int, int]], conditions: dict[str, Any]
+) -> None:
+    """Writes syscalls.json (counts, and every trial that was wrong) and syscalls.md.
+
+    Args:
+        results: folder.
+        trials: of the sweep.
+        possible: how many there are, by operation, ranks and victim.
+        conditions: of the sweep.
+    """
+    by_group: dict[tuple[str, int, int], list[Trial]] = {group: [] for group in GROUPS if possible[group]}
+    for trial in trials:
+        by_group[trial.site.operation, trial.site.size, trial.site.victim].append(trial)
+    lines = ["| what | trials | of | survived | refused | wrong | not reached |", "|---|---|---|---|---|---|---|"]
+    tables, groups = [], []
+    for group, own in by_group.items():
+        counts = Counter(trial.verdict for trial in own)
+        by_cell = Counter((trial.site.call, trial.mode, trial.verdict) for trial in own)
+        row = {verdict: counts[verdict] for verdict in ("survived", "refused", "wrong", "not reached")}
+        cells = [[*cell, number] for cell, number in sorted(by_cell.items())]
+        groups.append({"what": _who(*group), "trials": len(own), "of": possible[group], **row, "cells": cells})
+        lines.append(
+            f"| {_who(*group)} | {len(own)} | {possible[group]} | " + " | ".join(map(str, row.values())) + " |"
+        )
+        tables += [f"## {_who(*group)}", "", table(own)]
+    total = Counter(trial.verdict for trial in trials)
+    numbers = [
+        len(trials),
+        sum(possible.values()),
+        *(total[v] for v in ("survived", "refused", "wrong", "not reached")),
+    ]
+    lines.append("| **all** | " + " | ".join(map(str, numbers)) + " |")
+    wrong = [asdict(trial) for trial in trials if trial.verdict == "wrong"]
     results.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({"conditions": conditions, "trials": [asdict(trial) for trial in together]}, indent=0) + "\n"
-    )
-    (results / "syscalls.md").write_text("\n".join(text))
+    found = {"conditions": conditions, "groups": groups, "wrong": wrong}
+    (results / "syscalls.json").write_text(json.dumps(found) + "\n")
+    (results / "syscalls.md").write_text("\n".join([HEADING, *lines, "", *tables]))
 
 
 def _who(operation: str, size: int, victim: int) -> str:
     if operation == "pack":
-        return "one process" if size == 1 else f"{size} workers, the fault in a worker"
-    return "1 rank" if size == 1 else f"{size} ranks, the fault on rank {victim}"
+        return "pack, one process" if size == 1 else f"pack, {size} workers, the fault in a worker"
+    return f"{operation}, " + ("1 rank" if size == 1 else f"{size} ranks, the fault on rank {victim}")
 
 
 HEADING = """# System calls that fail
 
-`python tools/torture.py --only syscalls` repeats a save, a resume, a pack and an evaluation for every
-call on their files and every way of failing. A cell counts three kinds of trials:
+`python -m tools.faults` repeats a save, a resume, a pack, an evaluation and one that draws. Each time
+another call on their files fails in another way. The trials are every call on every role of file
+(its path without numbers: of a step, a rank, a shard), at its first and its last visit, in every
+way of failing. `of` is their number. They are taken in turns: every call in every way once, then
+again on other files. So any number of them is a fair sample.
 
-- **survived**: ended well, with the same bits;
-- **refused**: ended with one line or was killed, and the same command then ended with the same bits;
-- **wrong**: anything else.
+A trial has
+
+- **survived**: it ended well, with the same bits;
+- been **refused**: it ended with one line or was killed, and the same command then ended with the
+  same bits;
+- been **wrong**: anything else. A checkpoint that was renamed as damaged is wrong, too.
+
+Cells of the tables are survived/refused/wrong.
 """
