@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -229,3 +231,30 @@ def test_iresnet_block_in_plain_functions() -> None:
     assert torch.allclose(backbone(images), x, atol=1e-9)
     tokens, embedding = backbone.tokens(images)
     assert tokens.shape == (2, 4, 512) and torch.equal(embedding, backbone(images))
+
+
+def test_drop_path_of_every_block_and_dropout_of_the_landmark_head() -> None:
+    shape: dict[str, Any] = {"embedding_dim": 32, "image_size": 56, "dim": 32, "depth": 3, "heads": 2, "mlp_dim": 32}
+
+    def rates(network: Any) -> list[float]:
+        return [module.drop_path.drop_prob for layer in network.transformer.layers for module in layer]
+
+    ramp = create_backbone("fvit_tiny", **shape, drop_path=0.1)
+    every = create_backbone("fvit_tiny", **shape, drop_path=0.1, drop_path_in="all")
+    assert rates(ramp) == pytest.approx([0, 0, 0.05, 0.05, 0.1, 0.1]) and rates(every) == [0.1] * 6
+    plain = create_backbone("part_fvit_tiny", **shape)
+    dropping = create_backbone("part_fvit_tiny", **shape, landmark_dropout=0.5)
+    dropping.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 56, 56)
+    for network in (plain, dropping):
+        network.stn.eval()
+        with torch.no_grad():
+            network.output_layer[1].weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    whole = plain.predict_landmarks(images)
+    assert not torch.equal(dropping.predict_landmarks(images), whole)
+    dropping.eval()
+    assert torch.equal(dropping.predict_landmarks(images), whole)
+    dropping.freeze_landmarks = True  # what is frozen drops nothing
+    dropping.train()
+    dropping.stn.eval()
+    assert torch.equal(dropping.predict_landmarks(images), whole)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import timm
 import torch
@@ -100,6 +100,7 @@ class FViT(Backbone):
         mlp_dim: hidden width of a block's MLP.
         patch: side of a patch, in pixels.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        drop_path_in: `ramp`, as above; `all`: every block has `drop_path`, as in LAFS's released code.
         dropout: in attention, MLP and after the positions.
 
     Raises:
@@ -121,6 +122,7 @@ class FViT(Backbone):
         mlp_dim: PositiveInt,
         patch: PositiveInt = 8,
         drop_path: Share = 0.0,
+        drop_path_in: Literal["ramp", "all"] = "ramp",
         dropout: Share = 0.0,
         **backbone: Any,
     ) -> None:
@@ -140,7 +142,7 @@ class FViT(Backbone):
                 _Residual(dim, _Attention(dim, heads, head_dim, dropout), rate),
                 _Residual(dim, _FeedForward(dim, mlp_dim, dropout), rate),
             )
-            for rate in drop_path_rates(drop_path, depth)
+            for rate in ([drop_path] * depth if drop_path_in == "all" else drop_path_rates(drop_path, depth))
         )
         self.transformer: Any = nn.ModuleDict({"layers": layers})
         projection = [nn.Linear(dim, embedding_dim, bias=False)] if embedding_dim != dim else []
@@ -301,6 +303,7 @@ class PartFViT(FViT):
             and y together to [0, image_size - 1], counts the first pixel's centre as (1, 1), and reads patches column by
             column. `landmark_margin` is then not used.
         freeze_landmarks: the landmark CNN is not trained, and its BatchNorm uses its stored statistics.
+        landmark_dropout: of the landmark CNN's features, before its linear layer; 0.5 in LAFS's released code.
         fvit: arguments of `FViT`.
     """
 
@@ -313,13 +316,15 @@ class PartFViT(FViT):
         landmark_margin: NonNegativeFloat = 3.5,
         released: bool = False,
         freeze_landmarks: bool = False,
+        landmark_dropout: Share = 0.0,
         **fvit: Any,
     ) -> None:
         super().__init__(**fvit)
         self.landmark_margin, self.released, self.freeze_landmarks = landmark_margin, released, freeze_landmarks
         self.stn: Any = ReleasedLandmarkFeatures() if released else LandmarkFeatures()
         linear = nn.Linear(self.stn.num_features, 2 * self.num_tokens)
-        self.output_layer = nn.Sequential(nn.Identity(), linear)
+        dropout = nn.Dropout(landmark_dropout) if landmark_dropout else nn.Identity()
+        self.output_layer = nn.Sequential(dropout, linear)
         nn.init.normal_(linear.weight, std=1e-3)
         with torch.no_grad():  # start on the grid; coordinates are shares of the image
             linear.bias.copy_((grid_landmarks(self.side, self.patch) / (self.image_size - 1)).flatten())

@@ -50,6 +50,7 @@ class Classes:
         mask: bool [n_local]; False: the class is not a negative.
         is_unit: the rows of `weight` have norm 1 already.
         numerics: number formats, kernel and memory.
+        second: int64 [B], the position of each sample's second target (mixup), -1 = not here; None = there is none.
     """
 
     weight: torch.Tensor
@@ -59,6 +60,7 @@ class Classes:
     mask: torch.Tensor | None = None
     is_unit: bool = False
     numerics: Numerics = EXACT
+    second: torch.Tensor | None = None
 
     @classmethod
     def of(cls, anchor: Anchor, indices: torch.Tensor | None, numerics: Numerics) -> Classes:
@@ -72,8 +74,8 @@ class Classes:
 
     @property
     def fused(self) -> bool:
-        """Whether the Triton kernels do the elementwise work. They support one scale, no mask, and float32 logits."""
-        plain = self.mask is None and not isinstance(self.scale, torch.Tensor)
+        """Whether the Triton kernels do the elementwise work: with one scale, one target, no mask, and float32 logits."""
+        plain = self.mask is None and self.second is None and not isinstance(self.scale, torch.Tensor)
         return self.numerics.kernel == "triton" and self.weight.dtype == torch.float32 and plain
 
     @property
@@ -193,7 +195,7 @@ class Workspace:
         return values[start:stop] if self.classes.indices is None else values[self.classes.indices[start:stop]]
 
     def drop(self, logits: torch.Tensor, positions: torch.Tensor, start: int, stop: int) -> None:
-        """Sets the logits of the target and of dropped negatives to -inf, in place, so that exp gives 0."""
+        """Sets the logits of the targets and of dropped negatives to -inf, in place, so that exp gives 0."""
         classes = self.classes
         if classes.threshold is not None:
             if isinstance(classes.scale, torch.Tensor):
@@ -204,9 +206,10 @@ class Workspace:
                 logits.masked_fill_(logits > classes.scale * classes.threshold, -math.inf)
         if classes.mask is not None:
             logits.masked_fill_(~self.of_chunk(classes.mask, start, stop).unsqueeze(0), -math.inf)
-        column, here = within(positions, start, stop)
-        column = column.unsqueeze(1)
-        logits.scatter_(1, column, logits.gather(1, column).masked_fill_(here.unsqueeze(1), -math.inf))
+        for targets in [positions] if classes.second is None else [positions, classes.second]:
+            column, here = within(targets, start, stop)
+            column = column.unsqueeze(1)
+            logits.scatter_(1, column, logits.gather(1, column).masked_fill_(here.unsqueeze(1), -math.inf))
 
 
 def within(positions: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -179,7 +179,7 @@ def weight_gradient_pass(
         positions: as in pass 1.
         logsumexp: N [B] over all ranks.
         grad_logsumexp: dL/dN [B].
-        grad_cosine: dL/dcos [B], of the target cosine.
+        grad_cosine: dL/dcos [B], of the target cosine; [2 B] with `classes.second`, whose cosines follow.
         emit: called with (start, stop, gradient of those classes) for each chunk; must be done with the tensor when it
             returns.
         out: [k, d], where the gradient is written if there is no `emit`.
@@ -212,7 +212,10 @@ def weight_gradient_pass(
         return formats.as_factor(embeddings * (coefficient if lift is None else coefficient * lift).unsqueeze(1))
 
     undo = embeddings.new_ones(()) if lift is None else 1.0 / (lift * gain)
-    targets = _target_gradients(classes, embeddings, positions, grad_cosine)
+    places, owners = positions, embeddings
+    if classes.second is not None:
+        places, owners = torch.cat([positions, classes.second]), torch.cat([embeddings, embeddings])
+    targets = _target_gradients(classes, owners, places, grad_cosine)
     with matmul_precision(classes.numerics.precision, embeddings.device):
         work = Workspace(classes, embeddings)
         recomputed = right_factor(shift)
@@ -275,10 +278,10 @@ def weight_gradient_pass(
                 )
                 torch.addcmul(product.mul_(a), source, radial, value=-1.0, out=gradient)
             if emit is not None:
-                _add_targets(gradient, positions, start, stop, targets)
+                _add_targets(gradient, places, start, stop, targets)
                 emit(start, stop, gradient)
         if out is not None:
-            _add_targets(out, positions, 0, classes.count, targets)
+            _add_targets(out, places, 0, classes.count, targets)
 
 
 def _half_gain(factor: torch.dtype) -> float:

@@ -32,7 +32,7 @@ Code outside this class calls `settle` before it reads `.weight`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ from lvtrain.classifier.classes import Anchor, Classes
 from lvtrain.classifier.kernel import on_device
 from lvtrain.classifier.logsumexp import class_ids, combine
 from lvtrain.classifier.margins.base import Margin
+from lvtrain.classifier.mixed import mixed_loss, partner_labels
 from lvtrain.classifier.numerics import EXACT, Numerics
 from lvtrain.classifier.optimizer import ADAMW, CentreOptimizer, OptimizerSettings, SideStream
 from lvtrain.classifier.partition import class_range, initial_centres
@@ -177,6 +178,7 @@ class ShardedClassifier(nn.Module):
         step: int,
         anchors: Sequence[Anchor] = (),
         context: dict[str, Tensor] | None = None,
+        share: float = 1.0,
     ) -> ClassifierOutput:
         """The loss of one micro-batch; every rank calls it, with the same number of samples.
 
@@ -190,6 +192,8 @@ class ShardedClassifier(nn.Module):
             step: as in `begin_step`.
             anchors: further ones, which get no gradient.
             context: tensors for the margins by name, in the order of the gathered micro-batch.
+            share: of the own image, where the images are mixed (`lvtrain.classifier.mixed`, which has the loss); the same
+                on every rank. There are no further anchors and no context then.
         """
         begun = self._begun()
         if begun.number != step:
@@ -202,7 +206,7 @@ class ShardedClassifier(nn.Module):
         unit = nn.functional.normalize(embeddings)
         every_anchor = [Anchor(self.weight.detach(), self.margin), *anchors]
         loss, cosine, all_labels, gathered = _ShardedLoss.apply(
-            unit, self.weight, norms, labels, self, every_anchor, context or {}
+            unit, self.weight, norms, labels, self, every_anchor, context or {}, share
         )
         valid = (all_labels >= 0).to(cosine.dtype)
         cos2 = (cosine.square() * valid).sum() / valid.sum().clamp(min=1)
@@ -292,6 +296,7 @@ class _ShardedLoss(torch.autograd.Function):
         head: ShardedClassifier,
         anchors: list[Anchor],
         context: dict[str, Tensor],
+        share: float,
     ) -> Any:
         step, numerics = head._begun(), head.numerics
         x, norms, labels = _gather(unit, norms, labels, head)
@@ -299,6 +304,11 @@ class _ShardedLoss(torch.autograd.Function):
         classes += [Classes.of(anchor, step.indices, numerics.without_keeping()) for anchor in anchors[1:]]
         positions = classes[0].positions(labels, head.rows[0])  # the same classes take part in every anchor
         targets = [each.unit_rows_at(positions) for each in classes]
+        others = None if share == 1 else partner_labels(labels, head.ranks)
+        if others is not None:
+            (own,) = classes
+            classes = [replace(own, second=own.positions(others, head.rows[0]))]
+            targets.append(own.unit_rows_at(classes[0].second))
         sums = [(x * target).sum(dim=1) for target in targets]
         sums += [each.is_valid_at(positions).to(x.dtype) for each in classes if each.mask is not None]
         passes = [each for each, anchor in zip(classes, anchors) if anchor.own_negatives]
@@ -312,8 +322,13 @@ class _ShardedLoss(torch.autograd.Function):
             for i, each in enumerate(passes)
         ]
         logsumexps, sums = combine(parts, sums, running=running, group=head.group)
-        cosines, has_direction = sums[: len(anchors)], sums[len(anchors) :]
-        loss, grad_n, grad_cosines = _mean_loss(anchors, logsumexps, cosines, has_direction, labels, norms, context)
+        cosines, has_direction = sums[: len(targets)], sums[len(targets) :]
+        if others is None:
+            loss, grad_n, grad_cosines = _mean_loss(anchors, logsumexps, cosines, has_direction, labels, norms, context)
+            grad_cosine = grad_cosines[0]
+        else:
+            loss, by_n, grad_cosines = mixed_loss(head.margin, share, logsumexps[0], cosines, [labels, others], norms)
+            grad_n, grad_cosine = [by_n], torch.cat(grad_cosines)
 
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -325,7 +340,7 @@ class _ShardedLoss(torch.autograd.Function):
                 grad_x.addcmul_(target, g.unsqueeze(1))
         ctx.head, ctx.step, ctx.classes = head, step, classes[0]
         ctx.running, ctx.kept, ctx.memory = running, parts[0].kept, memory
-        ctx.save_for_backward(x, positions, logsumexps[0], grad_n[0], grad_cosines[0], grad_x)
+        ctx.save_for_backward(x, positions, logsumexps[0], grad_n[0], grad_cosine, grad_x)
         if head.margin.reads_norms:
             step.norms.append(norms)
             step.labels.append(labels)
@@ -350,7 +365,7 @@ class _ShardedLoss(torch.autograd.Function):
         gradient = None
         if pending is not None:
             gradient = pending.wait().to(x.dtype) * (grad_loss * head.gradient_scale)
-        return gradient, None, None, None, None, None, None
+        return gradient, None, None, None, None, None, None, None
 
 
 def _mean_loss(

@@ -6,6 +6,10 @@ The weights come from the recipe's `init_from`. For the landmark CNN of a Part f
 - (b) `trained`: with the rest;
 - (c) `anchored`: trained, with + beta * mean ||r_hat - r||_2, which keeps its points r_hat near those of a frozen copy, r.
 
+Mixup (`mixup: {alpha: 0.2, probability: 0.1}`), as the released code has it: in a step of that probability every image is
+mixed with another one of its micro-batch, all with one share from Beta(alpha, alpha), and has two targets
+(`lvtrain.classifier.mixed`). Our reading: one draw for the whole global batch, where the released code draws for each rank.
+
 Our reading of equation 7: the mean, over images and landmarks, of the distance in pixels; and the frozen copy is the
 landmark CNN that fine-tuning starts from. The released code has the mean squared distance in shares of the image, with a
 weight that falls over the epochs.
@@ -17,16 +21,20 @@ import copy
 from typing import Any, Literal
 
 import torch
+from scipy.special import betaincinv
 from torch import nn
 
+from lvtrain import randomness
 from lvtrain.backbones.part_fvit import PartFViT
 from lvtrain.checkpoint.state import Replicated, State
+from lvtrain.classifier import ClassifierOutput
+from lvtrain.classifier.mixed import mix
 from lvtrain.data import Batch
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods.base import LossOutput, StepInfo
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
-from lvtrain.recipe.base import setting
+from lvtrain.recipe.base import Section, setting
 from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Recipe
 
@@ -43,8 +51,21 @@ class WithLandmarks(nn.Module):
         return embeddings, landmarks
 
 
+class Mixup(Section):
+    """How often images are mixed, and how much."""
+
+    alpha: float = setting(0.2, "of the share's distribution, Beta(alpha, alpha)", gt=0)
+    probability: float = setting(0.1, "share of the steps whose images are mixed; LAFS: 0.1, on MS1MV3 0.2", ge=0, le=1)
+
+    def share(self, seed: int, step: int) -> float:
+        """The share of the own image in a step; 1 = not mixed. A function of seed and step."""
+        if randomness.uniform(seed, "mixup/step", step) >= self.probability:
+            return 1.0
+        return float(betaincinv(self.alpha, self.alpha, randomness.uniform(seed, "mixup/share", step)))
+
+
 class FinetuneSection(SupervisedSection):
-    """What happens to the landmark CNN of a Part fViT."""
+    """What happens to the landmark CNN of a Part fViT, and mixup."""
 
     landmarks: Literal["fixed", "trained", "anchored"] = setting(
         "trained", "the landmark CNN: the paper's options a, b, c"
@@ -52,6 +73,7 @@ class FinetuneSection(SupervisedSection):
     beta: float = setting(
         0.1, "with anchored: weight of the distance to a frozen landmark CNN's points, in pixels", ge=0
     )
+    mixup: Mixup | None = setting(None, "mixes pairs of images, which then have two targets")
 
 
 @METHODS.register("finetune")
@@ -65,6 +87,9 @@ class FinetuneMethod(SupervisedMethod):
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
         super().__init__(recipe, num_classes=num_classes, device=device)
         self.anchor: PartFViT | None = None
+        self._share, self._images = 1.0, torch.empty(0)
+        if self.settings.mixup is not None and self.settings.distill is not None:
+            raise UserError("method.mixup and method.distill do not go together: the teacher does not see mixed images")
         frozen = isinstance(self.backbone, PartFViT) and self.backbone.freeze_landmarks
         if frozen and self.settings.landmarks != "fixed":
             raise UserError(
@@ -94,13 +119,26 @@ class FinetuneMethod(SupervisedMethod):
             assert isinstance(self.backbone, PartFViT)
             self.anchor.load_state_dict(self.backbone.landmark_state(), strict=False)
 
+    def begin_step(self, now: StepInfo, global_labels: torch.Tensor) -> None:
+        super().begin_step(now, global_labels)
+        mixup = self.settings.mixup
+        self._share = 1.0 if mixup is None else mixup.share(self.recipe.seed, now.step)
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        self._images = batch.images if self._share == 1 else mix(batch.images, batch.labels, self._share)
+        return (self._images,)
+
+    def classify(self, embeddings: torch.Tensor, labels: torch.Tensor, now: StepInfo) -> ClassifierOutput:
+        output: ClassifierOutput = self.classifier(embeddings, labels, step=now.step, share=self._share)
+        return output
+
     def own_loss(self, outputs: Any, batch: Batch, now: StepInfo) -> LossOutput:
         if self.anchor is None:
             return super().own_loss(outputs, batch, now)
         embeddings, landmarks = outputs
         output = super().own_loss(embeddings, batch, now)
         with torch.no_grad():
-            held = self.anchor.predict_landmarks(batch.images)
+            held = self.anchor.predict_landmarks(self._images)
         valid = (batch.labels >= 0).to(landmarks.dtype)
         distance = (torch.linalg.vector_norm(landmarks - held, dim=-1).mean(dim=1) * valid).mean()
         output.metrics["landmark_distance"] = distance.detach()
