@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lvtrain.evaluation.bins import read_bin
@@ -58,6 +60,31 @@ def test_build_and_evaluate(folder: Path, tmp_path: Path) -> None:
     for picture in ("roc.png", "own_cosines.png", "own_hardest.png"):
         with Image.open(tmp_path / "results" / picture) as image:
             assert image.size[0] > 300
+
+
+def test_protocols_on_one_set_share_its_embeddings(folder: Path) -> None:
+    from lvtrain.distributed.world import alone
+    from lvtrain.evaluation import Setting, raw_pixels, suite
+
+    calls: list[int] = []
+    seen: list[tuple[int, int]] = []
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        return raw_pixels(images)
+
+    def evaluated(*kinds: str) -> dict[str, dict[str, Any]]:
+        calls.clear()
+        seen.clear()
+        setting = Setting(alone(), "cpu", 25, progress=lambda done, total: seen.append((done, total)))
+        options = {"all_pairs": {"flip": False}, "clustering": {"flip": False}}
+        tasks = [suite.parse(f"{kind}:{kind}:{folder}", options) for kind in kinds]
+        return suite.evaluate(forward, tasks, setting)
+
+    apart = {kind: evaluated(kind)[kind] for kind in ("all_pairs", "clustering")}
+    together = evaluated("all_pairs", "clustering")
+    assert calls == [25, 25, 25] and seen == [(25, 60), (50, 60), (60, 60)]
+    assert together == apart
 
 
 def test_a_runs_figures_go_into_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

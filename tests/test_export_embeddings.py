@@ -35,6 +35,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+def test_the_input_can_be_given_and_a_constant_model_is_named(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    helper, rows = onnx.helper, np.array([[1.0, 2, 3, 4]], dtype=np.float32)
+    stored = [onnx.numpy_helper.from_array(np.zeros((3, 4), np.float32), "w"), onnx.numpy_helper.from_array(rows, "b")]
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["data"], ["pool"]),
+        helper.make_node("Flatten", ["pool"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w", "b"], ["e"]),
+    ]
+    values = [
+        helper.make_tensor_value_info("data", 1, ["n", 3, 112, 112]),
+        helper.make_tensor_value_info("e", 1, ["n", 4]),
+    ]
+    made = helper.make_graph(nodes, "g", values[:1], values[1:], stored)
+    onnx.save(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), str(tmp_path / "m.onnx")
+    )
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number))
+    done = tool("embed", folder, tmp_path / "out.npy", "--model", tmp_path / "m.onnx", "--input", "bgr 0..1")
+    assert done.exit_code == 0, done.output
+    assert "BGR (given)" in done.stdout and "0..1 (given)" in done.stdout
+    assert "mean cosine is 1.00" in done.stderr
+
+
 def test_all_files_of_a_folder_have_one_mode(model: Path) -> None:
     assert len({path.stat().st_mode for path in model.iterdir()}) == 1
 

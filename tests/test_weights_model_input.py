@@ -132,6 +132,38 @@ FOUND: dict[str, tuple[dict[str, Any], np.ndarray, str]] = {
         ours().permute(0, 2, 3, 1).numpy(),
         "-1..1",
     ),
+    "one image of BGR bytes as floats, channels last, turned by the graph": (
+        {
+            "before": [
+                node("Transpose", "data", "t", perm=[0, 3, 1, 2]),
+                node("Gather", "t", "turn", "g", axis=1),
+                node("Sub", "g", "m", "s"),
+                node("Mul", "s", "f", "x"),
+            ],
+            "constants": [
+                onnx.numpy_helper.from_array(np.array([2, 1, 0]), "turn"),
+                constant("m", [127.5]),
+                constant("f", [1 / 127.5]),
+            ],
+            "shape": (1, SIDE, SIDE, 3),
+        },
+        PIXELS[..., ::-1].astype(np.float32),
+        "0..255",
+    ),
+    "Caffe's means, which are in the order of BGR": (
+        {
+            "before": [node("Sub", "data", "m", "x")],
+            "constants": [constant("m", np.array([104.0, 117, 123]).reshape(1, 3, 1, 1))],
+            "shape": (1, 3, SIDE, SIDE),
+        },
+        CHANNELS[:, ::-1],
+        "0..255",
+    ),
+    "turns centred pixels back": (
+        {"before": [node("Add", "data", "m", "x")], "constants": [constant("m", 127.5)]},
+        CHANNELS - np.float32(127.5),
+        "-127.5..127.5",
+    ),
     "metadata": ({"before": [], "metadata": {"lvtrain.input": "bgr 0..1"}}, CHANNELS[:, ::-1] / np.float32(255), "0..1"),
     "nothing says it": ({"before": []}, ours().numpy(), "-1..1"),
 }  # fmt: skip

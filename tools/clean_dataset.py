@@ -55,12 +55,18 @@ def main(
     ] = "merge",
     min_images: Annotated[int, typer.Option(help="identities with fewer images left are dropped")] = 1,
     batch: int = 128,
+    input_: Annotated[
+        str,
+        typer.Option(
+            "--input", metavar="WORDS", help='how the model takes images, if its file is silent: "bgr 0..255"'
+        ),
+    ] = "",
 ) -> None:
     """Finds faults of DATASET by embeddings and writes OUT.json, a subset without them."""
     with one_line_errors("clean_dataset", out):
         report = _clean(
             dataset, out, embeddings, evaluation or [], evaluation_embeddings or [],
-            clean.Limits(outlier=outlier, same_person=same_person, overlap=overlap), merges, min_images, batch,
+            clean.Limits(outlier=outlier, same_person=same_person, overlap=overlap), merges, min_images, batch, input_,
         )  # fmt: skip
     limits = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["limits"].items())
     typer.echo(f"cosines used: {limits}")
@@ -81,6 +87,7 @@ def _clean(
     merges: str,
     min_images: int,
     batch: int,
+    takes: str,
 ) -> dict[str, Any]:
     if merges not in ("merge", "drop", "keep"):
         raise UserError(f"--merges {merges} is unknown; choose merge, drop or keep")
@@ -89,15 +96,18 @@ def _clean(
             f"{len(bins)} --evaluation and {len(bin_embeddings)} --evaluation-embeddings; give one .npy for each .bin, or a model"
         )
     from lvtrain.evaluation.embeddings import check_same_space, read_embeddings  # imports torch
+    from lvtrain.evaluation.spread import warning_of
 
     check_target(out)
     data = ShardDataset(folder)
     read = _reader(data)
     labels = data.labels(np.arange(len(data)))
-    embed = None if model.suffix == ".npy" else _model(model, batch)
+    embed = None if model.suffix == ".npy" else _model(model, batch, takes)
     given = [read_embeddings(path) for path in (model, *bin_embeddings)] if embed is None else []
     check_same_space(*given)
     vectors = given[0].rows if embed is None else embed(_Samples(read, len(data)))
+    if warning := warning_of(vectors):
+        typer.echo(f"clean_dataset: warning: {warning}", err=True)
     parts = []
     for number, path in enumerate(bins):
         from lvtrain.evaluation.bins import read_bin
@@ -169,7 +179,7 @@ class _Samples:
         return self._read(sample)
 
 
-def _model(path: Path, batch: int) -> Callable[[Any], np.ndarray]:
+def _model(path: Path, batch: int, takes: str) -> Callable[[Any], np.ndarray]:
     """A function that embeds encoded images with a model, on the GPU if there is one."""
     import torch
 
@@ -178,7 +188,8 @@ def _model(path: Path, batch: int) -> Callable[[Any], np.ndarray]:
     from lvtrain.weights import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(path, device=device)
+    model = load_model(path, device=device, takes=takes)
+    typer.echo(model.takes.line())
     return lambda images: embed(
         model.forward, images, world=alone(), batch=batch, device=device, image_size=model.image_size
     )

@@ -29,6 +29,12 @@ def main(
     average: Annotated[
         bool, typer.Option("--average", help="take a run's moving average of the weights (ema)")
     ] = False,
+    input_: Annotated[
+        str,
+        typer.Option(
+            "--input", metavar="WORDS", help='how the model takes images, if its file is silent: "bgr 0..255"'
+        ),
+    ] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT.npy, .csv and .json")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="do not use a GPU")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
@@ -39,24 +45,29 @@ def main(
     """
     with one_line_errors("embed", out, debug=debug):
         # imported here, because they import torch: --help answers at once
+        import numpy as np
         import torch
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         import lvtrain
+        from lvtrain.evaluation.spread import warning_of
         from lvtrain.export.embeddings import check_out, embed_images, list_images
         from lvtrain.weights.space import space_of
 
         check_out(out, source, overwrite=overwrite)
         listing = list_images(source)
         device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
-        opened = lvtrain.load_model(model, device=device, average=average)
+        opened = lvtrain.load_model(model, device=device, average=average, takes=input_)
+        typer.echo(opened.takes.line())
         with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=len(listing.images))
             done = embed_images(
                 opened, listing, out, space=space_of(model, average=average), batch=batch, mirror=mirror, align=align, overwrite=overwrite,
                 progress=lambda rows: bar.update(task, completed=rows),
             )  # fmt: skip
+        if warning := warning_of(np.load(out, mmap_mode="r"), without=done.errors):
+            print(f"embed: warning: {warning}", file=sys.stderr)
     for row in sorted(done.errors)[:_SHOWN]:
         print(f"embed: row {row} is zeros: {done.errors[row]}", file=sys.stderr)
     if len(done.errors) > _SHOWN:

@@ -91,12 +91,20 @@ def main(
         if opened.taken:
             console.print(opened.taken, soft_wrap=True, markup=False)
         world = World(state.process_index, state.num_processes, state.local_process_index, state.device)
-        setting = suite.Setting(world, state.device, batch, opened.image_size)
         spread = Spread(opened.forward)
         refused: dict[str, str] = {}  # a benchmark that fails does not stop the others
-        results = suite.evaluate(
-            spread, tasks, setting, say=lambda text: console.print(f"[dim]{text}"), refused=refused
-        )
+        with _bar(console) as bar:
+            embedded = bar.add_task("images embedded", total=None)
+
+            def say(text: str) -> None:
+                console.print(text, style="dim", soft_wrap=True, markup=False)
+                bar.reset(embedded, total=None)
+
+            setting = suite.Setting(
+                world, state.device, batch, opened.image_size,
+                progress=lambda done, total: bar.update(embedded, completed=done, total=total),
+            )  # fmt: skip
+            results = suite.evaluate(spread, tasks, setting, say=say, refused=refused)
         if results and state.is_main_process:
             alignments = _alignments(tasks, results)
             _show(opened.name, results, console)
@@ -162,6 +170,14 @@ def _model(path: str, device: Any, average: bool, words: str) -> _Opened:
         other.range: partial(model.forward, takes=other) for other in model.takes.others()
     }
     return _Opened(model.name, model.forward, model.image_size, model.weights, model.takes.line(), others)
+
+
+def _bar(console):
+    """How many images are embedded, on a terminal; elsewhere the line of each benchmark is all."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _show(name, results, console) -> None:

@@ -40,6 +40,7 @@ def verify_set(
         batch=batch,
         device=setting.device,
         image_size=setting.image_size,
+        progress=setting.progress,
     )[: len(issame)]
     distances, norms, finite, quality = pairs.T
     if not finite.all():

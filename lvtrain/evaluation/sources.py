@@ -9,7 +9,7 @@ import numpy as np
 from lvtrain.data import ShardDataset
 from lvtrain.data.folders import walk_identities
 from lvtrain.errors import UserError
-from lvtrain.evaluation.extract import Images
+from lvtrain.evaluation.extract import Forward, Images, Setting
 
 
 class ShardImages:
@@ -69,3 +69,24 @@ def identity_names(path: str | Path) -> list[str]:
         dataset = ShardDataset(path)
         return dataset.label_names() or [str(label) for label in range(dataset.num_classes)]
     return sorted({str(entry.identity) for entry in walk_identities(path) if entry.path and not entry.reason})
+
+
+def embed_labelled(forward: Forward, path: Path, setting: Setting, *, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings float32 [N, d] of a labelled set, and its labels int64 [N]. A collective.
+
+    They are read-only. Where the setting keeps embeddings, the next protocol on the same set gets the same array.
+
+    Raises:
+        UserError: as `labelled_images`, or an image that cannot be decoded.
+    """
+    images, labels = labelled_images(path)
+    key = (path.resolve(), mirror)
+    if setting.kept is not None and key in setting.kept:
+        return setting.kept[key], labels
+    if setting.kept is not None:
+        setting.kept.clear()  # before the next set is embedded: one set's embeddings are in memory
+    embeddings = setting.embed(forward, images, mirror=mirror)
+    embeddings.setflags(write=False)
+    if setting.kept is not None:
+        setting.kept[key] = embeddings
+    return embeddings, labels

@@ -6,8 +6,9 @@ of many identities a good model is below 0.1; OpenCV's SFace, fed with the wrong
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 
 from lvtrain.evaluation.extract import Forward
@@ -15,6 +16,7 @@ from lvtrain.evaluation.extract import Forward
 COLLAPSED = (
     0.5  # mean cosine of all pairs from which it is said; identities apart have 0, images of one identity 0.5 to 0.8
 )
+_AT_ONCE = 1 << 16  # rows of a matrix
 _LEAST = 16  # images: among fewer, one identity may be most of them
 _KEPT, _EACH = 32, 4  # images kept for comparing ranges, and of each call
 
@@ -41,15 +43,19 @@ class Spread:
         embeddings = self._forward(images)
         new = torch.ones(len(images), dtype=torch.bool, device=images.device)
         new[1:] = (images[1:] != images[:-1]).flatten(1).any(dim=1)
-        unit, good = _unit(embeddings[new.to(embeddings.device)])
-        total = unit[good].sum(dim=0)
-        self._sum = total if self._sum is None else self._sum + total
-        self.images += int(good.sum())
-        self.empty += int((~good).sum())
+        self.add(embeddings[new.to(embeddings.device)])
         if len(self.kept) < _KEPT:
             some = images[new]
             self.kept += list(some[:: max(1, len(some) // _EACH)][:_EACH].cpu())
         return embeddings
+
+    def add(self, embeddings: torch.Tensor) -> None:
+        """Counts embeddings `[b, d]` that are there already."""
+        unit, good = _unit(embeddings)
+        total = unit[good].sum(dim=0)
+        self._sum = total if self._sum is None else self._sum + total
+        self.images += int(good.sum())
+        self.empty += int((~good).sum())
 
     @property
     def mean_cosine(self) -> float | None:
@@ -80,6 +86,17 @@ class Spread:
             words.append(f"fed otherwise, {len(self.kept)} of the images have {found}")
         advice = "the model is untrained or collapsed, or it takes its images otherwise"
         return "; ".join(words) + f". So {advice}: see the line that begins with input, and give --input"
+
+
+def warning_of(rows: np.ndarray, *, without: Iterable[int] = ()) -> str:
+    """What is wrong with embeddings `[N, d]`, maybe a memory map; empty where nothing is. Rows `without` an image do not count."""
+    counts = np.ones(len(rows), dtype=bool)
+    counts[list(without)] = False
+    spread = Spread(lambda images: images)
+    for start in range(0, len(rows), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        spread.add(torch.from_numpy(np.asarray(rows[part])[counts[part]]))
+    return spread.warning()
 
 
 def _unit(embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,7 +67,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Results by task name, JSON values with their `kind`, the same on every rank. A collective.
 
-    With `refused`, the error of a task is put there by task name, and the other tasks continue.
+    Protocols that follow each other on one labelled set share its embeddings. With `refused`, the error of a task is put
+    there by task name, and the other tasks continue.
 
     Raises:
         UserError: two tasks of one name, or whatever a protocol refuses.
@@ -75,6 +76,7 @@ def evaluate(
     names = [task.name for task in tasks]
     if len(set(names)) != len(names):
         raise UserError(f"names of benchmarks must differ, got {', '.join(names)}; choose another NAME in NAME:PATH")
+    setting = replace(setting, kept={})
     results = {}
     for task in tasks:
         protocol = PROTOCOLS.get(task.kind)

@@ -25,6 +25,7 @@ from lvtrain.errors import UserError
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Reduce = Callable[[np.ndarray], np.ndarray]
+Progress = Callable[[int, int], None]
 _DECODERS = 4
 _GATHER_BYTES = 64 << 20
 
@@ -75,6 +76,7 @@ def embed_views(
     device: torch.device | str,
     image_size: int = 112,
     mirror: bool = True,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Embeddings of every image and of its mirror image, float32 [views, N, d] on every rank, in order (views = 2, or 1 without `mirror`).
 
@@ -86,6 +88,7 @@ def embed_views(
         device: where `forward` expects its images.
         image_size: pixels a side.
         mirror: also embed the mirror images.
+        progress: called after each batch with the images embedded so far, of all ranks together, and N.
 
     Raises:
         UserError: an image that cannot be decoded, no images.
@@ -94,7 +97,9 @@ def embed_views(
     def to_rows(views: np.ndarray) -> np.ndarray:
         return views.transpose(1, 0, 2)
 
-    rows = run(forward, images, to_rows, world=world, batch=batch, device=device, image_size=image_size, mirror=mirror)
+    rows = run(
+        forward, images, to_rows, world=world, batch=batch, device=device, image_size=image_size, mirror=mirror, progress=progress
+    )  # fmt: skip
     return np.ascontiguousarray(rows[: len(images)].transpose(1, 0, 2))
 
 
@@ -107,13 +112,16 @@ def embed(
     device: torch.device | str,
     image_size: int = 112,
     mirror: bool = True,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Sum of the embeddings of every image and its mirror image, not normalised: float32 [N, d] on every rank, in order. See `embed_views`."""
 
     def summed(views: np.ndarray) -> np.ndarray:
         return views.sum(0)
 
-    rows = run(forward, images, summed, world=world, batch=batch, device=device, image_size=image_size, mirror=mirror)
+    rows = run(
+        forward, images, summed, world=world, batch=batch, device=device, image_size=image_size, mirror=mirror, progress=progress
+    )  # fmt: skip
     return rows[: len(images)]
 
 
@@ -127,6 +135,7 @@ def run(
     device: torch.device | str,
     image_size: int = 112,
     mirror: bool = True,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Embeds batch after batch, keeps `reduce(float32 [views, batch, d])` of each, gathers the rows of all batches in order on every rank.
 
@@ -152,7 +161,7 @@ def run(
             return [pool.submit(_load, images, min(i, count - 1), image_size) for i in range(first, first + batch)]
 
         pending = start(mine[0])
-        for number in mine:
+        for done, number in enumerate(mine, start=1):
             try:
                 pixels = np.stack([future.result() for future in pending])
             except UserError as error:
@@ -162,6 +171,8 @@ def run(
             if number + 1 in mine:
                 pending = start(number + 1)
             rows.append(reduce(_views(forward, pixels, device, mirror)))
+            if progress is not None:
+                progress(min(done * batch * world.size, count), count)
     problem_text = str(problem) if problem else ""
     texts = [problem_text] if world.size == 1 else gather_objects(problem_text)
     failures = [text for text in texts if text]

@@ -87,27 +87,49 @@ def _declared(path: Path, value: Any) -> ModelInput:
 
 @dataclass(frozen=True)
 class _Step:
-    """One node that computes on the pixels alone: they become factor * x + summand, by channel or all alike."""
+    """One node that computes on the pixels alone: they become factor * x + summand, by channel or all alike, or in reversed channel order."""
 
-    output: str
     factor: np.ndarray
     summand: np.ndarray
+    reverses: bool = False
 
 
 def _by_graph(path: Path, model: Any, image: str, found: ModelInput, stored: set[str]) -> ModelInput:
-    factor, summand = np.ones(3), np.zeros(3)
-    for step in _steps(model, image):
+    factor, summand, reversed_ = np.ones(3), np.zeros(3), False
+    for step in _steps(model, image, 3 if found.layout == "nhwc" else 1):
         factor, summand = factor * step.factor, summand * step.factor + step.summand
+        if step.reverses:
+            factor, summand, reversed_ = factor[::-1], summand[::-1], not reversed_
+    if reversed_:  # from here on by the channels of the input
+        factor, summand = factor[::-1], summand[::-1]
+        found = _in_order(found, "bgr", "the graph reverses the channels")
     if not (np.allclose(factor, 1) and np.allclose(summand, 0)):
-        middle = float(np.abs(summand / factor).mean())  # what it subtracts, in its own units
-        pixels = middle > 1.5 or (middle == 0 and np.abs(factor).max() < 0.05)
+        mean = -summand / factor  # what it subtracts, in the input's units
+        shown = ",".join(f"{value:g}" for value in dict.fromkeys(mean.round(4).tolist()))
         divisor = ",".join(f"{1 / value:g}" for value in dict.fromkeys(factor.tolist()))
-        mean = ",".join(f"{value:g}" for value in dict.fromkeys((-summand / factor).round(4).tolist()))
-        why = f"the graph normalises itself: mean {mean}, divisor {divisor}"
-        found = _in_range(found, "0..255" if pixels else "0..1", why)
+        found = _in_range(
+            found, _range_of(mean, factor), f"the graph normalises itself: mean {shown}, divisor {divisor}"
+        )
+        steps = np.diff(mean) / np.abs(mean).mean() if mean.any() else np.zeros(2)
+        if (
+            np.abs(steps).min() > 0.02 and steps[0] * steps[1] > 0
+        ):  # photographs have more red than green, and least blue
+            found = _in_order(found, "bgr" if steps[0] > 0 else "rgb", "by the order of the graph's means")
     elif found.assumed and (range_ := _by_statistics(path, model, image, found)) is not None:
         found = _in_range(found, range_, "from the first BatchNorm's statistics")
     return found
+
+
+def _range_of(mean: np.ndarray, factor: np.ndarray) -> str:
+    """The range of an input from which a graph subtracts `mean` before it multiplies by `factor`."""
+    middle = float(mean.mean())
+    if middle < -0.25:  # it turns centred pixels back
+        return "-127.5..127.5" if middle < -1.5 else "-1..1"
+    return "0..255" if middle > 1.5 or (not mean.any() and np.abs(factor).max() < 0.05) else "0..1"
+
+
+def _in_order(found: ModelInput, colours: str, why: str) -> ModelInput:
+    return replace(found, colours=colours, sources={**found.sources, "colours": why})
 
 
 def _in_range(found: ModelInput, name: str, why: str) -> ModelInput:
@@ -115,9 +137,9 @@ def _in_range(found: ModelInput, name: str, why: str) -> ModelInput:
     return replace(found, mean=mean, std=std, sources={**found.sources, "range": why})
 
 
-def _steps(model: Any, image: str) -> Iterator[_Step]:
-    """The nodes between the image and the first layer, as far as one follows another and each is plain arithmetic."""
-    from onnx import numpy_helper
+def _steps(model: Any, image: str, axis: int) -> Iterator[_Step]:
+    """The nodes between the image and the first layer, as far as one follows another and each is plain arithmetic. `axis` has the channels."""
+    from onnx import helper, numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
@@ -129,27 +151,40 @@ def _steps(model: Any, image: str) -> Iterator[_Step]:
         if len(users) != 1:
             return
         (node,) = users
+        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         others = [constants.get(name) for name in node.input if name and name != tensor]
-        if node.op_type in ("Cast", "CastLike", "Identity", "Transpose"):
-            tensor = node.output[0]
-            continue
-        if node.op_type not in ("Add", "Sub", "Mul", "Div") or len(others) != 1 or others[0] is None:
-            return
-        value = numpy_helper.to_array(others[0]).astype(np.float64).reshape(-1)
-        if value.size not in (1, 3):
-            return
-        value, first = np.broadcast_to(value, 3), node.input[0] == tensor
-        if node.op_type == "Add":
-            yield _Step(node.output[0], one, value)
-        elif node.op_type == "Sub":
-            yield _Step(node.output[0], one, -value) if first else _Step(node.output[0], -one, value)
-        elif node.op_type == "Mul":
-            yield _Step(node.output[0], value, zero)
-        elif first:
-            yield _Step(node.output[0], 1 / value, zero)
-        else:
+        known = [numpy_helper.to_array(value).reshape(-1) for value in others if value is not None]
+        if node.op_type == "Transpose":
+            axis = list(given.get("perm", range(3, -1, -1))).index(axis)
+        elif node.op_type in ("Gather", "GatherND", "Slice") and len(known) == len(others) and node.input[0] == tensor:
+            # torch's exporter gathers from the first axis, which it moved there, by GatherND
+            if given.get("batch_dims", 0) or not _reverses(node.op_type, known, given.get("axis", 0), axis):
+                return
+            yield _Step(one, zero, reverses=True)
+        elif node.op_type in ("Add", "Sub", "Mul", "Div") and len(known) == len(others) == 1:
+            value, first = known[0].astype(np.float64), node.input[0] == tensor
+            if value.size not in (1, 3) or (node.op_type == "Div" and not first):
+                return
+            value = np.broadcast_to(value, 3)
+            if node.op_type == "Add":
+                yield _Step(one, value)
+            elif node.op_type == "Sub":
+                yield _Step(one, -value) if first else _Step(-one, value)
+            else:
+                yield _Step(value if node.op_type == "Mul" else 1 / value, zero)
+        elif node.op_type not in ("Cast", "CastLike", "Identity"):
             return
         tensor = node.output[0]
+
+
+def _reverses(kind: str, values: list[np.ndarray], axis: int, channels: int) -> bool:
+    """Whether a Gather or a Slice turns the order of the three channels, and does nothing else."""
+    if kind != "Slice":
+        return axis % 4 == channels and [int(i) % 3 for i in values[0]] == [2, 1, 0]
+    if len(values) != 4 or any(value.size != 1 for value in values):
+        return False
+    start, end, where, step = (int(value[0]) for value in values)
+    return where % 4 == channels and step == -1 and (start == -1 or start >= 2) and end < -3
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics of a BatchNorm

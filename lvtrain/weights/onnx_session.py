@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lvtrain.errors import UserError
 
@@ -15,12 +16,14 @@ _TYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(u
 def session(path: str | Path, *, exact: bool = False) -> Callable[[np.ndarray], np.ndarray]:
     """A function `[N, 3, H, W]`, or whatever the file takes, -> float32 `[N, d]` over onnxruntime, whatever its input and output are called.
 
-    Images are brought to the input's type. `exact` keeps to the CPU: on a GPU onnxruntime multiplies in TF32.
+    Images are brought to the input's type. `exact` keeps to the CPU: on a GPU onnxruntime multiplies in TF32. On the CPU it has as many
+    threads as torch (OMP_NUM_THREADS), so that ranks do not take each other's cores.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised as well
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
         running = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"] if exact else _providers(onnxruntime)

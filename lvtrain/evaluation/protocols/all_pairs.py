@@ -12,7 +12,7 @@ from lvtrain.evaluation.group_files import groups_of
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Grouped, Protocol, Result, Setting, followed, percent
 from lvtrain.evaluation.scores.discard import error_versus_discard, genuine_pairs
 from lvtrain.evaluation.scores.groups import of_identities
-from lvtrain.evaluation.sources import identity_names, is_labelled_set, labelled_images
+from lvtrain.evaluation.sources import embed_labelled, identity_names, is_labelled_set, labelled_images
 from lvtrain.evaluation.verification import unit_rows
 
 
@@ -38,8 +38,7 @@ class AllPairs(Protocol):
             _groups(paths[0], self.options.groups)
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
-        images, labels = labelled_images(paths[0])
-        embeddings = setting.embed(forward, images, mirror=self.options.flip)
+        embeddings, labels = embed_labelled(forward, paths[0], setting, mirror=self.options.flip)
         result = allpairs.all_pairs(embeddings, labels, device=setting.device, world=setting.world)
         at = {far: found["threshold"] for far, found in result["tar_at_far"].items()}
         rows, quality = unit_rows(embeddings), np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lvtrain.evaluation import bins, calibrate, extract, verification
 from lvtrain.evaluation.protocol import PROTOCOLS, Protocol, Result, Setting, percent
-from lvtrain.evaluation.sources import is_labelled_set, labelled_images
+from lvtrain.evaluation.sources import embed_labelled, is_labelled_set
 
 
 @PROTOCOLS.register("calibration")
@@ -18,8 +18,7 @@ class Calibration(Protocol):
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
         path = paths[0]
         if is_labelled_set(path):
-            images, labels = labelled_images(path)
-            return calibrate.from_people(setting.embed(forward, images, mirror=False), labels)
+            return calibrate.from_people(*embed_labelled(forward, path, setting, mirror=False))
         encoded, issame = bins.read_bin(path)
         rows = setting.embed(forward, encoded, mirror=False)
         return calibrate.from_pairs(1 - verification.squared_distances(rows[0::2], rows[1::2]) / 2, issame)

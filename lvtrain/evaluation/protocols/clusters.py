@@ -8,7 +8,7 @@ from pydantic import Field
 
 from lvtrain.evaluation import clustering, extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting
-from lvtrain.evaluation.sources import labelled_images
+from lvtrain.evaluation.sources import embed_labelled
 
 _NAMES = {"kmeans": "K-means, given the number of identities", "dbscan": "DBSCAN", "agglomerative": "agglomerative"}
 _SHARES = ("pairwise_f", "bcubed_precision", "bcubed_recall", "bcubed_f", "nmi")
@@ -29,8 +29,7 @@ class Clustering(Protocol):
     has_own_part = True
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
-        images, labels = labelled_images(paths[0])
-        embeddings = setting.embed(forward, images, mirror=self.options.flip)
+        embeddings, labels = embed_labelled(forward, paths[0], setting, mirror=self.options.flip)
         return clustering.run(embeddings, labels, cosine=self.options.cosine)
 
     @classmethod

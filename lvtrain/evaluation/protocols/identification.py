@@ -9,7 +9,7 @@ from pydantic import Field
 from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
 from lvtrain.evaluation.scores import identification
-from lvtrain.evaluation.sources import labelled_images
+from lvtrain.evaluation.sources import embed_labelled, labelled_images
 
 
 class IdentificationOptions(Flip):
@@ -29,8 +29,7 @@ class Identification(Protocol):
         labelled_images(paths[0])
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
-        images, labels = labelled_images(paths[0])
-        embeddings = setting.embed(forward, images, mirror=self.options.flip)
+        embeddings, labels = embed_labelled(forward, paths[0], setting, mirror=self.options.flip)
         return identification.identify(embeddings, labels, enrolled=self.options.enrolled)
 
     @classmethod

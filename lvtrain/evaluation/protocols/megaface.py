@@ -9,7 +9,7 @@ import numpy as np
 from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
 from lvtrain.evaluation.sets import megaface
-from lvtrain.evaluation.sources import labelled_images
+from lvtrain.evaluation.sources import embed_labelled
 
 
 @PROTOCOLS.register("megaface")
@@ -30,8 +30,7 @@ class MegaFace(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]:
         if path.is_dir() and not (path / "dataset.json").is_file() and next(path.rglob("*.bin"), None) is not None:
             return megaface.read_features(path, labelled=labelled)
-        images, labels = labelled_images(path)
-        return setting.embed(forward, images, mirror=self.options.flip), labels
+        return embed_labelled(forward, path, setting, mirror=self.options.flip)
 
     @classmethod
     def figure(cls, result: Result) -> float:
