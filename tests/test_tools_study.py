@@ -174,6 +174,18 @@ def test_subsets_and_a_setting_that_starts_from_another(fewshot: Path, tmp_path:
     assert figure["mean"] == pytest.approx(100 * accuracy + 1) and figure["std"] == pytest.approx(2**0.5)
 
 
+def test_the_subsets_that_settings_name_are_written_once(small: Path, tiny_faces: Path, tmp_path: Path) -> None:
+    path = tmp_path / "2shot.json"
+    wanted = {str(path): {"dataset": str(tiny_faces / "train"), "fraction": 0.5, "shots": 2, "seed": 1}}
+    small.write_text(yaml.safe_dump(yaml.safe_load(small.read_text()) | {"manifests": wanted}, sort_keys=False))
+    grid = Grid(study.parse([str(small)]))
+    grid.make_data()
+    data, written = ShardDataset(path), path.stat().st_mtime_ns
+    assert (data.num_classes, len(data)) == (12, 24)
+    grid.make_data()
+    assert path.stat().st_mtime_ns == written
+
+
 def array(fewshot: Path, out: Path, capfd: pytest.CaptureFixture[str], *words: str) -> str:
     grid = ["study.subsets.shots=[1,2]", "--seeds", "0,1", "--settings", "scratch"]
     assert study.main([str(fewshot), "--out", str(out), *grid, "--submit", "--dry-run", *words]) == 0

@@ -20,8 +20,9 @@ The phase's `sample_rate` decides S. Setting 3 is inferred: the text we have des
 Our readings, besides those of the bank:
 
 - the map to m_low and m_high; lambda = 1/2 where all classes are equally tight;
-- a class without a measured distance counts as the step's mean;
-- temperatures have a floor;
+- a class without a measured distance counts as the step's mean (PCL gives a cluster of one image the largest phi);
+- phi is the temperature as it is, with a floor (PCL cuts it at its 10th and 90th percentile, and scales
+  its mean: `mean_temperature`);
 - classes without a centre yet are left out of L_con and L_ali.
 
 A step reads the bank as it was at the step's start, so nothing depends on the number of ranks.
