@@ -27,6 +27,7 @@ from lvtrain.backbones import Backbone, create_backbone
 from lvtrain.checkpoint.state import State
 from lvtrain.data.augment import SETS, View, augmentation
 from lvtrain.errors import UserError
+from lvtrain.health.first_loss import FirstLoss
 from lvtrain.methods.cost import Cost
 from lvtrain.recipe.base import Duration, NamedSection
 from lvtrain.recipe.registry import METHODS
@@ -117,6 +118,11 @@ class Method(ABC):
     def cost(cls, recipe: Recipe, phase: Phase) -> Cost:
         """What a step of the phase needs besides the backbone, for the planner."""
         return Cost()
+
+    @classmethod
+    def first_loss(cls, recipe: Recipe, *, num_classes: int) -> FirstLoss | str:
+        """What the loss of the run's first step must be, or why that is not known."""
+        return "the method states no law"
 
     @classmethod
     def frozen_networks(cls, recipe: Recipe) -> dict[str, Callable[[], Backbone]]:

@@ -55,6 +55,7 @@ from lvtrain.data import Batch
 from lvtrain.distributed.collectives import all_reduce_sum, gather_rows
 from lvtrain.distributed.world import to_device
 from lvtrain.errors import UserError
+from lvtrain.health.first_loss import FirstLoss
 from lvtrain.methods.base import LossOutput, StepInfo
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.heads import classifier_section
@@ -157,6 +158,14 @@ class ClusterMethod(SupervisedMethod):
     @classmethod
     def cost(cls, recipe: Recipe, phase: Phase) -> Cost:
         return Cost(has_classes=True, banks=("cluster centres",), bank_has_negatives=True)
+
+    @classmethod
+    def first_loss(cls, recipe: Recipe, *, num_classes: int) -> FirstLoss | str:
+        """Plain ArcFace's in the warm-up. Without one, the clustering and aligning losses have no law."""
+        settings: ClusterSection = recipe.method  # type: ignore[assignment]
+        if not settings.warmup.amount:
+            return "the losses on cluster centres have no law (method.warmup: 0)"
+        return super().first_loss(recipe, num_classes=num_classes)
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
         settings: ClusterSection = recipe.method  # type: ignore[assignment]

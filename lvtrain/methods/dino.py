@@ -49,6 +49,7 @@ from lvtrain.data.augment import augmentation
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.collectives import all_gather_rows, group_size
 from lvtrain.errors import UserError
+from lvtrain.health.first_loss import FirstLoss
 from lvtrain.methods.base import LossOutput, Method, MethodSection, StepInfo, initial_backbone
 from lvtrain.methods.cost import Cost
 from lvtrain.recipe.base import setting
@@ -197,6 +198,25 @@ class DinoMethod(Method):
         self.teacher = copy.deepcopy(self.module).eval().requires_grad_(False)
         self.centre = torch.zeros(section.prototypes, device=device)
         self._sums: list[torch.Tensor] = []
+
+    @classmethod
+    def first_loss(cls, recipe: Recipe, *, num_classes: int) -> FirstLoss | str:
+        """Cross-entropy of two networks with the same random weights: log K + 1 / (2 b tau_s^2) - rho / (b tau_s tau_t).
+
+        b is the head's bottleneck, where two views of an image have the cosine rho, which is not known: from 0 to 1. It
+        holds for K well above exp(1 / (b tau_t^2)), which is 12 in the paper's head: no few prototypes then carry a sum.
+        """
+        if recipe.init_from is not None:
+            return "the network does not start at random"
+        settings: DinoSection = recipe.method  # type: ignore[assignment]
+        width, student = settings.bottleneck, settings.student_temperature
+        teacher = settings.teacher_temperature_start
+        if settings.prototypes < 50 * math.exp(min(1 / (width * min(student, teacher) ** 2), 50.0)):
+            return f"{settings.prototypes:,} prototypes are too few for a law"
+        most = 1 / (width * student * teacher)
+        expected = math.log(settings.prototypes) + 1 / (2 * width * student**2) - most / 2
+        bound = most / 2 + 0.005 * math.log(settings.prototypes)
+        return FirstLoss(expected, bound, f"log K of {settings.prototypes:,} prototypes, and their temperatures")
 
     @classmethod
     def cost(cls, recipe: Recipe, phase: Phase) -> Cost:

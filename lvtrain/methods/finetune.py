@@ -32,6 +32,7 @@ from lvtrain.classifier.mixed import mix
 from lvtrain.data import Batch
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
+from lvtrain.health.first_loss import FirstLoss
 from lvtrain.methods.base import LossOutput, StepInfo
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
 from lvtrain.recipe.base import Section, setting
@@ -83,6 +84,14 @@ class FinetuneMethod(SupervisedMethod):
     section = FinetuneSection
     title = "fine-tuning from pretrained weights (LAFS, CVPR 2024)"
     settings: FinetuneSection
+
+    @classmethod
+    def first_loss(cls, recipe: Recipe, *, num_classes: int) -> FirstLoss | str:
+        """The margin softmax's; the distance of landmarks has no law."""
+        settings: FinetuneSection = recipe.method  # type: ignore[assignment]
+        if settings.landmarks == "anchored":
+            return "the distance of landmarks to the frozen ones has no law"
+        return super().first_loss(recipe, num_classes=num_classes)
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
         super().__init__(recipe, num_classes=num_classes, device=device)

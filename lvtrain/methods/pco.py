@@ -29,7 +29,7 @@ from pydantic import field_validator
 from lvtrain.checkpoint.state import Rows, State
 from lvtrain.classifier import Anchor, ClassifierOutput
 from lvtrain.classifier.banks import ExpectationBank
-from lvtrain.classifier.margins import CosFace
+from lvtrain.classifier.margins import CosFace, MarginSection
 from lvtrain.methods.base import StepInfo
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.supervised import SupervisedMethod, SupervisedSection
@@ -80,6 +80,15 @@ class PcoMethod(SupervisedMethod):
         settings: PcoSection = recipe.method  # type: ignore[assignment]
         own = settings.expectation_negatives == "own"
         return Cost(has_classes=True, banks=("feature expectations",), bank_has_negatives=own)
+
+    @classmethod
+    def first_anchors(cls, recipe: Recipe) -> tuple[MarginSection, ...]:
+        """The feature expectations, where the first phase has them and they begin at the class centres."""
+        phase, settings, classifier = recipe.phases[0], recipe.method, recipe.classifier
+        assert isinstance(phase, PcoPhase) and isinstance(settings, PcoSection) and classifier is not None
+        if phase.expectation == "off" or settings.expectation_init != "weight":
+            return ()  # without a direction they take no part
+        return (CosFace(scale=classifier.margin.scale, m=settings.m2).settings,)
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
         super().__init__(recipe, num_classes=num_classes, device=device)

@@ -13,11 +13,12 @@ from torch import nn
 from lvtrain.backbones import Backbone
 from lvtrain.checkpoint.state import State
 from lvtrain.classifier import ClassifierOutput
-from lvtrain.classifier.margins import Margin
+from lvtrain.classifier.margins import Margin, MarginSection
 from lvtrain.data import Batch
 from lvtrain.data.augment import View, with_clean_twin
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
+from lvtrain.health.first_loss import FirstLoss, Softmax, classes_in_step
 from lvtrain.methods.base import LossOutput, Method, MethodSection, StepInfo, initial_backbone
 from lvtrain.methods.cost import Cost
 from lvtrain.methods.distill import Distill, Distillation, Teacher
@@ -103,6 +104,31 @@ class SupervisedMethod(Method):
     @classmethod
     def cost(cls, recipe: Recipe, phase: Phase) -> Cost:
         return Cost(has_classes=True)
+
+    @classmethod
+    def first_loss(cls, recipe: Recipe, *, num_classes: int) -> FirstLoss | str:
+        """The law of the margin softmax, and beside it the mean of 1 - cos to a teacher, 1 for an untrained student."""
+        section = classifier_section(recipe)
+        if recipe.init_from is not None and recipe.init_from.classifier != "fresh":
+            return f"class centres do not start at random (init_from.classifier: {recipe.init_from.classifier})"
+        if (threshold := section.margin.filter_threshold) is not None and threshold < 0.5:
+            return f"negatives are filtered (classifier.margin.filter_threshold: {threshold:g})"
+        distill: Distill | None = getattr(recipe.method, "distill", None)
+        if distill is not None and recipe.init_from is not None:
+            return "the distance of pretrained embeddings to the teacher's is not known"
+        phase, dim = recipe.phases[0], recipe.backbone.embedding_dim
+        classes, distinct = classes_in_step(num_classes, phase.sample_rate, phase.global_batch)
+        factor = 0.0 if section.margin.warmup.amount else 1.0
+        anchors = cls.first_anchors(recipe)
+        law = Softmax(section.margin, num_classes, classes, dim, distinct, factor, anchors).law()
+        if distill is None:
+            return law
+        return law.mixed(1 - distill.weight, 1.0, 4 / dim**0.5, f"{distill.weight:g} of the distance to the teacher")
+
+    @classmethod
+    def first_anchors(cls, recipe: Recipe) -> tuple[MarginSection, ...]:
+        """Margins of the method's own anchors that begin at the class centres in the first phase."""
+        return ()
 
     @classmethod
     def frozen_networks(cls, recipe: Recipe) -> dict[str, Callable[[], Backbone]]:

@@ -11,10 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from lvtrain.report import hover
 from lvtrain.report.files import PhaseSpan
 
 # placeholders that no figure uses otherwise, replaced by the page's variables after drawing
-INK, MUTED, GRID, BLUE, TEAL, RED, BAND, FAINT = (f"#01010{digit}" for digit in range(1, 9))
+INK, MUTED, GRID, BLUE, TEAL, RED, BAND, FAINT, VIOLET = (f"#01010{digit}" for digit in range(1, 10))
+RUNS = (BLUE, TEAL, RED, VIOLET)  # the run, and those beside it: each keeps its colour in every figure
 _VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
@@ -24,6 +26,7 @@ _VARIABLES = {
     RED: "--red",
     BAND: "--band",
     FAINT: "--faint",
+    VIOLET: "--violet",
 }
 POINTS = 900
 
@@ -59,7 +62,6 @@ def curve(
     values: np.ndarray,
     phases: list[PhaseSpan],
     *,
-    color: str = BLUE,
     log: bool = False,
     deltas: bool = False,
     percent: bool = False,
@@ -67,28 +69,34 @@ def curve(
     smooth: bool = True,
     beside: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
     name: str = "",
+    reference: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> str:
-    """One quantity over steps, as a data URI. Phases are bands behind it; for cos^2, each phase's delta is a dashed line.
+    """One quantity over steps, as inline SVG. Phases are bands behind it; for cos^2, each phase's delta is a dashed line.
 
-    `beside` holds steps and values of other runs by name, drawn thinner; `name` is then the name of this run.
+    `beside` holds steps and values of other runs by name, drawn thinner, no steps for one that has none; `name` is the
+    name of this run. `reference`: steps, lowest and highest value of the band of its card.
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes()
         _phase_bands(axes, phases)
-        others = [other for other in (BLUE, TEAL, RED, MUTED) if other != color]
-        for (other, (x, y)), other_color in zip((beside or {}).items(), others):
+        if reference is not None:
+            axes.fill_between(*reference, color=MUTED, alpha=0.22, linewidth=0, label="band of the card")
+        for (other, (x, y)), color in zip((beside or {}).items(), RUNS[1:]):
+            if len(x) < 2:
+                continue
             x, y, _, _ = _thinned(x, y)
             trend = _smooth(y) if smooth else None
-            axes.plot(x, y if trend is None else trend, color=other_color, linewidth=1.1, label=other)
+            axes.plot(x, y if trend is None else trend, color=color, linewidth=1.1, label=other)
         drawn_steps, mean, low, high = _thinned(steps, values)
         if len(steps) > POINTS:
-            axes.fill_between(drawn_steps, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.fill_between(drawn_steps, low, high, color=BLUE, alpha=0.15, linewidth=0)
         trend = _smooth(mean) if smooth else None
         if trend is not None:
-            axes.plot(drawn_steps, mean, color=color, alpha=0.3, linewidth=1)
-        axes.plot(drawn_steps, mean if trend is None else trend, color=color, label=name)
-        if beside:
-            axes.legend(loc="best")
+            axes.plot(drawn_steps, mean, color=BLUE, alpha=0.3, linewidth=1)
+        axes.plot(drawn_steps, mean if trend is None else trend, color=BLUE, label=name)
+        if beside or reference is not None:
+            handles, labels = axes.get_legend_handles_labels()
+            axes.legend(handles[::-1], labels[::-1], loc="best")  # drawn last, named first
         if deltas:
             _deltas(axes, phases)
         if log and len(mean) and np.nanmin(mean) > 0 and np.nanmax(mean) / np.nanmin(mean) > 20:
@@ -106,7 +114,10 @@ def curve(
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
         _steps_axis(axes)
-        return _svg(figure, axes)
+        shown = {name or "value": (steps, values), **(beside or {})}
+        if reference is not None:
+            shown |= {"band from": reference[:2], "to": reference[::2]}
+        return _svg(figure, axes, hover.over_steps(shown, percent=percent))
 
 
 def spread(
@@ -127,27 +138,23 @@ def spread(
         axes.plot(*_thinned(steps, mean)[:2], color=BLUE)
         axes.set_ylim(bottom=0)
         _steps_axis(axes)
-        return _svg(figure, axes)
+        shown = {"mean": mean, "deviation": deviation, "lowest": lowest, "highest": highest}
+        return _svg(figure, axes, hover.over_steps({name: (steps, values) for name, values in shown.items()}))
 
 
 def roc(curves: dict[str, dict[str, Any]]) -> str:
     """TAR over FAR on a log axis; `curves` is name -> {"far": [...], "tar": [...]}, the last drawn strongest."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(height=3.1)
-        colors = [BLUE, TEAL, RED, MUTED]
         lowest = 1.0
-        for number, (name, points) in enumerate(curves.items()):
+        for name, points in curves.items():
             far, tar = np.asarray(points["far"]), np.asarray(points["tar"])
             shown = far > 0
             if not shown.any():
                 continue
             lowest = min(lowest, float(far[shown].min()))
             before = name.endswith("before")
-            style = (
-                {"color": MUTED, "linestyle": (0, (4, 3)), "linewidth": 1.2}
-                if before
-                else {"color": colors[number % 4]}
-            )
+            style = {"color": MUTED, "linestyle": (0, (4, 3)), "linewidth": 1.2} if before else {"color": BLUE}
             axes.step(far[shown], tar[shown], where="post", label=name, **style)
         axes.set_xscale("log")
         axes.set_xlim(lowest, 1)
@@ -155,7 +162,7 @@ def roc(curves: dict[str, dict[str, Any]]) -> str:
         axes.set_xlabel("false accept rate")
         axes.set_ylabel("true accept rate")
         axes.legend(loc="best")
-        return _svg(figure, axes)
+        return _svg(figure, axes, hover.of_roc(curves))
 
 
 def histogram(
@@ -177,7 +184,7 @@ def histogram(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
         axes.set_xlabel("cosine of the pair")
         axes.legend(loc="upper left")
-        return _svg(figure, axes)
+        return _svg(figure, axes, hover.of_histogram(histogram))
 
 
 def span(histograms: list[dict[str, Any]]) -> tuple[float, float]:
@@ -196,11 +203,13 @@ def accuracy(steps: list[int], series: dict[str, list[float]]) -> str:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(height=3.1)
         for number, (name, values) in enumerate(series.items()):
-            axes.plot(steps, values, marker="o", markersize=3.5, color=(BLUE, TEAL, RED, MUTED)[number % 4], label=name)
+            style = {"marker": "osD^"[number % 4], "linestyle": ("-", "--", ":", "-.")[number % 4]}
+            axes.plot(steps, values, markersize=3.5, color=BLUE, label=name, **style)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
         axes.legend(loc="lower right")
         _steps_axis(axes)
-        return _svg(figure, axes)
+        shown = {name: (np.asarray(steps), np.asarray(values)) for name, values in series.items()}
+        return _svg(figure, axes, hover.over_steps(shown, percent=True))
 
 
 # ------------------------------------------------------------------------------------------------------------------ parts
@@ -234,9 +243,9 @@ def _deltas(axes: Any, phases: list[PhaseSpan]) -> None:
     for number, phase in enumerate(phases, start=1):
         if phase.delta is None:
             continue
-        axes.plot([phase.start, end], [phase.delta, phase.delta], color=RED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot([phase.start, end], [phase.delta, phase.delta], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         label = f"δ{number} = {phase.delta:g}"
-        axes.annotate(label, (end, phase.delta), (0, -3), textcoords="offset points", color=RED, ha="right", va="top")
+        axes.annotate(label, (end, phase.delta), (0, -3), textcoords="offset points", color=MUTED, ha="right", va="top")
 
 
 def _steps_axis(axes: Any) -> None:
@@ -272,13 +281,13 @@ def _smooth(values: np.ndarray) -> np.ndarray | None:
     return np.convolve(padded, np.full(width, 1 / width), mode="valid")
 
 
-def _svg(figure: Figure, axes: Any) -> str:
+def _svg(figure: Figure, axes: Any, marks: list[hover.Mark]) -> str:
     buffer = io.StringIO()
     # a fixed salt: the same run gives the same file
     with matplotlib.rc_context({"svg.hashsalt": "lvtrain"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
+    text = text[text.index("<svg") :].replace("</svg>", hover.strips(figure, axes, marks) + "</svg>")
     for placeholder, variable in _VARIABLES.items():
         text = text.replace(placeholder, f"var({variable})")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -16,13 +16,24 @@ import lvtrain
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import write_text
 from lvtrain.methods import method_title
-from lvtrain.report import beside, faces, figures, protocols
+from lvtrain.report import beside, faces, facts, figures, protocols
 from lvtrain.report.files import PhaseSpan, Row, RunFiles, read_run
 
 _SHOWN_EVENTS = 200
 # columns of metrics.jsonl that have another figure, or are not drawn as a curve
 _KNOWN = {"time", "step", "samples_seen", "epoch", "loss", "cos2", "cos2_window", "lr", "grad_norm"}
-_KNOWN |= {"images_per_second", "data_wait", "nonfinite", "memory_gb", "phi_mean", "phi_std", "phi_min", "phi_max"}
+_KNOWN |= {
+    "reference_low",
+    "reference_high",
+    "images_per_second",
+    "data_wait",
+    "nonfinite",
+    "memory_gb",
+    "phi_mean",
+    "phi_std",
+    "phi_min",
+    "phi_max",
+}
 _REASONS = {
     "cos2": "cosine stage scheduler",
     "length": "longest length",
@@ -67,11 +78,19 @@ def render(run: RunFiles, others: Sequence[RunFiles] = (), *, any_faces: bool = 
         {far for row in run.evaluations.values() for b in row["benchmarks"].values() for far in b["tar_at_far"]}
     )
     drawn_faces, without_faces = faces.face_pictures(run, any_dataset=any_faces)
+    planned, plan_note = facts.against_plan(run)
     return page.render(
         name=run.name,
         state=run.state,
         lead=_lead(run),
+        card=facts.card(run),
         tiles=_tiles(run),
+        standing=facts.standing(run),
+        sizes=facts.sizes(run),
+        planned=planned,
+        plan_note=plan_note,
+        next_steps=facts.next_steps(run),
+        colours=["--blue", "--teal", "--red", "--violet"],  # in the order of figures.RUNS
         training=_training(run, phases, others),
         names=beside.names([run, *others]),
         settings=beside.settings([run, *others]),
@@ -159,18 +178,21 @@ def _training(run: RunFiles, phases: list[PhaseSpan], others: Sequence[RunFiles]
     def add(title: str, column: str, note: str = "", **style: Any) -> None:
         steps, values = run.column(column)
         if len(steps) > 1:
-            curves = {name: found for name, other in zip(names, others) if len((found := other.column(column))[0]) > 1}
+            curves = {name: other.column(column) for name, other in zip(names, others)}
             svg = figures.curve(steps, values, phases, beside=curves, name=own, **style)
             drawn.append({"title": title, "note": note, "svg": svg})
 
-    add("Loss", "loss", "mean over the global batch", log=True)
+    places, low = run.column("reference_low")
+    band = (places, low, run.column("reference_high")[1]) if len(places) > 1 else None
+    note = "mean over the global batch" + ("; grey: the band of its card" if band else "")
+    add("Loss", "loss", note, log=True, reference=band)
     deltas = any(phase.delta for phase in phases)
     note = "mean over the global batch" + (", and the δ that ends each phase" if deltas else "")
-    add("cos² to the own class centre", "cos2", note, deltas=True, zero=True, color=figures.TEAL)
+    add("cos² to the own class centre", "cos2", note, deltas=True, zero=True)
     add("Learning rate", "lr", "of the backbone", zero=True, smooth=False)
     add("Gradient norm of the backbone", "grad_norm", "before clipping", log=True)
     add("Images per second", "images_per_second", "all ranks together", zero=True)
-    add("Waiting for data", "data_wait", "share of the time", zero=True, percent=True, color=figures.RED)
+    add("Waiting for data", "data_wait", "share of the time", zero=True, percent=True)
     add("GPU memory, GB", "memory_gb", "peak of rank 0", zero=True)
     steps, mean = run.column("phi_mean")
     deviation, lowest, highest = (run.column(f"phi_{part}")[1] for part in ("std", "min", "max"))

@@ -97,6 +97,7 @@ class PhaseState:
         tally: counts which images were served in each epoch.
         cos2: of the last finite step, a scalar on the device.
         grad_norm: likewise.
+        first_loss: of the run's first step, a scalar on the device, until it is compared with its law.
 
     Raises:
         UserError: weights that do not fit the recipe.
@@ -114,6 +115,7 @@ class PhaseState:
         self.nonfinite_in_row = self.nonfinite_total = self.bad_reported = 0
         self.cos2: torch.Tensor | None = None
         self.grad_norm: torch.Tensor | None = None
+        self.first_loss: torch.Tensor | None = None
         self.pace = Pace()
 
         self.method = create_method(recipe, num_classes=dataset.num_classes, device=world.device)
@@ -204,6 +206,8 @@ class PhaseState:
         """
         cos2 = [output.metrics["cos2"].detach() for output in outputs if "cos2" in output.metrics]
         self.cos2, self.grad_norm = torch.stack(cos2).mean() if cos2 else None, grad_norm
+        if self.position.step == 1:
+            self.first_loss = loss
         self.meter.add(loss, [{name: v for name, v in o.metrics.items() if name != "cos2"} for o in outputs])
         return self.cos2 is not None and self.stage.observe(self.cos2)
 

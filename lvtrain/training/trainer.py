@@ -31,7 +31,10 @@ from lvtrain.distributed import world as worlds
 from lvtrain.distributed.gpu import sees_only_its_own
 from lvtrain.errors import UserError
 from lvtrain.evaluation import suite
+from lvtrain.health.curves import find_reference
+from lvtrain.health.on_track import Note, OnTrack
 from lvtrain.methods import LossOutput, StepInfo, method_title
+from lvtrain.recipe.registry import METHODS
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training import outcome as outcomes
 from lvtrain.training.checks import check_benchmarks
@@ -104,6 +107,7 @@ class Trainer:
         self.rate = learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=per_epoch)
         self.kernel = choose_kernel(recipe.classifier.numerics.kernel, world.device) if recipe.classifier else None
         facts = {"data_licence": dataset.manifest.licence, "classifier_kernel": self.kernel}
+        facts |= {"identities": dataset.num_classes, "images": per_epoch}
         self.folder = open_folder(recipe, setup.ds_config, world, facts=facts, fence=fence)
         keep_provenance(self.folder.path, recipe, dataset, fence)
         tracked = TrackedRun(self.folder.path, self.folder.run_id, recipe.model_dump(mode="json"))
@@ -126,6 +130,7 @@ class Trainer:
             lease=fence,
         )
         self.opened: dict[str, dict[str, str]] = {}
+        self.on_track: OnTrack | None = None  # on rank 0, from `train_phases` on
 
     # ------------------------------------------------------------------------------------------------- from phase to phase
 
@@ -163,6 +168,8 @@ class Trainer:
             reason = f"{complete} since an earlier start, so nothing is left to train"
             return self._outcome("done", position.step, self.only_phase, reason)
         self._report_start(found, position)
+        if self.world.is_first:
+            self.on_track = self._follow()
         rolled_back_to: list[int] = []
         while True:
             if complete := self._complete(position):
@@ -207,6 +214,9 @@ class Trainer:
                 self.evaluate(phase, name)
         if enters:
             self._event(phase, "phase_start", world_size=self.world.size, accumulation=phase.accumulation)
+        if self.on_track:
+            notes = self.on_track.phase_started(phase.section.name, phase.section.end.cos2)
+            self._note(phase, notes if enters else [])
         return phase
 
     def roll_back(self, after: Position, rolled_back_to: list[int]) -> tuple[CheckpointInfo, Position]:
@@ -362,6 +372,8 @@ class Trainer:
         position = phase.position
         position.phase_over = True
         self._event(phase, "phase_end", reason=reason, cos2_window=phase.stage.last_mean)
+        if self.on_track:
+            self._note(phase, self.on_track.phase_ended(phase.now().epoch, reason))
         self.save(phase, "phase_end")
         self.checkpoints.wait()
         name = self._evaluation_name(position)
@@ -404,6 +416,8 @@ class Trainer:
     def log(self, phase: PhaseState) -> None:
         """One row of metrics and one line on the console. A collective."""
         row = phase.metrics_row()
+        if self.on_track:
+            row |= self.on_track.columns(row["epoch"])
         self.telemetry.metrics(row)
         has_figures = row["loss"] is not None
         for warning in phase.method.warnings(row, phase.now(steps_back=1)) if has_figures else []:
@@ -411,8 +425,31 @@ class Trainer:
             self.telemetry.say(f"warning: {warning}")
         left = (min(phase.limit, self.rate.total) - phase.position.samples_seen) / max(row["images_per_second"], 0.01)
         self.telemetry.say(progress_line(row, phase=phase.section.name, seconds_left=left))
+        if self.on_track:
+            first, phase.first_loss = phase.first_loss, None
+            notes = self.on_track.first_loss(float(first)) if first is not None else []
+            self._note(phase, notes + self.on_track.add(row))
         phase.meter.clear()
         phase.restart_clock()
+
+    def _follow(self) -> OnTrack:
+        """What follows the run's loss, with what is known of such a run. On rank 0."""
+        recipe, dataset = self.recipe, self.setup.dataset
+        try:
+            law = METHODS.get(recipe.method.name).first_loss(recipe, num_classes=dataset.num_classes)
+        except Exception as error:  # of a margin or method that is not ours; a check does not stop a run
+            law = f"the law failed ({type(error).__name__}: {error})"
+        reference = find_reference(recipe, num_classes=dataset.num_classes, num_samples=len(dataset))
+        found = OnTrack(law, reference, self.folder.path)
+        for note in found.start():
+            self.telemetry.event(note.event, **note.fields)
+            self.telemetry.say(f"lvtrain: {note.text}")
+        return found
+
+    def _note(self, phase: PhaseState, notes: list[Note]) -> None:
+        for note in notes:
+            self._event(phase, note.event, **note.fields)
+            self.telemetry.say(f"{'warning' if note.is_warning else 'lvtrain'}: {note.text}")
 
     def _check_data(self, phase: PhaseState) -> None:
         """Checks the served images at every log line: how many are bad, and the count of a finished epoch.
