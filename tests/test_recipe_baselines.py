@@ -47,6 +47,7 @@ ADAMW: dict[str, tuple[Any, ...]] = {
 CVLFACE: dict[str, tuple[Any, ...]] = {"adaface_vitb_webface4m": ("vit_b", "adaface", 224, 8, 1.0, 1e-4, 0.05, 36, 3)}
 BASELINES = SGD | ADAMW | CVLFACE
 CURVES = {path.stem: json.loads(path.read_text()) for path in sorted((FOLDER / "curves").glob("*.json"))}
+CURVES = {name: curve for name, curve in CURVES.items() if "loss_by_epoch" in curve}  # published logs
 
 
 def load(name: str) -> Recipe:

@@ -76,6 +76,13 @@ def test_run_folder_explains_itself(trained: dict[tuple[int, int], Path]) -> Non
     assert (folder / "evaluation" / "before.json").is_file()
 
 
+def test_the_first_loss_is_compared_once(trained: dict[tuple[int, int], Path]) -> None:
+    for folder in trained.values():
+        (found,) = events(folder, "first_loss")
+        assert found["agrees"] and found["step"] == 1
+        assert found["loss"] == pytest.approx(metrics(folder)[0]["loss"], abs=1e-4)
+
+
 def test_css_ends_a_phase_when_the_cosine_is_reached(tiny_faces: Path, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path, tiny_faces / "train")
     assert run(recipe, "backbone.name=vit_x") == 2
