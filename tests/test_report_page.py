@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,8 +14,12 @@ from lvtrain.data import SampleOrder
 from lvtrain.data.epochs import EpochTally, counts
 from lvtrain.errors import UserError
 from lvtrain.evaluation import verification
-from lvtrain.report import write_report
+from lvtrain.planning.device import device
+from lvtrain.planning.phases import plan_phases
+from lvtrain.recipe import files as recipes
+from lvtrain.report import facts, write_report
 from lvtrain.report.figures import POINTS
+from lvtrain.report.files import read_run
 
 RECIPE = """\
 name: sample
@@ -247,3 +252,93 @@ def test_not_a_run(tmp_path: Path) -> None:
         write_report(tmp_path)
     with pytest.raises(UserError, match="absent"):
         write_report(tmp_path / "absent")
+
+
+def on_track(run: Path) -> None:
+    """What a run with a reference, on GPUs, leaves besides."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"reference_low": 0.8 * row["loss"], "reference_high": 1.2 * row["loss"], "memory_gb": 12.5}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [
+        {"event": "reference", "card": "quickstart"},
+        {
+            "event": "first_loss",
+            "loss": 9.2,
+            "expected": 34.8,
+            "bound": 2.9,
+            "agrees": False,
+            "causes": {"no_margin": 9.2},
+        },
+        {
+            "event": "on_track",
+            "epoch": 2.0,
+            "loss": 12.2,
+            "low": 11.0,
+            "high": 14.0,
+            "stand": "within",
+            "card": "quickstart",
+        },
+    ]
+    with open(run / "events.jsonl", "a") as file:
+        file.writelines(json.dumps({"time": 1.8e9, **each}) + "\n" for each in found)
+    environment = json.loads((run / "environment.json").read_text())
+    command = ["lvtrain/main.py", "--recipe", "lvtrain/recipes/quickstart.yaml", "name=it's"]
+    environment |= {"gpus": ["NVIDIA H200"] * 2, "identities": 500, "images": 12_000, "command": command}
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "ds_config.json").write_text('{"zero_optimization": {"stage": 1}}')
+    (run / "recipe.yaml").write_text(RECIPE + "schedule: {total: 600 steps}\n")
+
+
+def test_where_the_run_stands_and_what_comes_next(tmp_path: Path) -> None:
+    """The band, the law and its causes, sizes and the plan, the card and commands to paste."""
+    run = make_run(tmp_path / "it's")
+    on_track(run)
+    files = read_run(run)
+    assert [row["good"] for row in facts.standing(files)] == [False, True]
+    assert {row["label"]: row["value"] for row in facts.sizes(files)}["identities"] == "500"
+    rows, _ = facts.against_plan(files)
+    recipe = recipes.resolve(files.recipe)
+    plans = plan_phases(recipe, ranks=2, zero={"stage": 1}, num_classes=500, device=device("h200", per_node=2))
+    assert [row["phase"] for row in rows] == list(plans)
+    for row, plan in zip(rows, plans.values()):
+        assert row["speed_planned"] == f"{2 * plan.images_per_second:,.0f}" and row["memory"] == "12.5"
+        assert row["memory_planned"] == f"{plan.total_memory / 1e9:.1f}" and row["mfu_planned"] == f"{plan.mfu:.0%}"
+    assert (found := facts.card(files)) is not None and found["name"] == "quickstart"
+    for step in facts.next_steps(files):
+        words = shlex.split(step["command"])
+        assert words[0] == "python" and (Path(__file__).parents[1] / words[1]).is_file() and str(run) in words
+    text = write_report(run).read_text()
+    page = Links()
+    page.feed(text)
+    assert page.open == [] and "<script" not in text and 'href="#card"' in text
+    assert text.count('<g class="hover">') == text.count("<svg")
+    loss = next(json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert f"step 10\nsample: {loss:.4g}\nband from: {0.8 * loss:.4g}" in text
+
+
+def test_a_stopped_run_says_how_to_go_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    on_track(run)
+    with open(run / "events.jsonl", "a") as file:
+        file.write(json.dumps({"time": 1.9e9, "event": "stop", "step": 600}) + "\n")
+    go_on = facts.next_steps(read_run(run))[0]["command"]
+    assert shlex.split(go_on)[-3:] == ["--recipe", "lvtrain/recipes/quickstart.yaml", "name=it's"]
+
+
+def test_a_run_keeps_its_colour(tmp_path: Path) -> None:
+    """Also in figures for which an earlier run has no values."""
+    run, other, third = (make_run(tmp_path / name) for name in "abc")
+    (other / "recipe.yaml").write_text(RECIPE.replace("name: sample", "name: other"))
+    (third / "recipe.yaml").write_text(RECIPE.replace("name: sample", "name: third"))
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["grad_norm"]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_report(run, others=[other, third]).read_text()
+    figures = [figure for figure in re.findall(r"<svg.*?</svg>", text, re.DOTALL) if ">third</text>" in figure]
+    without = [figure for figure in figures if ">other</text>" not in figure]
+    assert len(figures) == 6 and len(without) == 1
+    for figure in figures:
+        lines = set(re.findall(r"fill: none; stroke: var\((--[a-z]+)\)", figure)) - {"--grid", "--muted"}
+        assert lines == {"--blue", "--red"} | ({"--teal"} if figure not in without else set())

@@ -159,8 +159,8 @@ def roc(curves: dict[str, dict[str, Any]]) -> str:
         axes.set_xscale("log")
         axes.set_xlim(lowest, 1)
         axes.set_ylim(0, 1.02)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # a power's exponent is too small
         axes.set_xlabel("false accept rate")
-        axes.set_ylabel("true accept rate")
         axes.legend(loc="best")
         return _svg(figure, axes, hover.of_roc(curves))
 

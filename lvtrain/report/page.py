@@ -20,6 +20,7 @@ from lvtrain.report import beside, faces, facts, figures, protocols
 from lvtrain.report.files import PhaseSpan, Row, RunFiles, read_run
 
 _SHOWN_EVENTS = 200
+_MANY = {"checkpoint": 60, "on_track": 15}  # events that are not shown where there are more of them
 # columns of metrics.jsonl that have another figure, or are not drawn as a curve
 _KNOWN = {"time", "step", "samples_seen", "epoch", "loss", "cos2", "cos2_window", "lr", "grad_norm"}
 _KNOWN |= {
@@ -218,7 +219,13 @@ def _evaluation(run: RunFiles) -> list[Row]:
     for name, result in last.items():
         curves = {f"{name}, before": first[name]["roc"]} if several and name in first else {}
         curves[f"{name}, {_moment(names[-1])}" if several else name] = result["roc"]
-        drawn.append({"title": f"ROC, {name}", "note": "false accepts on a log axis", "svg": figures.roc(curves)})
+        drawn.append(
+            {
+                "title": f"ROC, {name}",
+                "note": "true accept rate; false accepts on a log axis",
+                "svg": figures.roc(curves),
+            }
+        )
         if len(names) > 2 and name == next(iter(last)):
             steps = [row["step"] for row in run.evaluations.values()]
             series = {
@@ -303,7 +310,7 @@ def _epochs(events: list[Row]) -> list[Row]:
 def _events(events: list[Row]) -> tuple[list[Row], str]:
     """Rows for the table, and a line on what is not in it: single bad samples, and the middle of a very long list."""
     counts = Counter(event["event"] for event in events)
-    quiet = {"bad_sample", "epoch"} | ({"checkpoint"} if counts["checkpoint"] > 60 else set())
+    quiet = {"bad_sample", "epoch"} | {name for name, most in _MANY.items() if counts[name] > most}
     shown = [event for event in events if event["event"] not in quiet]
     hidden = [
         f"{counts[name]:,} {name.replace('_', ' ')} events" for name in sorted(quiet - {"epoch"}) if counts[name]
