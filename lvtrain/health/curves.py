@@ -27,9 +27,11 @@ _GRID = 50  # points of an epoch over which its mean band is taken
 # a run whose values differ here trains something else
 _SAME = ("method.name", "backbone.name", "classifier.margin.name", "classifier.margin.scale", "classifier.margin.m")
 # values that do not move the curve, or hardly; the rest is listed where it differs
-_FREE = ("name", "runs", "seed", "deterministic", "data", "backbone.compile", "backbone.checkpoint_blocks")
-_FREE += ("classifier.numerics", "checkpoint", "evaluation", "logging", "safety", "ema", "optimizer.precision")
-_FREE += ("method.window", "method.distill.teacher")
+_FREE = (
+    *("name", "runs", "seed", "deterministic", "data", "backbone.compile", "backbone.checkpoint_blocks"),
+    *("classifier.numerics", "checkpoint", "evaluation", "logging", "safety", "ema", "optimizer.precision"),
+    *("method.window", "method.distill.teacher"),
+)
 
 
 @dataclass(frozen=True)
