@@ -15,7 +15,7 @@ from timm.loss import SoftTargetCrossEntropy
 from lvtrain.classifier import Numerics, ShardedClassifier
 from lvtrain.classifier.margins import ArcFace, CosFace
 from lvtrain.classifier.mixed import mix, partner_labels
-from lvtrain.classifier.partition import sampled_classes
+from lvtrain.classifier.sampling import sampled_classes
 from lvtrain.methods.finetune import Mixup as Section
 from tests.ranks import run_ranks
 
@@ -94,7 +94,7 @@ def expected(case):
     cosine = F.normalize(leaf) @ F.normalize(weight).t()
     with_margin = torch.stack([margin.target_logit(cosine[:, j], y) for j in range(CLASSES)], dim=1)
     logits = soft * with_margin + (1 - soft) * margin.scale * cosine
-    taking = sampled_classes(5, 0, (0, CLASSES), rate, labels)
+    taking = sampled_classes(5, 0, CLASSES, (0, CLASSES), rate, labels)
     out = torch.ones(CLASSES, dtype=torch.bool)
     out[torch.arange(CLASSES) if taking is None else taking] = False
     gone = out[None, :].expand(BATCH, -1)
