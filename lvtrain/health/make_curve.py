@@ -25,6 +25,7 @@ def make_curve(folders: list[Path], source: str) -> dict[str, Any]:
     losses = [{row["epoch"]: round(row["loss"], 3) for row in rows} for rows in runs]
     return {
         "source": source,
+        "differs": {},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "data": {"num_classes": facts["identities"], "num_samples": facts["images"]},
         "epochs": shared,
