@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lvtrain.data import Batch
+from lvtrain.data.augment import SETS
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods import StepInfo, create_method
@@ -237,15 +238,16 @@ def test_centre_losses_and_figures_are_the_same_on_1_2_and_4_ranks() -> None:
 
 def test_views_that_cannot_be_trained_on_are_refused() -> None:
     iresnet = {"name": "iresnet18", "embedding_dim": 16, "image_size": 112}
-    sets = {
-        "dino": r"data\.augmentation=flip .* dino, dino_faces, dino_faces_56, lafs, lafs_56$",
-        "lafs": r"data\.augmentation=dino .* lafs, lafs_56$",
-        "pco": r"data\.augmentation=dino .* none, flip, arcface",
-    }
-    for method, augmentation in ((DINO, "flip"), (LAFS, "dino"), ({"name": "pco"}, "dino")):
-        with pytest.raises(UserError, match=sets[method["name"]]):
+    for method, augmentation, fitting in ((DINO, "flip", "global_1"), (LAFS, "dino", "global_1_landmarks")):
+        with pytest.raises(UserError) as error:
             changes = {"data": {"path": "nowhere", "augmentation": augmentation}}
             create_method(recipe(method, **changes), num_classes=4, device=CPU)
+        expected = [name for name, views in SETS.items() if fitting in {view.name for view in views}]
+        assert str(error.value).endswith(", ".join(expected)) and f"augmentation={augmentation}" in str(error.value)
+    with pytest.raises(UserError, match=r"data\.augmentation=dino .* none, flip, arcface"):
+        create_method(
+            recipe({"name": "pco"}, data={"path": "nowhere", "augmentation": "dino"}), num_classes=4, device=CPU
+        )
     with pytest.raises(UserError, match=r"iresnet18 .*112 .*data\.augmentation=dino.* 48"):
         create_method(recipe(DINO, backbone=iresnet), num_classes=4, device=CPU)
 

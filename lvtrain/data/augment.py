@@ -2,7 +2,7 @@
 
 A set is a list of views. A view is a name, an output size and a list of operations with their ranges. The backends draw
 nothing: `draw` turns (seed, epochs, sample ids) into arrays, one row per sample. A backend (`dali`, `torch_backend`) applies them in one fixed order:
-crop and resize, affine, colour, posterise, solarise, resize-down, blur, erase, flip. So a sample looks the same in every batch, on every rank
+crop and resize, affine, colour, posterise, solarise, resize-down, blur, erase, flip, steps, black. So a sample looks the same in every batch, on every rank
 and after every restart.
 """
 
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lvtrain import randomness
+from lvtrain.data.step_draws import Chance, JitterSteps, RandSteps, Uniform, blur_step, grey_step, solarise_step
 from lvtrain.recipe.registry import AUGMENTATIONS
 
 Range = tuple[float, float]
-Uniform = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Draws:
 
     Attributes:
         crop: float32 [k, 4]: x0, y0, x1, y1 as shares of width and height.
+        crop_cubic: the same, resized with bicubic instead of bilinear interpolation.
         flip: int32 [k], 1 mirrors.
         affine: float32 [k, 2, 3]: output to input coordinates (x, y), in units of the image size, origin in its middle.
         colour: float32 [k, 4]: brightness, contrast and saturation factors, hue in degrees (DALI's `color_twist`).
@@ -34,9 +35,12 @@ class Draws:
         down: float32 [k]: the image is reduced to this share of its size and enlarged again; 0: not at all.
         blur: float32 [k]: Gaussian sigma in pixels of the output; 0: none.
         erase: float32 [k, 4]: x, y, width, height as shares, filled with mid-grey; width 0: none.
+        steps: float32 [k, n, 3]: operations in their own order for each sample, see `step_draws`.
+        black: as `erase`, filled with black, after the steps.
     """
 
     crop: np.ndarray | None = None
+    crop_cubic: np.ndarray | None = None
     flip: np.ndarray | None = None
     affine: np.ndarray | None = None
     colour: np.ndarray | None = None
@@ -45,6 +49,8 @@ class Draws:
     down: np.ndarray | None = None
     blur: np.ndarray | None = None
     erase: np.ndarray | None = None
+    steps: np.ndarray | None = None
+    black: np.ndarray | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -55,10 +61,17 @@ class Draws:
 
 @dataclass(frozen=True)
 class Crop:
-    """Crops a random rectangle of `scale` times the area and of a width-to-height `ratio`, and resizes it (Inception's crop)."""
+    """Crops a random rectangle of `scale` times the area and of a width-to-height `ratio`, and resizes it (Inception's crop).
+
+    A rectangle that is wider or higher than the image is cut to it. With `tries`, it is drawn again, that many times in
+    all, and then the crop is the whole image: torchvision's rule for a square image. With [0.4, 1] the mean area is then
+    0.643, and without 0.692.
+    """
 
     scale: Range
     ratio: Range = (3 / 4, 4 / 3)
+    tries: int = 0
+    cubic: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,7 @@ class Erase:
     p: float
     area: Range
     ratio: Range = (0.3, 3.3)
+    black: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +144,7 @@ class RandAugment:
     magnitude: float = 9.0
 
 
-Op = Crop | Flip | Jitter | Grey | Blur | Down | Solarise | Erase | RandAugment
+Op = Crop | Flip | Jitter | Grey | Blur | Down | Solarise | Erase | RandAugment | JitterSteps | Chance | RandSteps
 
 
 @dataclass(frozen=True)
@@ -190,6 +204,24 @@ def _with_landmark_twins(views: tuple[View, ...]) -> tuple[View, ...]:
     return views + tuple(_twin(view, f"{view.name}_landmarks") for view in views)
 
 
+def _dino_released(local_scale: Range, local_size: int | None) -> tuple[View, ...]:
+    """DINO's views as its code draws them, and LAFS's: crops drawn again, bicubic, jitter in random order, solarise last."""
+    jitter, sigma = JitterSteps(0.8, 0.4, 0.4, 0.2, 0.1), (0.1, 2.0)
+    whole, colour = Crop((0.4, 1.0), tries=10, cubic=True), (Flip(), jitter, grey_step(0.2))
+    local = Crop(local_scale, tries=10, cubic=True)
+    return (
+        View("global_0", (whole, *colour, blur_step(1.0, sigma))),
+        View("global_1", (whole, *colour, blur_step(0.1, sigma), solarise_step(0.2))),
+        *(View(f"local_{i}", (local, *colour, blur_step(0.5, sigma)), local_size) for i in range(8)),
+    )
+
+
+def _lafs_finetune(magnitude: float) -> tuple[View, ...]:
+    """The released code's views for fine-tuning. Our reading: the crop comes before RandAugment, there after it."""
+    crop, erase = Crop((0.9, 1.0), tries=10), Erase(0.5, (0.02, 0.1), black=True)
+    return (View("image", (crop, Flip(), RandSteps(magnitude), JitterSteps(1.0, 0.1, 0.1, 0.1, 0.1), erase)),)
+
+
 _RAND_AUGMENT = (Flip(), RandAugment(2, 9.0), Erase(0.25, (0.02, 0.2)))
 
 SETS: dict[str, tuple[View, ...]] = {
@@ -219,8 +251,11 @@ SETS: dict[str, tuple[View, ...]] = {
     ),
     # small and blurred faces, for a student of a teacher that sees the clean image (method.distill.view)
     "degraded": (View("image", (Flip(), Down(0.8, (0.15, 0.9)), Blur(0.5, (0.2, 2.0)))),),
-    # LAFS fine-tuning
+    # a strong one for fine-tuning
     "randaugment": (View("image", _RAND_AUGMENT),),
+    # LAFS fine-tuning as its released code draws it: magnitude 1 of 10 on WebFace4M, 2 on MS1MV3
+    "lafs_finetune": _lafs_finetune(1.0),
+    "lafs_finetune_ms1mv3": _lafs_finetune(2.0),
     # self-supervision. Local crops: [0.05, 0.4] is the default of DINO's own code (--local_crops_scale), [0.08, 0.4] what LAFS says it starts
     # from (supplement 8.1.3); 48 pixels of 112 are LAFS's, 24 and half the blur the same share of small recipes' 56
     "dino": _dino((0.05, 0.4), 48),
@@ -231,6 +266,10 @@ SETS: dict[str, tuple[View, ...]] = {
     # LAFS crops its student views as the global ones, [0.4, 1.0] (section 3.2 and supplement 8.1.3), at full size
     "lafs": _with_landmark_twins(_dino((0.4, 1.0), None)),
     "lafs_56": _with_landmark_twins(_dino((0.4, 1.0), None, _SMALL_JITTER, (0.1, 1.0))),
+    # the same as the released code draws them (the sets above are those of runs begun before)
+    "dino_released": _dino_released((0.05, 0.4), 48),
+    "dino_faces_released": _dino_released((0.08, 0.4), 48),
+    "lafs_released": _with_landmark_twins(_dino_released((0.4, 1.0), None)),
     "lafs_album_56": _with_landmark_twins(_dino((0.4, 1.0), None, _ALBUM_JITTER, (0.1, 1.0), local_views=4)),
 }
 
@@ -278,6 +317,17 @@ class _Parts:
         self.down = np.zeros(k)
         self.blur = np.zeros(k)
         self.erase = np.zeros((k, 4))
+        self.black = np.zeros((k, 4))
+        self.crop_cubic = np.zeros((k, 4))
+        self._steps: list[np.ndarray] = []
+
+    @property
+    def steps(self) -> np.ndarray:
+        return np.concatenate(self._steps, axis=1)
+
+    def add_steps(self, steps: np.ndarray) -> None:
+        self.used.add("steps")
+        self._steps.append(steps)
 
     def draws(self) -> Draws:
         kinds = {"flip": np.int32, "posterise": np.uint8, "solarise": np.int32}
@@ -288,12 +338,34 @@ class _Parts:
 
 
 def _crop(op: Crop, parts: _Parts, uniform: Uniform) -> None:
-    parts.used.add("crop")
-    area = uniform("crop/area", *op.scale)
-    root = np.sqrt(np.exp(uniform("crop/ratio", np.log(op.ratio[0]), np.log(op.ratio[1]))))
-    width, height = np.minimum(np.sqrt(area) * root, 1.0), np.minimum(np.sqrt(area) / root, 1.0)
-    left, top = uniform("crop/x") * (1 - width), uniform("crop/y") * (1 - height)
-    parts.crop = np.stack([left, top, left + width, top + height], axis=1)
+    parts.used.add("crop_cubic" if op.cubic else "crop")
+    if op.tries:
+        box = _redrawn_box(op, parts.k, uniform)
+    else:
+        wide, high = _sides(op, uniform, "crop/")
+        width, height = np.minimum(wide, 1.0), np.minimum(high, 1.0)
+        left, top = uniform("crop/x") * (1 - width), uniform("crop/y") * (1 - height)
+        box = np.stack([left, top, left + width, top + height], axis=1)
+    setattr(parts, "crop_cubic" if op.cubic else "crop", box)
+
+
+def _redrawn_box(op: Crop, k: int, uniform: Uniform) -> np.ndarray:
+    """Torchvision's `RandomResizedCrop`, in whole pixels of a square image of 112 (the size of aligned faces)."""
+    side = 112
+    width, height = np.full(k, side), np.full(k, side)
+    for turn in reversed(range(op.tries)):  # the first that fits counts
+        wide, high = (np.rint(side * share) for share in _sides(op, uniform, f"crop/{turn}/"))
+        fits = (wide <= side) & (high <= side)
+        width, height = np.where(fits, wide, width), np.where(fits, high, height)
+    left = np.floor(uniform("crop/x") * (side - width + 1))
+    top = np.floor(uniform("crop/y") * (side - height + 1))
+    return np.stack([left, top, left + width, top + height], axis=1) / side
+
+
+def _sides(op: Crop, uniform: Uniform, what: str) -> tuple[np.ndarray, np.ndarray]:
+    area = uniform(f"{what}area", *op.scale)
+    root = np.sqrt(np.exp(uniform(f"{what}ratio", np.log(op.ratio[0]), np.log(op.ratio[1]))))
+    return np.sqrt(area) * root, np.sqrt(area) / root
 
 
 def _flip(op: Flip, parts: _Parts, uniform: Uniform) -> None:
@@ -332,13 +404,17 @@ def _solarise(op: Solarise, parts: _Parts, uniform: Uniform) -> None:
 
 
 def _erase(op: Erase, parts: _Parts, uniform: Uniform) -> None:
-    parts.used.add("erase")
+    parts.used.add("black" if op.black else "erase")
     area = uniform("erase/area", *op.area)
     root = np.sqrt(np.exp(uniform("erase/ratio", np.log(op.ratio[0]), np.log(op.ratio[1]))))
     width, height = np.minimum(np.sqrt(area) * root, 1.0), np.minimum(np.sqrt(area) / root, 1.0)
     here = uniform("erase") < op.p
     box = np.stack([uniform("erase/x") * (1 - width), uniform("erase/y") * (1 - height), width, height], axis=1)
-    parts.erase = np.where(here[:, None], box, 0.0)
+    setattr(parts, "black" if op.black else "erase", np.where(here[:, None], box, 0.0))
+
+
+def _steps(op: JitterSteps | Chance | RandSteps, parts: _Parts, uniform: Uniform) -> None:
+    parts.add_steps(op.draw(uniform))
 
 
 _RAND_CHOICES = (
@@ -402,4 +478,7 @@ _DRAW: dict[type, Callable[..., None]] = {
     Solarise: _solarise,
     Erase: _erase,
     RandAugment: _rand_augment,
+    JitterSteps: _steps,
+    Chance: _steps,
+    RandSteps: _steps,
 }

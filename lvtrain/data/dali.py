@@ -19,7 +19,8 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from lvtrain.data import jpeg
 from lvtrain.data.augment import Draws, View
 from lvtrain.data.job import DecodedViews, DecodeSpec, Job
-from lvtrain.data.pixels import Memory, mirror_and_normalise
+from lvtrain.data.pixels import Memory, mirror_and_normalise, normalise_on
+from lvtrain.data.steps import apply_steps
 
 fn: Any = dali_fn  # its type stubs are incomplete
 types: Any = dali_types
@@ -62,15 +63,29 @@ class DaliBackend:
         job = self._flying.popleft()
         # DALI's buffers are returned to DALI; the tensors returned here are torch's, in the order of torch's streams
         pixels = {view.name: torch.from_dlpack(output.as_tensor()) for view, output in zip(self._spec.views, outputs)}
+        stepped = {name for name in pixels if _has_steps(job.draws[name])}
         if self._on_gpu:
             views = {name: images.clone() for name, images in pixels.items()}
+            for name in stepped:
+                views[name] = self._stepped(views[name], job.draws[name])
             torch.cuda.current_stream(self._spec.device).synchronize()
         else:
             views = {}
             for name, images in pixels.items():
                 views[name] = self._memory.lend(len(images), 3, *images.shape[1:3])
+                if name in stepped:
+                    views[name].copy_(self._stepped(images, job.draws[name]))
+                    continue
                 mirror_and_normalise(images.numpy(), job.draws[name].flip, views[name])
         return DecodedViews(job, views)
+
+    def _stepped(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Steps on uint8 [m, h, w, 3], which torch applies: normalised float32 [m, 3, h, w]."""
+        planes = images.permute(0, 3, 1, 2).contiguous()
+        if draws.flip is not None:
+            mirrored = torch.from_numpy(draws.flip > 0).to(planes.device).view(-1, 1, 1, 1)
+            planes = torch.where(mirrored, planes.flip(3), planes)
+        return normalise_on(apply_steps(planes, draws.steps, draws.black), planes.device)
 
     def close(self) -> None:
         self._flying.clear()
@@ -135,7 +150,7 @@ class DaliBackend:
             prefetch_queue_depth=spec.depth,
             exec_dynamic=True,
             views=[
-                (view.name, spec.size(view), sorted(_inputs(_example(view), 1, None, self._on_gpu)))
+                (view.name, spec.size(view), sorted(_inputs(_example(view), 1, None, self._on_gpu)), _kind(view))
                 for view in spec.views
             ],
             stored_size=spec.stored_size,
@@ -155,6 +170,16 @@ def _as_list(encoded: list[bytes]) -> Any:
     return TensorListCPU(np.frombuffer(rows, dtype=np.uint8).reshape(len(encoded), longest))
 
 
+def _has_steps(draws: Draws) -> bool:
+    return draws.steps is not None or draws.black is not None
+
+
+def _kind(view: View) -> tuple[bool, bool]:
+    """Whether a view's crop is bicubic, and whether torch finishes it (steps)."""
+    draws = _example(view)
+    return draws.crop_cubic is not None, _has_steps(draws)
+
+
 def _example(view: View) -> Draws:
     from lvtrain.data.augment import draw
 
@@ -164,8 +189,9 @@ def _example(view: View) -> Draws:
 def _inputs(draws: Draws, size: int, stored_size: tuple[int, int] | None, on_gpu: bool) -> dict[str, np.ndarray]:
     """The graph's inputs for a view of `size` pixels: arrays with one row per sample, in DALI's terms."""
     fed: dict[str, np.ndarray] = {}
-    if draws.crop is not None:
-        shares = draws.crop[:, [1, 0, 3, 2]]
+    crop = draws.crop if draws.crop_cubic is None else draws.crop_cubic
+    if crop is not None:
+        shares = crop[:, [1, 0, 3, 2]]
         if stored_size is not None:  # whole pixels, as the torch backend takes them
             pixels = np.array(stored_size * 2, dtype=np.float32)
             shares = np.rint(shares * pixels)
@@ -173,7 +199,7 @@ def _inputs(draws: Draws, size: int, stored_size: tuple[int, int] | None, on_gpu
             shares = shares / pixels
         fed["crop_start"] = np.ascontiguousarray(shares[:, :2])
         fed["crop_end"] = np.ascontiguousarray(shares[:, 2:])
-    if draws.flip is not None and on_gpu:
+    if draws.flip is not None and on_gpu and not _has_steps(draws):
         fed["flip"] = draws.flip
     if draws.affine is not None:
         fed["affine"] = pixel_matrix(draws.affine, size)
@@ -230,16 +256,22 @@ def _decoder(on_gpu: bool) -> Any:
 def _graph(views: Any, stored_size: Any, on_gpu: bool) -> Any:
     image = _decode(on_gpu)
     outputs = []
-    for name, size, inputs in views:
-        outputs.append(_view(image, name, size, inputs, stored_size, on_gpu))
+    for name, size, inputs, (cubic, stepped) in views:
+        outputs.append(_view(image, name, size, inputs, stored_size, on_gpu and not stepped, cubic))
     return tuple(outputs)
 
 
-def _view(image: Any, name: str, size: int, inputs: list[str], stored_size: Any, on_gpu: bool) -> Any:
+def _view(image: Any, name: str, size: int, inputs: list[str], stored_size: Any, floats: bool, cubic: bool) -> Any:
     fed = {key: fn.external_source(name=f"{name}.{key}") for key in inputs}
     if "crop_start" in fed:
+        interpolation = {"interp_type": types.INTERP_CUBIC} if cubic else {}
         image = fn.resize(
-            image, size=[size, size], roi_start=fed["crop_start"], roi_end=fed["crop_end"], roi_relative=True
+            image,
+            size=[size, size],
+            roi_start=fed["crop_start"],
+            roi_end=fed["crop_end"],
+            roi_relative=True,
+            **interpolation,
         )
     elif stored_size != (size, size):
         image = fn.resize(image, size=[size, size])
@@ -262,7 +294,7 @@ def _view(image: Any, name: str, size: int, inputs: list[str], stored_size: Any,
         image = fn.erase(
             image, anchor=fed["erase_start"], shape=fed["erase_shape"], axis_names="WH", fill_value=MID_GREY
         )
-    if not on_gpu:
+    if not floats:
         return image
     mirror = fed.get("flip", 0)
     return fn.crop_mirror_normalize(

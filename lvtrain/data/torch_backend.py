@@ -17,6 +17,7 @@ import torch
 from lvtrain.data import jpeg
 from lvtrain.data.job import DecodedViews, DecodeSpec, Job
 from lvtrain.data.pixels import TOGETHER, Memory, mirror, normalise, normalise_on, scratch, split
+from lvtrain.data.steps import apply_steps
 
 MID_GREY = 128
 
@@ -84,6 +85,8 @@ class TorchBackend:
             for row, image in enumerate(images):
                 own = {name: values[row] for name, values in draws.items()}
                 planes[row] = apply(_planes(image), size, own).numpy()
+            if "steps" in draws or "black" in draws:
+                planes[:] = apply_steps(torch.from_numpy(planes), draws.get("steps"), draws.get("black")).numpy()
         if self._floats_here:
             normalise(planes, batch)
 
@@ -125,8 +128,9 @@ def apply(image: torch.Tensor, size: int, draws: dict[str, np.ndarray]) -> torch
     """One sample's parameters (a row of `Draws`) on uint8 [3, h, w] -> uint8 [3, size, size]."""
     from torchvision.transforms.v2 import functional
 
-    if "crop" in draws:
-        image = _crop(image, draws["crop"], size)
+    if "crop" in draws or "crop_cubic" in draws:
+        cubic = "crop_cubic" in draws
+        image = _crop(image, draws["crop_cubic" if cubic else "crop"], size, cubic)
     elif image.shape[1:] != (size, size):
         image = functional.resize(image, [size, size], antialias=True)
     if "affine" in draws and not np.array_equal(draws["affine"], np.eye(2, 3, dtype=np.float32)):
@@ -153,15 +157,15 @@ def apply(image: torch.Tensor, size: int, draws: dict[str, np.ndarray]) -> torch
     return image
 
 
-def _crop(image: torch.Tensor, box: np.ndarray, size: int) -> torch.Tensor:
-    from torchvision.transforms.v2 import functional
+def _crop(image: torch.Tensor, box: np.ndarray, size: int, cubic: bool) -> torch.Tensor:
+    from torchvision.transforms.v2 import InterpolationMode, functional
 
     height, width = image.shape[1:]
     left, right = round(float(box[0]) * width), round(float(box[2]) * width)
     top, bottom = round(float(box[1]) * height), round(float(box[3]) * height)
-    return functional.resized_crop(
-        image, top, left, max(1, bottom - top), max(1, right - left), [size, size], antialias=True
-    )
+    mode = InterpolationMode.BICUBIC if cubic else InterpolationMode.BILINEAR
+    place = (top, left, max(1, bottom - top), max(1, right - left))
+    return functional.resized_crop(image, *place, [size, size], mode, antialias=True)
 
 
 def _warp(image: torch.Tensor, affine: np.ndarray) -> torch.Tensor:
