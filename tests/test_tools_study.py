@@ -28,8 +28,28 @@ def test_settings_of_published_studies_differ(path: Path, monkeypatch: pytest.Mo
     cells = [Cell(name, 0) for name in grid.settings]
     resolved = [recipes.load(grid.recipe(cell.setting), grid.changes(cell)) for cell in cells]
     assert len({recipes.dump(recipe) for recipe in resolved}) == len(resolved), "two settings are the same run"
-    if made := grid.study.generated:
-        assert all(made.path in recipe.data.path.parents for recipe in resolved)
+    if made := {each.path for each in grid.study.generated}:
+        assert all(made & set(recipe.data.path.parents) for recipe in resolved)
+    assert len({cell.name for cell in grid.cells}) == len(grid.cells)
+
+
+def test_a_grid_with_pretraining_trains_each_before_what_starts_from_it() -> None:
+    words = [
+        str(ROOT / "tools" / "studies" / "fewshot.yaml"),
+        "study.subsets.shots=[1]",
+        "study.subsets.fractions=[1.0]",
+    ]
+    grid = Grid(study.parse([*words, "--settings", "scratch,dino_tuned,lafs_subset_tuned", "--out", "x"]))
+    names = [cell.name for cell in grid.cells]
+    assert len(names) == 3 * 3 + 3 + 2 * 3 * 3  # pretrainings, scratch, two starts
+    for cell in grid.cells:
+        changes = grid.changes(cell)
+        if cell.setting == "dino_tuned":
+            assert f'init_from.path="x/dino_p{cell.pretraining}"' in changes
+            assert names.index(f"dino_p{cell.pretraining}") < names.index(cell.name)
+        if cell.setting == "lafs_subset":
+            assert f'method.landmark_weights="x/landmarks_p{cell.seed}"' in changes
+            assert names.index(f"landmarks_p{cell.seed}") < names.index(cell.name)
 
 
 @pytest.fixture

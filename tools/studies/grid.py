@@ -24,12 +24,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid. `fraction` and `shots` are None without subsets; in a subset, `shots` None means all images."""
+    """One run of the grid. `fraction` and `shots` are None without subsets; in a subset, `shots` None means all images.
+
+    `pretraining` is the seed of the pretraining that it starts from; `is_first`: it is such a pretraining itself.
+    """
 
     setting: str
     seed: int
     fraction: float | None = None
     shots: int | None = None
+    pretraining: int | None = None
+    is_first: bool = False
 
     @property
     def subset(self) -> str:
@@ -39,7 +44,10 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return "_".join([*([self.subset] if self.subset else []), self.setting, f"seed{self.seed}"])
+        if self.is_first:
+            return f"{self.setting}_p{self.seed}"
+        start = [] if self.pretraining is None else [f"p{self.pretraining}"]
+        return "_".join([*([self.subset] if self.subset else []), self.setting, *start, f"seed{self.seed}"])
 
 
 class Grid:
@@ -58,18 +66,31 @@ class Grid:
         subsets = self.study.subsets
         places = [(f, k) for f in subsets.fractions for k in subsets.shots] if subsets else [(None, None)]
         # all cells of one seed come first, so that the table of an interrupted study is balanced
-        self.cells = [Cell(s, seed, f, k) for seed in self.seeds for f, k in places for s in self.settings]
-        for setting in self.settings:  # find a wrong setting now, not after hours of runs
+        grid = [Cell(s, seed, f, k, p) for seed in self.seeds for f, k in places for s, p in self._starts()]
+        needed = {other for setting in self.settings for other in self.study.starts(setting)}
+        first = [name for name in self.study.pretraining if name in needed]
+        # a pretraining comes right before the first cell that starts from it
+        self.cells: list[Cell] = []
+        for seed in self.study.pretraining_seeds if first else [None]:
+            self.cells += [Cell(name, seed, is_first=True) for name in first if seed is not None]
+            self.cells += [cell for cell in grid if cell.pretraining in (seed, None) and cell not in self.cells]
+        for setting in [*first, *self.settings]:  # find a wrong setting now, not after hours of runs
             recipes.load(self.recipe(setting), self.changes(Cell(setting, self.seeds[0])))
 
+    def _starts(self) -> list[tuple[str, int | None]]:
+        """Settings and the seeds of the pretrainings that each starts from."""
+        seeds: list[int | None] = list(self.study.pretraining_seeds)
+        return [(s, p) for s in self.settings for p in (seeds if self.study.starts(s) else [None])]
+
     def recipe(self, setting: str) -> Path:
-        path = Path(self.study.settings[setting].get("recipe") or self.options.recipe or self.study.recipe)
+        path = Path(self.study.values(setting).get("recipe") or self.options.recipe or self.study.recipe)
         return path if path.exists() else ROOT / path  # our studies give recipes relative to the repository
 
     def changes(self, cell: Cell) -> list[str]:
         """The overrides of a cell's run, without those that every run has."""
         words = self.study.overrides(cell.setting)
-        for name, filled in (("{out}", str(self.out)), ("{seed}", str(cell.seed))):
+        start = cell.seed if cell.is_first or cell.pretraining is None else cell.pretraining
+        for name, filled in (("{out}", str(self.out)), ("{seed}", str(cell.seed)), ("{pretraining}", str(start))):
             words = [word.replace(name, filled) for word in words]
         return [*words, *self.overrides]
 
@@ -97,8 +118,9 @@ class Grid:
 
     def make_data(self) -> None:
         """Writes generated faces and subset manifests before the first run: two tasks must not write one file."""
-        made = self.study.generated
-        if made is not None and not (made.path / "heldout.bin").exists():
+        for made in self.study.generated:
+            if (made.path / "heldout.bin").exists():
+                continue
             sizes = made.model_dump(mode="json", exclude={"path"})
             words = [f"--{name}={value}" for name, value in sizes.items()]
             command = [sys.executable, str(ROOT / "tools" / "synth_faces.py"), str(made.path), *words]

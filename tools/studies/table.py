@@ -16,23 +16,26 @@ from tools.studies.grid import Grid, finished
 
 
 def collect(grid: Grid) -> list[dict[str, Any]]:
-    """A row for every setting (of every subset) with a finished cell.
+    """A row for every setting (of every subset) with a finished cell; pretraining runs are rows without a subset.
 
     A row is `{setting, subset…, seeds, figures}`, where `figures` is `{title: {mean, std, values}}` over the seeds.
     """
     rows = []
     for place in dict.fromkeys((cell.fraction, cell.shots, cell.setting) for cell in grid.cells):
         members = [cell for cell in grid.cells if (cell.fraction, cell.shots, cell.setting) == place]
-        found = {cell.seed: _figures(grid.folder(cell), grid.study) for cell in members}
-        done = {seed: figures for seed, figures in found.items() if figures}
+        found = {cell: _figures(grid.folder(cell), grid.study) for cell in members}
+        done = {cell: figures for cell, figures in found.items() if figures}
         if not done:
             continue
         titles = list(next(iter(done.values())))
-        row: dict[str, Any] = {"setting": members[0].setting}
+        row: dict[str, Any] = {"setting": members[0].setting + (" (frozen)" if members[0].is_first else "")}
         if members[0].fraction is not None:
             row |= {"fraction": members[0].fraction, "shots": members[0].shots or "all"}
         figures = {title: _over_seeds([values[title] for values in done.values()]) for title in titles}
-        rows.append(row | {"seeds": list(done), "figures": figures})
+        seeds = {"seeds": [cell.seed for cell in done]}
+        if members[0].pretraining is not None:
+            seeds["pretraining_seeds"] = [cell.pretraining for cell in done if cell.pretraining is not None]
+        rows.append(row | seeds | {"figures": figures})
     return rows
 
 
@@ -67,10 +70,10 @@ def _over_seeds(values: list[float]) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the table, figures as mean ± standard deviation over seeds."""
     titles = list(dict.fromkeys(title for row in rows for title in row["figures"]))
-    subset = "fraction" in rows[0]
+    subset = any("fraction" in row for row in rows)
     printed = Table(*(["identities", "shots"] if subset else []), "setting", "seeds", *titles)
     for row in rows:
-        place = [f"{100 * row['fraction']:g}%", str(row["shots"])] if subset else []
+        place = [f"{100 * row['fraction']:g}%", str(row["shots"])] if "fraction" in row else [""] * (2 * subset)
         printed.add_row(
             *place, row["setting"], str(len(row["seeds"])), *(_cell(row["figures"].get(t), t) for t in titles)
         )
