@@ -142,7 +142,7 @@ def test_variance_is_the_sum_over_comparisons_that_share_an_identity() -> None:
             [of.get(int(a)) == "A" == of.get(int(b)) for a, b in zip(labels[first], labels[second])]
         )
         wrong = (cosines[chosen] >= 0.4) == (kind == "fmr")
-        tally = intervals.tally_pairs(wrong, labels[first[chosen]], labels[second[chosen]])
+        tally = intervals.Dyads(labels[first[chosen]], labels[second[chosen]]).tally(wrong)
         n = tally.identities
         correction = n * (n - 1) / ((n - 2) * (n - 3)) if kind == "fmr" else n / (n - 1)
         assert tally.variance == pytest.approx(correction * max(0.0, expected["A"][f"{kind}_plain"]))
@@ -191,10 +191,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 
 def test_rates_of_zero_keep_an_honest_interval() -> None:
     ends = np.arange(40)
-    tally = intervals.tally_pairs(np.zeros(40, bool), ends, ends)
+    tally = intervals.Dyads(ends, ends).tally(np.zeros(40, bool))
     low, high = tally.interval(0.95)
     assert low == 0 and 3 / 40 < high < 0.12  # the rule of three and more
-    apart = intervals.tally_pairs(np.zeros(780, bool), *np.triu_indices(40, 1))
+    apart = intervals.Dyads(*np.triu_indices(40, 1)).tally(np.zeros(780, bool))
     assert apart.independent == 20 and apart.interval(0.95)[1] > 3 / 20
     # with another group's design effect it is that of 780 / 2 comparisons
     assert apart.interval(0.95, together=2.0) == intervals.wilson(0, 390, student.ppf(0.975, 39))

@@ -67,12 +67,9 @@ def genuine_pairs(rows: np.ndarray, labels: np.ndarray, quality: np.ndarray) -> 
         quality: [N].
     """
     order = np.argsort(labels, kind="stable")
-    ends = np.flatnonzero(np.append(labels[order][1:] != labels[order][:-1], True)) + 1
+    starts = np.flatnonzero(labels[order][1:] != labels[order][:-1]) + 1
     cosines, lower = [], []
-    start = 0
-    for end in ends:
-        mine = order[start:end]
-        start = end
+    for mine in np.split(order, starts):
         if len(mine) > 1:
             one, other = np.triu_indices(len(mine), 1)
             of_one = rows[mine].astype(np.float32)

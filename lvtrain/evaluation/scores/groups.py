@@ -33,7 +33,7 @@ from scipy.sparse.csgraph import connected_components
 
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.evaluation.scores.intervals import Tally, design_effect, tally_pairs, tally_sums
+from lvtrain.evaluation.scores.intervals import Dyads, Tally, design_effect, tally_sums
 from lvtrain.evaluation.verification import resolved
 
 TARGETS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -79,7 +79,7 @@ def of_pairs(
     Args:
         pairs: the comparisons.
         groups: the group of every item [I], object; None for an item without one.
-        identities: int [I], such as `Pairs.identities`.
+        identities: int [I] from 0, such as `Pairs.identities`.
         at: target FMR -> threshold; by default `thresholds`.
 
     Raises:
@@ -89,17 +89,15 @@ def of_pairs(
     names = sorted({str(group) for group in groups if group is not None})
     number = np.array([-1 if group is None else names.index(group) for group in groups], dtype=np.int64)
     within = np.where(number[pairs.first] == number[pairs.second], number[pairs.first], -1)
-    found: dict[str, Rates] = {}
-    for target, threshold in at.items():
-        found[target] = {"fmr": {}, "fnmr": {}}
-        accepted = pairs.cosines >= threshold
-        for position, name in enumerate(names):
-            for kind, part in (("fmr", ~pairs.issame), ("fnmr", pairs.issame)):
-                chosen = part & (within == position)
-                if chosen.any():
-                    wrong = accepted[chosen] == (kind == "fmr")
-                    ends = identities[pairs.first[chosen]], identities[pairs.second[chosen]]
-                    found[target][kind][name] = tally_pairs(wrong, *ends)
+    found: dict[str, Rates] = {target: {"fmr": {}, "fnmr": {}} for target in at}
+    for position, name in enumerate(names):
+        for kind, part in (("fmr", ~pairs.issame), ("fnmr", pairs.issame)):
+            chosen = np.flatnonzero(part & (within == position))
+            if len(chosen):
+                dyads = Dyads(identities[pairs.first[chosen]], identities[pairs.second[chosen]])
+                for target, threshold in at.items():
+                    is_accepted = pairs.cosines[chosen] >= threshold
+                    found[target][kind][name] = dyads.tally(is_accepted == (kind == "fmr"))
     return summary(at, found, without=int((number < 0).sum()))
 
 
@@ -215,12 +213,13 @@ def _all_pairs(
         first, second = (slice(ends[a] - sizes[a], ends[b - 1]) for a, b in (one, other))
         scores = held[first] @ held[second].T
         if one == other:
-            scores.fill_diagonal_(2.0)  # an image accepts itself: taken off below
+            scores.masked_fill_(
+                torch.ones_like(scores, dtype=torch.bool).tril_(), -2.0
+            )  # each pair once, no image with itself
         for position, limit in enumerate(limits):
             hits = _by_identity(scores >= limit, owner[first] - one[0], owner[second] - other[0])
             if one == other:
-                mine = counts[slice(*one)]
-                own[position, slice(*one)] = (hits.diagonal() - mine) / 2
+                own[position, slice(*one)] = hits.diagonal()
                 hits = hits.triu(1)
             accepted[position, slice(*one)] += hits.sum(1)
             accepted[position, slice(*other)] += hits.sum(0)
@@ -232,9 +231,10 @@ def _all_pairs(
         for part in parts:
             dist.all_reduce(part)
         accepted, moments, own = parts
-    hits, sums, genuine = (part.cpu().numpy() for part in (accepted, moments, own))
+    of_each, sums, genuine = (part.cpu().numpy() for part in (accepted, moments, own))
     return {
-        target: _tallies(sizes, hits[position], sums[position], genuine[position]) for position, target in enumerate(at)
+        target: _tallies(sizes, of_each[position], sums[position], genuine[position])
+        for position, target in enumerate(at)
     }
 
 

@@ -76,19 +76,32 @@ def wilson(rate: float, comparisons: float, quantile: float) -> tuple[float, flo
     return (float(middle - half) if rate > 0 else 0.0), (float(middle + half) if rate < 1 else 1.0)
 
 
-def tally_pairs(is_error: np.ndarray, first: np.ndarray, second: np.ndarray) -> Tally:
-    """The tally of comparisons [P]: bool, and the identities int of both sides. All are genuine, or all are impostor comparisons."""
-    ends = np.stack([np.minimum(first, second), np.maximum(first, second)], axis=1)
-    dyads, place = np.unique(ends, axis=0, return_inverse=True)
-    errors = np.bincount(place.ravel(), weights=is_error, minlength=len(dyads))
-    counts = np.bincount(place.ravel(), minlength=len(dyads)).astype(np.float64)
-    excess = errors - counts * errors.sum() / counts.sum()
-    names, both = np.unique(dyads, return_inverse=True)
-    both = both.reshape(dyads.shape)
-    apart = both[:, 0] != both[:, 1]
-    sums = np.bincount(both[:, 0], weights=excess, minlength=len(names))
-    sums += np.bincount(both[apart, 1], weights=excess[apart], minlength=len(names))
-    return tally_sums(int(is_error.sum()), len(is_error), sums, float((excess[apart] ** 2).sum()), bool(apart.any()))
+class Dyads:
+    """Comparisons [P] by the identities of their two sides. All are genuine, or all are impostor comparisons.
+
+    Args:
+        first: int [P], identities from 0.
+        second: int [P].
+    """
+
+    def __init__(self, first: np.ndarray, second: np.ndarray) -> None:
+        low, high = np.minimum(first, second).astype(np.int64), np.maximum(first, second).astype(np.int64)
+        most = int(high.max()) + 1
+        keys, self._place, self._counts = np.unique(low * most + high, return_inverse=True, return_counts=True)
+        ends = np.stack([keys // most, keys % most])
+        self._names, both = np.unique(ends, return_inverse=True)
+        self._low, self._high = both.reshape(ends.shape)
+        self._apart = self._low != self._high
+
+    def tally(self, is_error: np.ndarray) -> Tally:
+        """The tally of errors, bool [P]."""
+        errors = np.bincount(self._place, weights=is_error, minlength=len(self._counts))
+        excess = errors - self._counts * (errors.sum() / len(is_error))
+        sums = np.bincount(self._low, weights=excess, minlength=len(self._names))
+        apart = excess[self._apart]
+        sums += np.bincount(self._high[self._apart], weights=apart, minlength=len(self._names))
+        squares = float((apart**2).sum())
+        return tally_sums(int(is_error.sum()), len(is_error), sums, squares, is_impostor=bool(self._apart.any()))
 
 
 def tally_sums(errors: int, comparisons: int, sums: np.ndarray, squares: float, is_impostor: bool) -> Tally:
