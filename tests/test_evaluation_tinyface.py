@@ -18,11 +18,11 @@ from lvtrain.evaluation.sets import tinyface
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def make_tinyface(folder: Path, seed: int = 0) -> Path:
-    """20 identities, one to three gallery images and one or two probes each, 60 distractors; small images of several sizes."""
-    generator = np.random.default_rng(seed)
+def make_tinyface(folder: Path, identities: int = 20, distractors: int = 60) -> Path:
+    """Identities with one to three gallery images and one or two probes each; small images of several sizes."""
+    generator = np.random.default_rng(0)
     place = folder / "Testing_Set"
-    faces = generator.integers(0, 256, (20, 5, 5, 3))
+    faces = generator.integers(0, 256, (identities, 5, 5, 3))
     lists: dict[str, list[tuple[str, int]]] = {"gallery": [], "probe": []}
 
     def save(path: Path, face: np.ndarray) -> None:
@@ -36,7 +36,7 @@ def make_tinyface(folder: Path, seed: int = 0) -> Path:
                 name = f"{7 * identity + 3}_{kind}{number}.jpg"
                 lists[kind].append((name, 7 * identity + 3))
                 save(place / sub / name, face)
-    for number in range(60):
+    for number in range(distractors):
         save(place / "Gallery_Distractor" / f"{number}.jpg", generator.integers(0, 256, (5, 5, 3)))
     for kind, file in (("gallery", "gallery_match_img_ID_pairs.mat"), ("probe", "probe_img_ID_pairs.mat")):
         generator.shuffle(lists[kind])

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lvtrain.data.shards import ShardDataset
 from lvtrain.evaluation import suite
+from lvtrain.evaluation.bins import write_bin
 from lvtrain.evaluation.protocol import PROTOCOLS
 from lvtrain.export.model_card import Card, write_card
 from lvtrain.report import write_report
@@ -16,38 +19,34 @@ from tests.test_evaluation_ijb_galleries import make_galleries
 from tests.test_evaluation_tinyface import make_tinyface
 
 
-def folder_of(faces: ShardDataset, folder: Path, identities: range) -> Path:
-    for sample in range(len(faces)):
-        data, label = faces.read(sample)
-        if label in identities:
-            place = folder / f"p{label}"
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"{sample}.jpg").write_bytes(data)
-    return folder
-
-
 def benchmarks(tiny_faces: Path, folder: Path) -> dict[str, Any]:
-    faces = ShardDataset(tiny_faces / "train")
-    names = faces.label_names()
-    (folder / "identities.csv").write_text(
-        "\n".join(["identity,group", *(f"{name},{'ab'[i % 2]}" for i, name in enumerate(names))])
-    )
-    (folder / "images.csv").write_text("\n".join(["image,group", *(f"{i},{'ab'[i // 4 % 2]}" for i in range(400))]))
-    probes, distractors = (
-        folder_of(faces, folder / name, part) for name, part in (("probes", range(6)), ("others", range(6, 9)))
-    )
-    ijb = make_galleries(folder / "ijb", templates=24, subjects=6)
-    train = str(tiny_faces / "train")
+    """A small set for every protocol: 20 identities with three images each in folders, and what the other tests generate."""
+    data = ShardDataset(tiny_faces / "train")
+    faces, others = folder / "faces", folder / "others"
+    for label in range(24):
+        place = (faces if label < 20 else others) / f"p{label:02}"
+        place.mkdir(parents=True)
+        for image, sample in enumerate(np.flatnonzero(data.labels(np.arange(len(data))) == label)[:3]):
+            (place / f"{image}.jpg").write_bytes(data.read(int(sample))[0])
+    files = [file.read_bytes() for file in sorted(faces.rglob("*.jpg"))]
+    # ten folds of two genuine and two impostor pairs
+    pairs = [(3 * k, 3 * k + 1) if k % 4 < 2 else (3 * (k % 20), 3 * ((k + 2) % 20)) for k in range(20)] * 2
+    write_bin(folder / "pairs.bin", [files[i] for pair in pairs for i in pair], [a // 3 == b // 3 for a, b in pairs])
+    rows = [f"{i},{'ab'[pairs[i // 2][i % 2] // 3 % 2]}" for i in range(80)]
+    (folder / "images.csv").write_text("\n".join(["image,group", *rows]))
+    rows = [f"p{label:02},{'ab'[label % 2]}" for label in range(20)]
+    (folder / "identities.csv").write_text("\n".join(["identity,group", *rows]))
+    ijb = make_galleries(folder / "ijb", templates=14, subjects=4)
     return {
-        "pairs": {"path": str(tiny_faces / "heldout.bin"), "groups": str(folder / "images.csv")},
-        "all": {"protocol": "all_pairs", "path": train, "groups": str(folder / "identities.csv")},
-        "search": {"protocol": "identification", "path": str(probes), "enrolled": 2},
-        "clusters": {"protocol": "clustering", "path": str(probes)},
-        "thresholds": {"protocol": "calibration", "path": train},
-        "mega": {"protocol": "megaface", "path": f"{probes},{distractors}"},
+        "all": {"path": str(faces), "groups": str(folder / "identities.csv")},
+        "search": {"protocol": "identification", "path": str(faces), "enrolled": 2},
+        "clusters": {"protocol": "clustering", "path": str(faces)},
+        "thresholds": {"protocol": "calibration", "path": str(faces)},
+        "mega": {"protocol": "megaface", "path": f"{faces},{others}"},
+        "pairs": {"path": str(folder / "pairs.bin"), "groups": str(folder / "images.csv")},
         "templates": str(ijb),
         "galleries": {"protocol": "ijb_identification", "path": str(ijb)},
-        "tiny": {"path": str(make_tinyface(folder / "tinyface")), "flip": False},
+        "tiny": {"path": str(make_tinyface(folder / "tinyface", identities=6, distractors=12)), "flip": False},
     }
 
 
