@@ -20,8 +20,9 @@ DATA = {"num_classes": 500, "num_samples": 12_000}
 
 def found(name: str, *overrides: str, **sizes: int) -> Reference | None:
     recipe = recipes.load(FOLDER.parent / f"{name}.yaml", overrides)
-    sizes = {"num_classes": recipe.data.num_classes or 500, "num_samples": recipe.data.num_samples or 12_000} | sizes
-    return find_reference(recipe, **sizes)
+    stated = json.loads((FOLDER / f"{name}.json").read_text()).get("data", {})
+    known: dict[str, int] = {key: getattr(recipe.data, key) or stated[key] for key in ("num_classes", "num_samples")}
+    return find_reference(recipe, **(known | sizes))
 
 
 @pytest.mark.parametrize("name", CURVES)
