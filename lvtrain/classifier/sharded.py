@@ -307,8 +307,9 @@ class _ShardedLoss(torch.autograd.Function):
         others = None if share == 1 else partner_labels(labels, head.ranks)
         if others is not None:
             (own,) = classes
-            classes = [replace(own, second=own.positions(others, head.rows[0]))]
-            targets.append(own.unit_rows_at(classes[0].second))
+            second = own.positions(others, head.rows[0])
+            classes = [replace(own, second=second)]
+            targets.append(own.unit_rows_at(second))
         sums = [(x * target).sum(dim=1) for target in targets]
         sums += [each.is_valid_at(positions).to(x.dtype) for each in classes if each.mask is not None]
         passes = [each for each, anchor in zip(classes, anchors) if anchor.own_negatives]
