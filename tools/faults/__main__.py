@@ -47,7 +47,6 @@ def main(
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(work)
         pairs = all_of([site for group in chosen for site in _sites(bench, *group)], visits)
-        possible = Counter((site.operation, site.size, site.victim) for site, _ in pairs)
         pairs = _short(pairs, seed) if short else in_turns(pairs, seed)
         trials = []
         for trial in carry_out(bench, pairs[: count or None], jobs, work / "trials.jsonl", minutes):
@@ -57,7 +56,7 @@ def main(
                 print(f"WRONG {trial.mode} at {site.operation} {site.call} {site.nth} of {site.path}: {trial.why}")
             if len(trials) % 50 == 0:
                 print(f"{len(trials)} of {len(pairs)}: {dict(Counter(one.verdict for one in trials))}", flush=True)
-        keep(results, trials, possible, {"visits": visits, "count": count, "seed": seed})
+        keep(results, trials, pairs, {"visits": visits, "count": count, "seed": seed})
     if any(trial.verdict == "wrong" for trial in trials):
         raise typer.Exit(1)
 

@@ -271,44 +271,50 @@ def _cell(counts: Counter[str]) -> str:
     return f"{counts['survived']}/{counts['refused']}/{wrong}"
 
 
-def keep(
-    results: Path, trials: list[Trial], possible: Counter[tuple[str, int, int]], conditions: dict[str, Any]
-) -> None:
+def keep(results: Path, trials: list[Trial], pairs: list[tuple[Site, Mode]], conditions: dict[str, Any]) -> None:
     """Writes syscalls.json (counts, and every trial that was wrong) and syscalls.md.
 
     Args:
         results: folder.
-        trials: of the sweep.
-        possible: how many there are, by operation, ranks and victim.
+        trials: that were carried out.
+        pairs: all that there are.
         conditions: of the sweep.
     """
-    by_group: dict[tuple[str, int, int], list[Trial]] = {group: [] for group in GROUPS if possible[group]}
-    for trial in trials:
-        by_group[trial.site.operation, trial.site.size, trial.site.victim].append(trial)
-    lines = ["| what | trials | of | survived | refused | wrong | not reached |", "|---|---|---|---|---|---|---|"]
-    tables, groups = [], []
-    for group, own in by_group.items():
-        counts = Counter(trial.verdict for trial in own)
-        by_cell = Counter((trial.site.call, trial.mode, trial.verdict) for trial in own)
-        row = {verdict: counts[verdict] for verdict in ("survived", "refused", "wrong", "not reached")}
-        cells = [[*cell, number] for cell, number in sorted(by_cell.items())]
-        groups.append({"what": _who(*group), "trials": len(own), "of": possible[group], **row, "cells": cells})
-        lines.append(
-            f"| {_who(*group)} | {len(own)} | {possible[group]} | " + " | ".join(map(str, row.values())) + " |"
-        )
-        tables += [f"## {_who(*group)}", "", table(own)]
-    total = Counter(trial.verdict for trial in trials)
-    numbers = [
-        len(trials),
-        sum(possible.values()),
-        *(total[v] for v in ("survived", "refused", "wrong", "not reached")),
+    lines = [
+        "| what | trials | calls in a way | roles of file | survived | refused | wrong | not reached |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines.append("| **all** | " + " | ".join(map(str, numbers)) + " |")
+    tables, groups = [], []
+    for group in [*GROUPS, None]:
+        own = [trial for trial in trials if group in (None, _group(trial.site))]
+        possible = [(site, mode.name) for site, mode in pairs if group in (None, _group(site))]
+        if not possible:
+            continue
+        done = [(trial.site, trial.mode) for trial in own]
+        covered = [f"{len(done)} of {len(possible)}"]
+        for part in (
+            lambda site, mode: (_group(site), site.call, mode),
+            lambda site, _: (_group(site), role(site.path)),
+        ):
+            covered.append(f"{len({part(*one) for one in done})} of {len({part(*one) for one in possible})}")
+        verdicts = Counter(trial.verdict for trial in own)
+        row = {verdict: verdicts[verdict] for verdict in ("survived", "refused", "wrong", "not reached")}
+        what = _who(*group) if group else "**all**"
+        lines.append(f"| {what} | " + " | ".join([*covered, *map(str, row.values())]) + " |")
+        if group:
+            by_cell = Counter((trial.site.call, trial.mode, trial.verdict) for trial in own)
+            cells = [[*cell, number] for cell, number in sorted(by_cell.items())]
+            groups.append({"what": what, "trials": len(done), "of": len(possible), **row, "cells": cells})
+            tables += [f"## {what}", "", table(own)]
     wrong = [asdict(trial) for trial in trials if trial.verdict == "wrong"]
     results.mkdir(parents=True, exist_ok=True)
     found = {"conditions": conditions, "groups": groups, "wrong": wrong}
     (results / "syscalls.json").write_text(json.dumps(found) + "\n")
     (results / "syscalls.md").write_text("\n".join([HEADING, *lines, "", *tables]))
+
+
+def _group(site: Site) -> tuple[str, int, int]:
+    return site.operation, site.size, site.victim
 
 
 def _who(operation: str, size: int, victim: int) -> str:
@@ -320,10 +326,11 @@ def _who(operation: str, size: int, victim: int) -> str:
 HEADING = """# System calls that fail
 
 `python -m tools.faults` repeats a save, a resume, a pack, an evaluation and one that draws. Each time
-another call on their files fails in another way. The trials are every call on every role of file
-(its path without numbers: of a step, a rank, a shard), at its first and its last visit, in every
-way of failing. `of` is their number. They are taken in turns: every call in every way once, then
-again on other files. So any number of them is a fair sample.
+another call on their files fails in another way. The trials are every call, in every way of failing,
+on every role of file (its path without the numbers of steps, ranks and shards), at its first and its
+last visit. They are taken in turns: first every call in every way once, then again on other files. So
+those that were carried out are a fair sample. The first table says how many they are, how many pairs
+of a call and a way of failing they cover, and how many roles.
 
 A trial has
 
@@ -332,5 +339,6 @@ A trial has
   same bits;
 - been **wrong**: anything else. A checkpoint that was renamed as damaged is wrong, too.
 
-Cells of the tables are survived/refused/wrong.
+Cells of the tables are survived/refused/wrong. A continued sweep tries what was wrong again, so
+`wrong` counts what is left.
 """

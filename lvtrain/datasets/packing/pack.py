@@ -360,14 +360,14 @@ def _write(job: work.Job, bounds: np.ndarray, workers: int, tell: Progress) -> N
 
 def _finished(job: work.Job, number: int) -> bool:
     part, shard = work.part_path(job.work, number), job.out / work.shard_name(number)
-    return part.exists() and shard.exists() and shard.stat().st_size == int(np.load(part)["size"])
+    return part.exists() and shard.exists() and shard.stat().st_size == int(work.read_part(job.work, number)["size"])
 
 
 def _commit(job: work.Job, plan: _Plan, options: PackOptions) -> tuple[Manifest, int]:
     writer = IndexWriter(job.out)
     encoded = 0
     for number in range(len(plan.bounds) - 1):
-        part = np.load(work.part_path(job.work, number))
+        part = work.read_part(job.work, number)
         writer.add_shard(
             work.shard_name(number),
             int(part["size"]),

@@ -18,6 +18,7 @@ from lvtrain.datasets.packing import images
 from lvtrain.datasets.shard_writer import ShardWriter
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import commit, write_bytes
+from lvtrain.files.patience import patiently
 
 INSPECTION_FILE = "inspection.bin"
 
@@ -135,6 +136,12 @@ def shard_name(number: int) -> str:
 def part_path(work: Path, number: int) -> Path:
     """Scratch file with the index entries of a written shard."""
     return work / f"part-{number:06d}.npz"
+
+
+def read_part(work: Path, number: int) -> dict[str, np.ndarray]:
+    """The arrays of that file. No file is left open: an error of its close would be a traceback of nobody's."""
+    with np.load(io.BytesIO(patiently(part_path(work, number).read_bytes))) as found:
+        return dict(found)
 
 
 def _image(state: _Open, row: int, record: np.void) -> tuple[bytes, bool]:
