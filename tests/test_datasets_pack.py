@@ -345,8 +345,17 @@ def test_killed_pack_is_continued_to_the_same_bytes(tmp_path, faces):
     assert {
         name: (tmp_path / "out" / "shards" / name).stat().st_mtime_ns for name in finished
     } == finished  # not touched again
-    pack(source, tmp_path / "whole" / "out", PackOptions("folder", samples_per_shard=9))
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole" / "out")
+    whole, options = tmp_path / "whole" / "out", PackOptions("folder", samples_per_shard=9)
+    report = pack(source, whole, options)
+    assert files_of(tmp_path / "out") == files_of(whole)
+    (whole / ".pack_finished").mkdir()  # as if killed while it removed its scratch folder: the same command ends well
+    with pytest.raises(UserError, match="is a finished dataset"):
+        pack(source, whole, PackOptions("folder", samples_per_shard=10))
+    (whole / ".pack_finished").mkdir()
+    assert pack(source, whole, options) == json.loads(json.dumps(report))
+    assert files_of(tmp_path / "out") == files_of(whole)
+    with pytest.raises(UserError, match="is a finished dataset"):
+        pack(source, whole, options)
 
 
 ENDED_WITH_WORKERS_AT_WORK = """

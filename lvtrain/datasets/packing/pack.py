@@ -107,6 +107,8 @@ def pack(
     source, out = Path(source), Path(out)
     new = not (out / ".pack").exists()
     try:
+        if (report := _ended(source, out, options)) is not None:
+            return report
         scratch = _begin(source, out, options)
         with _alone(scratch):
             try:
@@ -153,9 +155,24 @@ def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers:
     return report
 
 
+def _ended(source: Path, out: Path, options: PackOptions) -> dict[str, Any] | None:
+    """The report of a pack that was killed after its end, while it removed its scratch folder. That is removed here."""
+    if not (out / FINISHED).exists():
+        return None
+    shutil.rmtree(out / FINISHED, ignore_errors=True)
+    packed = json.loads(patiently((out / "dataset.json").read_text)).get("provenance", {})
+    is_same = json.loads(json.dumps(_provenance(source, options))) == packed
+    report: dict[str, Any] | None = json.loads(patiently((out / REPORT).read_text)) if is_same else None
+    return report
+
+
+def _provenance(source: Path, options: PackOptions) -> dict[str, Any]:
+    kept = {key: value for key, value in asdict(options).items() if key not in ("licence", "seed")}
+    return {"source": source.name, **kept}
+
+
 def _begin(source: Path, out: Path, options: PackOptions) -> Path:
     """The scratch folder, new or of the pack to continue."""
-    shutil.rmtree(out / FINISHED, ignore_errors=True)
     if (out / "dataset.json").exists() and not (out / ".pack").exists():
         raise UserError(f"{out} is a finished dataset; choose another folder, or remove it")
     if IMPORTERS.get(options.kind).lists_folders and source.resolve() in (out.resolve(), *out.resolve().parents):
@@ -378,10 +395,7 @@ def _commit(job: work.Job, plan: _Plan, options: PackOptions) -> tuple[Manifest,
         )
         encoded += int(part["encoded"])
     sizes = _sizes(job, plan, options)
-    provenance = {
-        "source": job.source.name,
-        **{key: value for key, value in asdict(options).items() if key not in ("licence", "seed")},
-    }
+    provenance = _provenance(job.source, options)
     manifest = writer.close(
         plan.label_map, provenance=provenance, seed=options.seed, licence=options.licence, image_size=sizes
     )
