@@ -244,11 +244,13 @@ def _trained(work: Path) -> dict[str, Any]:
 
 
 def _packed(work: Path) -> dict[str, Any]:
+    from lvtrain.datasets.packing.pack import FINISHED  # a folder that may stay, and that the next start removes
+
     out = work / "out"
     found = {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in out.rglob("*")
-        if path.is_file()
+        if path.is_file() and FINISHED not in path.parts
     }
     manifest = json.loads((out / "dataset.json").read_text())
     manifest.pop("created", None)

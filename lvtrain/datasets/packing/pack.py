@@ -150,16 +150,21 @@ def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers:
     report["contact_sheet"] = _sheet(out, manifest)
     atomic.write_json(out / REPORT, report, indent=1)
     # renamed first: otherwise a later start would continue from a half-removed scratch folder
-    finished = patiently(scratch.rename, out / FINISHED)
-    shutil.rmtree(finished, ignore_errors=True)
+    _remove(patiently(scratch.rename, out / FINISHED))
     return report
+
+
+def _remove(finished: Path) -> None:
+    """Removes the scratch folder of a finished pack. Where that fails, it stays: the same command removes it."""
+    with contextlib.suppress(OSError):
+        patiently(shutil.rmtree, finished)
 
 
 def _ended(source: Path, out: Path, options: PackOptions) -> dict[str, Any] | None:
     """The report of a pack that was killed after its end, while it removed its scratch folder. That is removed here."""
     if not (out / FINISHED).exists():
         return None
-    shutil.rmtree(out / FINISHED, ignore_errors=True)
+    _remove(out / FINISHED)
     packed = json.loads(patiently((out / "dataset.json").read_text)).get("provenance", {})
     is_same = json.loads(json.dumps(_provenance(source, options))) == packed
     report: dict[str, Any] | None = json.loads(patiently((out / REPORT).read_text)) if is_same else None
