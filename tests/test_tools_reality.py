@@ -1,7 +1,7 @@
 """The reality proof: real photographs and a real recogniser, from two packages that pip fetches, held against plain code.
 
 Everywhere               alignment, SFace on all pairs, and how it is fed; skipped where the packages cannot be had
-pytest -m reality        the whole proof besides, one seed
+pytest -m reality        the whole command besides
 LVTRAIN_REALITY=FOLDER   takes the two wheels from there instead
 """
 
@@ -83,14 +83,14 @@ def test_the_whole_proof(wheels: Path, tmp_path: Path) -> None:
     """Every expectation is met; of photographs and models nothing is left."""
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     scratch.mkdir()
-    command = ["bash", "tools/reality.sh", str(out), "--packages", str(wheels), "--seeds", "1"]
+    command = ["bash", "tools/reality.sh", str(out), "--packages", str(wheels)]
     environment = {**os.environ, "TMPDIR": str(scratch)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert sorted(path.name for path in out.iterdir()) == ["reality.json", "reality.md"]
     assert list(scratch.glob("lvtrain-reality-*")) == []
     table = json.loads((out / "reality.json").read_text())["table"]
-    assert sum(row["met"] is True for row in table) == 8 and all(row["met"] is not False for row in table)
+    assert sum(row["met"] is True for row in table) == 7 and all(row["met"] is not False for row in table)
 
 
 def test_it_says_that_it_is_skipped(tmp_path: Path) -> None:
