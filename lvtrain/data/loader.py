@@ -123,6 +123,7 @@ class Loader:
         if warn is not None:
             dataset.warn = warn
         self.warn, self.stall_seconds = dataset.warn, stall_seconds
+        self.on_read: Callable[[np.ndarray, np.ndarray, list[bytes]], None] | None = None
         self.bad_samples: list[BadSample] = []
         self.bad_count = 0
         self.seen_count = 0
@@ -269,6 +270,8 @@ class Loader:
                 job.bad[row] = str(data)
                 data = b""
             job.encoded.append(data)
+        if self.on_read is not None:
+            self.on_read(job.ids, job.labels, job.encoded)
         return job
 
     def _finish(self, decoded: DecodedViews) -> _Ready:

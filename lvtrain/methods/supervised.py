@@ -99,7 +99,6 @@ class SupervisedMethod(Method):
         self._still = freeze(self.backbone, self.settings.frozen)
         self.classifier = create_classifier(recipe, num_classes=num_classes, device=device, margin=margin)
         self.distillation: Distillation | None = None
-        self.warned = False
 
     @classmethod
     def cost(cls, recipe: Recipe, phase: Phase) -> Cost:
@@ -206,30 +205,6 @@ class SupervisedMethod(Method):
         """The classifier on embeddings [b, d] and labels [b] of a micro-batch; a method may add anchors."""
         output: ClassifierOutput = self.classifier(embeddings, labels, step=now.step)
         return output
-
-    def warnings(self, metrics: dict[str, Any], now: StepInfo) -> list[str]:
-        """Warns once, if nothing was learned in the first epoch.
-
-        Measured on the quick start: after an epoch cos2 is 0.12, and batch_cosine always 0.00. With 30 and 300 times its
-        learning rate they are 0.01 to 0.02, and 0.2 to 0.4.
-        """
-        cos2, across = metrics["cos2"], metrics["batch_cosine"]
-        if self.warned or now.epoch < 1 or now.step < 100:  # an epoch of a small dataset is soon over
-            return []
-        fix = "lower optimizer.lr, lengthen schedule.warmup, or warm the margin up (classifier.margin.warmup)"
-        found = []
-        if across > 0.15 and cos2 < 0.1:
-            found.append(
-                f"not learning: embeddings of different images are alike (batch_cosine {across:.2f}, near 0 in a healthy "
-                f"run), and far from their class centres (cos2 {cos2:.3f}). To fix it, {fix}"
-            )
-        elif cos2 < 2 / self.recipe.backbone.embedding_dim:
-            found.append(
-                f"not learning: after {now.epoch:.1f} epochs embeddings are no closer to their class centre than chance "
-                f"(cos2 {cos2:.4f}). Check the labels (tools/verify_dataset.py), or {fix}"
-            )
-        self.warned = bool(found)
-        return found
 
     def end_step(self, now: StepInfo, full_parameters: Callable[[], AbstractContextManager[None]]) -> None:
         self.classifier.end_step(**centre_rates(self.recipe, now))

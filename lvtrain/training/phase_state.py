@@ -25,6 +25,7 @@ from lvtrain.distributed.world import World
 from lvtrain.engine.engine import Engine
 from lvtrain.engine.precision import at_precision
 from lvtrain.evaluation import Setting, run_benchmarks
+from lvtrain.health.check import HealthCheck
 from lvtrain.methods import LossOutput, StepInfo, create_method
 from lvtrain.recipe.base import Duration
 from lvtrain.recipe.sections import Recipe
@@ -139,6 +140,8 @@ class PhaseState:
         self.meter = Meter(world.device)
         views = self.method.served_views(augmentation(recipe.data.augmentation))
         self.loader = _create_loader(setup, section.micro_batch, section.micro_batches, position.stream, views)
+        self.health = HealthCheck(recipe, dataset, world, self.loader.order, self.method, phase=position.phase_index)
+        self.loader.on_read = self.health.files.add
         self.head_only_until = _head_only(recipe, len(dataset))
         self.tally = EpochTally(self.loader.order, world.rank, world.size, position.stream)
         self._tally_before: dict[int, EpochSums] = {}

@@ -31,6 +31,7 @@ from lvtrain.distributed import world as worlds
 from lvtrain.distributed.gpu import sees_only_its_own
 from lvtrain.errors import UserError
 from lvtrain.evaluation import suite
+from lvtrain.health.causes import Finding
 from lvtrain.health.curves import find_reference
 from lvtrain.health.on_track import Note, OnTrack
 from lvtrain.methods import LossOutput, StepInfo, method_title
@@ -131,6 +132,7 @@ class Trainer:
         )
         self.opened: dict[str, dict[str, str]] = {}
         self.on_track: OnTrack | None = None  # on rank 0, from `train_phases` on
+        self.named: set[str] = set()  # causes that the health check has named
 
     # ------------------------------------------------------------------------------------------------- from phase to phase
 
@@ -212,6 +214,7 @@ class Trainer:
             is_due = position.phase_over or phase.is_due(self.recipe.evaluation.every)
             if is_due and (name := self._missed_evaluation(position)):
                 self.evaluate(phase, name)
+        self._name(phase, phase.health.at_start())
         if enters:
             self._event(phase, "phase_start", world_size=self.world.size, accumulation=phase.accumulation)
         if self.on_track:
@@ -284,6 +287,7 @@ class Trainer:
         now = phase.now()
         method.begin_step(now, phase.global_labels())
         engine.train(held=phase.trains_head_only)
+        phase.health.begin_step(position.step)
         if position.samples_seen == phase.head_only_until > 0:
             self._event(phase, "unfreeze")
         outputs, served = [], []
@@ -295,8 +299,10 @@ class Trainer:
             outputs.append(self.train_micro_batch(phase, batch, now, number))
         loss = method.global_loss(torch.stack([output.loss for output in outputs]).mean())
         self.heartbeat.beat(position.step, "update")
+        phase.health.before_update()
         norm = engine.step(now.lr, loss, weight_decay=self.recipe.optimizer.weight_decay_at(now.progress))
         finite = not engine.skipped
+        phase.health.end_step(norm, now.lr, finite=finite)
         if finite:
             phase.finish_step(now)
         else:
@@ -316,7 +322,10 @@ class Trainer:
         if faults.point("loop.outputs", rank=self.world.rank, step=now.step) == "nan":
             outputs = tuple(o * math.nan for o in outputs) if isinstance(outputs, tuple) else outputs * math.nan
         output = phase.method.loss(outputs, batch, now)
+        first = phase.position.stream + in_step * phase.section.micro_batch
+        phase.health.micro_batch(batch, outputs, first, phase.accumulation)
         phase.engine.backward(output.loss)
+        phase.health.end_micro_batch()
         return replace(output, loss=output.loss.detach())
 
     def skip_step(self, phase: PhaseState, loss: torch.Tensor, norm: torch.Tensor, outputs: list[LossOutput]) -> None:
@@ -419,6 +428,7 @@ class Trainer:
         if self.on_track:
             row |= self.on_track.columns(row["epoch"])
         self.telemetry.metrics(row)
+        self._name(phase, phase.health.read(row))
         has_figures = row["loss"] is not None
         for warning in phase.method.warnings(row, phase.now(steps_back=1)) if has_figures else []:
             self._event(phase, "warning", text=warning)
@@ -450,6 +460,14 @@ class Trainer:
         for note in notes:
             self._event(phase, note.event, **note.fields)
             self.telemetry.say(f"{'warning' if note.is_warning else 'lvtrain'}: {note.text}")
+
+    def _name(self, phase: PhaseState, findings: list[Finding]) -> None:
+        """Reports causes that the health check names, each once a start."""
+        for found in findings:
+            if found.cause not in self.named:
+                self.named.add(found.cause)
+                self._event(phase, "health", cause=found.cause, text=found.text, warning=found.is_warning)
+                self.telemetry.say(f"{'warning' if found.is_warning else 'lvtrain'}: {found.text}")
 
     def _check_data(self, phase: PhaseState) -> None:
         """Checks the served images at every log line: how many are bad, and the count of a finished epoch.
