@@ -26,6 +26,7 @@ from lvtrain.checkpoint.state import Replicated, State
 from lvtrain.engine import zero_state
 from lvtrain.engine.batch_statistics import BatchStatistics
 from lvtrain.engine.ds_config import resolve_ds_config
+from lvtrain.engine.gradient_buckets import ELEMENTS, GradientBuckets
 from lvtrain.engine.parameter_groups import parameter_groups
 from lvtrain.errors import UserError
 from lvtrain.recipe.optimizer import OPTIMIZERS, Optimizer
@@ -93,7 +94,11 @@ class Engine:
         self._bfloat16 = optimizer.precision == "bfloat16"
         config = dict(ds_config, train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation)
         self.stage = int(config["zero_optimization"]["stage"])
-        config["zero_optimization"] = _fit_buckets(config["zero_optimization"], module)
+        zero = config["zero_optimization"]
+        config["zero_optimization"] = _fit_buckets(zero, module)
+        has_own_buckets = self.stage in (1, 2) and (zero.get("offload_optimizer") or {}).get("device", "none") == "none"
+        if has_own_buckets:
+            config["zero_optimization"]["overlap_comm"] = False
         # Dividing the loss by an accumulation that is not a power of two changes the rounding of bfloat16 in backward, so
         # 1 rank x 3 and 3 ranks x 1 would differ. Here the module sees the gradient of the undivided loss, and each
         # parameter's gradient is divided in float32. A small difference remains (up to 8e-3 of a tensor's largest
@@ -131,6 +136,14 @@ class Engine:
             ) from error
         finally:
             deepspeed_logger.setLevel(logging.WARNING)
+        if has_own_buckets:
+            asked = zero.get("reduce_bucket_size", "auto")
+            GradientBuckets(
+                self._engine.optimizer,
+                [parameter for parameter in module.parameters() if parameter.requires_grad],
+                elements=ELEMENTS if asked == "auto" else int(float(asked)),
+                overlap=zero.get("overlap_comm") is not False,
+            )
         self._state = zero_state.create(self._engine, self.stage, self._state_names, counts_steps=bool(self._step_name))
         # at once: when its first step is skipped, torch's fused SGD would keep a momentum that was never written
         self._state.prepare_state(0.0)
