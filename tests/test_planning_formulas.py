@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from torch import nn
@@ -18,10 +18,11 @@ from lvtrain.planning import (
     Network,
     Setup,
     Zero,
+    device,
     measure_network,
     plan,
 )
-from lvtrain.planning.memory import state_bytes
+from lvtrain.planning.memory import moments, state_bytes
 from lvtrain.planning.network import forward_peak
 from lvtrain.planning.wire import backbone_transfers, classifier_transfers
 from lvtrain.planning.wire import transfers as transfers_of
@@ -62,22 +63,37 @@ def test_recomputation_is_counted() -> None:
 
 
 def test_states_by_hand() -> None:
-    # 1 M parameters, 4 ranks: weights 4 MB, autocast copies 2, gradients 4, own share of weights and two moments 12 / 4
+    # 1 M parameters, 4 ranks: weights 4 MB, own share of weights and two moments 12 / 4
     def states(stage: int) -> dict[str, float]:
-        return {name: size / 1e6 for name, size in state_bytes(TOY, ranks=4, zero=Zero(stage, bucket=0)).items()}
+        return {name: size / 1e6 for name, size in state_bytes(TOY, ranks=4, zero=Zero(stage)).items()}
 
-    assert states(0) == {"weights": 4, "bfloat16 weight copies": 2, "gradients": 4, "optimizer": 8}
-    assert states(1) == {
-        "weights": 4,
-        "bfloat16 weight copies": 2,
-        "gradients": 4,
-        "optimizer": 3,
-        "reduction buckets": 0,
-    }
-    assert states(2)["gradients"] == 1 and states(2)["weights"] == 4
+    assert states(0) == {"weights": 4, "optimizer": 8}
+    assert states(1) == states(2) == {"weights": 4, "optimizer": 3}
     # stage 3: the share, the largest module gathered, what is prefetched (here all of it)
-    assert states(3)["weights"] == pytest.approx(1 + 1.6 + 4) and states(3)["gradients"] == 1
+    assert states(3)["weights"] == pytest.approx(1 + 1.6 + 4)
     assert state_bytes(TOY, ranks=4, zero=Zero(3, offload_optimizer=True))["optimizer"] == 0
+
+
+def test_moments_by_hand() -> None:
+    """1 M parameters of which the largest has 0.4 M; 4 MB of gradients and 2 MB of autocast copies."""
+
+    def added(moment: str, stage: int, accumulation: int = 1, **settings: Any) -> dict[str, float]:
+        setup = Setup(TOY, ranks=4, micro_batch=2, accumulation=accumulation, zero=Zero(stage, **settings))
+        return {name: size / 1e6 for name, size in moments(setup)[moment].items()}
+
+    assert added("backward ends", 1, bucket=1000) == {
+        "gradients": 4,
+        "bfloat16 weight copies": 2,
+        "reduction buckets": 1.6,  # the largest parameter has a bucket of its own
+    }
+    assert added("backward ends", 2, bucket=1000)["reduction buckets"] == 4
+    assert added("backward ends", 2)["gradients"] == added("backward ends", 3)["gradients"] == 1
+    assert added("backward ends", 1)["reduction buckets"] == 4  # no larger than all parameters
+    assert added("backward ends", 0)["reduction buckets"] == 4  # a copy of all gradients
+    assert "gradients" not in added("loss", 1)
+    assert (added("loss", 1, 2)["gradients"], added("loss", 2, 2)["gradients"]) == (4, 1)  # of the micro-batch before
+    # nothing is summed on one rank
+    assert "reduction buckets" not in moments(Setup(TOY, ranks=1, micro_batch=2))["backward ends"]
 
 
 def test_wire_by_hand() -> None:
@@ -92,19 +108,33 @@ def test_wire_by_hand() -> None:
         found = backbone_transfers(replace(setup, zero=Zero(stage), accumulation=accumulation))
         return sum(t.sent for t in found) / (4e6 * 63 / 64)
 
-    assert (sent(0), sent(1), sent(2), sent(3)) == (2, 2, 2, 3)  # in units of one float32 copy of the network
-    assert (sent(1, 4), sent(2, 4), sent(3, 4)) == (2, 5, 12)  # stage 1 reduces once a step
+    # in units of one float32 copy of the network; an all-reduce is two
+    assert (sent(0), sent(1), sent(2), sent(3)) == (2, 3, 3, 3)
+    assert (sent(1, 4), sent(2, 4), sent(3, 4)) == (3, 9, 12)  # stage 1 sums once a step
 
-    (reduced, _) = backbone_transfers(setup)
-    (hidden, _) = backbone_transfers(replace(setup, zero=Zero(1, overlap=True)))
-    assert (reduced.behind, hidden.behind) == ("", "backward")
+    def behind(**settings: Any) -> str:
+        return backbone_transfers(replace(setup, zero=Zero(**settings)))[0].behind
 
-    def between(**options: bool) -> float:
-        found = backbone_transfers(replace(setup, zero=Zero(3, **options)))
-        return sum(t.between for t in found)
-
-    assert between(hierarchical=True) == between() / 3 * (1 / 4 + 1 / 8)  # ZeRO++: 8 bits forward, none back, 4 bits
+    assert behind(stage=1) == behind(stage=2) == "backward"
+    assert behind(stage=0) == behind(stage=1, overlap=False) == behind(stage=2, offload_optimizer=True) == ""
     assert transfers_of(Setup(TOY, ranks=1, micro_batch=8, classes=classes, zero=Zero(3))) == []
+
+
+@pytest.mark.parametrize(("ranks", "link"), [(8, "ib-ndr400"), (64, "ib-ndr400"), (64, "roce-100"), (64, "25")])
+def test_what_the_step_waits_for_by_hand(ranks: int, link: str) -> None:
+    """The gradients of 256 M parameters, in one node and over 400, 100 and 200 Gb/s a GPU."""
+    big, gpu = replace(TOY, parameters=256_000_000), device("h200", link=link)
+    rate = {"ib-ndr400": 0.85 * 50e9, "roce-100": 0.85 * 12.5e9, "25": 25e9}[link]
+    leaves = 0 if ranks == 8 else 2 * 1.024e9 * 7 / 8 / 8  # float32, there and back, 7 of 8 nodes, shared by 8 GPUs
+    summed = 3e-5 + max(leaves / rate, 2 * 1.024e9 * (ranks - 1) / ranks / (0.8 * 450e9))
+    weights = 3e-5 + (summed - 3e-5) / 2
+    early, late = (
+        plan(Setup(big, ranks=ranks, micro_batch=384, zero=Zero(1, overlap=overlap), device=gpu)).seconds
+        for overlap in (None, False)
+    )
+    assert late["communication waited for"] == pytest.approx(summed + weights)
+    hidden = min(summed, early["backward"])
+    assert early["communication waited for"] == pytest.approx(summed + weights - hidden)
 
 
 def test_the_price_of_all_classes() -> None:
@@ -145,7 +175,8 @@ def test_plan_hangs_together() -> None:
     assert one.seconds["forward"] == pytest.approx(flops / (0.8 * 989.5e12) + moved / (0.9 * 4.8e12))
     assert full.seconds["forward"] == pytest.approx(flops / (0.8 * 67e12) + 1.8 * moved / (0.9 * 4.8e12))
     twice = plan(replace(setup, accumulation=2))
-    assert twice.seconds["forward"] == 2 * one.seconds["forward"] and twice.memory == one.memory
+    assert twice.seconds["forward"] == 2 * one.seconds["forward"]
+    assert twice.memory == one.memory | {"gradients": 4e6}  # of the micro-batch before
     sparse = plan(replace(setup, classes=ClassCentres(100_000, sample_rate=0.1, mode="row_sparse")))
     optimizer = "class centres' optimizer"
     assert sparse.seconds[optimizer] == pytest.approx(one.seconds[optimizer] / 10)

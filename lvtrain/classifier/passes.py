@@ -139,7 +139,10 @@ def forward_pass(
                 if fade is not None:
                     total.mul_(fade)
                 total.add_(logits.sum(dim=1, dtype=total.dtype))
-                e = logits if gain == 1.0 else logits.mul_(gain)
+                e = logits
+                if gain != 1.0:  # a GPU rounds the products while it writes them
+                    narrow = _operand(logits, formats.factor, place)
+                    e = torch.mul(logits, gain, out=narrow)
             e = _rounded(e, formats, place)
             if weighted is not None:
                 if fade is not None:
@@ -151,6 +154,7 @@ def forward_pass(
                     weighted.add_(torch.mm(e, right, out_dtype=weighted.dtype), alpha=1.0 / gain)
                 else:
                     weighted.add_(torch.mm(e, right), alpha=1.0 / gain)
+            del e  # before the next chunk's are allocated
             if place is not None:
                 partial.kept.append(KeptExponentials(place, maximum.clone(), in_gradient))
         if weighted is not None and not isinstance(classes.scale, torch.Tensor):
@@ -246,7 +250,7 @@ def weight_gradient_pass(
                     work.drop(logits, positions, start, stop)
                     if running:
                         logits.sub_((shift - math.log(gain)).unsqueeze(1))
-                    e = logits.exp_()
+                    e = torch.exp(logits, out=_operand(logits, formats.factor))
                 e = _rounded(e, formats, None)
             # exponentials in the gradient's memory are read to the end before the gradient is written there
             beside = out is None or (held is not None and held.in_gradient)
@@ -310,7 +314,7 @@ def _follow_maximum(logits: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor
 
 
 def _operand(logits: torch.Tensor, factor: torch.dtype, place: torch.Tensor | None = None) -> torch.Tensor:
-    """Where a kernel writes the exponentials of `logits`: rounded on a GPU (into `place` if given), in place elsewhere."""
+    """Where the exponentials of `logits` are written: rounded on a GPU (into `place` if given), in place elsewhere."""
     if not logits.is_cuda or factor == logits.dtype:
         return logits
     return torch.empty_like(logits, dtype=factor) if place is None else place

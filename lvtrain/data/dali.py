@@ -142,22 +142,27 @@ class DaliBackend:
         return True
 
     def _build(self) -> Any:
-        spec = self._spec
-        pipeline = _graph(
-            batch_size=spec.micro_batch,
-            num_threads=spec.threads,
-            device_id=self._device_id,
-            prefetch_queue_depth=spec.depth,
-            exec_dynamic=True,
-            views=[
-                (view.name, spec.size(view), sorted(_inputs(_example(view), 1, None, self._on_gpu)), _kind(view))
-                for view in spec.views
-            ],
-            stored_size=spec.stored_size,
-            on_gpu=self._on_gpu,
-        )
+        pipeline = graph_of(self._spec)
         pipeline.build()
         return pipeline
+
+
+def graph_of(spec: DecodeSpec) -> Any:
+    """The pipeline for `spec.device`, not built yet: for a GPU, too, it needs none until it is built."""
+    on_gpu = spec.device.type == "cuda"
+    return _graph(
+        batch_size=spec.micro_batch,
+        num_threads=spec.threads,
+        device_id=(spec.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=spec.depth,
+        exec_dynamic=True,
+        views=[
+            (view.name, spec.size(view), sorted(_inputs(_example(view), 1, None, on_gpu)), _kind(view))
+            for view in spec.views
+        ],
+        stored_size=spec.stored_size,
+        on_gpu=on_gpu,
+    )
 
 
 def _as_list(encoded: list[bytes]) -> Any:

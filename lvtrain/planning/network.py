@@ -48,6 +48,11 @@ class Network:
     unrecomputed: float = 0.0
     image_size: int = 112
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes a part of the forward pass again."""
+        return 0 < self.unrecomputed != self.saved
+
 
 def measure_network(name: str, build: Callable[[], Backbone], *, image_size: int = 112) -> Network:
     """Measures the backbone that `build()` returns; a network of any size takes no memory.
@@ -63,7 +68,7 @@ def measure_network(name: str, build: Callable[[], Backbone], *, image_size: int
             unrecomputed, _ = _train_step(module, image_size)
     sizes = [sum(p.numel() for p in part.parameters(recurse=False)) for part in module.modules()]
     checkpointed = max(module.num_blocks // module.checkpoint_every, 1)
-    recomputed = (unrecomputed - saved) / checkpointed if mode == "block" else 0.0
+    recomputed = (unrecomputed - saved) / checkpointed
     forward, train = flops
     return Network(
         name, sum(sizes), max(sizes), forward / _BATCH, train / _BATCH, saved, recomputed, unrecomputed, image_size

@@ -37,9 +37,8 @@ def first_pass(classes: ClassCentres, *, unit: bool = False) -> PassBytes:
     if fused:
         logit += 4 + operand  # one kernel; what the running maximum reads twice comes from the cache
     else:
-        logit += 8 + 4 + _rounded(operand)  # exponentiated, summed
+        logit += 8 + 4 + _rounded(operand)  # exponentiated, summed, lifted out of float16's subnormals while rounded
         logit += 4 + 8 if running else 0  # the largest found, and subtracted
-        logit += 8 if classes.precision == "half" else 0  # lifted out of float16's subnormals
         logit += 14 if classes.filtered else 0  # compared, and filled
     row = 2.0 * operand  # both matmuls
     if unit:
@@ -62,7 +61,7 @@ def both_passes(classes: ClassCentres, kept: float) -> PassBytes:
     if fused:
         logit += 4 + operand
     else:
-        logit += 8 + _rounded(operand) + (8 if classes.follows_maximum else 0) + (14 if classes.filtered else 0)
+        logit += 4 + operand + (8 if classes.follows_maximum else 0) + (14 if classes.filtered else 0)
     again = 1 - kept
     row = 16.0 if fused else 44.0  # the product written, and taken through the normalisation
     row += again * (4 + 2 * operand) + _gathered(classes)

@@ -29,7 +29,6 @@ REMEDIES: dict[str, Callable[[Setup], Setup]] = {
     "r=0.1": lambda setup: _classes(setup, sample_rate=0.1),
     "row-sparse": lambda setup: _classes(setup, mode="row_sparse"),
     "bf16 moments": lambda setup: _classes(setup, moments_bytes=2),
-    "overlap": lambda setup: replace(setup, zero=replace(setup.zero, overlap=True)),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 
 from lvtrain.classifier.classes import MAX_EXPONENT
 from lvtrain.classifier.numerics import Precision as ClassifierPrecision
+from lvtrain.engine.gradient_buckets import ELEMENTS
 from lvtrain.methods.cost import Cost
 from lvtrain.planning.device import H200, Device
 from lvtrain.planning.network import Network
@@ -26,36 +27,48 @@ class Zero:
 
     Attributes:
         stage: 0 to 3.
-        bucket: elements of the reduction bucket.
-        overlap: `overlap_comm`, whether gradients travel during backward; None is DeepSpeed's default.
-        hierarchical: ZeRO++ keeps a second copy of the weights in every node (`zero_hpz_partition_size`).
+        bucket: elements of a reduction bucket, `reduce_bucket_size`; None is the default of whoever reduces.
+        overlap: `overlap_comm`, whether gradients travel during backward; None is the default: they do.
         offload_optimizer: the optimizer's state lies in host memory.
         offload_parameters: the parameters lie in host memory.
     """
 
     stage: int = 1
-    bucket: int = DEEPSPEED_BUCKET
+    bucket: int | None = None
     overlap: bool | None = None
-    hierarchical: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> Zero:
         """From the JSON's section."""
-        bucket = section.get("reduce_bucket_size", DEEPSPEED_BUCKET)
+        bucket = section.get("reduce_bucket_size", "auto")
 
         def offloads(key: str) -> bool:
             return (section.get(key) or {}).get("device", "none") != "none"
 
         return cls(
             stage=int(section.get("stage", 1)),
-            bucket=DEEPSPEED_BUCKET if bucket == "auto" else int(float(bucket)),
-            overlap=section.get("overlap_comm"),
-            hierarchical=int(section.get("zero_hpz_partition_size", 1)) > 1,
+            bucket=None if bucket == "auto" else int(float(bucket)),
+            overlap=None if (overlap := section.get("overlap_comm")) == "auto" else overlap,
             offload_optimizer=offloads("offload_optimizer"),
             offload_parameters=offloads("offload_param"),
         )
+
+    @property
+    def has_own_buckets(self) -> bool:
+        """Whether the engine sums the gradients, not DeepSpeed."""
+        return self.stage in (1, 2) and not self.offload_optimizer
+
+    @property
+    def bucket_size(self) -> int:
+        """Elements of a reduction bucket."""
+        return self.bucket or (ELEMENTS if self.has_own_buckets else DEEPSPEED_BUCKET)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the gradients are summed while the backward pass computes."""
+        return self.stage == 3 or (self.has_own_buckets and self.overlap is not False)
 
 
 @dataclass(frozen=True)

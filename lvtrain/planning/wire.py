@@ -62,33 +62,20 @@ def classifier_transfers(setup: Setup, classes: ClassCentres) -> list[Transfer]:
 def backbone_transfers(setup: Setup) -> list[Transfer]:
     """Gradients, and weights in float32.
 
-    Stage 1 reduces gradients once a step, 2 and 3 at every micro-batch. 1 and 2 gather the new weights after the step,
-    3 gathers them before every forward and backward. Hierarchical stage 3 (ZeRO++, arXiv 2306.10209) keeps a second
-    copy of the weights in every node, so that the gather of the backward pass stays inside it; forward weights travel in
-    8 bits and gradients in 4.
+    Stage 1 sums gradients once a step, 2 and 3 at every micro-batch. Under 0, 1 and 2 the sum is an all-reduce (of which
+    a rank keeps its share under 1 and 2): a scatter and a gather. 1 and 2 gather the new weights after the step, 3
+    gathers them before every forward and backward.
     """
     zero, ranks, per_node, accumulation = setup.zero, setup.ranks, setup.device.per_node, setup.accumulation
     size = float(setup.network.parameters)
     gradients, weights = size * setup.gradient_bytes, size * 4
-    if zero.stage == 0:
-        return [_gather("gradients, all-reduce", 2 * gradients, ranks, per_node)]
+    behind = "backward" if zero.overlaps else ""
     if zero.stage < 3:
-        times = 1 if zero.stage == 1 else accumulation
-        return [
-            _gather("gradients, reduce-scatter", gradients, ranks, per_node, "backward" if zero.overlap else "", times),
-            _gather("weights, all-gather", weights, ranks, per_node),
-        ]
-    if not zero.hierarchical:
-        return [
-            _gather("weights, all-gather in forward", weights, ranks, per_node, "forward", accumulation),
-            _gather("weights, all-gather in backward", weights, ranks, per_node, "backward", accumulation),
-            _gather("gradients, reduce-scatter", gradients, ranks, per_node, "backward", accumulation),
-        ]
-    in_node = min(ranks, per_node)
-    sent = accumulation * weights * (in_node - 1) / in_node
-    behind = "" if zero.overlap is False else "backward"
+        times = accumulation if zero.stage == 2 else 1
+        reduced = _gather("gradients, all-reduce", 2 * gradients, ranks, per_node, behind, times)
+        return [reduced] + ([_gather("weights, all-gather", weights, ranks, per_node)] if zero.stage else [])
     return [
-        _gather("weights in 8 bits, all-gather in forward", size, ranks, per_node, "forward", accumulation),
-        Transfer("weights, all-gather in backward, in the node", sent, 0.0, "backward"),
-        _gather("gradients in 4 bits, all-to-all", size / 2, ranks, per_node, behind, accumulation),
+        _gather("weights, all-gather in forward", weights, ranks, per_node, "forward", accumulation),
+        _gather("weights, all-gather in backward", weights, ranks, per_node, "backward", accumulation),
+        _gather("gradients, reduce-scatter", gradients, ranks, per_node, behind, accumulation),
     ]

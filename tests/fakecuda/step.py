@@ -32,11 +32,15 @@ class Case:
 
 @dataclass
 class Measured:
-    """Of one case: what the host did and the peak, bytes, by part of the step; bytes that stay between steps."""
+    """Of one case: what the host did and the peak, bytes, by part of the step; bytes that stay between steps.
+
+    `calls`: of each part, kind and stream of every call, in the order of the host.
+    """
 
     parts: dict[str, Counter[str]] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
     states: float = 0.0
+    calls: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
 
 def measure(device: FakeDevice, case: Case, folder: Path) -> Measured:
@@ -51,6 +55,7 @@ def measure(device: FakeDevice, case: Case, folder: Path) -> Measured:
             part = call.text or None
         elif part:
             found.parts.setdefault(part, Counter())[_column(call)] += 1
+            found.calls.setdefault(part, []).append((call.kind, call.stream))
     return found
 
 

@@ -27,16 +27,10 @@ from lvtrain.classifier.margins import CosFace
 from lvtrain.classifier.numerics import multiplies_bfloat16
 from lvtrain.classifier.partition import class_range, initial_centres
 from lvtrain.errors import UserError
-from tools.benchmarks.classifier import (
-    check_peer,
-    compared,
-    forget_peak,
-    in_children,
-    interleaved,
-    problem,
-    resident_mb,
-    variants,
-)
+from tools.benchmarks.apart import Step, forget_peak, in_children, interleaved, resident_mb
+from tools.benchmarks.classifier import compared
+from tools.benchmarks.classifier_peers import check_peer, partial_fc
+from tools.benchmarks.classifier_variants import Problem, problem, variants
 
 _DIM = 512
 _REPEATS = {50_000: 4, 200_000: 2}  # beyond: 1
@@ -141,13 +135,13 @@ def cells(classes: int, shapes: list[dict[str, Any]], peer: str, whose: str) -> 
         two = rate == 1.0 and classes == min(_REPEATS) and batch == max(s["batch"] for s in shapes) and ranks == 1
         options: dict[str, Any] = dict(peer="" if whose == "ours" else peer, two_anchors=two)
         interleaved(
-            variants(problem(batch, ranks * len(few), rate, few), precisions, **options),
+            _steps(problem(batch, ranks * len(few), rate, few), precisions, **options),
             1,
             weight.device,
             warm_up=False,
         )
         repeats = _REPEATS.get(classes, 1)
-        steps = variants(problem(batch, classes, rate, weight), precisions, **options)
+        steps = _steps(problem(batch, classes, rate, weight), precisions, **options)
         milliseconds = interleaved(steps, repeats, weight.device)
         found.append(
             {
@@ -161,6 +155,11 @@ def cells(classes: int, shapes: list[dict[str, Any]], peer: str, whose: str) -> 
         )
     dist.destroy_process_group()
     return {"rows": found}
+
+
+def _steps(shape: Problem, precisions: list[str], peer: str, **options: Any) -> dict[str, Step]:
+    steps = variants(shape, precisions, **options)
+    return steps | ({"peer": partial_fc(Path(peer), shape)} if peer else {})
 
 
 def _memory(counts: list[int], peer: str, missing: list[str]) -> dict[str, Any]:
