@@ -136,9 +136,10 @@ class Engine:
             ) from error
         finally:
             deepspeed_logger.setLevel(logging.WARNING)
+        self._buckets: GradientBuckets | None = None
         if has_own_buckets:
             asked = zero.get("reduce_bucket_size", "auto")
-            GradientBuckets(
+            self._buckets = GradientBuckets(
                 self._engine.optimizer,
                 [parameter for parameter in module.parameters() if parameter.requires_grad],
                 elements=ELEMENTS if asked == "auto" else int(float(asked)),
@@ -254,6 +255,8 @@ class Engine:
     def close(self) -> None:
         """Frees DeepSpeed's hooks and buffers. The module cannot be used afterwards."""
         self._statistics.release()
+        if self._buckets is not None:
+            self._buckets.release()
         if self.stage == 3:
             zero_state.forget_zero3(self.module)
         self._engine.destroy()

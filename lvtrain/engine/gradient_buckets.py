@@ -40,9 +40,12 @@ class GradientBuckets:
         self._bucket_of = {id(parameter): bucket for bucket in self._buckets for parameter in bucket.places}
         self._started = 0
         # what DeepSpeed calls at each gradient, for each gradient after the backward pass, and then once
-        optimizer.process_gradients = self._take
-        optimizer.reduce_ready_partitions_and_remove_grads = lambda parameter, group: None
-        optimizer.reduce_ipg_grads = self._finish
+        self._methods = {
+            "process_gradients": self._take,
+            "reduce_ready_partitions_and_remove_grads": lambda parameter, group: None,
+            "reduce_ipg_grads": self._finish,
+        }
+        vars(optimizer).update(self._methods)
 
     def _cut(self, parameters: list[torch.nn.Parameter], elements: int) -> Iterator[_Bucket]:
         members: list[torch.nn.Parameter] = []
@@ -77,6 +80,11 @@ class GradientBuckets:
         for bucket in self._buckets:
             bucket.finish(self._is_own)
         self._started = 0
+
+    def release(self) -> None:
+        """Gives DeepSpeed's optimizer its own methods back, so that nothing here keeps it alive."""
+        for name in self._methods:
+            vars(self._optimizer).pop(name, None)
 
     def _is_own(self, parameter: torch.nn.Parameter) -> bool:
         optimizer = self._optimizer
