@@ -116,6 +116,8 @@ def test_wire_by_hand() -> None:
         return backbone_transfers(replace(setup, zero=Zero(**settings)))[0].behind
 
     assert behind(stage=1) == behind(stage=2) == "backward"
+    compiled = replace(setup, zero=Zero(1), compiled=True)
+    assert backbone_transfers(compiled)[0].behind == ""  # all gradients come at the end
     assert behind(stage=0) == behind(stage=1, overlap=False) == behind(stage=2, offload_optimizer=True) == ""
     assert transfers_of(Setup(TOY, ranks=1, micro_batch=8, classes=classes, zero=Zero(3))) == []
 
