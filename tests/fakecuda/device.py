@@ -128,5 +128,5 @@ class FakeDevice:
     def close(self) -> None:
         assert self._process.stdin
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(180)  # a busy machine
         self._errors.close()
