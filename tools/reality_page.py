@@ -75,5 +75,5 @@ def write(out: Path, rows: list[Row], figures: dict[str, Any], spent: dict[str, 
     out.mkdir(parents=True, exist_ok=True)
     body = {**about, **spent, "table": [asdict(row) for row in rows], **figures}
     (out / "reality.json").write_text(json.dumps(body, indent=1) + "\n")
-    head = f"`{about['command']}`, {about['date']}, {hardware}: {took}."
+    head = f"`{about['command']}`, {about['date']}, {hardware}:\n{took}."
     (out / "reality.md").write_text("\n".join(["# Real photographs", "", head, "", ABOUT, *lines, "", LIMITS]))
