@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm
 
 from lvtrain.errors import UserError
-from lvtrain.evaluation import calibrate
+from lvtrain.evaluation.scores import calibrate
 
 
 def drawn(seed: int, pairs: int = 20_000) -> tuple[np.ndarray, np.ndarray]:

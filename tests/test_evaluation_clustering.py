@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import normalized_mutual_info_score, precision_recall_fscore_support
 
 from lvtrain.errors import UserError
-from lvtrain.evaluation import clustering
+from lvtrain.evaluation.scores import clustering
 
 
 def counted(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:

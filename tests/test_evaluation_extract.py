@@ -3,6 +3,7 @@
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,12 @@ def test_images_are_decoded_upright_and_by_name() -> None:
         extract.decode(b"no picture", 8, "face 7")
 
 
+def embed_views(forward: extract.Forward, images: list[bytes], **setting: Any) -> np.ndarray:
+    """Embeddings of the images and of their mirror images, [2, N, d]."""
+    rows = extract.run(forward, images, lambda views: views.transpose(1, 0, 2), **setting)
+    return rows[: len(images)].transpose(1, 0, 2)
+
+
 class Counting:
     def __init__(self) -> None:
         self.model, self.shapes = network(), []
@@ -64,15 +71,13 @@ class Counting:
 
 def embed_on(rank: int, size: int, count: int, batch: int) -> tuple[np.ndarray, list[tuple[int, ...]]]:
     forward = Counting()
-    views = extract.embed_views(
-        forward, pictures(count), world=world(rank, size), batch=batch, device="cpu", image_size=32
-    )
-    return torch.from_numpy(views), forward.shapes
+    views = embed_views(forward, pictures(count), world=world(rank, size), batch=batch, device="cpu", image_size=32)
+    return torch.from_numpy(views.copy()), forward.shapes
 
 
 def test_against_one_image_at_a_time() -> None:
     images, model = pictures(11), network()
-    views = extract.embed_views(model, images, world=world(0, 1), batch=4, device="cpu", image_size=32)
+    views = embed_views(model, images, world=world(0, 1), batch=4, device="cpu", image_size=32)
     assert views.shape == (2, 11, 7) and views.dtype == np.float32
     with torch.no_grad():
         for position, image in enumerate(images):
@@ -148,9 +153,7 @@ def test_benchmark_against_embeddings_taken_the_long_way(
 ) -> None:
     path, chosen, issame = verification_set
     result = benchmark_on(0, 1, str(path))["set"]
-    views = extract.embed_views(network(), chosen, world=world(0, 1), batch=6, device="cpu", image_size=32).astype(
-        np.float64
-    )
+    views = embed_views(network(), chosen, world=world(0, 1), batch=6, device="cpu", image_size=32).astype(np.float64)
     embeddings = views.sum(0)
     expected = verification.summary(
         verification.squared_distances(embeddings[0::2], embeddings[1::2]), np.array(issame)

@@ -87,7 +87,10 @@ def test_a_damaged_benchmark_is_refused_before_training(tiny_faces: Path, tmp_pa
     wanted = benchmarks(tiny_faces, tmp_path)
     (tmp_path / "ijb" / "meta" / "ijbtest_1N_probe_mixed.csv").unlink()
     (tmp_path / "identities.csv").write_text("identity,group\nnobody,a\n")
-    for name, words in {"galleries": "1N_probe_mixed.csv", "all": "none of its 1 names"}.items():
+    for file in (tmp_path / "others").rglob("*.jpg"):
+        file.unlink()
+    faults = {"galleries": "1N_probe_mixed.csv", "all": "none of its 1 names", "mega": "holds no images"}
+    for name, words in faults.items():
         recipe = recipe_file(tmp_path / name, tiny_faces / "train", evaluation={"benchmarks": {name: wanted[name]}})
         assert run(recipe) == 2
         assert f"evaluation.benchmarks.{name}" in output(recipe) and words in output(recipe)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import normalized_mutual_info_score
 
-from lvtrain.evaluation import allpairs, clustering
+from lvtrain.evaluation import allpairs
+from lvtrain.evaluation.scores import clustering
 from lvtrain.report import write_report
 from tests.test_report_page import Links, make_run
 

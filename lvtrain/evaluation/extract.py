@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from lvtrain.distributed.world import World
-from lvtrain.weights.extract import Forward, Images, Progress, Reduce, decode, embed, embed_views, run
+from lvtrain.weights.extract import Forward, Images, Progress, Reduce, decode, embed, run
 
-__all__ = ["Forward", "Images", "Progress", "Reduce", "Setting", "decode", "embed", "embed_views", "raw_pixels", "run"]
+__all__ = ["Forward", "Images", "Progress", "Reduce", "Setting", "decode", "embed", "raw_pixels", "run"]
 
 
 def raw_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -27,7 +27,7 @@ class Setting:
         batch: images per forward call.
         image_size: pixels of a side that the model takes.
         progress: called after each batch with the images embedded so far and their number.
-        kept: the last labelled set's embeddings, for the next protocol on the same set; None to keep none. Only for one forward function.
+        kept: the last set's embeddings, for the next protocol on the same set; None to keep none. Only for one forward function.
     """
 
     world: World

@@ -96,7 +96,7 @@ def groups(name: str, kind: str, found: dict[str, Any]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xticks(np.arange(len(names)), names)
     axes.set_ylabel(f"{kind.upper()}, {100 * found['confidence']:.0f}% interval")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right upper", fontsize=9)
     return figure
 
 
@@ -126,7 +126,7 @@ def discard(name: str, found: dict[str, Any]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("genuine comparisons discarded (dotted: as if every error were known)")
     axes.set_ylabel("FNMR of the rest")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right upper", fontsize=9)
     return figure
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 Line = tuple[str, str]
+_FMRS = ("1e-03", "1e-04")  # what tables show, where it is resolved; JSON, report and plots have every one
 
 
 def rate(share: float) -> str:
@@ -14,8 +15,10 @@ def rate(share: float) -> str:
 
 
 def group_lines(result: dict[str, Any]) -> Iterator[Line]:
-    """Lines of a table: for each FMR the worst and the best group, their ratio and difference. None without groups."""
-    for fmr, found in (result.get("groups") or {"at": {}})["at"].items():
+    """Lines of a table: the worst and the best group, their ratio and difference. None without groups."""
+    at = (result.get("groups") or {"at": {}})["at"]
+    for fmr in _shown(at):
+        found = at[fmr]
         for kind in ("fmr", "fnmr"):
             one, by_group = found[kind], found["by_group"]
             ends = f"{rate(by_group[one['best']][kind])} ({one['best']}) to {rate(by_group[one['worst']][kind])} ({one['worst']})"
@@ -36,13 +39,18 @@ def group_rows(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def discard_lines(result: dict[str, Any]) -> Iterator[Line]:
-    """A line of a table: FNMR before and after a fifth of the genuine comparisons is discarded, at the lowest FMR."""
+    """A line of a table: FNMR before and after a fifth of the genuine comparisons is discarded."""
     found = result.get("error_versus_discard")
     if found and found["at"]:
-        fmr = min(found["at"], key=float)
+        fmr = _shown(found["at"])[0]
         before, after = found["at"][fmr]["fnmr"][0], found["at"][fmr]["fnmr"][found["discarded"].index(found["limit"])]
         words = f"{rate(before)}, {rate(after)} without the {100 * found['limit']:.0f}% of lowest {found['quality']}"
         yield f"FNMR@FMR={fmr}", words
+
+
+def _shown(at: dict[str, Any]) -> list[str]:
+    """The FMRs of a table: 1e-3 and 1e-4, or else the lowest that is resolved."""
+    return [fmr for fmr in _FMRS if fmr in at] or [min(at, key=float)] if at else []
 
 
 def _ratio(one: dict[str, Any]) -> str:

@@ -74,19 +74,25 @@ def identity_names(path: str | Path) -> list[str]:
 def embed_labelled(forward: Forward, path: Path, setting: Setting, *, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings float32 [N, d] of a labelled set, and its labels int64 [N]. A collective.
 
-    They are read-only. Where the setting keeps embeddings, the next protocol on the same set gets the same array.
-
     Raises:
         UserError: as `labelled_images`, or an image that cannot be decoded.
     """
     images, labels = labelled_images(path)
+    return embed_kept(forward, images, path, setting, mirror=mirror), labels
+
+
+def embed_kept(forward: Forward, images: Images, path: Path, setting: Setting, *, mirror: bool) -> np.ndarray:
+    """`Setting.embed` of all images at `path`, read-only. A collective.
+
+    Where the setting keeps embeddings, the next protocol on the same path gets the same array.
+    """
     key = (path.resolve(), mirror)
     if setting.kept is not None and key in setting.kept:
-        return setting.kept[key], labels
+        return setting.kept[key]
     if setting.kept is not None:
         setting.kept.clear()  # before the next set is embedded: one set's embeddings are in memory
     embeddings = setting.embed(forward, images, mirror=mirror)
     embeddings.setflags(write=False)
     if setting.kept is not None:
         setting.kept[key] = embeddings
-    return embeddings, labels
+    return embeddings

@@ -67,42 +67,6 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.to(torch.float32).sub_(127.5).div_(127.5)
 
 
-def embed_views(
-    forward: Forward,
-    images: Images,
-    *,
-    world: World,
-    batch: int,
-    device: torch.device | str,
-    image_size: int = 112,
-    mirror: bool = True,
-    progress: Progress | None = None,
-) -> np.ndarray:
-    """Embeddings of every image and of its mirror image, float32 [views, N, d] on every rank, in order (views = 2, or 1 without `mirror`).
-
-    Args:
-        forward: takes float32 [b, 3, H, W], RGB, (x - 127.5) / 127.5, gives [b, d]; called under `no_grad`, with eval mode set by the caller.
-        images: N images; see `Images`.
-        world: rank and number of ranks; with more than one, the default process group is used.
-        batch: images in a forward call, always exactly this many (the last batch is padded).
-        device: where `forward` expects its images.
-        image_size: pixels a side.
-        mirror: also embed the mirror images.
-        progress: called after each batch with the images embedded so far, of all ranks together, and N.
-
-    Raises:
-        UserError: an image that cannot be decoded, no images.
-    """
-
-    def to_rows(views: np.ndarray) -> np.ndarray:
-        return views.transpose(1, 0, 2)
-
-    rows = run(
-        forward, images, to_rows, world=world, batch=batch, device=device, image_size=image_size, mirror=mirror, progress=progress
-    )  # fmt: skip
-    return np.ascontiguousarray(rows[: len(images)].transpose(1, 0, 2))
-
-
 def embed(
     forward: Forward,
     images: Images,
@@ -114,7 +78,21 @@ def embed(
     mirror: bool = True,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Sum of the embeddings of every image and its mirror image, not normalised: float32 [N, d] on every rank, in order. See `embed_views`."""
+    """Sum of the embeddings of every image and its mirror image, not normalised: float32 [N, d] on every rank, in order.
+
+    Args:
+        forward: takes float32 [b, 3, H, W], RGB, (x - 127.5) / 127.5, gives [b, d]; called under `no_grad`, with eval mode set by the caller.
+        images: N images; see `Images`.
+        world: rank and number of ranks; with more than one, the default process group is used.
+        batch: images in a forward call, always exactly this many (the last batch is padded).
+        device: where `forward` expects its images.
+        image_size: pixels a side.
+        mirror: also embed the mirror images, and add.
+        progress: called after each batch with the images embedded so far, of all ranks together, and N.
+
+    Raises:
+        UserError: an image that cannot be decoded, no images.
+    """
 
     def summed(views: np.ndarray) -> np.ndarray:
         return views.sum(0)
@@ -140,7 +118,7 @@ def run(
     """Embeds batch after batch, keeps `reduce(float32 [views, batch, d])` of each, gathers the rows of all batches in order on every rank.
 
     Only what `reduce` returns is stored and sent: pair distances need two numbers a pair, not two embeddings. Rows beyond the last image come
-    from padding (repeats of the last image); the caller cuts them off.
+    from padding (repeats of the last image); the caller cuts them off. The other arguments are those of `embed`.
 
     Raises:
         UserError: an image that cannot be decoded (raised on all ranks alike), no images.

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from lvtrain.distributed.world import World
-from lvtrain.evaluation import allpairs, clustering, suite
+from lvtrain.evaluation import allpairs, suite
+from lvtrain.evaluation.scores import clustering
 from lvtrain.evaluation.sources import labelled_images
 from lvtrain.weights import load_model
 

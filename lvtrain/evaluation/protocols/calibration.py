@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lvtrain.evaluation import bins, calibrate, extract, verification
+from lvtrain.evaluation import bins, extract, verification
 from lvtrain.evaluation.protocol import PROTOCOLS, Protocol, Result, Setting, percent
-from lvtrain.evaluation.sources import embed_labelled, is_labelled_set
+from lvtrain.evaluation.scores import calibrate
+from lvtrain.evaluation.sources import embed_labelled, is_labelled_set, labelled_images
 
 
 @PROTOCOLS.register("calibration")
@@ -14,6 +15,12 @@ class Calibration(Protocol):
     """Thresholds for false match rates, with intervals, from a labelled set or a verification set."""
 
     title = "calibration"
+
+    def check(self, paths: tuple[Path, ...]) -> None:
+        if is_labelled_set(paths[0]):
+            labelled_images(paths[0])
+        else:
+            bins.read_bin(paths[0])
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
         path = paths[0]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lvtrain.evaluation import clustering, extract
+from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting
-from lvtrain.evaluation.sources import embed_labelled
+from lvtrain.evaluation.scores import clustering
+from lvtrain.evaluation.sources import embed_labelled, labelled_images
 
 _NAMES = {"kmeans": "K-means, given the number of identities", "dbscan": "DBSCAN", "agglomerative": "agglomerative"}
 _SHARES = ("pairwise_f", "bcubed_precision", "bcubed_recall", "bcubed_f", "nmi")
@@ -27,6 +28,9 @@ class Clustering(Protocol):
     title = "clustering"
     options_class = ClusteringOptions
     has_own_part = True
+
+    def check(self, paths: tuple[Path, ...]) -> None:
+        labelled_images(paths[0])
 
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
         embeddings, labels = embed_labelled(forward, paths[0], setting, mirror=self.options.flip)

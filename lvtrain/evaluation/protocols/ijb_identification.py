@@ -9,6 +9,7 @@ from pydantic import Field
 from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
 from lvtrain.evaluation.sets import ijb, ijb_galleries
+from lvtrain.evaluation.sources import embed_kept
 
 
 class IjbIdentificationOptions(Flip):
@@ -30,7 +31,7 @@ class IjbIdentification(Protocol):
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
         release = ijb_galleries.read_galleries(paths[0])
         crops = ijb.AlignedCrops(release.faces, setting.image_size)
-        features = setting.embed(forward, crops, mirror=self.options.flip)
+        features = embed_kept(forward, crops, release.faces.crops, setting, mirror=self.options.flip)
         scores = ijb_galleries.score_searches(release, features, detector_scores=self.options.detector_scores)
         return {**scores, "release": release.faces.name, **self.options.model_dump()}
 

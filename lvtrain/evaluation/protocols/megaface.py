@@ -9,7 +9,7 @@ import numpy as np
 from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
 from lvtrain.evaluation.sets import megaface
-from lvtrain.evaluation.sources import embed_labelled
+from lvtrain.evaluation.sources import embed_labelled, labelled_images
 
 
 @PROTOCOLS.register("megaface")
@@ -20,6 +20,13 @@ class MegaFace(Protocol):
     options_class = Flip
     paths = 2
 
+    def check(self, paths: tuple[Path, ...]) -> None:
+        for path in paths:
+            if _holds_features(path):
+                megaface.read_feature(next(path.rglob("*.bin")))  # a million of them would take long
+            else:
+                labelled_images(path)
+
     def run(self, forward: extract.Forward, paths: tuple[Path, ...], setting: Setting) -> Result:
         probes, labels = self._features(forward, paths[0], setting, labelled=True)
         distractors, _ = self._features(forward, paths[1], setting, labelled=False)
@@ -28,7 +35,7 @@ class MegaFace(Protocol):
     def _features(
         self, forward: extract.Forward, path: Path, setting: Setting, *, labelled: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        if path.is_dir() and not (path / "dataset.json").is_file() and next(path.rglob("*.bin"), None) is not None:
+        if _holds_features(path):
             return megaface.read_features(path, labelled=labelled)
         return embed_labelled(forward, path, setting, mirror=self.options.flip)
 
@@ -40,3 +47,8 @@ class MegaFace(Protocol):
     def headline(cls, result: Result) -> list[tuple[str, str]]:
         rows = [(name.replace("_", "-"), percent(share)) for name, share in result["identification"].items()]
         return rows + [(f"TAR@FAR={far}", percent(tar)) for far, tar in result["tar_at_far"].items()]
+
+
+def _holds_features(path: Path) -> bool:
+    """Whether a folder holds feature files, not images."""
+    return path.is_dir() and not (path / "dataset.json").is_file() and next(path.rglob("*.bin"), None) is not None

@@ -22,6 +22,7 @@ from lvtrain.errors import UserError
 from lvtrain.evaluation import extract, verification
 from lvtrain.evaluation.group_files import groups_of
 from lvtrain.evaluation.scores.groups import Pairs, of_pairs
+from lvtrain.evaluation.sources import embed_kept
 
 TARGETS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # rows of `*_face_tid_mid.txt`, a number on which our sources agree
@@ -153,7 +154,7 @@ def run(
     """
     release = read_release(folder, complete=complete)
     crops = AlignedCrops(release, setting.image_size)
-    features = setting.embed(forward, crops, mirror=flip)
+    features = embed_kept(forward, crops, release.crops, setting, mirror=flip)
     result = score_pairs(release, features, detector_scores=detector_scores, groups=groups)
     return {**result, "release": release.name, "flip": flip, "detector_scores": detector_scores}
 
