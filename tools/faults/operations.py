@@ -58,7 +58,7 @@ class Operation:
     tool: str
     prepare: Callable[[Bench, Path, int], None]
     arguments: Callable[[Bench, Path, int], list[str]]
-    read: Callable[[Path], dict[str, Any]] = dict
+    read: Callable[[Path], dict[str, Any]] = lambda work: {}
     is_repeatable: bool = True
 
 
