@@ -212,7 +212,7 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     (young / "recipe.yaml").write_text(RECIPE.replace("name: sample", "name: young"))
     (lost := tmp_path / "d").mkdir()
     (lost / "recipe.yaml").write_text(RECIPE.replace("name: sample", "name: lost"))
-    ended = [
+    ended: list[dict] = [
         {"event": "start", "step": 0},
         {"event": "nonfinite", "step": 2},
         {"event": "error", "reason": "the loss was not finite"},
@@ -260,7 +260,7 @@ def on_track(run: Path) -> None:
     for row in rows:
         row |= {"reference_low": 0.8 * row["loss"], "reference_high": 1.2 * row["loss"], "memory_gb": 12.5}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = [
+    found: list[dict] = [
         {"event": "reference", "card": "quickstart"},
         {
             "event": "first_loss",

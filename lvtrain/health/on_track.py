@@ -88,7 +88,7 @@ class OnTrack:
         low, high = self._curve.mean_band(start, mark)
         stand = "below" if loss < low else "above" if loss > high else "within"
         card = self._curve.name
-        fields = {"epoch": mark, "loss": round(loss, 4), "low": round(low, 4), "high": round(high, 4)}
+        fields: dict[str, Any] = {"epoch": mark, "loss": round(loss, 4), "low": round(low, 4), "high": round(high, 4)}
         fields |= {"stand": stand, "card": card}
         when = f"mean of epoch {mark:g}" if mark >= 1 else f"at epoch {mark:g}"
         other = " (which has other settings)" if self.reference and self.reference.differs else ""
