@@ -12,6 +12,7 @@ import yaml
 from lvtrain.checkpoint.checkpoints import Checkpoints
 from lvtrain.checkpoint.lease import hold
 from lvtrain.checkpoint.state import Replicated
+from lvtrain.classifier import sampling
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.recipe import files as recipes
@@ -37,7 +38,7 @@ def trained(tmp_path: Path) -> RunFolder:
     """A run with one checkpoint, started twice."""
     start(tmp_path)
     run = start(tmp_path)
-    meta = {"recipe": recipe_in(tmp_path).model_dump(mode="json")}
+    meta = {"recipe": recipe_in(tmp_path).model_dump(mode="json"), "class_sampling": sampling.RULE}
     with (
         hold(run.path, ALONE) as lease,
         Checkpoints(run.path, ALONE, run_id=run.run_id, fingerprint="f", lease=lease) as checkpoints,

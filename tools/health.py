@@ -138,7 +138,7 @@ def train(run: Run, folder: Path, change: Any = None) -> None:
         if kind == "warning":
             run.named.setdefault(fields["text"].partition(":")[0], fields["step"])
 
-    Telemetry.event, check.name_causes = listen, keep  # type: ignore[method-assign]
+    Telemetry.event, check.name_causes = listen, keep  # type: ignore[method-assign, assignment]
     with open(folder / f"log_{rank}.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             with change(run.seed) if change else contextlib.nullcontext():

@@ -148,6 +148,7 @@ class HealthCheck:
     # ---------------------------------------------------------------------------------------------------- with the log line
 
     def _some_rows(self) -> torch.Tensor:
+        assert self.classifier is not None
         self.classifier.settle()
         weight = self.classifier.weight.detach()
         return weight[:: max(1, len(weight) // _ROWS)][:_ROWS].float().clone()

@@ -264,10 +264,13 @@ def _refuse_another_sampling(folder: Path, recipe: Recipe) -> None:
     newest = newest_summary(folder)
     if newest is None:
         return
-    position, rule = newest.meta["position"], newest.meta.get("class_sampling", 1)
+    rule = newest.meta.get("class_sampling", 1)
+    if rule == sampling.RULE:
+        return
+    position = newest.meta["position"]
     left = recipe.phases[position["phase_index"] + position["phase_over"] :]
     sampled = [phase.name for phase in left if phase.sample_rate < 1]
-    if rule != sampling.RULE and sampled:
+    if sampled:
         raise UserError(
             f"{folder} was begun by a version that samples classes by another rule (rule {rule}, today's is "
             f"{sampling.RULE}), and phase {sampled[0]} has a sample_rate below 1; finish it with that version "

@@ -107,7 +107,7 @@ class Trainer:
         per_epoch = len(dataset)
         self.rate = learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=per_epoch)
         self.kernel = choose_kernel(recipe.classifier.numerics.kernel, world.device) if recipe.classifier else None
-        facts = {"data_licence": dataset.manifest.licence, "classifier_kernel": self.kernel}
+        facts: dict[str, Any] = {"data_licence": dataset.manifest.licence, "classifier_kernel": self.kernel}
         facts |= {"identities": dataset.num_classes, "images": per_epoch}
         self.folder = open_folder(recipe, setup.ds_config, world, facts=facts, fence=fence)
         keep_provenance(self.folder.path, recipe, dataset, fence)

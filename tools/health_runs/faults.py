@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +17,7 @@ import torch
 
 from lvtrain import randomness
 
-Patch = Callable[[int], "contextmanager[None]"]
+Patch = Callable[[int], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _labels(new: Callable[[np.ndarray, Callable[[np.ndarray], np.ndarray], int, 
         from lvtrain.data import ShardDataset
 
         old = ShardDataset.labels
-        count = ShardDataset.num_classes
+        count: Any = ShardDataset.num_classes
 
         def labels(self: Any, ids: np.ndarray) -> np.ndarray:
             return new(np.asarray(ids), lambda some: old(self, some), len(self), seed)

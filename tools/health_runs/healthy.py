@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 # name -> (changes of the recipe, kind of data); sections are merged one level deep
-_FVIT = {"embedding_dim": 64, "overrides": {"dim": 32, "depth": 2, "heads": 2, "head_dim": 16, "mlp_dim": 64}}
+_FVIT: dict[str, Any] = {
+    "embedding_dim": 64,
+    "overrides": {"dim": 32, "depth": 2, "heads": 2, "head_dim": 16, "mlp_dim": 64},
+}
 _DINO = {
     "prototypes": 256,
     "hidden": 64,
