@@ -52,7 +52,7 @@ def points() -> Iterator[tuple[float, float]]:
         yield seconds, max(found.total_memory for found in plans)
 
 
-@pytest.mark.parametrize("room", [2.30e9, 2.36e9, 2.5e9, 100e9])
+@pytest.mark.parametrize("room", [2.18e9, 2.25e9, 2.4e9, 100e9])
 def test_nothing_cheaper_in_the_grid_fits(room: float) -> None:
     device = replace(H200, memory=room / ROOM)
     found = suggest(
@@ -61,7 +61,7 @@ def test_nothing_cheaper_in_the_grid_fits(room: float) -> None:
     seconds = sum(IMAGES[name] / one.images_per_second for name, one in found.phases.items())
     assert max(one.total_memory for one in found.phases.values()) <= room
     assert seconds == pytest.approx(min(cost for cost, memory in grid() if memory <= room))
-    assert (seconds == pytest.approx(min(cost for cost, _ in grid()))) == (room > 2.4e9)  # small memory costs time
+    assert (seconds == pytest.approx(min(cost for cost, _ in grid()))) == (room > 2.35e9)  # small memory costs time
     assert found.tried == prod((3, 4, 3, 7))
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from lvtrain.planning.device import H200
 from lvtrain.planning.phases import divisors, measure, phase_setup
 from lvtrain.planning.plan import plan
-from lvtrain.planning.setup import Zero
+from lvtrain.planning.setup import Setup, Zero
 from lvtrain.planning.suggest import ROOM
-from lvtrain.recipe.sections import Recipe
+from lvtrain.recipe.sections import Phase, Recipe
 
 
 def planned_micro_batches(
@@ -45,8 +45,14 @@ def planned_micro_batches(
             (
                 phase.micro_batches * times
                 for times in divisors(phase.micro_batch)
-                if plan(replace(setup, micro_batch=phase.micro_batch // times)).total_memory <= ROOM * memory
+                if plan(_cut(setup, phase, times)).total_memory <= ROOM * memory
             ),
             phase.micro_batches,
         )
     return found
+
+
+def _cut(setup: Setup, phase: Phase, times: int) -> Setup:
+    """The phase with `times` as many micro-batches; with several of a rank in a step, gradients wait for the next."""
+    accumulation = max(1, phase.micro_batches * times // setup.ranks)
+    return replace(setup, micro_batch=phase.micro_batch // times, accumulation=accumulation)
