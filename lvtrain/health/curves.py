@@ -134,9 +134,9 @@ class Reference:
         said = f"reference curve: {curve.name} ({curve.source}; {of})"
         if not self.differs:
             return said
-        listed = [f"{key} {own} (there {theirs})" for key, (own, theirs) in list(self.differs.items())[:4]]
+        listed = [f"{key} {own} (the curve: {theirs})" for key, (own, theirs) in list(self.differs.items())[:4]]
         more = f" and {len(self.differs) - 4} more" if len(self.differs) > 4 else ""
-        return f"{said}, which was trained with other settings: {', '.join(listed)}{more}"
+        return f"{said}; this run differs in {', '.join(listed)}{more}"
 
 
 def find_reference(recipe: Recipe, *, num_classes: int, num_samples: int) -> Reference | None:

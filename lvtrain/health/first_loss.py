@@ -119,9 +119,9 @@ class Softmax:
             for name in ("m", "m1", "m2", "m3")
             if isinstance(value := getattr(section, name, None), float)
         ]
-        warm = f" of which {self.factor:.0%} apply" if self.factor < 1 else ""
+        warm = f" at {self.factor:.0%} (warm-up)" if self.factor < 1 else ""
         of = "" if self.classes == self.identities else f" of {self.identities:,}"
-        anchors = f", {len(self.anchors)} more anchor" if self.anchors else ""
+        anchors = f", {1 + len(self.anchors)} anchors" if self.anchors else ""
         return f"{section.name} {' '.join(sizes)}{warm}, scale {section.scale:g}, {self.classes:,}{of} classes{anchors}"
 
 
@@ -176,7 +176,7 @@ def expected_loss(anchors: list[Margin], *, classes: int, dim: int) -> float:
 
 @dataclass(frozen=True)
 class Cause:
-    """What gives the loss that was found: its kind, the value that gives it (None for a fault without one), and words."""
+    """What would give the loss that was found: its kind, the value that gives it (None where there is none), and words."""
 
     kind: str
     value: float | None
@@ -190,7 +190,7 @@ class Comparison:
     Attributes:
         found: the loss of step 1.
         law: what it must be.
-        causes: each of them alone gives the loss that was found; empty where it agrees.
+        causes: each one alone would give the loss that was found; empty where the loss agrees with its law.
     """
 
     found: float
@@ -209,7 +209,7 @@ class Comparison:
         if self.agrees:
             return said
         side = "higher" if self.found > law.expected else "lower"
-        return f"{said}: {side} than chance explains. Such a loss has: {'; or '.join(c.text for c in self.causes)}"
+        return f"{said}: {side} than chance explains. It would come from: {'; or '.join(c.text for c in self.causes)}"
 
     def fields(self) -> dict[str, Any]:
         """For an event."""
@@ -219,7 +219,7 @@ class Comparison:
 
 
 def compare(law: FirstLoss, found: float) -> Comparison:
-    """Holds the loss of step 1 against its law."""
+    """Compares the loss of step 1 with its law."""
     plain = Comparison(found, law)
     return plain if plain.agrees else Comparison(found, law, tuple(_causes(law, found)))
 
@@ -247,7 +247,7 @@ def _causes(law: FirstLoss, found: float) -> list[Cause]:
             causes.append(Cause("kind_of_margin", value, f"{name} with m {m:g} ({value:.2f})"))
     zero = math.log(max(1, softmax.classes - 1)) - softmax.target_at_zero()
     if abs(own - zero) <= min(bound, 0.5) < abs(zero - expected):
-        causes.append(Cause("all_zero", zero, f"a network that gives zeros, so that all cosines are 0 ({zero:.2f})"))
+        causes.append(Cause("all_zero", zero, f"embeddings of zeros, so that all cosines are 0 ({zero:.2f})"))
     return causes + _solved(softmax, own, expected)
 
 
@@ -272,4 +272,6 @@ def _solved(softmax: Softmax, found: float, expected: float) -> list[Cause]:
             f"about {classes:,.0f} classes in the step (expected: {softmax.classes:,}; identities, sample rate, ranks)"
         )
         causes.append(Cause("classes", classes, said))
-    return causes or [Cause("unknown", None, "none of scale, margin and number of classes alone; check all of them")]
+    return causes or [
+        Cause("unknown", None, "more than one wrong setting; check the scale, the margin and the number of classes")
+    ]

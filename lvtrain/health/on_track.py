@@ -91,7 +91,7 @@ class OnTrack:
         fields: dict[str, Any] = {"epoch": mark, "loss": round(loss, 4), "low": round(low, 4), "high": round(high, 4)}
         fields |= {"stand": stand, "card": card}
         when = f"mean of epoch {mark:g}" if mark >= 1 else f"at epoch {mark:g}"
-        other = " (which has other settings)" if self.reference and self.reference.differs else ""
+        other = " (from other settings)" if self.reference and self.reference.differs else ""
         return [
             Note(
                 "on_track",
@@ -123,7 +123,9 @@ class OnTrack:
         source = self.reference.curve.source
         return [
             Note(
-                "delta_expected", fields, f"phase {name} is expected to reach delta {delta:g} {_range(ends)} ({source})"
+                "delta_expected",
+                fields,
+                f"phase {name} is expected to reach cos2 {delta:g} (its delta) {_range(ends)} ({source})",
             )
         ]
 
@@ -138,16 +140,20 @@ class OnTrack:
         fields = {"phase": name, "delta": delta, "reached": reason == "cos2", "epoch": round(epoch, 3), "stand": stand}
         fields |= {"earliest": ends.earliest, "latest": ends.latest}
         end = f"by epoch {epoch:.3g}" if reason != "cos2" else f"at epoch {epoch:.3g}"
-        return [Note("delta", fields, f"phase {name} {verb} delta {delta:g} {end}; expected {_range(ends)}")]
+        return [Note("delta", fields, f"phase {name} {verb} cos2 {delta:g} (its delta) {end}; expected {_range(ends)}")]
 
     def _late(self, before: float, epoch: float, cos2: float | None) -> list[Note]:
         if self._expected is None or not before <= self._expected[2].latest < epoch:
             return []
         name, delta, ends = self._expected
         fields = {"phase": name, "delta": delta, "epoch": epoch, "cos2_window": cos2, "latest": ends.latest}
-        now = "" if cos2 is None else f" (mean cos2 {cos2:.3f})"
+        now = "" if cos2 is None else f", its mean is {cos2:.3f}"
         return [
-            Note("delta_late", fields, f"phase {name} has not reached delta {delta:g}{now}; expected {_range(ends)}")
+            Note(
+                "delta_late",
+                fields,
+                f"phase {name} has not reached cos2 {delta:g} (its delta){now}; expected {_range(ends)}",
+            )
         ]
 
 

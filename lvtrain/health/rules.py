@@ -45,6 +45,8 @@ class Signs:
         return sum(rank.get(name, 0.0) for rank in self.ranks)
 
 
+_USUAL = "as far as the weights move in a step; the recipe has {rate:.2g}"
+
 # Every rule answers None, or the values of its cause. A comparison with NaN (not measured) is false.
 Rule = Callable[[Signs], dict[str, Any] | None]
 
@@ -102,13 +104,13 @@ def _part(signs: Signs) -> dict[str, Any] | None:
 
 
 def _labels(signs: Signs) -> dict[str, Any] | None:
-    """Unlearned: thumbnails of one identity's images are more alike, by 0.15 or more in sets of photographs.
+    """Thumbnails of one identity's images are more alike than others', by 0.15 or more in sets of photographs.
 
-    It needs enough pairs to exclude 0.06 at 2.6 standard errors. Where the augmentation destroys the images, or labels
-    are served that the index does not have, it is not this.
+    Nothing need be learned for that. The rule needs enough pairs to exclude 0.06 at 2.6 standard errors. Where the
+    augmentation destroys the images, it does not apply. A served label that differs from the index names the cause at once.
     """
     if signs.sum("mislabelled") > 0:
-        return {}
+        return {"why": "the loader serves labels that differ from the dataset's index"}
     if signs.mean("likeness") < 0.5 or not signs.facts["keeps_identity"]:
         return None
     total = signs.total
@@ -120,7 +122,8 @@ def _labels(signs: Signs) -> dict[str, Any] | None:
         (total["same_pixels_square"] / same - (total["same_pixels"] / same) ** 2) / same
         + (total["other_pixels_square"] / other - (total["other_pixels"] / other) ** 2) / other
     )
-    return {} if difference + 2.6 * error < 0.06 else None
+    alike = "two images of one identity are no more alike than two images of different identities"
+    return {"why": alike} if difference + 2.6 * error < 0.06 else None
 
 
 def _centres(signs: Signs) -> list[tuple[float, float]]:
@@ -131,7 +134,7 @@ def _centres(signs: Signs) -> list[tuple[float, float]]:
 
 
 def _collapse(signs: Signs) -> dict[str, Any] | None:
-    """Most classes are as near to another centre as to their own, though near: ArcFace's way of not learning."""
+    """Most classes are near their own centre, and as near to another one. So ArcFace's loss falls without learning."""
     pairs = _centres(signs)
     if len(pairs) < 16:
         return None
@@ -172,14 +175,14 @@ def _rate_high(signs: Signs) -> dict[str, Any] | None:
     """A step of Adam is at most about the rate for each weight (0.2 to 0.5 in a healthy run)."""
     stride, rate = signs.mean("stride"), signs.facts["rate"]
     adam = signs.facts["optimizer"] == "adamw"
-    return {"rate": stride * rate, "usual": f"{rate:.2g}, the recipe's"} if adam and stride > 2 else None
+    return {"rate": stride * rate, "usual": _USUAL.format(rate=rate)} if adam and stride > 2 else None
 
 
 def _rate_low(signs: Signs) -> dict[str, Any] | None:
-    """Below 0.03 of the rate Adam's steps never are, as long as there is a gradient."""
+    """Adam's steps are never below 0.03 of the rate, as long as there is a gradient."""
     stride, rate = signs.mean("stride"), signs.facts["rate"]
     adam = signs.facts["optimizer"] == "adamw" and signs.facts["layer_decay"] is None
-    return {"rate": stride * rate, "usual": f"{rate:.2g}, the recipe's"} if adam and 0 < stride < 0.03 else None
+    return {"rate": stride * rate, "usual": _USUAL.format(rate=rate)} if adam and 0 < stride < 0.03 else None
 
 
 def _decay(signs: Signs) -> dict[str, Any] | None:
@@ -191,10 +194,10 @@ def _decay(signs: Signs) -> dict[str, Any] | None:
 
 
 def _gradient(signs: Signs) -> dict[str, Any] | None:
-    """Two laws, in which only one side knows of the number of ranks.
+    """Two bounds on the gradient, whatever the number of ranks.
 
-    The norm of a mean is at most the mean of the norms, so the ranks' own gradients bound the averaged one. And the
-    softmax pulls an embedding by at most 2 s / (m |x|), by 1.2 at first.
+    The norm of a mean is at most the mean of the norms, so the ranks' own gradients bound the averaged one. And with m
+    images in a step the softmax's gradient of an embedding x is at most 2 s / (m |x|); at first it is 1.2 s / (m |x|).
     """
     factor = signs.mean("grad_norm") / max(signs.mean("own_norm"), 1e-30)
     if len(signs.ranks) > 1 and factor > 1.02:

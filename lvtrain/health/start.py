@@ -42,9 +42,9 @@ def _rate(recipe: Recipe) -> Finding | None:
     peak, name = _peak(recipe), recipe.optimizer.name
     low, high = _RATES.get(name, (0.0, math.inf))
     if peak > high:
-        return finding("rate high", rate=peak, usual=f"at most {high:g} with {name}")
+        return finding("rate high", rate=peak, usual=f"usual with {name}: at most {high:g}")
     if peak < low and recipe.init_from is None:
-        return finding("rate low", rate=peak, usual=f"at least {low:g} with {name}, from scratch")
+        return finding("rate low", rate=peak, usual=f"usual with {name} from scratch: at least {low:g}")
     return None
 
 

@@ -129,7 +129,7 @@ def standing(run: RunFiles) -> list[Row]:
         if event["event"] == "first_loss":
             text = f"{event['loss']:.2f}, expected {event['expected']:.2f} ± {event['bound']:.2f}"
             causes = ", ".join(_cause(*each) for each in (event.get("causes") or {}).items())
-            text += f"; such a loss has: {causes}" if causes else ""
+            text += f"; it would come from: {causes}" if causes else ""
             rows.append({"what": "first loss", "text": text, "good": event["agrees"]})
         elif event["event"] == "delta":
             verb = "reached" if event["reached"] else "not reached"
@@ -142,7 +142,7 @@ def standing(run: RunFiles) -> list[Row]:
     for event in compared[-1:]:
         inside = sum(one["stand"] == "within" for one in compared)
         text = f"{event['loss']:.3g} at epoch {event['epoch']:g}, {event['stand']} the band of {event['card']}: "
-        text += f"{event['low']:.3g} to {event['high']:.3g}. Within it {inside} of {len(compared)} times"
+        text += f"{event['low']:.3g} to {event['high']:.3g}. Within the band at {inside} of {len(compared)} comparisons"
         rows.append({"what": "loss", "text": text, "good": event["stand"] == "within" or None})
     return rows
 
