@@ -96,7 +96,8 @@ CAUSES: dict[str, Cause] = {
     ),
     "merged": Cause(
         "labels seem to hold several identities each: in {share:.0%} of the watched classes the embeddings form two groups",
-        "look at the images of a label together (tools/clean_dataset.py)",
+        "look at the contact sheet (tools/verify_dataset.py DATASET --sheet sheet.png); tools/clean_dataset.py lists images "
+        "far from their identity",
     ),
     "augmentation": Cause(
         "augmented images have lost their content (correlation with their files {likeness:.2f}, contrast {contrast:.2f} of "

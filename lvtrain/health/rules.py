@@ -45,7 +45,7 @@ class Signs:
         return sum(rank.get(name, 0.0) for rank in self.ranks)
 
 
-_USUAL = "as far as the weights move in a step; the recipe has {rate:.2g}"
+_USUAL = "measured by how far the weights move; the recipe has {rate:.2g}"
 
 # Every rule answers None, or the values of its cause. A comparison with NaN (not measured) is false.
 Rule = Callable[[Signs], dict[str, Any] | None]
