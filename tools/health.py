@@ -2,8 +2,7 @@
 
     python tools/health.py [--seeds 11,12,13] [--only WORD,WORD] [--write]
 
-Thresholds were chosen on seed 1; the table of tools/results/health.md is of other seeds, other generated faces and other
-healthy runs.
+Thresholds were chosen on seed 1. Measure on other seeds: their generated faces and healthy runs are others.
 """
 
 from __future__ import annotations

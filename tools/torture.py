@@ -47,8 +47,8 @@ checkpoint every {every}, on 2 gloo ranks under ZeRO-{zero}. Every final state, 
 logged, is compared byte by byte with an undisturbed run.
 
 `kill` runs the quick start of every method, smaller and shorter (`tools/kills.py`): 18 steps of 16
-images with a checkpoint every 3, ZeRO-2 or ZeRO-1 as the recipe says. A run that is done begins
-again, until there are enough kills.
+images with a checkpoint every 3, ZeRO-2 or ZeRO-1 as the recipe says. A run that
+finishes is started anew, until there are enough kills.
 
 """
 CASES = ("kill", "elastic", "flip", "disk", "nan", "freeze", "syscalls")

@@ -51,11 +51,12 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# What does one step ask of the host, and of a GPU's memory?",
         "",
-        "`python -m tests.fakecuda.table`: rank 0 of PCO's refinement (both anchors, all 2,059,906 classes,",
-        "ZeRO-1, eager backbone, without a GPU on tests/fakecuda's H200). Counts of the second step;",
-        "`tests/test_cuda_step.py` holds them to these budgets. Nothing here is a time.",
+        "`python -m tests.fakecuda.table` runs a step of rank 0 on the fake H200 of tests/fakecuda, without a",
+        "GPU: PCO's refinement (class centres and feature expectations, all 2,059,906 classes), ZeRO-1, eager",
+        "backbone. The counts are of the second step, and no figure is a time. `tests/test_cuda_step.py` fails",
+        "if a step exceeds these counts.",
         "",
-        "A patch convolution costs one launch an image, because that device has no cuDNN.",
+        "The fake device has no cuDNN, so the patch convolution costs one launch for each image.",
         *_older(rows),
         "",
         "## Launches of kernels and matrix products",
@@ -77,7 +78,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "## The planner against these peaks, GB",
         "",
         "`lvtrain.planning` without its allowance of 2 GB for what torch does not allocate.",
-        "`tests/test_planning_peaks.py` holds it to 10% of the peak, and to 1% of what stays between steps.",
+        "`tests/test_planning_peaks.py` allows 10% of the peak, and 1% of what stays between steps.",
         "",
         *_against_the_plan(rows),
     ]
@@ -89,7 +90,7 @@ def _older(rows: dict[str, dict[str, Any]]) -> list[str]:
     if not names:
         return []
     listed = [f"- {name}" for name in names]
-    return ["", "Measured before gradients had buckets of their own (one sum after the backward pass):", "", *listed]
+    return ["", "Older rows: then one sum of all gradients followed the backward pass.", "", *listed]
 
 
 def _against_the_plan(rows: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -281,7 +281,7 @@ def keep(results: Path, trials: list[Trial], pairs: list[tuple[Site, Mode]], con
         conditions: of the sweep.
     """
     lines = [
-        "| what | trials | calls in a way | roles of file | survived | refused | wrong | not reached |",
+        "| what | trials | pairs of call and way | kinds of file | survived | refused | wrong | not reached |",
         "|---|---|---|---|---|---|---|---|",
     ]
     tables, groups = [], []
@@ -325,20 +325,22 @@ def _who(operation: str, size: int, victim: int) -> str:
 
 HEADING = """# System calls that fail
 
-`python -m tools.faults` repeats a save, a resume, a pack, an evaluation and one that draws. Each time
-another call on their files fails in another way. The trials are every call, in every way of failing,
-on every role of file (its path without the numbers of steps, ranks and shards), at its first and its
-last visit. They are taken in turns: first every call in every way once, then again on other files. So
-those that were carried out are a fair sample. The first table says how many they are, how many pairs
-of a call and a way of failing they cover, and how many roles.
+`python -m tools.faults` repeats five operations: save, resume, pack, evaluate, and `draw` (an
+evaluation that also draws plots). In each trial one system call on their files fails.
 
-A trial has
+A trial is a call, a way of failing, and a kind of file (its path without the numbers of steps, ranks
+and shards). The call fails at its first or at its last use. The sweep first tries each call in each
+way once, then again on other files. So the trials that were run are a fair sample of all. The first
+table says how many were run of how many, and how many pairs of a call and a way, and how many kinds
+of file, they cover.
 
-- **survived**: it ended well, with the same bits;
-- been **refused**: it ended with one line or was killed, and the same command then ended with the
-  same bits;
-- been **wrong**: anything else. A checkpoint that was renamed as damaged is wrong, too.
+A trial is
 
-Cells of the tables are survived/refused/wrong. A continued sweep tries what was wrong again, so
-`wrong` counts what is left.
+- **survived**, if the command succeeded, with the same bits as without the fault;
+- **refused**, if the command ended with a one-line error or was killed, and the same command then
+  succeeded with the same bits;
+- **wrong** in all other cases, also if a checkpoint was renamed as damaged.
+
+Cells of the tables are survived/refused/wrong. A continued sweep repeats wrong trials, so `wrong`
+counts those that are still wrong. "Not reached" means that the command made no such call.
 """

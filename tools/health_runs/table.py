@@ -59,7 +59,7 @@ def _page(result: dict[str, Any]) -> list[str]:
         f"- **False alarms: {len(result['false_alarms'])} of {result['healthy']} healthy runs** "
         f"(seed {', '.join(map(str, result['healthy_seeds']))}).",
         "- Thresholds were chosen on seed 1: other faces, other draws.",
-        "- Command: `python tools/health.py --write`, about 5 minutes of CPU time.",
+        "- Command: `python tools/health.py --write`.",
         "",
         "| fault | named | by step | as | also named |",
         "| --- | --- | --- | --- | --- |",
