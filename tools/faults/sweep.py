@@ -328,11 +328,11 @@ HEADING = """# System calls that fail
 `python -m tools.faults` repeats five operations: save, resume, pack, evaluate, and `draw` (an
 evaluation that also draws plots). In each trial one system call on their files fails.
 
-A trial is a call, a way of failing, and a kind of file (its path without the numbers of steps, ranks
-and shards). The call fails at its first or at its last use. The sweep first tries each call in each
-way once, then again on other files. So the trials that were run are a fair sample of all. The first
-table says how many were run of how many, and how many pairs of a call and a way, and how many kinds
-of file, they cover.
+A trial is a call, a way of failing, and a kind of file (its path without the numbers of steps,
+ranks and shards). The call fails at its first or at its last use. The sweep first tries each call
+in each way once, then again on other files. So the trials that were run are a fair sample of all.
+The first table says how many were run of how many, and how many pairs of a call and a way, and how
+many kinds of file, they cover.
 
 A trial is
 
