@@ -16,7 +16,7 @@ from contextlib import contextmanager
 EXIT_DONE = 0
 EXIT_ERROR = 2
 EXIT_STOPPED = 75  # stopped on request, with a checkpoint; the same command resumes (EX_TEMPFAIL of sysexits)
-LOST_RANK = "another rank is gone; its own line, or the log of its node, says why"
+LOST_RANK = "another rank has ended; its own error line, or the log of its node, says why"
 # in the words of gloo, of torch's store and of NCCL
 _GONE = re.compile(
     "closed by peer|reset by peer|Broken pipe|Connection was likely closed|remote process exited|Timed out waiting|Read timeout"

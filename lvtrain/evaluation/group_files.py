@@ -61,6 +61,7 @@ def groups_of(path: Path, key: str, names: Sequence[str]) -> np.ndarray:
     if not any(group is not None for group in groups):
         example = f"such as {next(iter(found))}, " if found else ""
         raise UserError(
-            f"{path}: none of its {len(found)} names ({example}column {key}) is in the benchmark, which has {names[0]}"
+            f"{path}: none of its {len(found)} names ({example}column {key}) is in the benchmark; "
+            f"write them as the benchmark does, such as {names[0]}"
         )
     return groups

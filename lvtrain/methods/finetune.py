@@ -98,7 +98,9 @@ class FinetuneMethod(SupervisedMethod):
         self.anchor: PartFViT | None = None
         self._share, self._images = 1.0, torch.empty(0)
         if self.settings.mixup is not None and self.settings.distill is not None:
-            raise UserError("method.mixup and method.distill do not go together: the teacher does not see mixed images")
+            raise UserError(
+                "method.mixup and method.distill exclude each other (the teacher does not see mixed images); remove one"
+            )
         frozen = isinstance(self.backbone, PartFViT) and self.backbone.freeze_landmarks
         if frozen and self.settings.landmarks != "fixed":
             raise UserError(

@@ -58,7 +58,7 @@ class AllPairs(Protocol):
     def headline(cls, result: Result) -> list[tuple[str, str]]:
         rates = result["tar_at_far"].items()
         rows = [(f"TAR@FAR={far}", f"{percent(f['tar'])} at {f['threshold']:.4f}") for far, f in rates]
-        rows = rows or [("TAR@FAR", f"{result['negative_pairs']:,} impostor pairs resolve none")]
+        rows = rows or [("TAR@FAR", f"{result['negative_pairs']:,} impostor pairs are too few for any FAR")]
         return [*rows, *shown.discard_lines(result), *shown.group_lines(result)]
 
     @classmethod

@@ -45,7 +45,7 @@ class Ijb(Protocol):
     def headline(cls, result: Result) -> list[tuple[str, str]]:
         rows = [(f"TAR@FAR={far}", percent(tar)) for far, tar in result["nearest"].items()]
         impostors = result["pairs"] - result["positive_pairs"]
-        rows = rows or [("TAR@FAR", f"{impostors:,} impostor pairs resolve none")]
+        rows = rows or [("TAR@FAR", f"{impostors:,} impostor pairs are too few for any FAR")]
         return [*rows, *shown.group_lines(result)]
 
     @classmethod

@@ -116,7 +116,7 @@ def check_known(faces: Faces, templates: np.ndarray, path: Path) -> None:
     unknown = np.setdiff1d(templates, faces.templates)
     if len(unknown):
         raise UserError(
-            f"{path} names template {unknown[0]}, of which {faces.name}_face_tid_mid.txt has no face; the files do not belong together"
+            f"{path} names template {unknown[0]}, of which {faces.name}_face_tid_mid.txt has no face; the files are of different releases, copy them again"
         )
 
 

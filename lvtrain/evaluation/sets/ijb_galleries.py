@@ -65,7 +65,7 @@ def read_galleries(folder: str | Path, *, complete: bool = True) -> Galleries:
     names, counts = np.unique(subjects, return_counts=True)
     if (counts > 1).any():
         raise UserError(
-            f"{meta}: subject {names[counts > 1][0]} is in two galleries, which share none; copy the files again"
+            f"{meta}: subject {names[counts > 1][0]} is in two galleries, but galleries share no subject; copy the files again"
         )
     return Galleries(faces, galleries, _subjects(meta / f"{faces.name}_1N_probe_mixed.csv", faces))
 
@@ -90,9 +90,7 @@ def score_searches(release: Galleries, features: np.ndarray, *, detector_scores:
     for name, gallery in release.galleries.items():
         found = search(probes, release.probes.subjects, rows(gallery), gallery.subjects)
         if not found.is_mated.any():
-            raise UserError(
-                f"gallery {name} of {release.faces.name} holds the subject of no probe; copy the files again"
-            )
+            raise UserError(f"gallery {name} of {release.faces.name} has no subject of any probe; copy the files again")
         galleries[name] = {
             "subjects": len(np.unique(gallery.subjects)),
             "mated": int(found.is_mated.sum()),

@@ -74,7 +74,7 @@ def read_tinyface(folder: str | Path, images: Path | None = None) -> TinyFace:
     alone = np.setdiff1d(labels["probe"], labels["gallery"])
     if len(alone):
         raise UserError(
-            f"{place}: identity {alone[0]} has a probe and no gallery image; the lists do not belong together"
+            f"{place}: identity {alone[0]} has a probe and no gallery image; the lists are of different releases, copy them again"
         )
     files = found["gallery"] + found["distractors"] + found["probe"]
     return TinyFace(files, labels["gallery"], labels["probe"], len(found["distractors"]))
