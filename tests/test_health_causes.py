@@ -48,7 +48,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "part": {"misplaced": 320},
     "augmentation": {"likeness": 0.02},
     "labels": {"mislabelled": 0.9},
-    "split": {"own": [0.6] * 64, "other": [0.56] * 30 + [0.28] * 34},
+    "split": {"own": [0.65] * 64, "other": [0.58] * 30 + [0.28] * 34},
     "merged": {"apart": 0.2},
     "collapse": {"own": [0.97] * 64, "other": [0.97] * 64},
     "rate high": {"stride": 8.0},

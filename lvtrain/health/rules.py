@@ -133,6 +133,13 @@ def _centres(signs: Signs) -> list[tuple[float, float]]:
     return [(own, other) for own, other in pairs if own > 0]
 
 
+def _knows_identities(pairs: list[tuple[float, float]]) -> bool:
+    """Whether most classes are near their own centre and far from all others: embeddings then speak of identities."""
+    if len(pairs) < 16:
+        return False
+    return median(own for own, _ in pairs) > 0.6 and median(other / own for own, other in pairs) < 0.85
+
+
 def _collapse(signs: Signs) -> dict[str, Any] | None:
     """Most classes are near their own centre, and as near to another one. So ArcFace's loss falls without learning."""
     pairs = _centres(signs)
@@ -149,18 +156,18 @@ def _split(signs: Signs) -> dict[str, Any] | None:
     classes have another centre 0.85 as near, 0% soon after, and half of those that are one identity with another.
     """
     pairs = _centres(signs)
-    if len(pairs) < 16 or median(own for own, _ in pairs) < 0.6 or median(other / own for own, other in pairs) > 0.85:
+    if not _knows_identities(pairs):
         return None
     share = sum(other > 0.85 * own for own, other in pairs) / len(pairs)
     return {"share": share} if share > 0.15 else None
 
 
 def _merged(signs: Signs) -> dict[str, Any] | None:
-    """Embeddings of a class are two groups, once the network knows its identities (cosine 0.4 in a class).
+    """Embeddings of a class are two groups, once the network knows its identities (and the cosine in a class is 0.4).
 
     Then below 4% of healthy classes do, and a quarter of those with two identities.
     """
-    share = signs.mean("apart")
+    share = signs.mean("apart") if _knows_identities(_centres(signs)) else math.nan
     return {"share": share} if share > 0.1 and signs.mean("within") > 0.4 else None
 
 
@@ -213,9 +220,9 @@ def _frozen(signs: Signs) -> dict[str, Any] | None:
 
 
 def _dead(signs: Signs) -> dict[str, Any] | None:
-    """A healthy layer has below 5% in a batch."""
+    """Below 5% of a layer in ViTs and IResNets; a third in the small squeeze layers of an untrained MobileNet."""
     share = signs.mean("dead")
-    return {"share": share} if share > 0.3 else None
+    return {"share": share} if share > 0.5 else None
 
 
 def _rows(signs: Signs) -> dict[str, Any] | None:

@@ -91,7 +91,7 @@ class Originals:
             turned = [original, original[:, :, ::-1]]
             best = max(turned, key=lambda each: _likeness(each.mean(axis=0), thumb.mean(axis=0)))
             self.likeness.append(_likeness(best.mean(axis=0), thumb.mean(axis=0)))
-            self.contrast.append(float(thumb.std() / max(original.std(), 1e-3)))
+            self.contrast.append(_spread(thumb) / max(_spread(original), 1e-3))
             if colour > 0.02:
                 chroma = thumb - thumb.mean(axis=0)
                 own = best - best.mean(axis=0)
@@ -105,6 +105,11 @@ class Originals:
         if self.swapped:
             found["swapped"] = float(np.median(self.swapped[-64:]))
         return found
+
+
+def _spread(image: np.ndarray) -> float:
+    """Standard deviation [c, h, w] within channels: a tint is no content."""
+    return float((image - image.mean(axis=(1, 2), keepdims=True)).std())
 
 
 def _likeness(one: np.ndarray, other: np.ndarray) -> float:
