@@ -133,9 +133,14 @@ def _centres(signs: Signs) -> list[tuple[float, float]]:
     return [(own, other) for own, other in pairs if own > 0]
 
 
-def _knows_identities(pairs: list[tuple[float, float]]) -> bool:
-    """Whether most classes are near their own centre and far from all others: embeddings then speak of identities."""
-    if len(pairs) < 16:
+def _knows_identities(signs: Signs) -> bool:
+    """Whether images of a class are alike, near their class's centre, and far from most others.
+
+    Embeddings speak of identities only then. They do not on a plateau, nor at the start of a fine-tuning, whose class
+    means are near their centre while the images of a class are not alike (cosine 0.1).
+    """
+    pairs = _centres(signs)
+    if len(pairs) < 16 or not signs.mean("within") > 0.4:
         return False
     return median(own for own, _ in pairs) > 0.6 and median(other / own for own, other in pairs) < 0.85
 
@@ -155,20 +160,20 @@ def _split(signs: Signs) -> dict[str, Any] | None:
     Once the network knows its identities (cosine 0.6 to their own centre, most other centres far), below 8% of healthy
     classes have another centre 0.85 as near, 0% soon after, and half of those that are one identity with another.
     """
-    pairs = _centres(signs)
-    if not _knows_identities(pairs):
+    if not _knows_identities(signs):
         return None
+    pairs = _centres(signs)
     share = sum(other > 0.85 * own for own, other in pairs) / len(pairs)
     return {"share": share} if share > 0.15 else None
 
 
 def _merged(signs: Signs) -> dict[str, Any] | None:
-    """Embeddings of a class are two groups, once the network knows its identities (and the cosine in a class is 0.4).
+    """Embeddings of a class are two groups, once the network knows its identities.
 
     Then below 4% of healthy classes do, and a quarter of those with two identities.
     """
-    share = signs.mean("apart") if _knows_identities(_centres(signs)) else math.nan
-    return {"share": share} if share > 0.1 and signs.mean("within") > 0.4 else None
+    share = signs.mean("apart")
+    return {"share": share} if share > 0.1 and _knows_identities(signs) else None
 
 
 def _augmentation(signs: Signs) -> dict[str, Any] | None:
