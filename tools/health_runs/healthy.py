@@ -114,7 +114,14 @@ HEALTHY: dict[str, tuple[dict[str, Any], str]] = {
         {"method": {"name": "classification", "distill": {"teacher": "{pco, all classes}", "weight": 0.9}}},
         "plain",
     ),
-    "iresnet, sgd": ({"backbone": {"name": "iresnet18", "overrides": {}}, **_SGD}, "plain"),
+    "iresnet, sgd": (
+        {
+            "backbone": {"name": "iresnet18", "overrides": {"layers": [1, 1, 1, 1]}},
+            "phases": [{"name": "alignment", "global_batch": 16}],
+            **_SGD,
+        },
+        "plain",
+    ),
     "mobilefacenet": ({"backbone": {"name": "mobilefacenet", "overrides": {}}, **_SGD}, "plain"),
     "bfloat16, average": ({"optimizer": {"precision": "bfloat16"}, "ema": {"decay": 0.99}}, "plain"),
     "augmentation strong": ({"data": {"augmentation": "strong"}}, "plain"),
