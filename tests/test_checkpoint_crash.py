@@ -27,7 +27,7 @@ from lvtrain.checkpoint.state import Replicated, Rows, State
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.files import patience
-from tools.torture import POINTS
+from tools.kills import POINTS
 
 STEPS, EVERY, CLASSES = 12, 2, 7
 SAVE_POINTS = (*POINTS, "retention.begin", "retention.end")

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -146,10 +147,11 @@ class Trainer:
         except FolderInUse:  # another job took the folder over: its events and its outcome are that job's
             raise
         except UserError as error:
-            self.telemetry.check_fence()
-            self.telemetry.event("error", reason=str(error))
-            fatal = self._outcome("fatal", outcomes.committed_step(self.folder.path), self.only_phase, str(error))
-            outcomes.write(self.folder.path, fatal)  # by any rank: rank 0 may be waiting in a collective
+            with contextlib.suppress(FolderInUse):  # rank 0 has written the same and left, or another job came
+                self.telemetry.check_fence()
+                self.telemetry.event("error", reason=str(error))
+                fatal = self._outcome("fatal", outcomes.committed_step(self.folder.path), self.only_phase, str(error))
+                outcomes.write(self.folder.path, fatal)  # by any rank: rank 0 may be waiting in a collective
             raise
         finally:
             self.telemetry.close()
