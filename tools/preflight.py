@@ -54,7 +54,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    from lvtrain.training.preflight import preflight  # here, because it imports torch: --help answers at once
+    from lvtrain.distributed.preflight import preflight  # here, because it imports torch: --help answers at once
+    from lvtrain.planning import H200
 
     with one_line_errors("preflight", options.shared):
         problems = preflight(
@@ -63,6 +64,7 @@ def main() -> int:
             megabytes=options.megabytes,
             repeats=options.repeats,
             timeout=options.timeout,
+            planned=H200.link / 1e9,
             report=options.json,
         )
     return EXIT_ERROR if problems else 0

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lvtrain.training.preflight import differences, facts, other_data, unshared
+from lvtrain.distributed.preflight import differences, facts, other_data, unshared
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.runs import free_port

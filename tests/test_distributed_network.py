@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from lvtrain.distributed import network
 from lvtrain.errors import UserError
-from lvtrain.training import network
 from tests.conftest import ROOT
 from tests.runs import free_port
 

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lvtrain.distributed import network
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import write_json
-from lvtrain.planning import H200
-from lvtrain.training import network
 
 _PACKAGES = ("torch", "deepspeed", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 _SLOW = 0.5  # of what the plan assumes between nodes
@@ -75,11 +74,8 @@ def unshared(folder: Path, ranks: list[dict[str, Any]], *, seconds: float = 15) 
         return folder
 
     worlds.on_first(write)
-    path, seen, until = (
-        folder / f".preflight-{token}",
-        False,
-        time.monotonic() + seconds,
-    )  # network file systems show a new file late
+    path, seen = folder / f".preflight-{token}", False
+    until = time.monotonic() + seconds  # network file systems show a new file late
     while not seen and time.monotonic() < until:
         if folder.is_dir():
             os.scandir(folder).close()  # asks the server again
@@ -204,6 +200,7 @@ def preflight(
     megabytes: Sequence[float],
     repeats: int,
     timeout: float,
+    planned: float,
     report: Path | None = None,
 ) -> list[str]:
     """Opens the ranks, checks, measures and prints. Every rank calls it.
@@ -214,6 +211,7 @@ def preflight(
         megabytes: sizes of the collectives.
         repeats: measured calls of each.
         timeout: seconds to wait for all ranks.
+        planned: GB/s a GPU between nodes that `tools/plan.py` assumes.
         report: JSON file for everything that was found.
 
     Returns:
@@ -259,9 +257,9 @@ def preflight(
                 f"  {row['collective']:<15}{row['mb']:>7g} MB  {row['ms']:>10.3f} ms  {row['gb_per_s']:>8.2f} GB/s a rank"
             )
         fastest = max((row["gb_per_s"] for row in rows), default=0.0)
-        if len(hosts) > 1 and fastest < _SLOW * H200.link / 1e9:
+        if len(hosts) > 1 and fastest < _SLOW * planned:
             print(
-                f"  note: tools/plan.py assumes {H200.link / 1e9:.0f} GB/s a GPU between nodes; plan with --link {fastest:.1f}"
+                f"  note: tools/plan.py assumes {planned:.0f} GB/s a GPU between nodes; plan with --link {fastest:.1f}"
             )
         if report:
             found = {"ranks": ranks, "networks": [_plain(one) for one in networks], "collectives": rows}
