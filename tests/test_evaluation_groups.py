@@ -257,6 +257,8 @@ def test_wrong_tables_are_named(faces: Path, tmp_path: Path) -> None:
         "identity,group\np00,\n": "line 2",
         "identity,group\np00,a\np00,b\n": "two groups",
         "identity,group\nxx,a\n": "none of its 1 names",
+        "identity,group,group\np00,a,b\n": "columns identity,group",
+        'identity,group\n"p00,a\np01,b\n': "cannot be read",  # one field to the end of the file
     }.items():
         table.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -109,6 +109,14 @@ def test_damage_is_named(tmp_path: Path) -> None:
     savemat(path, {"gallery_set": [1]})
     with pytest.raises(UserError, match="probe_set"):
         tinyface.read_tinyface(folder)
+    savemat(path, {"probe_set": np.array(["3_probe0.jpg", "3_probe1.jpg"], dtype=object), "probe_ids": [1.25, 1.5]})
+    with pytest.raises(UserError, match="whole numbers"):
+        tinyface.read_tinyface(folder)
+    image = next((folder / "Testing_Set" / "Probe").rglob("*.jpg"))
+    image.with_suffix(".png").write_bytes(image.read_bytes())
+    with pytest.raises(UserError, match="one name"):
+        tinyface.read_tinyface(folder)
+    image.with_suffix(".png").unlink()
     path.write_bytes(b"not a list")
     with pytest.raises(UserError, match="not TinyFace's list"):
         tinyface.read_tinyface(folder)

@@ -71,8 +71,8 @@ def main(
     debug: Annotated[bool, typer.Option(help="show tracebacks")] = False,
 ) -> None:
     """Evaluates MODEL on every benchmark that is given."""
-    folder = out or _folder(Path(model))
-    with one_line_errors("evaluate", folder, debug=debug):
+    with one_line_errors("evaluate", out or model, debug=debug):
+        folder = out or _folder(Path(model))
         # imported here, because they import torch: --help answers at once
         from accelerate import PartialState
         from rich.console import Console

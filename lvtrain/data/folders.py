@@ -69,6 +69,8 @@ def walk_identities(
         raise UserError(f"{root} is not a folder; a folder with one folder an identity is needed")
     if level is None:
         _check_level(root)
+    elif level > 1:
+        _check_parts(root)
     yield from _below(root, root, level or 1, accepts)
 
 
@@ -91,6 +93,17 @@ def _check_level(root: Path) -> None:
             f"{root} holds {shown}, which look like parts of a dataset and not like identities; give {root / parts[0]} alone, "
             "or pack with --option level=2 (the identities lie inside these) or --option level=1 (these are the identities)"
         )
+
+
+def _check_parts(root: Path) -> None:
+    """Raises UserError where a folder below the parts looks like a part, too: its identities would become one."""
+    for part in (entry for entry in _entries(root) if entry.is_dir() and not is_hidden(entry.name)):
+        for entry in (entry for entry in _entries(part.path) if entry.is_dir() and entry.name.lower() in PARTS):
+            inside = list(_entries(entry.path))
+            if any(deep.is_dir() for deep in inside) and not any(is_image_name(deep.name) for deep in inside):
+                raise UserError(
+                    f"{entry.path} looks like a part of a dataset, but level=2 makes it an identity; give {part.path} alone"
+                )
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:

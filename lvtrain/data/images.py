@@ -57,7 +57,8 @@ def open_image(source: bytes | str | Path, *, upright: bool = True, formats: tup
         formats: Pillow's names of the formats that are accepted.
 
     Raises:
-        ImageError: not one of the formats, damaged, too large, or floating-point pixels.
+        ImageError: not one of the formats, damaged, too large, or pixels that are floating-point numbers or integers of
+            more than 16 bits.
         OSError: a path that cannot be read.
     """
     data = source if isinstance(source, bytes) else read_file(source)
@@ -67,7 +68,10 @@ def open_image(source: bytes | str | Path, *, upright: bool = True, formats: tup
             raise ImageError(f"it has {image.width}x{image.height} pixels; at most {MAX_SIDE} per side are read")
         image.load()
         if image.mode.startswith("I"):
-            narrow = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            wide = np.asarray(image)
+            if wide.min() < 0 or wide.max() > 0xFFFF:
+                raise ImageError("its pixels are integers of 32 bits; save it again with 8 or 16 bits per colour")
+            narrow = Image.fromarray((wide >> 8).astype(np.uint8))
             narrow.format, image = image.format, narrow
         elif image.mode == "F":
             raise ImageError("its pixels are floating-point numbers; save it again with 8 bits per colour")

@@ -121,6 +121,8 @@ class CatalogueWriter:
 
     def identity(self, identity: str | int) -> int:
         """Registers an identity, which may have no image. Integers are labels of the source, strings are names."""
+        if isinstance(identity, str):
+            check_name(identity)
         return self._identities.setdefault(identity, len(self._identities))
 
     def add(self, identity: str | int, name: str, *, container: str = "", offset: int = 0, length: int = 0) -> None:
@@ -146,6 +148,8 @@ class CatalogueWriter:
         Raises:
             UserError: the source mixes names and numbers, or holds no image.
         """
+        for name in self.class_names.values():
+            check_name(name)
         self._flush()
         for file in (self._rows, self._names):
             file.flush()
@@ -215,6 +219,18 @@ class Catalogue:
         start = int(self.rows["name"][row])
         stop = int(self.rows["name"][row + 1]) if row + 1 < len(self.rows) else len(self._names)
         return bytes(self._names[start : stop - 1]).decode(errors="surrogateescape")
+
+
+def check_name(name: str) -> None:
+    r"""Checks the name of an identity.
+
+    Raises:
+        UserError: it holds half of a character (JSON's `\\ud800` alone), which no text file can hold.
+    """
+    try:
+        name.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        raise UserError(f"the identity {name!a} holds half of a character; correct its name in the source") from None
 
 
 def _printable(name: str) -> str:

@@ -72,15 +72,21 @@ def fonts_for(texts: Iterable[str]) -> dict[str, Path | None]:
     return found
 
 
+def _visible(text: str) -> str:
+    """Control characters and line breaks as code points: fonts cannot measure them."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 class _Pen:
     r"""Draws text in a font that has its letters. If no font has them, it draws their code points, such as \u738b."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self._fonts = fonts_for(texts)
+        self._fonts = fonts_for(_visible(text) for text in texts)
         self._plain = ImageFont.load_default(_SIZE)
 
     def prepared(self, text: str) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
         """The text as it is drawn, and its font."""
+        text = _visible(text)
         path = self._fonts.get(text)
         if path is not None:
             return text, ImageFont.truetype(str(path), _SIZE)

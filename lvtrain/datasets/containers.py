@@ -18,7 +18,7 @@ class Containers:
 
     Args:
         path: the source.
-        suffix: such as `.tar`. Files in hidden and system folders, and `._*`, are ignored.
+        suffix: such as `.tar`. Files in hidden and system folders, links to folders, and `._*` are left out, and counted.
     """
 
     def __init__(self, path: Path, suffix: str) -> None:
@@ -34,10 +34,15 @@ class Containers:
         found = [self.path] if not self.path.is_dir() else []
         if self.path.is_dir():
             for folder, below, names in os.walk(self.path, onerror=_raise):
-                below[:] = [name for name in below if not is_hidden(name)]
+                for path in (Path(folder, name) for name in below):
+                    if path.is_symlink():
+                        out.left_out("link to a folder", str(path))
+                hidden = any(is_hidden(part) for part in Path(folder).relative_to(self.path).parts)
                 for name in (name for name in names if self.suffix in name.lower() or name.lower().endswith(".tgz")):
                     path = Path(folder, name)
-                    if name.startswith("."):
+                    if hidden:
+                        out.left_out(f"{self.suffix} file in a hidden or system folder", str(path))
+                    elif name.startswith("."):
                         out.left_out(f"hidden {self.suffix} file", str(path))
                     elif name.lower().endswith(self.suffix):
                         found.append(path)

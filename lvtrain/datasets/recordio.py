@@ -270,13 +270,29 @@ def write_index(path: str | Path, keys: Iterable[int], offsets: Iterable[int]) -
 
 
 def read_property(path: Path) -> int | None:
-    """Number of identities in insightface's `property` file (`C,height,width`); None if it cannot be read."""
-    try:
-        if check_regular(path) > 4096:
-            return None
-        return int(path.read_bytes().split(b"\n")[0].split(b",")[0])
-    except (UserError, ValueError):
+    """Number of identities in insightface's `property` file (`C,height,width`); None without one.
+
+    Raises:
+        UserError: it does not begin with a number.
+    """
+    if not path.exists():
         return None
+    head = path.read_bytes()[:4096] if check_regular(path) <= 4096 else b""
+    number = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")[0].split(b",")[0].strip()
+    if not number.isdigit():
+        raise UserError(f"{path} does not begin with the number of identities; copy it again, or remove it")
+    return int(number)
+
+
+def count_list(path: Path) -> int:
+    """Number of images in the `.lst` that a `.rec` was made from: its lines.
+
+    Raises:
+        UserError: not a regular file, or not text.
+    """
+    check_regular(path)
+    with open(path, "rb") as file:
+        return sum(bool(line.strip()) for line in file)
 
 
 @dataclass(frozen=True)
@@ -288,7 +304,8 @@ class RecordCatalogue:
         offsets: int64 [n], of the image records.
         labels: int64 [n], of the image records.
         empty: labels of identities without an image.
-        announced: images according to the header; more if the .rec holds image records that the index does not list.
+        announced: images according to the header; more if the .rec holds image records that the index does not list, and
+            with records that stand among the images but hold none.
         announced_by: the file that announces them.
         announced_identities: according to the header; None without one.
         identity_records: how many were found.
@@ -326,7 +343,7 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
     identity_rows: np.ndarray = np.empty(0, dtype=np.int64)
     stated: tuple[int, int] | None = None
     if header is not None and header.flag > 0 and not header.image:
-        if not np.isfinite(header.labels).all() or header.labels[0] < 1:
+        if not np.isfinite(header.labels).all() or header.labels[0] < 1 or (header.labels % 1).any():
             raise UserError(
                 f"{file.path}: its header counts {header.labels.tolist()} records; it is damaged: copy it again"
             )
@@ -337,9 +354,14 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
             stated = start - 1, int(header.labels[1]) - start
             identity_rows = identity_rows[keys[identity_rows] < start + stated[1]]
     chosen = np.flatnonzero(images)
-    labels = np.empty(len(chosen), dtype=np.int64)
+    labels, holds = np.empty(len(chosen), dtype=np.int64), np.ones(len(chosen), dtype=bool)
     for row, at in enumerate(chosen):
-        labels[row] = integer_label(file.record(int(offsets[at])), f"{file.path}: record {keys[at]}")
+        record = file.record(int(offsets[at]))
+        holds[row] = bool(record.image)
+        if record.image:
+            labels[row] = integer_label(record, f"{file.path}: record {keys[at]}")
+    empty_images = int((~holds).sum())
+    chosen, labels = chosen[holds], labels[holds]
     if not len(chosen):
         raise UserError(f"{file.path} holds no image records")
     empty = []
@@ -347,7 +369,7 @@ def catalogue(file: RecordFile, index: str | Path | None) -> RecordCatalogue:
         ranges = file.record(int(offsets[at])).labels
         if len(ranges) >= 2 and ranges[0] >= ranges[1]:
             empty.append(int(keys[at]) - start)
-    announced, by = len(chosen), str(file.path)
+    announced, by = len(chosen) + empty_images, str(file.path)
     if indexed:
         announced += _unnamed_images(file, offsets)
     if stated is not None:

@@ -33,9 +33,9 @@ def read_groups(path: Path, key: str) -> dict[str, str]:
     found: dict[str, str] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, skipinitialspace=True)
+            table = csv.DictReader(file, skipinitialspace=True, strict=True)
             columns = table.fieldnames or []
-            if key not in columns or "group" not in columns:
+            if columns.count(key) != 1 or columns.count("group") != 1:
                 raise UserError(f"{path} begins with {','.join(columns)}; this benchmark needs the columns {key},group")
             for row in table:
                 name, group = (row[key] or "").strip(), (row["group"] or "").strip()

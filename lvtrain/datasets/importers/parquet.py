@@ -76,6 +76,8 @@ class Parquet(Importer):
             if column not in schema.names:
                 have = ", ".join(schema.names)
                 raise UserError(f"{file} has no column {column!r} (it has {have}); name it with --option {option}=NAME")
+            if schema.names.count(column) > 1:
+                raise UserError(f"{file} has {schema.names.count(column)} columns {column!r}; write it with one")
         try:
             features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
             names = [str(name) for name in features[self.options.label_column]["names"]]
@@ -93,7 +95,7 @@ class Parquet(Importer):
     ) -> None:
         relative, before = self.tables.relative(file), out.found
         with reading(file, "a Parquet file"):
-            table = self._parquet.ParquetFile(file)
+            table = self._parquet.ParquetFile(file, page_checksum_verification=True)
             for group in range(table.num_row_groups):
                 labels = table.read_row_group(group, columns=[self.options.label_column]).column(0).to_pylist()
                 for row, value in enumerate(labels):
@@ -128,7 +130,7 @@ class Parquet(Importer):
         relative, group = container.rsplit("\t", 1)
         file = self.tables.absolute(relative)
         with reading(file, "a Parquet file"):
-            table = self._parquet.ParquetFile(file)
+            table = self._parquet.ParquetFile(file, page_checksum_verification=True)
             facts = table.metadata.row_group(int(group))
             size = sum(
                 facts.column(at).total_uncompressed_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lvtrain.data.folders import is_hidden
 from lvtrain.datasets import recordio
 from lvtrain.datasets.catalogue import Catalogue, CatalogueWriter
 from lvtrain.datasets.importer import IMPORTERS, Importer
@@ -17,7 +18,7 @@ class RecordIO(Importer):
 
     def __init__(self, path: Path, options: Any) -> None:
         if path.is_dir():
-            found = sorted(path.glob("*.rec"))
+            found = sorted(file for file in path.glob("*.rec") if not is_hidden(file.name))
             if len(found) != 1:
                 raise UserError(f"{path} holds {len(found)} .rec files; give the file itself")
             path = found[0]
@@ -36,7 +37,10 @@ class RecordIO(Importer):
             out.identity(label)
         for key, offset, label in zip(found.keys.tolist(), found.offsets.tolist(), found.labels.tolist()):
             out.add(label, str(key), offset=offset)
-        out.announced(found.announced_by, found.announced, len(found.keys))
+        listed, announced = self.path.with_suffix(".lst"), (found.announced, found.announced_by)
+        if listed.exists():
+            announced = max(announced, (recordio.count_list(listed), str(listed)))
+        out.announced(announced[1], announced[0], out.found)
         if found.announced_identities is not None:
             out.announced(found.announced_by, found.announced_identities, found.identity_records, "identity records")
         stated = recordio.read_property(self.path.with_name("property"))

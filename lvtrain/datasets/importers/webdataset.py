@@ -6,6 +6,7 @@ a suffix occurs again.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -62,18 +63,21 @@ class WebDataset(Importer):
         if ours is not None:
             out.class_names.update(enumerate(read_labels(self.path)))
         announced = _announcements(self.path, ours)
+        listed = bool(announced)
         reader = LabelReader(self.options.encoding, self.options.labels)
         for file in self.tars.files(out):
             before, images_before = out.found, out.count + out.ledger.unlabelled.count
             with (
                 reading(file, "an uncompressed tar"),
-                open(file, "rb") as raw,
+                _Tar(open(file, "rb", buffering=0)) as raw,
                 tarfile.open(fileobj=raw, mode="r:") as tar,
             ):
                 for run in _runs(tar, self.tars.relative(file), out):
                     self._add(run, file, raw, reader, out)
                 _check_end(tar, raw, file, out)
             stated = announced.pop(self.tars.relative(file), None) or _img2dataset(file)
+            if stated is None and listed:
+                stated = (f"the manifest of {self.path} ({file.name}, which it does not list)", 0)
             if stated is not None:
                 images = out.count + out.ledger.unlabelled.count - images_before
                 out.announced(*stated, images)
@@ -140,11 +144,27 @@ class WebDataset(Importer):
         )
 
 
+class _Tar(io.BufferedReader):
+    """A tar. A damaged header can announce any number of bytes, also a negative one (CVE-2025-8194)."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            raise UserError(
+                f"{self.name} is damaged before byte {self.tell()}: a member of {size} bytes; copy it again"
+            )
+        check_length(size, MAX_JSON, f"{self.name}: a header before byte {self.tell()}")
+        return super().read(size)
+
+
 def _runs(tar: tarfile.TarFile, relative: str, out: CatalogueWriter) -> Iterator[list[_Sample]]:
     """Groups of consecutive samples of one key: one sample, or several if a suffix occurs again."""
     run: list[_Sample] = []
     files: dict[str, tarfile.TarInfo] = {}
     for member in tar:
+        if member.size < 0:  # the next header would be this one again
+            raise UserError(
+                f"{relative}: {member.name} announces {member.size} bytes; the tar is damaged: copy it again"
+            )
         if member.isdir():
             continue
         folder, base = os.path.split(member.name)
@@ -199,22 +219,34 @@ def _announcements(path: Path, ours: Manifest | None) -> dict[str, tuple[str, in
         found = {shard.name: (f"{path / 'dataset.json'} ({shard.name})", shard.samples) for shard in ours.shards}
     # webdataset's index: {"shardlist": [{"url", "nsamples"}]}
     for file in sorted(path.glob("*.json")) if ours is None else ():
-        if file.is_file() and file.stat().st_size <= MAX_JSON:
-            try:
-                listed = json.loads(file.read_bytes())["shardlist"]
-                for shard in listed:
-                    found[os.path.basename(shard["url"])] = (f"{file} ({shard['url']})", int(shard["nsamples"]))
-            except (KeyError, TypeError, ValueError, RecursionError):
-                continue
+        body = _json(file)
+        if not isinstance(body, dict) or "shardlist" not in body:
+            continue
+        try:
+            for url, count in [(str(shard["url"]), int(shard["nsamples"])) for shard in body["shardlist"]]:
+                place = os.path.normpath(url)
+                found[place if (path / place).is_file() else os.path.basename(place)] = (f"{file} ({url})", count)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise UserError(
+                f"{file}: its shardlist needs url and nsamples for each shard; correct or remove it"
+            ) from None
     return found
+
+
+def _json(file: Path) -> Any:
+    """The content of a JSON file; None if it is not one, or is too large."""
+    if not file.is_file() or file.stat().st_size > MAX_JSON:
+        return None
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return None
 
 
 def _img2dataset(file: Path) -> tuple[str, int] | None:
     """The number of images that img2dataset's 00000_stats.json gives for 00000.tar; None without one."""
     stats = file.with_name(f"{file.stem}_stats.json")
-    if not stats.is_file() or stats.stat().st_size > MAX_JSON:
-        return None
     try:
-        return str(stats), int(json.loads(stats.read_bytes())["successes"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+        return str(stats), int(_json(stats)["successes"])
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lvtrain.datasets.importer import IMPORTERS, Importer
 from lvtrain.datasets.importers.webface import IDENTITY
 from lvtrain.errors import UserError
 from lvtrain.files.checked import inflate, reading
+
+_LATER = 8  # flag: checksum and sizes follow the data
 
 
 @IMPORTERS.register("webface-zip")
@@ -58,11 +61,15 @@ class WebFaceZip(Importer):
     def read(self, catalogue: Catalogue, row: int) -> bytes:
         record = catalogue.rows[row]
         file, offset, length = catalogue.containers[record["container"]], int(record["offset"]), int(record["length"])
-        magic, _, _, method, name, extra = struct.unpack("<4sHHH16xHH", self.zips.read_at(file, offset, 30))
+        header = struct.unpack("<4s2xHH4xI8xHH", self.zips.read_at(file, offset, 30))
+        magic, flags, method, checksum, name, extra = header
         where = f"{self.zips.absolute(file)}: the entry at byte {offset}"
         if magic != b"PK\3\4":
             raise UserError(
                 f"{where} does not exist any more; the zip changed since it was listed: start again in an empty OUT"
             )
         data = self.zips.read_at(file, offset + 30 + name + extra, length)
-        return data if method == zipfile.ZIP_STORED else inflate(data, MAX_BYTES, where)
+        image = data if method == zipfile.ZIP_STORED else inflate(data, MAX_BYTES, where)
+        if not flags & _LATER and zlib.crc32(image) != checksum:
+            raise UserError(f"{where} is damaged: its checksum differs; copy the zip again")
+        return image

@@ -275,7 +275,7 @@ def _points(rows: list[list[str]], path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _integers(rows: list[list[str]], column: int, path: Path) -> np.ndarray:
     try:
         return np.array([row[column] for row in rows]).astype(np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{path}: template and media ids must be integers ({error})") from error
 
 

@@ -133,7 +133,7 @@ def _subjects(path: Path, faces: ijb.Faces) -> Subjects:
         with path.open(newline="") as file:
             lines = [line[:2] for line in csv.reader(file) if line]
         table = np.array(lines[1:]).astype(np.int64).reshape(-1, 2)
-    except (ValueError, UnicodeDecodeError, csv.Error) as error:
+    except (ValueError, OverflowError, csv.Error) as error:
         raise UserError(
             f"{path} is not a table of template and subject numbers under a header line ({error}); copy it again"
         ) from error

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
-from lvtrain.data.images import SUFFIXES
+from lvtrain.data.images import is_image_name
 from lvtrain.errors import UserError
 from lvtrain.evaluation.scores.identification import search
 from lvtrain.evaluation.verification import normalise
@@ -99,14 +99,23 @@ def _images(folder: Path) -> dict[str, Path]:
     """The images below a folder by name without suffix."""
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; TinyFace has {', '.join(_FOLDERS.values())}")
-    return {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES}
+    found: dict[str, Path] = {}
+    for path in (path for path in sorted(folder.rglob("*")) if is_image_name(path.name)):
+        if found.setdefault(path.stem, path) != path:
+            raise UserError(
+                f"{path} and {found[path.stem]} have one name, which the lists give without suffix; remove one"
+            )
+    return found
 
 
 def _read_list(path: Path, kind: str) -> tuple[list[str], np.ndarray]:
     try:
         table = loadmat(path)
         names = [str(np.asarray(one).item()) for one in np.asarray(table[f"{kind}_set"], dtype=object).ravel()]
-        labels = np.asarray(table[f"{kind}_ids"]).ravel().astype(np.int64)
+        values = np.asarray(table[f"{kind}_ids"]).ravel()
+        labels = values.astype(np.int64)
+        if (labels != values).any():
+            raise ValueError("identities that are not whole numbers")
     except (OSError, ValueError, KeyError, TypeError, NotImplementedError, MatReadError) as error:
         raise UserError(
             f"{path} is not TinyFace's list with {kind}_set and {kind}_ids ({error!r}); copy it again"
