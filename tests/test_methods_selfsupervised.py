@@ -520,6 +520,7 @@ def test_selfsupervised_run_resumes_exactly_and_elastically(tiny_faces: Path, tm
     """
     from safetensors.torch import load_file
 
+    from lvtrain.weights.source import open_source
     from tests.runs import metrics, output, run
 
     ends, losses = [], []
@@ -546,6 +547,10 @@ def test_selfsupervised_run_resumes_exactly_and_elastically(tiny_faces: Path, tm
     assert whole.keys() == halves.keys() and any(name.startswith("teacher.") for name in whole)
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     assert losses[2] == pytest.approx(losses[0], rel=5e-6) and len(losses[0]) == 4
+    # fine-tuning and evaluation take the teacher, as LAFS's released train_largescale.py does
+    taken = open_source(tmp_path / "whole" / "runs" / "tiny").state()
+    assert all(torch.equal(value, whole[f"teacher.backbone.{name}"]) for name, value in taken.items())
+    assert not torch.equal(taken["pos_embedding"], whole["backbone.param.backbone.pos_embedding"])
     for name in whole:
         if name.startswith(("teacher.", "dino.")):
             torch.testing.assert_close(elastic[name], whole[name], rtol=1e-4, atol=1e-6)
