@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lvtrain import faults
 from lvtrain.checkpoint import files as files
@@ -217,6 +217,21 @@ class Checkpoints:
         """
         self._settle(final=True)
         return self._choice.newest(self._trusted)
+
+    def to_resume(self, rule: Literal["auto", "must", "never"]) -> CheckpointInfo | None:
+        """`newest`, as the recipe's `checkpoint.resume` allows.
+
+        Raises:
+            UserError: there is a checkpoint though `rule` is "never", or none though it is "must"; or as `newest`.
+        """
+        found = self.newest()
+        if found is not None and rule == "never":
+            raise UserError(
+                f"checkpoint.resume=never but {self.folder.parent} holds a run; choose another name=..., or remove it"
+            )
+        if found is None and rule == "must":
+            raise UserError(f"checkpoint.resume=must but {self.folder} holds no checkpoint; start with resume=auto")
+        return found
 
     def load(self, found: CheckpointInfo) -> Reader:
         """Opens a checkpoint that `newest` returned. Each rank then reads only what it asks for."""

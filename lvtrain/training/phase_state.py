@@ -23,8 +23,6 @@ from lvtrain.data.epochs import EpochSums, EpochTally
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.engine.engine import Engine
-from lvtrain.engine.precision import at_precision
-from lvtrain.evaluation import Setting, run_benchmarks
 from lvtrain.health.check import HealthCheck
 from lvtrain.methods import LossOutput, StepInfo, create_method
 from lvtrain.recipe.base import Duration
@@ -272,23 +270,6 @@ class PhaseState:
         else:
             self.stage.load_state(reader.meta["stage"])
             self.meter.load_state(reader.meta["meter"])
-
-    def evaluate(self) -> dict[str, Any]:
-        """The recipe's benchmarks on the weights and on their average, for `evaluation/NAME.json`. A collective."""
-        recipe, world = self.setup.recipe, self.setup.world
-
-        def figures(module: nn.Module) -> dict[str, Any]:
-            forward = at_precision(module, recipe.optimizer.precision, world.device)
-            setting = Setting(world, world.device, image_size=recipe.backbone.image_size)
-            return run_benchmarks(forward, recipe.evaluation.benchmarks, setting)
-
-        results = self.place()
-        self.engine.eval()
-        with self.engine.full_parameters(), torch.no_grad():
-            results["benchmarks"] = figures(self.method.evaluated())
-            if self.average:
-                results["benchmarks_ema"] = figures(self.average.module.eval())
-        return results
 
     def metrics_row(self) -> dict[str, Any]:
         """What is logged of the steps since the meter was cleared. A collective."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lvtrain.checkpoint.checkpoints import CheckpointInfo
 from lvtrain.errors import UserError
 from lvtrain.recipe.optimizer import Optimizer
 from lvtrain.recipe.sections import Phase, Recipe, Schedule
@@ -42,6 +43,12 @@ class Position:
     phase_start_step: int = 0
     phase_start_samples: int = 0
     phase_over: bool = False
+
+    @classmethod
+    def stored_in(cls, found: CheckpointInfo) -> Position:
+        """The position of a checkpoint."""
+        header = {"step": found.step, "samples_seen": found.samples_seen}  # repeated in checkpoints of version 1
+        return cls(**(found.meta["position"] | header))
 
     @property
     def stream(self) -> int:
