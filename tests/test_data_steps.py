@@ -16,7 +16,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional
 
 from lvtrain.data.augment import augmentation, draw
-from lvtrain.data.step_draws import CODE, NAMES, RandSteps
+from lvtrain.data.augment.step_draws import CODE, NAMES, RandSteps
 from lvtrain.data.steps import apply_steps
 from tests.shard_data import jpeg
 

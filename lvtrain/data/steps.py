@@ -1,4 +1,4 @@
-"""Applies the steps of `step_draws` to a batch, on any device: one operation at a time to all samples that have it.
+"""Applies the steps of `augment.step_draws` to a batch, on any device: one operation at a time to all samples that have it.
 
 The arithmetic is torchvision's on uint8 tensors. Where torchvision takes one factor for a whole batch, there is one for
 each sample here. Geometry is Pillow's: timm's RandAugment works on Pillow images.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvtrain.data.step_draws import NAMES
+from lvtrain.data.augment.step_draws import NAMES
 
 _GREY = 128
 

@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional
 
 from lvtrain.data import Batch, ShardDataset
-from lvtrain.data.augment import Crop, Grey, augmentation
+from lvtrain.data.augment import augmentation
+from lvtrain.data.augment.operations import Crop, Grey
 from lvtrain.data.order import SampleOrder
 from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World

@@ -60,7 +60,7 @@ class Data(Section):
     threads: int = setting(2, "threads that read and decode", unit="threads a rank", resume="free", gt=0)
     cache: Path | None = setting(None, "local folder (NVMe) for copies of shards; needs cache_bytes", resume="free")
     cache_bytes: int = setting(0, "largest size of the cache", unit="bytes", resume="free", ge=0)
-    augmentation: Augmentation = setting("flip", "name of a set in lvtrain/data/augment.py", because=IMAGES)
+    augmentation: Augmentation = setting("flip", "name of a set in lvtrain/data/augment/sets.py", because=IMAGES)
     max_bad_fraction: float = setting(
         1e-3,
         "share of images that may be undecodable before training stops, from 1,000 images on",
