@@ -10,7 +10,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lvtrain.data.shards import ShardDataset
-from lvtrain.datasets import clean
+from lvtrain.data.subset import DROPPED
+from lvtrain.datasets import clean, vectors
+from lvtrain.datasets.findings import choose
 from lvtrain.datasets.packing import PackOptions, pack
 from lvtrain.datasets.synthetic import DIFFICULTIES
 from lvtrain.datasets.synthetic.dataset import encode_face
@@ -147,13 +149,13 @@ def test_overlap_with_an_evaluation_set(planted, findings):
 @pytest.mark.parametrize("policy", ["merge", "drop", "keep"])
 def test_choice(planted, findings, policy):
     classes = len(planted.names)
-    ids, label_of = clean.choose(findings, planted.labels, classes, same_person=policy)
+    ids, label_of = choose(findings, planted.labels, classes, same_person=policy)
     gone = set(range(len(planted.labels))) - set(ids.tolist())
     dropped = {"p20", "p14"} | ({"p05b"} if policy == "drop" else set())
     expected = {sample for sample, *_ in findings.outliers} | {second for _, second, _ in findings.duplicates}
     expected |= {sample for sample, label in enumerate(planted.labels) if planted.names[label] in dropped}
     assert gone == expected
-    used = label_of[label_of != clean.DROPPED]
+    used = label_of[label_of != DROPPED]
     assert sorted(set(used.tolist())) == list(
         range({"merge": classes - 3, "drop": classes - 3, "keep": classes - 2}[policy])
     )
@@ -162,7 +164,7 @@ def test_choice(planted, findings, policy):
 
 
 def test_small_identities_can_be_dropped(planted, findings):
-    ids, _ = clean.choose(findings, planted.labels, len(planted.names), same_person="keep", min_images=8)
+    ids, _ = choose(findings, planted.labels, len(planted.names), same_person="keep", min_images=8)
     assert np.bincount(planted.labels[ids])[np.unique(planted.labels[ids])].min() >= 8
 
 
@@ -179,11 +181,11 @@ def test_unusable_rows_and_singletons_do_no_harm(planted):
 
 def test_neighbours_beyond_the_exhaustive_size_agree(monkeypatch):
     rng = np.random.default_rng(1)
-    vectors = rng.normal(size=(400, 1, 16)) + 0.05 * rng.normal(size=(400, 10, 16))
-    vectors = clean._normalised(vectors.reshape(-1, 16))
-    exact = clean.neighbours(vectors, vectors, 3)[1]
-    monkeypatch.setattr(clean, "_EXACT", 1000)
-    assert (clean.neighbours(vectors, vectors, 3)[1] == exact).all(axis=1).mean() > 0.98
+    rows = rng.normal(size=(400, 1, 16)) + 0.05 * rng.normal(size=(400, 10, 16))
+    rows = vectors.normalised(rows.reshape(-1, 16))
+    exact = vectors.neighbours(rows, rows, 3)[1]
+    monkeypatch.setattr(vectors, "_EXACT", 1000)
+    assert (vectors.neighbours(rows, rows, 3)[1] == exact).all(axis=1).mean() > 0.98
 
 
 def test_command_line_writes_a_subset_that_loads(planted, tmp_path):

@@ -16,7 +16,9 @@ import numpy as np
 import typer
 
 from lvtrain.data.shards import ShardDataset
+from lvtrain.data.subset import DROPPED
 from lvtrain.datasets import clean, contact_sheet
+from lvtrain.datasets.findings import Findings, choose
 from lvtrain.datasets.subset import check_target, write_subset
 from lvtrain.errors import UserError, one_line_errors
 from lvtrain.files import atomic
@@ -118,13 +120,13 @@ def _clean(
             raise UserError(f"{path} has {len(images)} images, its embeddings {len(theirs)} rows; embed this set again")
         parts.append(clean.EvaluationSet(path.stem, theirs, images.__getitem__))
     findings = clean.analyse(vectors, labels, read, limits=limits, evaluation=parts)
-    ids, label_of = clean.choose(findings, labels, data.num_classes, same_person=merges, min_images=min_images)
+    ids, label_of = choose(findings, labels, data.num_classes, same_person=merges, min_images=min_images)
     names = data.label_names()
     report = {
         "samples": len(data),
         "samples_kept": len(ids),
         "identities": data.num_classes,
-        "identities_kept": len(np.unique(label_of[label_of != clean.DROPPED])),
+        "identities_kept": len(np.unique(label_of[label_of != DROPPED])),
         "counts": findings.counts(),
         **findings.as_json(names),
     }
@@ -133,7 +135,7 @@ def _clean(
     atomic.write_json(path, report)
     _draw(findings, names, labels, read, {part.name: part.read for part in parts}, out.with_suffix(".png"))
     if not len(ids):
-        without = clean.choose(
+        without = choose(
             replace(findings, overlaps=[]), labels, data.num_classes, same_person=merges, min_images=min_images
         )
         raise UserError(f"{out}: no image would be left. {_blame(findings, len(without[0]), min_images)} See {path}")
@@ -148,7 +150,7 @@ def _clean(
     return report
 
 
-def _blame(findings: clean.Findings, left_without_overlap: int, min_images: int) -> str:
+def _blame(findings: Findings, left_without_overlap: int, min_images: int) -> str:
     """Why nothing is left, and what to do."""
     if left_without_overlap:
         return (
@@ -196,7 +198,7 @@ def _model(path: Path, batch: int, takes: str) -> Callable[[Any], np.ndarray]:
 
 
 def _draw(
-    findings: clean.Findings,
+    findings: Findings,
     names: list[str],
     labels: np.ndarray,
     read: Callable[[int], bytes],
