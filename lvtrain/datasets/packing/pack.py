@@ -11,22 +11,21 @@ import contextlib
 import fcntl
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lvtrain import randomness
 from lvtrain.data import align
 from lvtrain.data.index import IndexWriter, Manifest
 from lvtrain.datasets import contact_sheet
-from lvtrain.datasets.catalogue import LABEL_ORDERS, Catalogue, CatalogueWriter
-from lvtrain.datasets.importer import IMPORTERS, check_options, open_importer
+from lvtrain.datasets.catalogue import Catalogue, CatalogueWriter
+from lvtrain.datasets.importer import IMPORTERS, open_importer
 from lvtrain.datasets.packing import images, work
-from lvtrain.datasets.packing.policies import Issues, Policies
+from lvtrain.datasets.packing.options import PackOptions
+from lvtrain.datasets.packing.plan import Plan, decide
 from lvtrain.datasets.packing.reconcile import reconcile
 from lvtrain.datasets.parallel import ordered_map
 from lvtrain.errors import UserError
@@ -37,55 +36,6 @@ Progress = Callable[[str, int, int], None]
 REPORT = "pack_report.json"
 FINISHED = ".pack_finished"  # the scratch folder of a finished pack, until it is removed
 SHEET = "contact_sheet.png"
-_LARGEST_KEPT = 1 << 26  # labels; each costs a line of labels.txt and a class centre
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """The options that decide the bytes of the result.
-
-    Attributes:
-        kind: of the source.
-        seed: of the order.
-        shuffle: write the samples in random order, so that shards are not sorted by identity.
-        samples_per_shard: images in one tar.
-        size: pixels a side that every image must have; None = any.
-        quality: of a JPEG that must be encoded (PNG, WebP, fixes, alignment). Other JPEGs are copied.
-        label_order: how identity names are numbered: `natural` (id2 before id10, as CVLface) or `lexicographic` (as
-            torchvision's ImageFolder).
-        align: detect faces and align them.
-        licence: of the images, for the manifest.
-        policies: what is done about each kind of problem.
-        detector: with `align`, the ONNX file of OpenCV's YuNet; None: MTCNN of the `align` extra.
-        options: of the kind of source, by name; see the classes of `lvtrain/datasets/importers/`.
-
-    Raises:
-        UserError: an unknown name, or a value out of range.
-    """
-
-    kind: str
-    seed: int = 0
-    shuffle: bool = True
-    samples_per_shard: int = 8192
-    size: int | None = 112
-    quality: int = 95
-    label_order: str = "natural"
-    align: bool = False
-    detector: str | None = None
-    licence: str = "unknown"
-    policies: Policies = field(default_factory=Policies)
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "options", check_options(self.kind, self.options).model_dump())
-        if self.label_order not in LABEL_ORDERS:
-            raise UserError(f"--label-order {self.label_order!r} is unknown; choose one of {', '.join(LABEL_ORDERS)}")
-        if (
-            self.samples_per_shard < 1
-            or not 1 <= self.quality <= 100
-            or (self.size is not None and not 16 <= self.size <= 4096)
-        ):
-            raise UserError("--samples-per-shard must be at least 1, --quality 1 to 100, --size 16 to 4096")
 
 
 def pack(
@@ -141,7 +91,7 @@ def _pack(source: Path, out: Path, scratch: Path, options: PackOptions, workers:
     catalogue = Catalogue.open(scratch)
     _inspect(job, len(catalogue.rows), workers, tell)
     inspection = np.memmap(scratch / work.INSPECTION_FILE, dtype=job.inspection_dtype, mode="r")
-    plan = _decide(catalogue, inspection, opened.read_groups(catalogue), options)
+    plan = decide(catalogue, inspection, opened.read_groups(catalogue), options)
     work.save(scratch / "order.npy", plan.order)
     work.save(scratch / "labels.npy", plan.labels[catalogue.rows["identity"][plan.order]])
     _write(job, plan.bounds, workers, tell)
@@ -240,133 +190,6 @@ def _inspect(job: work.Job, count: int, workers: int, tell: Progress) -> None:
         path.unlink()
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is written.
-
-    Attributes:
-        order: int64 [kept], catalogue rows in the order of writing.
-        bounds: where shards begin and end in `order`.
-        labels: uint32, by catalogue identity.
-        label_map: names by label.
-        issues: what was found.
-    """
-
-    order: np.ndarray
-    bounds: np.ndarray
-    labels: np.ndarray
-    label_map: list[str]
-    issues: Issues
-
-
-def _decide(catalogue: Catalogue, inspection: np.ndarray, groups: np.ndarray | None, options: PackOptions) -> _Plan:
-    issues = Issues(options.policies)
-    for kind, tally in (("mismatch", catalogue.ledger.mismatches), ("unlabelled", catalogue.ledger.unlabelled)):
-        issues.add(kind, tally.count, tally.names)
-    flags = np.asarray(inspection["flags"])
-    keep = np.ones(len(flags), dtype=bool)
-    for kind, flag in (
-        ("undecodable", images.UNDECODABLE),
-        ("no_face", images.NO_FACE),
-        ("wrong_size", images.WRONG_SIZE),
-        ("grey", images.GREY),
-    ):
-        found = np.flatnonzero((flags & flag > 0) & keep)
-        _note(issues, kind, found, catalogue, inspection)
-        if issues.policy(kind) == "skip":
-            keep[found] = False
-    candidates = np.flatnonzero(keep & (flags & images.UNDECODABLE == 0))
-    first_of = np.unique(inspection["hash"][candidates], return_index=True)[1]
-    repeated = np.delete(candidates, first_of)
-    _note(issues, "duplicate", repeated, catalogue, inspection)
-    if issues.policy("duplicate") == "skip":
-        keep[repeated] = False
-    labels, label_map = _labels(catalogue, keep, issues)
-    kept = np.flatnonzero(keep)
-    if not len(kept):
-        raise UserError("every image would be skipped; check the policies and the source")
-    order, bounds = _order(kept, groups, options)
-    return _Plan(order, bounds, labels, label_map, issues)
-
-
-def _note(issues: Issues, kind: str, rows: np.ndarray, catalogue: Catalogue, inspection: np.ndarray) -> None:
-    def name(row: int) -> str:
-        size = f" ({inspection[row]['width']}x{inspection[row]['height']})" if kind == "wrong_size" else ""
-        return _line(catalogue.name(row)) + size
-
-    issues.add(kind, len(rows), [name(row) for row in rows[: Issues.LISTED].tolist()])
-
-
-def _labels(catalogue: Catalogue, keep: np.ndarray, issues: Issues) -> tuple[np.ndarray, list[str]]:
-    """Final label of each catalogue identity, and the names by final label."""
-    identities = catalogue.identities
-    images_left = np.bincount(catalogue.rows["identity"][keep], minlength=len(identities))
-    names = [_line(catalogue.class_names.get(i, str(i)) if isinstance(i, int) else i) for i in identities]
-    if catalogue.numeric:
-        numbers = np.array([int(i) for i in identities], dtype=np.int64)
-        gaps = int(numbers.max()) + 1 - len(numbers)
-        if gaps:
-            present = set(numbers.tolist())
-            examples = (str(n) for n in range(int(numbers.max())) if n not in present)
-            issues.add("label_gap", gaps, [next(examples) for _ in range(min(gaps, 100))])
-    numbers_stay = catalogue.numeric and issues.policy("label_gap") == "keep"
-    if numbers_stay:  # the source's numbers stay, so an identity without images cannot be dropped
-        if int(numbers.max()) >= _LARGEST_KEPT:
-            raise UserError(
-                f"--label-gap keep would make {int(numbers.max()) + 1:,} classes for {len(numbers):,} identities; choose fix"
-            )
-        issues.overrule("empty_identity", "keep")
-    empty = np.flatnonzero(images_left == 0)
-    issues.add("empty_identity", len(empty), [names[i] for i in empty[: Issues.LISTED].tolist()])
-    if numbers_stay:
-        label_map = [catalogue.class_names.get(n, str(n)) for n in range(int(numbers.max()) + 1)]
-        return numbers.astype(np.uint32), _distinct([_line(name) for name in label_map])
-    stays = images_left > 0 if issues.policy("empty_identity") == "skip" else np.ones(len(identities), dtype=bool)
-    labels = (np.cumsum(stays) - 1).clip(0).astype(np.uint32)
-    return labels, _distinct([name for name, stay in zip(names, stays) if stay])
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """The names, if they differ.
-
-    Raises:
-        UserError: two identities would have one name in labels.txt, so a choice by name would be ambiguous.
-    """
-    if len(set(names)) < len(names):
-        twice, count = Counter(names).most_common(1)[0]
-        raise UserError(f"{count} identities would be written as {twice!r}; rename them in the source")
-    return names
-
-
-def _line(name: str) -> str:
-    """A name as one line of text, even if it is not UTF-8."""
-    return name.replace("\n", " ").encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
-def _order(kept: np.ndarray, groups: np.ndarray | None, options: PackOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in the order of writing, and the bounds of the shards.
-
-    If the source is read in groups, the groups are shuffled first, and then the rows inside each shard.
-    """
-    size = options.samples_per_shard
-    if groups is None or not options.shuffle:
-        bounds = np.append(np.arange(0, len(kept), size), len(kept))
-        if options.shuffle:
-            kept = kept[np.argsort(randomness.bits(options.seed, "pack/order", kept), kind="stable")]
-        return kept, bounds
-    run = groups[kept].astype(np.int64)
-    kept = kept[np.lexsort((kept, run, randomness.bits(options.seed, "pack/run", run)))]
-    run = groups[kept]
-    edges = np.flatnonzero(np.append(True, run[1:] != run[:-1]))
-    starts = [0]
-    for edge in edges.tolist():
-        if edge - starts[-1] >= size:
-            starts.append(edge)
-    bounds = np.array([*starts, len(kept)])
-    shard = np.searchsorted(bounds, np.arange(len(kept)), side="right")
-    return kept[np.lexsort((randomness.bits(options.seed, "pack/order", kept), shard))], bounds
-
-
 def _write(job: work.Job, bounds: np.ndarray, workers: int, tell: Progress) -> None:
     tasks = [(number, int(bounds[number]), int(bounds[number + 1])) for number in range(len(bounds) - 1)]
     missing = [task for task in tasks if not _finished(job, task[0])]
@@ -385,7 +208,7 @@ def _finished(job: work.Job, number: int) -> bool:
     return part.exists() and shard.exists() and shard.stat().st_size == int(work.read_part(job.work, number)["size"])
 
 
-def _commit(job: work.Job, plan: _Plan, options: PackOptions) -> tuple[Manifest, int]:
+def _commit(job: work.Job, plan: Plan, options: PackOptions) -> tuple[Manifest, int]:
     writer = IndexWriter(job.out)
     encoded = 0
     for number in range(len(plan.bounds) - 1):
@@ -407,7 +230,7 @@ def _commit(job: work.Job, plan: _Plan, options: PackOptions) -> tuple[Manifest,
     return manifest, encoded
 
 
-def _sizes(job: work.Job, plan: _Plan, options: PackOptions) -> tuple[int, int] | None:
+def _sizes(job: work.Job, plan: Plan, options: PackOptions) -> tuple[int, int] | None:
     """(height, width) if all written images have the same, else None."""
     if options.size is not None and (options.align or options.policies.wrong_size != "keep"):
         return options.size, options.size
@@ -422,7 +245,7 @@ def _report(
     job: work.Job,
     catalogue: Catalogue,
     inspection: np.ndarray,
-    plan: _Plan,
+    plan: Plan,
     manifest: Manifest,
     encoded: int,
     options: PackOptions,
