@@ -1,4 +1,4 @@
-"""Draws a generated face: polygons on an ellipsoid head that turns, under a lamp, before a background, through a poor lens.
+"""Draws a generated face: polygons on an ellipsoid head that turns, before a background.
 
 The unit is half the width of an average head. x points right, y down, z towards the camera; the origin lies between eyes
 and mouth. The eyes of an average frontal face are near (38, 52) and (74, 52) of 112 x 112 pixels, as in the five-point
@@ -7,20 +7,17 @@ template that real datasets are aligned to.
 
 from __future__ import annotations
 
-from statistics import NormalDist
-
 import cv2
 import numpy as np
 
+from lvtrain.datasets.synthetic.camera import SIZE, bell, span, take
 from lvtrain.datasets.synthetic.faces import Difficulty, identity_numbers, image_numbers, noise_bytes
 
-SIZE = 112
 _PIXELS = 38.5  # pixels per unit
 _CENTRE = (56.0, 57.0)
 _SHIFT = 4  # sub-pixel bits of cv2's polygons
 _ANGLES = np.linspace(0, 2 * np.pi, 28, endpoint=False)
 _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
-_GRID_Y, _GRID_X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 _SKIN = np.array(
     [(250, 222, 200), (238, 198, 168), (222, 172, 136), (190, 136, 98), (140, 92, 62), (88, 56, 40)], dtype=float
 )
@@ -31,18 +28,6 @@ _HAIR = np.array(
 _IRIS = np.array(
     [(58, 36, 20), (110, 72, 34), (96, 112, 50), (60, 130, 96), (70, 120, 170), (130, 150, 165)], dtype=float
 )
-# standard normal deviate of each byte: a look-up, because noise is half of all numbers drawn
-_NORMAL = np.array([NormalDist().inv_cdf((byte + 0.5) / 256) for byte in range(256)], dtype=np.float32)
-
-
-def _span(number: float, low: float, high: float) -> float:
-    return low + number * (high - low)
-
-
-def _bell(number: float, width: float) -> float:
-    """Turns a uniform number into a bell-shaped one in (-width, width)."""
-    t = 2 * number - 1
-    return width * t * (0.35 + 0.65 * abs(t))
 
 
 def _palette(table: np.ndarray, number: float) -> np.ndarray:
@@ -54,7 +39,7 @@ def _palette(table: np.ndarray, number: float) -> np.ndarray:
 def _hue(number: float, shade: float, strength: float = 0.6) -> np.ndarray:
     """An RGB colour from a hue circle; shade 0 dark to 1 light."""
     phases = 2 * np.pi * (number + np.array([0.0, 1 / 3, 2 / 3]))
-    return 255 * np.clip(_span(shade, 0.12, 0.95) * (1 - strength / 2 + strength / 2 * np.cos(phases)), 0, 1)
+    return 255 * np.clip(span(shade, 0.12, 0.95) * (1 - strength / 2 + strength / 2 * np.cos(phases)), 0, 1)
 
 
 class _Head:
@@ -77,9 +62,8 @@ class _Head:
         x, y = points[:, 0], points[:, 1]
         raised = np.empty((len(points), 3))
         raised[:, :2] = points
-        raised[:, 2] = (
-            0.95 * np.sqrt(np.maximum(1 - (x / (1.12 * self.width)) ** 2 - (y / 1.75) ** 2, 0.0)) - 0.45 + lift
-        )
+        inside = np.maximum(1 - (x / (1.12 * self.width)) ** 2 - (y / 1.75) ** 2, 0.0)
+        raised[:, 2] = 0.95 * np.sqrt(inside) - 0.45 + lift
         return raised @ self.matrix.T + self.centre
 
     def outline(self, points: np.ndarray) -> np.ndarray:
@@ -89,6 +73,16 @@ class _Head:
         shifted[:, 0] += self.sideways * (0.10 + 0.10 * np.maximum(y, 0))
         shifted[:, 1] += -self.nodding * (0.06 + 0.16 * np.maximum(y, -1))
         return shifted @ self.flat.T + self.centre
+
+
+def _oval(width: float, height: float, x: float, y: float) -> np.ndarray:
+    """An ellipse about (x, y), [28, 2]."""
+    return _CIRCLE * np.array([width, height]) + np.array([x, y])
+
+
+def _band(x: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    """The outline of what lies between two curves over x."""
+    return np.concatenate([np.stack([x, top], axis=1), np.stack([x, bottom], axis=1)[::-1]])
 
 
 def _bounded(colour: np.ndarray) -> tuple[float, ...]:
@@ -110,16 +104,16 @@ def render_face(seed: int, identity: int, image: int, difficulty: Difficulty) ->
     who, how = identity_numbers(seed, identity, difficulty), image_numbers(seed, identity, image, difficulty)
     k = difficulty.nuisance
     head = _Head(
-        _span(who["face width"], 0.86, 1.10),
-        yaw=np.radians(_bell(how["yaw"], 46 * k)),
-        pitch=np.radians(_bell(how["pitch"], 26 * k)),
-        roll=np.radians(_bell(how["roll"], 16 * k)),
-        scale=1 + _bell(how["scale"], 0.13 * k),
-        centre=(_CENTRE[0] + _bell(how["dx"], 7 * k), _CENTRE[1] + _bell(how["dy"], 7 * k)),
+        span(who["face width"], 0.86, 1.10),
+        yaw=np.radians(bell(how["yaw"], 46 * k)),
+        pitch=np.radians(bell(how["pitch"], 26 * k)),
+        roll=np.radians(bell(how["roll"], 16 * k)),
+        scale=1 + bell(how["scale"], 0.13 * k),
+        centre=(_CENTRE[0] + bell(how["dx"], 7 * k), _CENTRE[1] + bell(how["dy"], 7 * k)),
     )
     canvas = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
     skin = _palette(_SKIN, who["skin tone"]) + (who["skin hue"] - 0.5) * np.array([14, -6, -22])
-    hair = _palette(_HAIR, who["hair colour"]) * _span(who["hair shade"], 0.75, 1.2)
+    hair = _palette(_HAIR, who["hair colour"]) * span(who["hair shade"], 0.75, 1.2)
     _background(canvas, how)
     _hair_behind(canvas, head, who, hair)
     _neck(canvas, head, skin, how)
@@ -133,7 +127,7 @@ def render_face(seed: int, identity: int, image: int, difficulty: Difficulty) ->
     _hair_front(canvas, head, who, hair)
     _glasses(canvas, head, who, how)
     _occlusion(canvas, head, how, k)
-    return _camera(canvas, head, how, difficulty, noise_bytes(seed, identity, image, SIZE * SIZE * 3))
+    return take(canvas, head.centre, how, difficulty, noise_bytes(seed, identity, image, SIZE * SIZE * 3))
 
 
 def _background(canvas: np.ndarray, how: dict[str, float]) -> None:
@@ -142,7 +136,7 @@ def _background(canvas: np.ndarray, how: dict[str, float]) -> None:
     across = np.array([np.cos(angle), np.sin(angle)])
     along = np.array([-across[1], across[0]])
     centre = SIZE * np.array([how["back x"], how["back y"]])
-    half = _span(how["back size"], 12, 60)
+    half = span(how["back size"], 12, 60)
     corners = [centre + along * 160 * a + across * half * b for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
     _fill(canvas, np.array(corners), _hue(how["back hue 2"], how["back shade 2"], 0.5))
 
@@ -151,20 +145,17 @@ def _contour(who: dict[str, float], width: float) -> np.ndarray:
     """The outline of skull and jaw in the face plane, [28, 2]."""
     cos, sin = _CIRCLE[:, 0], _CIRCLE[:, 1]
     lower = np.clip(sin, 0, 1)
-    squareness = _span(who["jaw"], 0.62, 1.0)
+    squareness = span(who["jaw"], 0.62, 1.0)
     x = width * np.sign(cos) * np.abs(cos) ** (1 - 0.45 * lower * squareness)
-    x *= (
-        1
-        - lower**2 * _span(who["jaw"], 0.34, 0.04)
-        + 0.07 * (who["cheeks"] - 0.5) * np.exp(-((sin - 0.35) ** 2) / 0.05)
-    )
-    y = np.where(sin > 0, sin * _span(who["chin"], 1.18, 1.46), sin * _span(who["forehead"], 1.22, 1.42))
+    bulge = 0.07 * (who["cheeks"] - 0.5) * np.exp(-((sin - 0.35) ** 2) / 0.05)
+    x *= 1 - lower**2 * span(who["jaw"], 0.34, 0.04) + bulge
+    y = np.where(sin > 0, sin * span(who["chin"], 1.18, 1.46), sin * span(who["forehead"], 1.22, 1.42))
     return np.stack([x, y], axis=1)
 
 
 def _hair_behind(canvas: np.ndarray, head: _Head, who: dict[str, float], hair: np.ndarray) -> None:
     contour = _contour(who, head.width)
-    volume = _span(who["hair volume"], 0.02, 0.30)
+    volume = span(who["hair volume"], 0.02, 0.30)
     away = contour * np.array([1 + volume, 1 + volume])
     long = who["hair length"]
     bottom = away[:, 1] > 0
@@ -172,26 +163,23 @@ def _hair_behind(canvas: np.ndarray, head: _Head, who: dict[str, float], hair: n
         away[bottom] = contour[bottom] * np.array([0.9, 0.15 + 0.5 * long])
     else:
         away[bottom, 1] *= 1 + long * 0.6
-        away[bottom, 0] = np.sign(away[bottom, 0]) * np.maximum(
-            np.abs(away[bottom, 0]), head.width * (0.6 + 0.55 * long)
-        )
+        wide = np.maximum(np.abs(away[bottom, 0]), head.width * (0.6 + 0.55 * long))
+        away[bottom, 0] = np.sign(away[bottom, 0]) * wide
     _fill(canvas, head.outline(away), hair * 0.82)
 
 
 def _neck(canvas: np.ndarray, head: _Head, skin: np.ndarray, how: dict[str, float]) -> None:
     half = 0.52 * head.width
-    _fill(
-        canvas, head.outline(np.array([(-half, 0.8), (half, 0.8), (half * 1.1, 2.2), (-half * 1.1, 2.2)])), skin * 0.78
-    )
+    neck = np.array([(-half, 0.8), (half, 0.8), (half * 1.1, 2.2), (-half * 1.1, 2.2)])
+    _fill(canvas, head.outline(neck), skin * 0.78)
     shirt = np.array([(-2.2, 2.6), (-1.5, 1.72), (-0.55, 1.5), (0, 1.75), (0.55, 1.5), (1.5, 1.72), (2.2, 2.6)])
     _fill(canvas, head.outline(shirt), _hue(how["shirt hue"], how["shirt shade"], 0.8))
 
 
 def _skull(canvas: np.ndarray, head: _Head, who: dict[str, float], skin: np.ndarray) -> None:
-    size = _span(who["ears"], 0.10, 0.24)
+    size = span(who["ears"], 0.10, 0.24)
     for side in (-1, 1):
-        ear = _CIRCLE * np.array([size * 0.75, size * 1.35]) + np.array([side * head.width * 1.0, 0.12])
-        _fill(canvas, head.outline(ear), skin * 0.9)
+        _fill(canvas, head.outline(_oval(size * 0.75, size * 1.35, side * head.width * 1.0, 0.12)), skin * 0.9)
     _fill(canvas, head.outline(_contour(who, head.width)), skin)
     for side in (-1, 1):  # a flush on the cheeks, fainter on dark skin
         cheek = _CIRCLE * 0.2 + np.array([side * 0.52, 0.45])
@@ -199,94 +187,70 @@ def _skull(canvas: np.ndarray, head: _Head, who: dict[str, float], skin: np.ndar
 
 
 def _beard(canvas: np.ndarray, head: _Head, who: dict[str, float], skin: np.ndarray, hair: np.ndarray) -> None:
-    mouth_y = _span(who["mouth height"], 0.78, 1.0)
+    mouth_y = span(who["mouth height"], 0.78, 1.0)
     if who["beard"] > 0.66:
         amount = (who["beard"] - 0.66) / 0.34
         contour = _contour(who, head.width)
-        low = contour[contour[:, 1] > _span(amount, 0.85, 0.25)]
+        low = contour[contour[:, 1] > span(amount, 0.85, 0.25)]
         low = low[np.argsort(-np.arctan2(low[:, 1], low[:, 0]))]
         inner = np.array([(0.34, mouth_y - 0.16), (0.0, mouth_y - 0.12), (-0.34, mouth_y - 0.16)])
         _fill(canvas, head.outline(np.concatenate([low, inner]) * 0.99), skin * 0.35 + hair * 0.65)
-        _fill(canvas, head.on_face(_CIRCLE * np.array([0.33, 0.14]) + np.array([0, mouth_y])), skin * 0.97)
+        _fill(canvas, head.on_face(_oval(0.33, 0.14, 0, mouth_y)), skin * 0.97)
     if who["moustache"] > 0.7:
-        w = _span((who["moustache"] - 0.7) / 0.3, 0.24, 0.48)
+        w = span((who["moustache"] - 0.7) / 0.3, 0.24, 0.48)
         points = np.array([(-w, -0.02), (-w * 0.5, -0.17), (0, -0.13), (w * 0.5, -0.17), (w, -0.02), (0, -0.06)])
         _fill(canvas, head.on_face(points + np.array([0, mouth_y]), 0.05), hair * 0.9)
 
 
 def _nose(canvas: np.ndarray, head: _Head, who: dict[str, float], skin: np.ndarray) -> None:
-    tip_y = _span(who["nose length"], 0.34, 0.64)
-    w = _span(who["nose width"], 0.12, 0.29)
-    rise = _span(who["nose tip"], 0.16, 0.42)
-    side = np.array(
-        [
-            (-0.05, -0.12),
-            (0.05, -0.12),
-            (w * 0.6, tip_y - 0.14),
-            (w, tip_y),
-            (0, tip_y + 0.07),
-            (-w, tip_y),
-            (-w * 0.6, tip_y - 0.14),
-        ]
-    )
+    tip_y = span(who["nose length"], 0.34, 0.64)
+    w = span(who["nose width"], 0.12, 0.29)
+    rise = span(who["nose tip"], 0.16, 0.42)
+    right = [(0.05, -0.12), (w * 0.6, tip_y - 0.14), (w, tip_y), (0, tip_y + 0.07)]
+    side = np.array([(-0.05, -0.12), *right, (-w, tip_y), (-w * 0.6, tip_y - 0.14)])
     lift = np.array([0.04, 0.04, rise * 0.7, rise * 0.35, rise * 0.7, rise * 0.35, rise * 0.7])
     _fill(canvas, head.on_face(side, lift), skin * 0.88)
     ridge = np.array([(-0.03, -0.1), (0.03, -0.1), (w * 0.4, tip_y - 0.05), (-w * 0.4, tip_y - 0.05)])
     _fill(canvas, head.on_face(ridge, np.array([0.05, 0.05, rise, rise])), skin * 1.05)
     for x in (-0.55 * w, 0.55 * w):
-        _fill(
-            canvas,
-            head.on_face(_CIRCLE[::3] * np.array([0.055, 0.035]) + np.array([x, tip_y]), rise * 0.5),
-            skin * 0.45,
-        )
+        _fill(canvas, head.on_face(_oval(0.055, 0.035, x, tip_y)[::3], rise * 0.5), skin * 0.45)
 
 
 def _mouth(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[str, float], skin: np.ndarray) -> None:
-    y = _span(who["mouth height"], 0.78, 1.0)
-    w = _span(who["mouth width"], 0.27, 0.50) * (1 + 0.18 * how["smile"])
-    smile = _span(how["smile"], -0.05, 0.13)
+    y = span(who["mouth height"], 0.78, 1.0)
+    w = span(who["mouth width"], 0.27, 0.50) * (1 + 0.18 * how["smile"])
+    smile = span(how["smile"], -0.05, 0.13)
     gap = max(0.0, how["mouth opening"] - 0.55) * 0.42
-    upper, lower = _span(who["upper lip"], 0.03, 0.11), _span(who["lower lip"], 0.04, 0.14)
+    upper, lower = span(who["upper lip"], 0.03, 0.11), span(who["lower lip"], 0.04, 0.14)
     t = np.linspace(-1, 1, 9)
     curve = y + smile * (0.5 - t**2)
     bow = (1 - t**2) * (1 + 0.25 * np.cos(3 * np.pi * t) * (np.abs(t) < 0.5))
     x = w * t
-    lips = skin * 0.55 + np.array([190, 60, 70]) * 0.45 * _span(who["lip colour"], 0.5, 1.15)
-    top = np.stack([x, curve - upper * bow], axis=1)
-    bottom = np.stack([x, curve + (lower + gap) * (1 - t**2)], axis=1)
-    _fill(canvas, head.on_face(np.concatenate([top, bottom[::-1]]), 0.06), lips)
-    inside = np.concatenate(
-        [np.stack([x * 0.9, curve], axis=1), np.stack([x * 0.9, curve + gap * (1 - t**2)], axis=1)[::-1]]
-    )
+    lips = skin * 0.55 + np.array([190, 60, 70]) * 0.45 * span(who["lip colour"], 0.5, 1.15)
+    _fill(canvas, head.on_face(_band(x, curve - upper * bow, curve + (lower + gap) * (1 - t**2)), 0.06), lips)
     if gap > 0.02:
+        inside = _band(x * 0.9, curve, curve + gap * (1 - t**2))
         _fill(canvas, head.on_face(inside, 0.06), np.array([70, 22, 26]))
-        teeth = np.concatenate(
-            [
-                np.stack([x * 0.75, curve], axis=1),
-                np.stack([x * 0.75, curve + min(gap, 0.07) * (1 - t**2)], axis=1)[::-1],
-            ]
-        )
+        teeth = _band(x * 0.75, curve, curve + min(gap, 0.07) * (1 - t**2))
         _fill(canvas, head.on_face(teeth, 0.06), np.array([236, 232, 222]))
     else:
         _line(canvas, head.on_face(np.stack([x, curve], axis=1), 0.06), lips * 0.55, 1)
 
 
 def _eyes(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[str, float], skin: np.ndarray) -> None:
-    half, y = _span(who["eye distance"], 0.40, 0.55), _span(who["eye height"], -0.22, -0.02)
-    w = _span(who["eye width"], 0.15, 0.26)
-    h = _span(who["eye opening"], 0.06, 0.15) * (0.12 if how["blink"] > 0.95 else _span(how["blink"], 1.15, 0.75))
-    slant = _bell(who["eye slant"], 0.07)
-    iris, radius = _palette(_IRIS, who["iris"]), _span(who["iris size"], 0.075, 0.11)
-    gaze = np.array([_bell(how["gaze x"], 0.07), _bell(how["gaze y"], 0.03)])
+    half, y = span(who["eye distance"], 0.40, 0.55), span(who["eye height"], -0.22, -0.02)
+    w = span(who["eye width"], 0.15, 0.26)
+    h = span(who["eye opening"], 0.06, 0.15) * (0.12 if how["blink"] > 0.95 else span(how["blink"], 1.15, 0.75))
+    slant = bell(who["eye slant"], 0.07)
+    iris, radius = _palette(_IRIS, who["iris"]), span(who["iris size"], 0.075, 0.11)
+    gaze = np.array([bell(how["gaze x"], 0.07), bell(how["gaze y"], 0.03)])
     t = np.linspace(-1, 1, 9)
     for side in (-1, 1):
         x = side * half + w * t
         tilt = -side * slant * t
-        top = np.stack([x, y - h * (1 - t**2) + tilt], axis=1)
-        bottom = np.stack([x, y + 0.75 * h * (1 - t**2) + tilt], axis=1)
-        almond = head.on_face(np.concatenate([top, bottom[::-1]]), 0.02)
-        socket = _CIRCLE * np.array([w * 1.35, h + 0.10]) + np.array([side * half, y - 0.02])
-        _fill(canvas, head.on_face(socket), skin * 0.93)
+        top = y - h * (1 - t**2) + tilt
+        almond = head.on_face(_band(x, top, y + 0.75 * h * (1 - t**2) + tilt), 0.02)
+        _fill(canvas, head.on_face(_oval(w * 1.35, h + 0.10, side * half, y - 0.02)), skin * 0.93)
         low = np.clip(np.floor(almond.min(axis=0)).astype(int) - 1, 0, SIZE - 1)
         high = np.clip(np.ceil(almond.max(axis=0)).astype(int) + 2, 1, SIZE)
         if (high <= low).any():
@@ -297,37 +261,31 @@ def _eyes(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[str,
         centre = np.array([side * half, y]) + gaze
         _fill(eye, head.on_face(_CIRCLE * radius + centre, 0.03) - low, iris)
         _fill(eye, head.on_face(_CIRCLE[::2] * radius * 0.5 + centre, 0.03) - low, np.array([12, 10, 10]))
-        _fill(
-            eye,
-            head.on_face(_CIRCLE[::3] * radius * 0.22 + centre + np.array([0.03, -0.03]), 0.03) - low,
-            np.array([250, 250, 250]),
-        )
+        glint = head.on_face(_CIRCLE[::3] * radius * 0.22 + centre + np.array([0.03, -0.03]), 0.03)
+        _fill(eye, glint - low, np.array([250, 250, 250]))
         mask = np.zeros(patch.shape[:2], dtype=np.uint8)
         cv2.fillPoly(mask, [np.rint((almond - low) * (1 << _SHIFT)).astype(np.int32)], 255, cv2.LINE_AA, _SHIFT)
         weight = mask[:, :, None].astype(np.uint16)
         patch[:] = ((eye * weight + patch * (255 - weight) + 127) // 255).astype(np.uint8)
-        _line(canvas, head.on_face(top, 0.03), skin * 0.28, 1)
+        _line(canvas, head.on_face(np.stack([x, top], axis=1), 0.03), skin * 0.28, 1)
 
 
 def _brows(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[str, float], hair: np.ndarray) -> None:
-    half = _span(who["eye distance"], 0.40, 0.55)
-    y = _span(who["eye height"], -0.22, -0.02) - _span(who["brow height"], 0.18, 0.34) - _bell(how["brow raise"], 0.07)
-    thick = _span(who["brow thickness"], 0.025, 0.10)
-    slant, arch = _bell(who["brow slant"], 0.11), _span(who["brow arch"], -0.02, 0.12)
+    half = span(who["eye distance"], 0.40, 0.55)
+    y = span(who["eye height"], -0.22, -0.02) - span(who["brow height"], 0.18, 0.34) - bell(how["brow raise"], 0.07)
+    thick = span(who["brow thickness"], 0.025, 0.10)
+    slant, arch = bell(who["brow slant"], 0.11), span(who["brow arch"], -0.02, 0.12)
     t = np.linspace(-1, 1, 7)
     for side in (-1, 1):
         x = side * half + 0.28 * t
         line = y - arch * (1 - t**2) + side * slant * t
         taper = thick * (0.45 + 0.55 * (1 - np.clip(side * t, 0, 1)))
-        points = np.concatenate(
-            [np.stack([x, line - taper / 2], axis=1), np.stack([x, line + taper / 2], axis=1)[::-1]]
-        )
-        _fill(canvas, head.on_face(points, 0.04), hair * 0.72)
+        _fill(canvas, head.on_face(_band(x, line - taper / 2, line + taper / 2), 0.04), hair * 0.72)
 
 
 def _marks(canvas: np.ndarray, head: _Head, who: dict[str, float], skin: np.ndarray) -> None:
     if who["mole"] > 0.55:
-        place = np.array([_span(who["mole x"], -0.75, 0.75), _span(who["mole y"], 0.05, 1.1)])
+        place = np.array([span(who["mole x"], -0.75, 0.75), span(who["mole y"], 0.05, 1.1)])
         _fill(canvas, head.on_face(_CIRCLE[::2] * 0.045 + place, 0.01), skin * 0.35)
     if who["freckles"] > 0.7:
         for number in range(14):
@@ -341,9 +299,9 @@ def _hair_front(canvas: np.ndarray, head: _Head, who: dict[str, float], hair: np
         return
     contour = _contour(who, head.width)
     top = contour[contour[:, 1] < -0.25]
-    top = top[np.argsort(np.arctan2(top[:, 1], top[:, 0]))] * (1 + _span(who["hair volume"], 0.02, 0.26))
-    line = _span(who["hair line"], -0.62, -1.08)
-    fringe, part = who["fringe"], _span(who["parting"], -0.6, 0.6)
+    top = top[np.argsort(np.arctan2(top[:, 1], top[:, 0]))] * (1 + span(who["hair volume"], 0.02, 0.26))
+    line = span(who["hair line"], -0.62, -1.08)
+    fringe, part = who["fringe"], span(who["parting"], -0.6, 0.6)
     t = np.linspace(0.92, -0.92, 13)
     if fringe < 0.35:  # swept to both sides of the parting
         y = line - 0.30 * np.exp(-((t - part) ** 2) / 0.12) + 0.45 * np.abs(t) ** 3
@@ -354,17 +312,9 @@ def _hair_front(canvas: np.ndarray, head: _Head, who: dict[str, float], hair: np
     edge = head.on_face(np.stack([t * head.width, y], axis=1), 0.06)
     _fill(canvas, np.concatenate([head.outline(top), edge]), hair)
     if who["hair length"] > 0.45:  # strands in front of the ears
-        length = _span((who["hair length"] - 0.45) / 0.55, 0.3, 1.7)
+        length = span((who["hair length"] - 0.45) / 0.55, 0.3, 1.7)
         for side in (-1, 1):
-            strand = np.array(
-                [
-                    (side * 0.80, -0.75),
-                    (side * 1.12, -0.7),
-                    (side * 1.2, length),
-                    (side * 0.96, length),
-                    (side * 0.9, 0.1),
-                ]
-            )
+            strand = np.array([(0.80, -0.75), (1.12, -0.7), (1.2, length), (0.96, length), (0.9, 0.1)]) * [side, 1]
             _fill(canvas, head.outline(strand * np.array([head.width, 1])), hair * 0.93)
 
 
@@ -373,8 +323,8 @@ def _glasses(canvas: np.ndarray, head: _Head, who: dict[str, float], how: dict[s
     wears = who["glasses"] > 0.75
     if (how["glasses worn"] > 0.85) == wears:
         return
-    half, y = _span(who["eye distance"], 0.40, 0.55), _span(who["eye height"], -0.22, -0.02)
-    power = _span(who["glasses shape"], 0.35, 1.0)
+    half, y = span(who["eye distance"], 0.40, 0.55), span(who["eye height"], -0.22, -0.02)
+    power = span(who["glasses shape"], 0.35, 1.0)
     round_ = np.sign(_CIRCLE) * np.abs(_CIRCLE) ** power
     colour = _hue(who["glasses colour"], 0.25 + 0.3 * who["glasses shape"], 0.7)
     for side in (-1, 1):
@@ -391,76 +341,19 @@ def _occlusion(canvas: np.ndarray, head: _Head, how: dict[str, float], nuisance:
     colour = _hue(how["occlusion colour"], how["occlusion shade"], 0.6)
     kind = how["occlusion kind"]
     if kind < 0.55:
-        centre = np.array([_span(how["occlusion x"], -1.1, 1.1), _span(how["occlusion y"], -1.2, 1.4)])
-        size = np.array([_span(how["occlusion width"], 0.2, 0.55), _span(how["occlusion height"], 0.2, 0.55)])
+        centre = np.array([span(how["occlusion x"], -1.1, 1.1), span(how["occlusion y"], -1.2, 1.4)])
+        size = np.array([span(how["occlusion width"], 0.2, 0.55), span(how["occlusion height"], 0.2, 0.55)])
         box = np.sign(_CIRCLE) * np.abs(_CIRCLE) ** 0.5 * size + centre
         _fill(canvas, head.outline(box), colour)
     elif kind < 0.7:
         for side in (-1, 1):
-            _fill(
-                canvas,
-                head.on_face(_CIRCLE * np.array([0.38, 0.26]) + np.array([side * 0.47, -0.1]), 0.12),
-                colour * 0.35,
-            )
+            _fill(canvas, head.on_face(_oval(0.38, 0.26, side * 0.47, -0.1), 0.12), colour * 0.35)
         _line(canvas, head.on_face(np.array([(-1.0, -0.16), (1.0, -0.16)]), 0.14), colour * 0.3, 2)
     elif kind < 0.85:
-        mask = np.array(
-            [(-0.85, 0.35), (0, 0.22), (0.85, 0.35), (0.75, 1.0), (0.35, 1.35), (-0.35, 1.35), (-0.75, 1.0)]
-        )
-        _fill(canvas, head.on_face(mask, 0.12), np.clip(colour * 1.3, 0, 240))
+        mask = [(-0.85, 0.35), (0, 0.22), (0.85, 0.35), (0.75, 1.0), (0.35, 1.35), (-0.35, 1.35), (-0.75, 1.0)]
+        _fill(canvas, head.on_face(np.array(mask), 0.12), np.clip(colour * 1.3, 0, 240))
     else:
-        cap = np.array(
-            [(-1.15, -0.62), (-1.1, -1.2), (-0.6, -1.7), (0.6, -1.7), (1.1, -1.2), (1.15, -0.62), (0, -0.78)]
-        )
-        _fill(canvas, head.outline(cap), colour)
-        _fill(
-            canvas,
-            head.on_face(np.array([(-0.8, -0.78), (0.8, -0.78), (0.7, -0.55), (0, -0.48), (-0.7, -0.55)]), 0.45),
-            colour * 0.75,
-        )
-
-
-def _camera(
-    canvas: np.ndarray, head: _Head, how: dict[str, float], difficulty: Difficulty, noise: np.ndarray
-) -> np.ndarray:
-    """Light, exposure, colour cast, lens and sensor."""
-    nuisance, light = difficulty.nuisance, difficulty.light
-    x = (_GRID_X - np.float32(head.centre[0])) * np.float32(1 / 46)
-    y = (_GRID_Y - np.float32(head.centre[1])) * np.float32(1 / 60)
-    z = np.sqrt(np.maximum(1 - x * x - y * y, 0.04))
-    lamp = np.array([_bell(how["light x"], 1.3), _bell(how["light y"], 0.9) - 0.25, 1.0])
-    lamp = (lamp / np.linalg.norm(lamp)).astype(np.float32)
-    lambert = np.maximum(x * lamp[0] + y * lamp[1] + z * lamp[2], 0)
-    strength = np.float32(min(_span(how["light strength"], 0.25, 0.75) * light, 0.85))
-    shade = (1 - strength) + strength * 1.25 * lambert
-    exposure = 1 + _bell(how["exposure"], 0.45 * light)
-    warmth, tint = _bell(how["warmth"], 0.24 * light), _bell(how["tint"], 0.10 * light)
-    gain = (exposure * np.array([1 + warmth, 1 + tint, 1 - warmth])).astype(np.float32)
-    # one plane per channel: numpy is slow where the innermost axis has length three
-    picture = canvas.transpose(2, 0, 1).astype(np.float32, order="C")
-    picture *= shade
-    picture *= gain[:, None, None]
-    grey = np.array([0.299, 0.587, 0.114], dtype=np.float32) @ picture.reshape(3, -1)
-    grey = grey.reshape(SIZE, SIZE)
-    saturation = 0.0 if how["saturation"] < 0.06 * light else _span(how["saturation"], 0.6, 1.25)
-    picture -= grey
-    picture *= np.float32(saturation)
-    picture += grey
-    picture -= 110
-    picture *= np.float32(1 + _bell(how["contrast"], 0.4 * light))
-    picture += 110
-    picture = cv2.merge(list(picture))
-    if how["resolution"] < 0.25 * nuisance:
-        small = round(SIZE * _span(how["resolution"] / (0.25 * nuisance), 0.25, 0.7))
-        picture = cv2.resize(
-            cv2.resize(picture, (small, small), interpolation=cv2.INTER_AREA),
-            (SIZE, SIZE),
-            interpolation=cv2.INTER_LINEAR,
-        )
-    sigma = 1.7 * nuisance * how["blur"] ** 2
-    if sigma > 0.3:
-        picture = cv2.GaussianBlur(picture, (0, 0), sigma)
-    grain = _NORMAL.take(noise).reshape(SIZE, SIZE, 3)
-    grain *= np.float32(_span(how["noise"] ** 2, 1.0, 13.0 * nuisance))
-    picture += grain
-    return np.clip(np.rint(picture, out=picture), 0, 255, out=picture).astype(np.uint8)
+        cap = [(-1.15, -0.62), (-1.1, -1.2), (-0.6, -1.7), (0.6, -1.7), (1.1, -1.2), (1.15, -0.62), (0, -0.78)]
+        _fill(canvas, head.outline(np.array(cap)), colour)
+        peak = [(-0.8, -0.78), (0.8, -0.78), (0.7, -0.55), (0, -0.48), (-0.7, -0.55)]
+        _fill(canvas, head.on_face(np.array(peak), 0.45), colour * 0.75)
