@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
     from lvtrain.distributed import world as worlds
     from lvtrain.engine.ds_config import resolve_ds_config
     from lvtrain.training.checks import check_before_start, dry_run, open_dataset
-    from lvtrain.training.run_folder import with_recorded_micro_batches
+    from lvtrain.training.earlier_starts import with_recorded_micro_batches
 
     # before the data is read, so that a wrong path is reported at once
     resolve_ds_config(options.ds_config, optimizer=recipe.optimizer)

@@ -10,7 +10,7 @@ import yaml
 from lvtrain.planning import ROOM, plan_phases, planned_micro_batches
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
-from lvtrain.training.run_folder import with_recorded_micro_batches
+from lvtrain.training.earlier_starts import with_recorded_micro_batches
 from tests.runs import events, output, recipe_file, run
 from tests.test_planning_recipes import RECIPES
 

@@ -11,7 +11,7 @@ import yaml
 from lvtrain.errors import UserError
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe import old_keys
-from lvtrain.training.run_folder import changes
+from lvtrain.training.earlier_starts import changes
 
 QUICKSTART = Path(recipes.__file__).parents[1] / "recipes" / "quickstart.yaml"
 

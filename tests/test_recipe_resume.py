@@ -10,7 +10,7 @@ import yaml
 from lvtrain.errors import UserError
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.resume import resume_reason, resume_rule
-from lvtrain.training.run_folder import compare
+from lvtrain.training.earlier_starts import compare
 
 QUICKSTART = Path(recipes.__file__).parents[1] / "recipes" / "quickstart.yaml"
 RULES = {

@@ -28,7 +28,7 @@ from lvtrain.checkpoint.reader import open_weights
 from lvtrain.data import ShardDataset
 from lvtrain.errors import UserError
 from lvtrain.recipe import files as recipes
-from lvtrain.training.run_folder import changes
+from lvtrain.training.earlier_starts import changes
 from tests.conftest import ROOT
 from tests.runs import events, free_port, metrics
 

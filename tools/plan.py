@@ -53,7 +53,7 @@ def main(
     from lvtrain.planning import ROOM, RunPlan, device, plan_phases, planned_micro_batches, scale_table, suggest
     from lvtrain.recipe import files as recipes
     from lvtrain.training.checks import sizes
-    from lvtrain.training.run_folder import with_recorded_micro_batches
+    from lvtrain.training.earlier_starts import with_recorded_micro_batches
     from lvtrain.training.schedule import phase_images
 
     with one_line_errors("plan", recipe):

@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch.distributed as dist
 
 from lvtrain.distributed import network
 from lvtrain.distributed import world as worlds
+from lvtrain.distributed.environment import version_of
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import write_json
 
@@ -35,11 +35,7 @@ _SLOW = 0.5  # of what the plan assumes between nodes
 def facts() -> dict[str, Any]:
     """This rank's host, and the software and device that should be the same on all ranks."""
     found: dict[str, Any] = {"host": socket.gethostname(), "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
+    found |= {name: version_of(name) or "absent" for name in _PACKAGES}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     if torch.cuda.is_available():
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

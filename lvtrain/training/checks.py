@@ -25,9 +25,9 @@ from lvtrain.methods import MethodSection, create_method, method_title
 from lvtrain.planning import H200, RunPlan, plan_phases, planned_micro_batches
 from lvtrain.recipe.sections import Phase, Recipe
 from lvtrain.recipe.trackers import TRACKERS
+from lvtrain.training.earlier_starts import changes
 from lvtrain.training.initial import check_start_weights, open_initial
 from lvtrain.training.outcome import committed_step
-from lvtrain.training.run_folder import changes
 from lvtrain.training.schedule import learning_rate, phase_images, rate_line
 
 

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lvtrain.backbones import Backbone
@@ -18,16 +20,18 @@ from lvtrain.data import ShardDataset
 from lvtrain.distributed.world import World
 from lvtrain.engine.precision import at_precision
 from lvtrain.errors import UserError
-from lvtrain.evaluation.extract import embed
+from lvtrain.evaluation.extract import decode, embed
 from lvtrain.evaluation.sources import ShardImages
 from lvtrain.methods import Method
 from lvtrain.recipe.sections import InitFrom, Recipe
-from lvtrain.training.folded_norms import restore_norms
 from lvtrain.weights.architecture import recognise
+from lvtrain.weights.norms import folded_norms, restore_statistics
 from lvtrain.weights.source import Source, open_source
 
 IMAGES = 16  # per class, at most: more images change the mean little
 _TOGETHER = 65_536  # embeddings that a rank holds at once
+_NORM_IMAGES = 512  # a deviation from so many embeddings is known to 3%
+_NORM_BATCH = 64
 
 
 def start_weights(method: Method, recipe: Recipe, dataset: ShardDataset, world: World) -> dict[str, Any]:
@@ -166,6 +170,37 @@ def _load_centres(source: Source, method: Method) -> str:
     with torch.no_grad():
         classifier.weight.copy_(source.class_centres(*classifier.rows))
     return f"{classifier.num_classes} class centres loaded"
+
+
+def restore_norms(backbone: nn.Module, dataset: ShardDataset, *, world: World, image_size: int) -> int:
+    """Gives BatchNorms that an ONNX export folded away the statistics of some training images; returns their number.
+
+    Every rank goes through the same images; the first rank's figures count. A collective.
+    """
+    norms = folded_norms(backbone)
+    if not norms:
+        return 0
+    restore_statistics(backbone, _some_images(dataset, image_size, world.device))
+    if world.size > 1:
+        for norm in norms.values():
+            for tensor in norm.state_dict().values():
+                dist.broadcast(tensor, 0)
+    return len(norms)
+
+
+def _some_images(dataset: ShardDataset, size: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Images from the whole dataset, evenly spread. One that cannot be decoded is left out."""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, _NORM_IMAGES).astype(np.int64))
+    for start in range(0, len(chosen), _NORM_BATCH):
+        images = []
+        for sample in chosen[start : start + _NORM_BATCH]:
+            try:
+                images.append(decode(dataset.read(int(sample))[0], size))
+            except UserError:
+                continue
+        if images:
+            pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
+            yield pixels.float().sub_(127.5).div_(127.5)
 
 
 def first_of_each(labels: np.ndarray, most: int) -> np.ndarray:

@@ -33,12 +33,13 @@ from lvtrain.methods import LossOutput, StepInfo
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training import outcome as outcomes
 from lvtrain.training.checks import check_benchmarks
+from lvtrain.training.earlier_starts import decide_micro_batches
 from lvtrain.training.evaluations import Evaluations
 from lvtrain.training.heartbeat import Heartbeat
 from lvtrain.training.nonfinite import FILE, IN_ROW, RollBack, RollBacks
 from lvtrain.training.outcome import Outcome, Verdict
 from lvtrain.training.phase_state import PhaseState, Setup
-from lvtrain.training.run_folder import decide_micro_batches, keep_provenance, open_folder
+from lvtrain.training.run_folder import keep_provenance, open_folder
 from lvtrain.training.run_log import RunLog
 from lvtrain.training.schedule import Position, learning_rate, phase_end_reason, what_is_complete
 from lvtrain.training.stopping import Stopping
