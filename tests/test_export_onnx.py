@@ -104,7 +104,7 @@ def test_a_file_that_does_not_agree_takes_nobodys_place(tmp_path: Path) -> None:
     out = tmp_path / "m.onnx"
     out.write_bytes(b"earlier")
     with pytest.raises(UserError, match="float16"):
-        export(source, out, precision="float16", tell=lambda line: None)
+        export(source, out, precision="float16")
     assert out.read_bytes() == b"earlier" and sorted(tmp_path.iterdir()) == [source, out]
 
 
@@ -221,8 +221,8 @@ def test_static_int8_for_one_image_at_a_time(tiny_faces: Path, tmp_path: Path) -
     write_folder(source, architecture, backbone.state_dict(), card=Card("test", "mobilefacenet", 64, 1))
     encoded, same = read_bin(tiny_faces / "heldout.bin")
     write_bin(faces := tmp_path / "faces.bin", encoded[:64], same[:32])
-    export(source, out, precision="int8", batch=1, calibration=faces, tell=lambda line: None)
-    export(source, wide, batch=1, tell=lambda line: None)
+    export(source, out, precision="int8", batch=1, calibration=faces)
+    export(source, wide, batch=1)
 
     onnx = pytest.importorskip("onnx")
     graph = onnx.load(str(out)).graph
@@ -261,7 +261,7 @@ def test_int8_that_cannot_be_judged_is_refused(tiny_faces: Path, tmp_path: Path)
         ("are for ONNX files", {"to": "folder", "precision": "int8"}),
     ):
         with pytest.raises(UserError, match=reason):
-            export(source, tmp_path / "m.onnx", tell=lambda line: None, **options)
+            export(source, tmp_path / "m.onnx", **options)
     assert not (tmp_path / "m.onnx").exists()
 
 

@@ -166,17 +166,16 @@ class Weights:
     reader: Reader
 
 
-def open_weights(path: str | Path, *, verify: bool = True) -> Weights:
-    """Opens a checkpoint without a process group. Renames nothing.
+def open_weights(path: str | Path) -> Weights:
+    """Opens a checkpoint without a process group, and hashes every file again. Renames nothing.
 
     Args:
         path: a run folder or its `checkpoints` folder (the newest valid checkpoint is opened), or one checkpoint folder.
-        verify: hash every file again.
 
     Raises:
         UserError: there is no checkpoint, or none that is intact.
     """
-    return _weights(*_newest(Path(path), verify=verify))
+    return _weights(*_newest(Path(path), verify=True))
 
 
 def open_shapes(path: str | Path) -> dict[str, torch.Size]:

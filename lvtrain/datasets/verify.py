@@ -51,6 +51,10 @@ class Verdict:
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def add(self, kind: str, where: object, what: str) -> None:
+        """Adds a fault."""
+        self.faults.append(Fault(kind, str(where), what))
+
 
 def verify(folder: str | Path, *, full: bool = False, workers: int = 1, progress: Progress | None = None) -> Verdict:
     """Checks a dataset folder. Faults are collected, not raised.
@@ -68,7 +72,7 @@ def verify(folder: str | Path, *, full: bool = False, workers: int = 1, progress
         manifest = read_manifest(folder)
     except UserError as error:
         path = str(folder / "dataset.json")
-        verdict.faults.append(Fault("manifest", path, str(error).removeprefix(f"{path} ").removeprefix(f"{folder} ")))
+        verdict.add("manifest", path, str(error).removeprefix(f"{path} ").removeprefix(f"{folder} "))
         return verdict
     verdict.samples, verdict.identities, verdict.shards = manifest.samples, manifest.num_classes, len(manifest.shards)
     _check_manifest(folder, manifest, verdict)
@@ -91,18 +95,14 @@ def verify(folder: str | Path, *, full: bool = False, workers: int = 1, progress
 def _check_manifest(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
     path = folder / "dataset.json"
     if json.loads(path.read_text()).get("fingerprint") != manifest.fingerprint:
-        verdict.faults.append(
-            Fault(
-                "manifest",
-                str(path),
-                "the fingerprint does not belong to its shard list; it was edited, or packed by another version",
-            )
+        verdict.add(
+            "manifest",
+            path,
+            "the fingerprint does not belong to its shard list; it was edited, or packed by another version",
         )
     counted = sum(shard.samples for shard in manifest.shards)
     if counted != manifest.samples:
-        verdict.faults.append(
-            Fault("manifest", str(path), f"counts {manifest.samples} samples, its shards hold {counted}")
-        )
+        verdict.add("manifest", path, f"counts {manifest.samples} samples, its shards hold {counted}")
 
 
 def _check_label_map(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
@@ -110,15 +110,11 @@ def _check_label_map(folder: Path, manifest: Manifest, verdict: Verdict) -> None
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        verdict.faults.append(Fault("label-map", str(path), "missing; restore it: without it the labels have no names"))
+        verdict.add("label-map", path, "missing; restore it: without it the labels have no names")
         return
     if hashlib.sha256(data).hexdigest() != manifest.labels_sha256:
         lines = data.count(b"\n")
-        verdict.faults.append(
-            Fault(
-                "label-map", str(path), f"is not the one packed ({lines} names for {manifest.num_classes} identities)"
-            )
-        )
+        verdict.add("label-map", path, f"is not the one packed ({lines} names for {manifest.num_classes} identities)")
 
 
 def _check_sizes(folder: Path, manifest: Manifest, verdict: Verdict) -> list[int]:
@@ -127,20 +123,14 @@ def _check_sizes(folder: Path, manifest: Manifest, verdict: Verdict) -> list[int
     for number, shard in enumerate(manifest.shards):
         path = folder / shard.name
         if not path.is_file():
-            verdict.faults.append(
-                Fault("missing-shard", str(path), f"missing, with {shard.samples} samples; restore it or pack again")
-            )
+            verdict.add("missing-shard", path, f"missing, with {shard.samples} samples; restore it or pack again")
             continue
         present.append(number)
         size = path.stat().st_size
         if size < shard.size:
-            verdict.faults.append(
-                Fault("cut-shard", str(path), f"ends after {size} of {shard.size} bytes; copy it again")
-            )
+            verdict.add("cut-shard", path, f"ends after {size} of {shard.size} bytes; copy it again")
         elif size > shard.size:
-            verdict.faults.append(
-                Fault("changed-shard", str(path), f"has {size} bytes, {shard.size} were packed; copy it again")
-            )
+            verdict.add("changed-shard", path, f"has {size} bytes, {shard.size} were packed; copy it again")
     return present
 
 
@@ -150,7 +140,7 @@ def _check_index(folder: Path, manifest: Manifest, verdict: Verdict) -> bool:
     try:
         index = open_index(folder, manifest)
     except UserError as error:
-        verdict.faults.append(Fault("stale-index", path, str(error).removeprefix(f"{path} ")))
+        verdict.add("stale-index", path, str(error).removeprefix(f"{path} "))
         return False
     digest, seen = hashlib.sha256(), np.zeros(manifest.num_classes, dtype=bool)
     sizes = np.array([shard.size for shard in manifest.shards], dtype=np.uint64)
@@ -170,15 +160,11 @@ def _check_index(folder: Path, manifest: Manifest, verdict: Verdict) -> bool:
         )
         for kind, wrong, what in problems:
             for sample in np.flatnonzero(wrong)[:_NAMED].tolist():
-                verdict.faults.append(
-                    Fault(kind, f"{path} sample {start + sample}", f"{what} (label {part['label'][sample]})")
-                )
+                verdict.add(kind, f"{path} sample {start + sample}", f"{what} (label {part['label'][sample]})")
         seen[part["label"][part["label"] < manifest.num_classes]] = True
     if digest.hexdigest() != manifest.index_sha256:
-        verdict.faults.append(
-            Fault(
-                "stale-index", path, "its sha256 is not the one in dataset.json; it was changed, or is of another pack"
-            )
+        verdict.add(
+            "stale-index", path, "its sha256 is not the one in dataset.json; it was changed, or is of another pack"
         )
     if not seen.all():
         verdict.notes.append(

@@ -115,10 +115,10 @@ def check_names(environment: Mapping[str, str] = os.environ) -> None:
             )
 
 
-def facts(store_port: int, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def facts(store_port: int) -> dict[str, Any]:
     """This rank's host, the interfaces that it uses (`in_use`), and what its environment says about them."""
     used = in_use(store_port)
-    return {"host": socket.gethostname(), **used, "variables": {name: environment.get(name) for name in VARIABLES}}
+    return {"host": socket.gethostname(), **used, "variables": {name: os.environ.get(name) for name in VARIABLES}}
 
 
 def lines(ranks: Sequence[dict[str, Any]]) -> list[str]:

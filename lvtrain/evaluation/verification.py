@@ -21,6 +21,8 @@ from lvtrain.evaluation.bins import FOLDS
 
 THRESHOLDS = np.arange(0, 4, 0.01)
 FAR_TARGETS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# of a benchmark in the report: points of the ROC (at most, even in log FAR), histogram bins, worst pairs of each kind
+_ROC_POINTS, _HISTOGRAM_BINS, _HARDEST = 400, 80, 8
 
 
 @dataclass(frozen=True)
@@ -121,29 +123,24 @@ def resolved(targets: Sequence[float], count: int) -> list[float]:
     return [target for target in targets if target * count * (1 + 1e-12) >= 1]
 
 
-def summary(
-    distances: np.ndarray, issame: np.ndarray, *, points: int = 400, bins: int = 80, hardest: int = 8
-) -> dict[str, Any]:
+def summary(distances: np.ndarray, issame: np.ndarray) -> dict[str, Any]:
     """Everything that the report shows of one benchmark, as JSON values.
 
     Args:
         distances: squared L2 distances of normalised embeddings, [P].
         issame: bool [P].
-        points: of the ROC that are kept, at most, evenly in log FAR.
-        bins: of the cosine histograms over [-1, 1].
-        hardest: how many of the worst positive and negative pairs are listed.
     """
     folds = ten_fold(distances, issame)
     distances, issame = _checked(distances, issame)
     cosines = 1.0 - distances / 2.0
     far, tar, _ = roc(cosines, issame)
     positive, negative = cosines[issame], cosines[~issame]
-    edges = np.linspace(-1.0, 1.0, bins + 1)
+    edges = np.linspace(-1.0, 1.0, _HISTOGRAM_BINS + 1)
     clipped = np.clip(cosines, -1.0, 1.0)
-    kept = thin(far, points)
+    kept = thin(far, _ROC_POINTS)
     order = np.argsort(cosines, kind="stable")
-    worst_positive = order[issame[order]][:hardest]
-    worst_negative = order[~issame[order]][::-1][:hardest]
+    worst_positive = order[issame[order]][:_HARDEST]
+    worst_negative = order[~issame[order]][::-1][:_HARDEST]
     threshold = float(folds.thresholds.mean())
     return {
         "accuracy": folds.accuracy,

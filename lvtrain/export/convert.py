@@ -1,10 +1,10 @@
-"""Conversions from files to files, for `tools/convert_checkpoint.py`. `tell` is called with every line for the user."""
+"""Conversions from files to files, for `tools/convert_checkpoint.py`. They print what they did."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,6 @@ from lvtrain.weights.provenance import from_json
 from lvtrain.weights.reading import read_weights, strip_wrappers
 from lvtrain.weights.source import open_source
 
-Tell = Callable[[str], None]
 Precision = Literal["float32", "float16", "int8"]
 
 _LEAST_COSINE = 0.9  # between embeddings of a float16 or int8 file and torch's; int8 reaches 0.97 on weights that were never trained
@@ -47,7 +46,6 @@ def import_weights(
     bgr: bool | None = None,
     heads: int | None = None,
     licence: str | None = None,
-    tell: Tell = print,
 ) -> None:
     """Turns another project's weights into our folder, float32, RGB.
 
@@ -60,7 +58,6 @@ def import_weights(
         bgr: the weights expect blue before red; None takes what the file says.
         heads: attention heads of a ViT of no published size.
         licence: of the data they were trained on.
-        tell: prints one line of the report.
 
     Raises:
         UserError: the file holds no backbone that we have, or class rows that do not belong together.
@@ -77,21 +74,21 @@ def import_weights(
     card = bare(out.name, architecture, state, f"{weights.kind}, {source.name}", path=source, licence=licence)
     write_folder(out, architecture, state, card=card, rows=rows)
     size = f"{architecture.embedding_dim} numbers, image {architecture.image_size}"
-    tell(f"{weights.kind}: {architecture.name}, {size}; {report}")
+    print(f"{weights.kind}: {architecture.name}, {size}; {report}")
     if weights.dropped:
         names = ", ".join(weights.dropped[:3])
-        tell(f"left out: {len(weights.dropped)} tensors that do not belong to the backbone ({names} ...)")
+        print(f"left out: {len(weights.dropped)} tensors that do not belong to the backbone ({names} ...)")
     if turned:
-        tell(
+        print(
             "input: the file expected BGR; red and blue were exchanged in its first layer, so it takes RGB now, "
             "(x - 127.5) / 127.5"
         )
     else:
-        tell(
+        print(
             "input: RGB, (x - 127.5) / 127.5, unless its authors say otherwise (LAFS's MS1MV3 weights take BGR: --bgr); "
             "evaluate it to be sure"
         )
-    tell(f"written: {out}" + (f" with {len(rows)} class rows" if rows is not None else ""))
+    print(f"written: {out}" + (f" with {len(rows)} class rows" if rows is not None else ""))
 
 
 def consolidate(
@@ -102,7 +99,6 @@ def consolidate(
     average: bool = False,
     tag: str | None = None,
     heads: int | None = None,
-    tell: Tell = print,
 ) -> None:
     """Turns a run, a checkpoint or a DeepSpeed ZeRO folder into our folder, float32, in this process.
 
@@ -113,7 +109,6 @@ def consolidate(
         average: take the moving average of the weights.
         tag: tag of a DeepSpeed folder; None takes its latest.
         heads: attention heads, if a DeepSpeed folder holds a ViT of no published size.
-        tell: prints one line of the report.
 
     Raises:
         UserError: nothing usable at `source`, or `rows` is set and `source` has no class rows.
@@ -133,14 +128,12 @@ def consolidate(
     finite(state, source)
     write_folder(out, architecture, state, card=card, rows=class_rows)
     if card.stale:
-        tell(f"no thresholds in the model card: {card.stale}")
+        print(f"no thresholds in the model card: {card.stale}")
     with_rows = f", {len(class_rows)} class rows" if class_rows is not None else ""
-    tell(f"written: {out} ({architecture.name}, {len(state)} tensors{with_rows})")
+    print(f"written: {out} ({architecture.name}, {len(state)} tensors{with_rows})")
 
 
-def reshard(
-    sources: Sequence[Path], out: Path, *, ranks: int = 1, num_classes: int | None = None, tell: Tell = print
-) -> None:
+def reshard(sources: Sequence[Path], out: Path, *, ranks: int = 1, num_classes: int | None = None) -> None:
     """Writes class rows as arcface_torch's files of `ranks` ranks, `rank_{r}_softmax_weight.pt`.
 
     Args:
@@ -148,7 +141,6 @@ def reshard(
         out: folder to write.
         ranks: number of files.
         num_classes: number of class rows that there must be; None takes any.
-        tell: prints one line of the report.
 
     Raises:
         UserError: no class rows, or not `num_classes` of them.
@@ -162,7 +154,7 @@ def reshard(
     out.mkdir(parents=True, exist_ok=True)
     for rank, part in enumerate(split_rows(whole, ranks)):
         save(part, out / f"rank_{rank}_softmax_weight.pt")
-    tell(f"written: {len(whole)} class rows as {ranks} file{'s' if ranks > 1 else ''} in {out}")
+    print(f"written: {len(whole)} class rows as {ranks} file{'s' if ranks > 1 else ''} in {out}")
 
 
 def export(
@@ -177,7 +169,6 @@ def export(
     benchmark: Path | None = None,
     average: bool = False,
     purpose: Literal["commercial"] | None = None,
-    tell: Tell = print,
 ) -> None:
     """Writes the backbone in another program's format and checks what was written.
 
@@ -193,7 +184,6 @@ def export(
         benchmark: a `.bin` verification set on which the ONNX file's accuracy is compared with the backbone's.
         average: take the moving average of the weights.
         purpose: `commercial` refuses unless every licence that the weights inherit allows commercial use.
-        tell: prints one line of the report.
 
     Raises:
         UserError: nothing usable at `source`, or a file that does not agree with the backbone.
@@ -213,19 +203,19 @@ def export(
     if to == "arcface":
         write_arcface(out, state)
     elif to == "onnx":
-        _write_onnx(architecture, state, out, options, card, tell)
+        _write_onnx(architecture, state, out, options, card)
     else:
         if card.stale:
-            tell(f"no thresholds in the model card: {card.stale}")
+            print(f"no thresholds in the model card: {card.stale}")
         if to == "folder":
             write_folder(out, architecture, state, card=card)
         else:
             out.mkdir(exist_ok=True)
-            card = _write_onnx(architecture, state, out / "recognition.onnx", options, card, tell)
+            card = _write_onnx(architecture, state, out / "recognition.onnx", options, card)
             licence = "; ".join(map(str, from_json(card.provenance).licences)) or card.data_licence
             write_insightface(out, out / "recognition.onnx", architecture, model_id=out.name, licence=licence)
             write_card(out / "README.md", card)
-    tell(f"written: {out}")
+    print(f"written: {out}")
 
 
 def read_rows(source: Path) -> torch.Tensor:
@@ -269,7 +259,6 @@ def _write_onnx(
     out: Path,
     options: _OnnxOptions,
     card: Card,
-    tell: Tell,
 ) -> Card:
     """Writes the file and returns its card."""
     backbone, size, precision = architecture.create(), architecture.image_size, options.precision
@@ -279,24 +268,24 @@ def _write_onnx(
     ) as room:  # a file that does not agree is never moved to `out`
         plain, made = Path(room) / "float32.onnx", Path(room) / out.name
         parity = onnx_export.export_onnx(backbone, plain, image_size=size, opset=options.opset, batch=options.batch)
-        tell(f"float32 against torch: {parity}")
+        print(f"float32 against torch: {parity}")
         if precision == "float32":
             made = plain
         else:
             layers, parity = _narrow(backbone, plain, made, size, options)
-            tell(f"{precision} against torch: {parity}, {made.stat().st_size / 1e6:.1f} MB")
+            print(f"{precision} against torch: {parity}, {made.stat().st_size / 1e6:.1f} MB")
             if parity.smallest_cosine < _LEAST_COSINE:
                 raise UserError(f"{precision} changes this backbone's embeddings too much; take another precision")
             if layers:
                 table = out.with_suffix(".layers.json")
                 table.write_text(json.dumps([asdict(layer) for layer in layers], indent=1) + "\n")
                 worst = ", ".join(f"{layer.layer} {layer.cosine:.4f}" for layer in layers[:4])
-                tell(f"cosine of each layer's output to float32's: {worst}; all {len(layers)} in {table}")
+                print(f"cosine of each layer's output to float32's: {worst}; all {len(layers)} in {table}")
         card = annotate(made, card, precision)
         made.replace(out)
     if options.benchmark is not None:
         torchs, files = onnx_export.accuracies(backbone, out, options.benchmark, image_size=size)
-        tell(
+        print(
             f"accuracy on {options.benchmark}: {100 * torchs:.2f}% by torch, {100 * files:.2f}% by the {precision} file ({100 * (files - torchs):+.2f})"
         )
     return card

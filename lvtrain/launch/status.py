@@ -42,14 +42,14 @@ class ChainStatus:
     heartbeat: str | None
 
 
-def chain_status(run_folder: Path, slurm: Slurm, *, now: float | None = None) -> ChainStatus:
+def chain_status(run_folder: Path, slurm: Slurm) -> ChainStatus:
     """Reads the status of a run's chain. If Slurm does not answer, the run folder alone decides.
 
     Raises:
         UserError: the run has no chain.
     """
     chain = load_chain(run_folder)
-    run_folder, ledger, now = Path(run_folder), Ledger(chain.folder), time.time() if now is None else now
+    run_folder, ledger = Path(run_folder), Ledger(chain.folder)
     try:
         queue: list[QueuedJob] | None = slurm.queue(chain.job_name)
     except UserError:
@@ -57,7 +57,7 @@ def chain_status(run_folder: Path, slurm: Slurm, *, now: float | None = None) ->
     stopped = _stop_reason(chain)
     step, records = committed_step(run_folder), ledger.this_chain()
     phases = [_phase(chain, phase, ledger, records, queue, step, stopped, slurm) for phase in chain.phases]
-    return ChainStatus(chain, phases, step, stopped, _advice(chain, queue, stopped), _heartbeat(run_folder, now))
+    return ChainStatus(chain, phases, step, stopped, _advice(chain, queue, stopped), _heartbeat(run_folder))
 
 
 def _phase(
@@ -145,12 +145,12 @@ def _advice(chain: Chain, queue: list[QueuedJob] | None, stopped: str | None) ->
     return None
 
 
-def _heartbeat(run_folder: Path, now: float) -> str | None:
+def _heartbeat(run_folder: Path) -> str | None:
     beats = read_all(run_folder / "heartbeat")
     if not beats:
         return None
     slowest = min(beats, key=lambda beat: (beat.step, beat.since))
     return (
         f"{len(beats)} ranks; the one furthest behind is rank {slowest.rank} on {slowest.host}, "
-        f"{now - slowest.since:.0f} s in {slowest.doing!r} of step {slowest.step}"
+        f"{time.time() - slowest.since:.0f} s in {slowest.doing!r} of step {slowest.step}"
     )

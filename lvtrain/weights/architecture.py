@@ -73,11 +73,11 @@ class Fit:
         return "; ".join(parts)
 
 
-def fit(module: nn.Module, state: Mapping[str, torch.Tensor], *, strict: bool = True) -> Fit:
+def fit(module: nn.Module, state: Mapping[str, torch.Tensor]) -> Fit:
     """Loads `state` into `module`, resizing position embeddings to the module's grid (bicubic, a class token's own kept).
 
     Raises:
-        UserError: a shape that cannot be fitted, or (strict) a tensor the file lacks.
+        UserError: a shape that cannot be fitted, or a tensor the file lacks.
     """
     report, taken = Fit(), {}
     own = module.state_dict()
@@ -97,7 +97,7 @@ def fit(module: nn.Module, state: Mapping[str, torch.Tensor], *, strict: bool = 
         taken[name] = given.to(tensor.dtype)
     report.unused = [name for name in state if name not in own]
     needed = [name for name in report.missing if name != "mask_token"]
-    if strict and needed:
+    if needed:
         raise UserError(f"the file lacks {len(needed)} tensors of the backbone: {', '.join(needed[:4])}")
     module.load_state_dict(taken, strict=False)
     return report

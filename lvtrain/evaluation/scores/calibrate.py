@@ -146,7 +146,7 @@ def _whole_identities(identities: np.ndarray, generator: np.random.Generator) ->
 
 
 def _tails(
-    rows: np.ndarray, identities: np.ndarray, share: float, tile: int = 2048
+    rows: np.ndarray, identities: np.ndarray, share: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
     """The highest `share` of impostor scores with the identities of each, all genuine scores, and the number of impostor pairs."""
     sizes = np.bincount(identities)
@@ -154,7 +154,7 @@ def _tails(
     wanted = max(1000, int(share * total))
     impostors, genuine = np.empty(0, np.float32), []
     ends = np.empty((0, 2), np.int64)
-    floor = -2.0
+    floor, tile = -2.0, 2048
     for start in range(0, len(rows), tile):
         scores = rows[start : start + tile] @ rows[start:].T
         later = np.arange(start, len(rows))[None, :] > np.arange(start, min(start + tile, len(rows)))[:, None]

@@ -29,8 +29,6 @@ def cluster(
     *,
     clusters: int | None = None,
     cosine: float = 0.4,
-    min_samples: int = 2,
-    seed: int = 0,
 ) -> np.ndarray:
     """Cluster of every embedding, int64 [N]; DBSCAN's unclustered images (noise) each become one cluster.
 
@@ -40,8 +38,6 @@ def cluster(
         clusters: number of clusters: required for kmeans; for agglomerative, None = `cosine` decides.
         cosine: images with at least this cosine are neighbours (dbscan); clusters with at least this mean cosine are joined
             (agglomerative).
-        min_samples: of dbscan: an image with this many neighbours, itself included, is a core.
-        seed: of the first centres of kmeans.
 
     Raises:
         UserError: NaN embeddings, kmeans without a number of clusters, too many images for agglomerative.
@@ -50,14 +46,12 @@ def cluster(
     if algorithm == "kmeans":
         if not clusters:
             raise UserError("kmeans needs the number of clusters")
-        return KMeans(clusters, n_init=3, random_state=seed).fit_predict(rows).astype(np.int64)
+        return KMeans(clusters, n_init=3, random_state=0).fit_predict(rows).astype(np.int64)
     if algorithm == "dbscan":
         # on the unit sphere, cosine >= c is distance <= sqrt(2 - 2c), for which scikit-learn has fast neighbour searches
-        found = (
-            DBSCAN(eps=float(np.sqrt(2 - 2 * cosine)) + 1e-12, min_samples=min_samples)
-            .fit_predict(rows)
-            .astype(np.int64)
-        )
+        # an image with one neighbour is a core
+        scan = DBSCAN(eps=float(np.sqrt(2 - 2 * cosine)) + 1e-12, min_samples=2)
+        found = scan.fit_predict(rows).astype(np.int64)
         alone = np.flatnonzero(found < 0)
         found[alone] = found.max() + 1 + np.arange(len(alone))
         return found

@@ -20,16 +20,13 @@ SHARES = np.arange(0, 51) / 100
 LIMIT = 0.2
 
 
-def error_versus_discard(
-    genuine: np.ndarray, quality: np.ndarray, at: Mapping[str, float], *, name: str = "embedding norm"
-) -> dict[str, Any]:
+def error_versus_discard(genuine: np.ndarray, quality: np.ndarray, at: Mapping[str, float]) -> dict[str, Any]:
     """JSON values of the curve.
 
     Args:
         genuine: cosines of genuine comparisons [P].
         quality: the lower quality of each comparison's two images [P].
         at: FMR -> threshold.
-        name: of the quality value.
 
     Returns:
         quality, comparisons, discarded (SHARES), limit; at: FMR -> {threshold, fnmr at every share, area, area_best}.
@@ -50,7 +47,7 @@ def error_versus_discard(
             "area_best": _best(float(refused.mean())),
         }
     return {
-        "quality": name,
+        "quality": "embedding norm",
         "comparisons": count,
         "discarded": SHARES.tolist(),
         "limit": LIMIT,
