@@ -10,6 +10,7 @@ and classes this rank has, and does not wait for the GPU.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -72,7 +73,7 @@ class _ClassMeans:
         return torch.zeros_like(self.classes).index_add_(0, self.segment, self.counted.to(torch.int64))
 
 
-class _Bank:
+class _Bank(ABC):
     """Directions of the classes `rows` out of `num_classes`: float32 [n_local, d].
 
     They have unit length, or are zero where nothing is known yet.
@@ -123,10 +124,28 @@ class _Bank:
                 )
             tensor.copy_(state[name])
 
-    def _write(self, batch: _ClassMeans, values: Tensor) -> None:
-        """Writes `values` [k, d], made unit vectors, to the classes that have a counted sample."""
-        rows = torch.where(batch.present.unsqueeze(1), unit(values).to(torch.float32), self.rows_tensor[batch.classes])
+    @torch.no_grad()
+    def update(self, embeddings: Tensor, labels: Tensor, expected: Tensor | None = None) -> None:
+        """One update, once a step, on every rank.
+
+        Args:
+            embeddings: float [G, d], of the whole global batch, of any length.
+            labels: int64 [G], -1 = ignored.
+            expected: int64 [G], on the host: the same labels in any order, where -1 may still be a class. Without them
+                the host waits for `labels`.
+        """
+        batch = _ClassMeans(embeddings, labels, self.rows, expected)
+        old = self.rows_tensor[batch.classes].to(torch.float64)
+        known = self.valid[batch.classes]
+        new = torch.where(known.unsqueeze(1), self._moved(batch, old, known), batch.direction)
+        new = unit(torch.where(batch.defined.unsqueeze(1), new, old)).to(torch.float32)
+        rows = torch.where(batch.present.unsqueeze(1), new, self.rows_tensor[batch.classes])
         self.rows_tensor.index_copy_(0, batch.classes, rows)
+        self.valid[batch.classes] |= batch.defined
+
+    @abstractmethod
+    def _moved(self, batch: _ClassMeans, old: Tensor, known: Tensor) -> Tensor:
+        """The new directions [k, d], of any length, of classes whose direction was `old`; used where `known` (bool [k])."""
 
 
 class ExpectationBank(_Bank):
@@ -160,23 +179,9 @@ class ExpectationBank(_Bank):
         super().__init__(num_classes, dim, rows, device=device)
         self.init = init
 
-    @torch.no_grad()
-    def update(self, embeddings: Tensor, labels: Tensor, expected: Tensor | None = None) -> None:
-        """One update, once a step, on every rank.
-
-        Args:
-            embeddings: float [G, d], of the whole global batch, of any length.
-            labels: int64 [G], -1 = ignored.
-            expected: int64 [G], on the host: the same labels in any order, where -1 may still be a class. Without them
-                the host waits for `labels`.
-        """
-        batch = _ClassMeans(embeddings, labels, self.rows, expected)
-        old = self.rows_tensor[batch.classes].to(torch.float64)
+    def _moved(self, batch: _ClassMeans, old: Tensor, known: Tensor) -> Tensor:
         alpha = torch.sigmoid((old * batch.direction).sum(1, keepdim=True))
-        known = self.valid[batch.classes].unsqueeze(1)
-        new = torch.where(known, alpha * old + (1 - alpha) * batch.direction, batch.direction)
-        self._write(batch, torch.where(batch.defined.unsqueeze(1), new, old))
-        self.valid[batch.classes] |= batch.defined
+        return alpha * old + (1 - alpha) * batch.direction
 
 
 class CentreBank(_Bank):
@@ -221,26 +226,10 @@ class CentreBank(_Bank):
         self.mean_distance = torch.zeros(rows[1] - rows[0], dtype=torch.float64, device=device)
         self.count = torch.zeros(rows[1] - rows[0], dtype=torch.int64, device=device)
 
-    @torch.no_grad()
-    def update(self, embeddings: Tensor, labels: Tensor, expected: Tensor | None = None) -> None:
-        """One update, once a step, on every rank.
-
-        Args:
-            embeddings: float [G, d], of the whole global batch, of any length.
-            labels: int64 [G], -1 = ignored.
-            expected: int64 [G], on the host: the same labels in any order, where -1 may still be a class. Without them
-                the host waits for `labels`.
-        """
-        batch = _ClassMeans(embeddings, labels, self.rows, expected)
-        old = self.rows_tensor[batch.classes].to(torch.float64)
-        known = self.valid[batch.classes]
+    def _moved(self, batch: _ClassMeans, old: Tensor, known: Tensor) -> Tensor:
         distance = batch.sum((batch.samples - old[batch.segment]).norm(dim=1))
         self._follow(batch.classes, torch.where(known, batch.count(), 0), torch.where(known, distance, 0.0))
-        new = torch.where(
-            known.unsqueeze(1), self.momentum * old + (1 - self.momentum) * batch.direction, batch.direction
-        )
-        self._write(batch, torch.where(batch.defined.unsqueeze(1), new, old))
-        self.valid[batch.classes] |= batch.defined
+        return self.momentum * old + (1 - self.momentum) * batch.direction
 
     def _follow(self, classes: Tensor, added: Tensor, distance: Tensor) -> None:
         kept = torch.minimum(self.count[classes], (self.window - added).clamp_min(0))
