@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -274,7 +275,7 @@ def _goals(result: dict[str, Any]) -> list[str]:
     ]
     for name in (f"lvtrain {precision}" for precision in _PRECISIONS):
         extra = [row["beyond_gradient_rows_mb"] for row in result["memory"] if row["variant"] == name]
-        found.append((f"{name}: MB beyond weights and the rows' gradient", extra, 40.0))
+        found.append((f"{name}: MB beyond weights and the centres' gradient", extra, 40.0))
     lines = ["| goal | at most | found | reached |", "|---|---|---|---|"]
     for goal, values, limit in found:
         if values:
@@ -291,12 +292,15 @@ def _goals(result: dict[str, Any]) -> list[str]:
 def _markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
     text = (Path(__file__).parent / "classifier_table.md").read_text()
-    head = f"Machine: {machine['cores']} cores of an {machine['cpu']} ({', '.join(machine['instructions'])}), no GPU, torch {result['torch']}, {result['date']}"
-    head += f", load average at the start {machine['load_at_start']}, {result['minutes']} minutes."
+    head = (
+        f"Machine: {machine['cores']} cores of an {machine['cpu']} ({', '.join(machine['instructions'])}), no GPU, torch "
+        f"{result['torch']}, {result['date']}, load average at the start {machine['load_at_start']}, "
+        f"{result['minutes']} minutes."
+    )
     if not machine["multiplies_bfloat16"]:
-        head += " This CPU has no bfloat16 instructions: `bfloat16` is rounded and multiplied in float32, and so are its own matmuls."
+        head += " This CPU has no bfloat16 instructions: `bfloat16` is rounded and multiplied in float32."
     times = [
-        "| ranks | B | classes | r | variant | ms | × 4 matmuls | × 3 matmuls | × peer | × one anchor | turns |",
+        "| ranks | B | classes | r | variant | ms | × 4 matmuls | × 3 matmuls | × peer | × 1 anchor | turns |",
         "|---" * 11 + "|",
     ]
     for cell in result["times"]:
@@ -307,19 +311,20 @@ def _markdown(result: dict[str, Any]) -> str:
             times.append(
                 f"| {shape} | {name} | {row['ms']:,.0f} | {ratios} | {cell['repeats']}{' *' if cell['apart'] else ''} |"
             )
-    memory = ["| classes | variant | extra MB | beyond the rows' gradient |", "|---|---|---|---|"]
+    memory = ["| classes | variant | extra MB | beyond the centres' gradient |", "|---|---|---|---|"]
     memory += [
         f"| {m['classes']:,} | {m['variant']} | {m['extra_mb']:,.0f} | {m['beyond_gradient_rows_mb']:,.0f} |"
         for m in result["memory"]
     ]
-    scale = ["| classes | weights MB | ms | µs per class | extra MB |", "|---|---|---|---|---|"]
+    scale = [*textwrap.wrap(note, 100), ""] if (note := result.get("scale_note")) else []
+    scale += ["| classes | weights MB | ms | µs per class | extra MB |", "|---|---|---|---|---|"]
     for row in result["scale"]:
         scale.append(
             f"| {row['classes']:,} | {row['weights_mb']:,} | {row['ms']:,.0f} | {row['us_per_class']:.2f} | {row['extra_mb']:,.0f} |"
         )
-    missing = [f"* not measured: {line}" for line in result["missing"]] or ["Everything was measured."]
+    missing = [f"- not measured: {line}" for line in result["missing"]] or ["Everything was measured."]
     sections = {
-        "MACHINE": [head],
+        "MACHINE": textwrap.wrap(head, 100),
         "GOALS": _goals(result),
         "TIMES": times,
         "MEMORY": memory,
