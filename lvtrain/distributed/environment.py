@@ -24,7 +24,7 @@ def environment(world: World) -> dict[str, Any]:
     """Versions, hardware and launch of this start, as JSON."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "python": platform.pythonversion_of(),
+        "python": platform.python_version(),
         "platform": platform.platform(),
         "command": sys.argv,
         "git": _git_commit(),
