@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional
 
 from lvtrain.data import Loader, ShardDataset
 from lvtrain.data.augment import SETS, Draws, View, augmentation, draw
-from lvtrain.data.torch_backend import apply
+from lvtrain.data.decoding.torch_backend import apply
 from tests.shard_data import jpeg, make_dataset
 
 K = 4000

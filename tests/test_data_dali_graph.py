@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lvtrain.data.augment import SETS
-from lvtrain.data.job import DecodeSpec
+from lvtrain.data.decoding.job import DecodeSpec
 
-dali = pytest.importorskip("lvtrain.data.dali")
+dali = pytest.importorskip("lvtrain.data.decoding.dali")
 
 
 def graph(name: str, stored_size: tuple[int, int] | None) -> Any:

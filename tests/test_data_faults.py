@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from lvtrain.data import Loader, ShardDataset
+from lvtrain.data.decoding.jpeg import HeaderCheck, rescue
 from lvtrain.data.index import RECORD, IndexWriter, open_index, read_manifest
-from lvtrain.data.jpeg import HeaderCheck, rescue
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.files import reading

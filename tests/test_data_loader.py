@@ -158,7 +158,7 @@ def test_closing_an_unused_or_busy_loader_returns(folder):
 
 def test_every_value_is_normalised_alike_by_every_kind_of_cpu():
     """Fused or not, multiplying and subtracting give the same float32, so neither the CPU nor a pixel's place matters."""
-    from lvtrain.data.pixels import _STEP, normalise
+    from lvtrain.data.decoding.pixels import _STEP, normalise
 
     values, found = np.arange(256, dtype=np.uint8), torch.empty(2, 3, 16, 16)
     normalise(np.broadcast_to(values.reshape(16, 16), found.shape).copy(), found)
@@ -171,7 +171,7 @@ def test_every_value_is_normalised_alike_by_every_kind_of_cpu():
 @pytest.mark.parametrize("augmentation", ["flip", "strong", "dino"])
 def test_what_leaves_the_host_as_bytes_is_the_same(folder, augmentation, monkeypatch):
     """For a GPU the torch backend hands bytes over and normalises them there: here on a device that is none, and in torch on the CPU."""
-    from lvtrain.data import pixels, torch_backend
+    from lvtrain.data.decoding import pixels, torch_backend
 
     travelled = []
 
@@ -200,7 +200,7 @@ def test_the_torch_backend_needs_no_dali(monkeypatch):
 
 
 def test_memory_is_lent_again_only_when_nobody_holds_it():
-    from lvtrain.data.pixels import Memory
+    from lvtrain.data.decoding.pixels import Memory
 
     memory = Memory(keep=2)
     batch = memory.lend(4, 3)

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional
 
 from lvtrain.data.augment import augmentation, draw
 from lvtrain.data.augment.step_draws import CODE, NAMES, RandSteps
-from lvtrain.data.steps import apply_steps
+from lvtrain.data.decoding.steps import apply_steps
 from tests.shard_data import jpeg
 
 PICTURE = Image.open(io.BytesIO(jpeg(5))).convert("RGB")

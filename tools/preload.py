@@ -17,7 +17,7 @@ from lvtrain.recipe.trackers import TRACKERS
 MODULES = [
     "lvtrain.training.trainer",
     "lvtrain.training.checks",
-    "lvtrain.data.dali",
+    "lvtrain.data.decoding.dali",
     "lvtrain.classifier.banks",
     "sklearn.metrics",
     "torch.utils.cpp_extension",

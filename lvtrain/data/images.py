@@ -4,7 +4,7 @@ An image is decoded only if its content is one of `FORMATS`, its header announce
 it is given as a path, it is a regular file. So no content can start another program (Pillow passes PostScript to
 Ghostscript), fill the memory, or block on a pipe. The suffix decides only whether a file is considered (`is_image_name`).
 
-DALI and simplejpeg decode plain JPEGs faster; `lvtrain.data.jpeg` decides which bytes they may see.
+DALI and simplejpeg decode plain JPEGs faster; `lvtrain.data.decoding.jpeg` decides which bytes they may see.
 """
 
 from __future__ import annotations
@@ -100,3 +100,11 @@ def decode(source: bytes | str | Path, size: tuple[int, int] | None = None, *, u
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+def try_decode(source: bytes, size: tuple[int, int] | None = None, *, upright: bool = True) -> np.ndarray | None:
+    """As `decode`; None where it raises ImageError."""
+    try:
+        return decode(source, size, upright=upright)
+    except ImageError:
+        return None

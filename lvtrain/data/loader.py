@@ -7,7 +7,6 @@ reading ahead, restarting and changing R cannot change it.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import queue
 import threading
@@ -23,7 +22,8 @@ import torch
 
 from lvtrain.data.augment import View, draw
 from lvtrain.data.augment import augmentation as augmentation_views
-from lvtrain.data.job import Backend, DecodedViews, DecodeSpec, Job
+from lvtrain.data.decoding.choose import make_backend
+from lvtrain.data.decoding.job import Backend, DecodedViews, DecodeSpec, Job
 from lvtrain.data.order import SampleOrder
 from lvtrain.data.shards import ReadError, ShardDataset
 from lvtrain.distributed.world import to_device
@@ -305,29 +305,3 @@ class _Ready:
             for tensor in (*self.batch.views.values(), self.batch.labels):
                 tensor.record_stream(stream)
         return self.batch
-
-
-def make_backend(name: str, spec: DecodeSpec) -> Backend:
-    """Raises UserError for an unknown name, or DALI where it cannot be imported."""
-    if name not in ("auto", "dali", "torch"):
-        raise UserError(f"data.backend={name} is not known; choose auto, dali or torch")
-    if name == "auto":
-        name = "dali" if _has_dali() else "torch"
-    if name == "dali":
-        try:
-            from lvtrain.data.dali import DaliBackend
-        except ImportError as error:
-            raise UserError(
-                f"DALI cannot be imported ({error}); install nvidia-dali or set data.backend=torch"
-            ) from None
-        return DaliBackend(spec)
-    from lvtrain.data.torch_backend import TorchBackend
-
-    return TorchBackend(spec)
-
-
-def _has_dali() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # no package of NVIDIA's at all
-        return False

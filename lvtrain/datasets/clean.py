@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from lvtrain.datasets.contact_sheet import decode
+from lvtrain.data.images import try_decode
 from lvtrain.datasets.findings import Findings
 from lvtrain.datasets.vectors import Centres, Vectors, neighbours, unit_rows
 from lvtrain.errors import UserError
@@ -200,7 +200,7 @@ class _Thumbnails:
         if sample not in self._made:
             if len(self._made) > 200_000:
                 self._made.clear()
-            picture = decode(self._read(sample))
+            picture = try_decode(self._read(sample), upright=False)
             self._made[sample] = None if picture is None else _thumbnail(picture)
         return self._made[sample]
 

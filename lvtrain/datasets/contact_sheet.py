@@ -9,21 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lvtrain.data import images
+from lvtrain.data.images import try_decode
 from lvtrain.files import atomic
 
 _CELL = 112
 _ROWS, _COLUMNS = 8, 10  # of a dataset's sheet
 _MARGIN = 92
 _SIZE = 12  # of letters, in pixels
-
-
-def decode(data: bytes) -> np.ndarray | None:
-    """Decodes an image to uint8 RGB [h, w, 3]; None if that fails."""
-    try:
-        return images.decode(data, upright=False)
-    except images.ImageError:
-        return None
 
 
 def colour_order(means: np.ndarray) -> str:
@@ -122,7 +114,7 @@ def draw(rows: Sequence[tuple[str, Sequence[bytes]]], title: str, path: str | Pa
         The line under the title: channel means and colour order.
     """
     columns = max(len(encoded) for _, encoded in rows)
-    decoded = [[decode(image) for image in encoded] for _, encoded in rows]
+    decoded = [[try_decode(image, upright=False) for image in encoded] for _, encoded in rows]
     means = channel_means([pixels for row in decoded for pixels in row])
     line = f"channel means of the middle: R {means[0]:.1f}  G {means[1]:.1f}  B {means[2]:.1f}; colour order: {colour_order(means)}"
     head = 40

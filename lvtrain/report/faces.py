@@ -21,8 +21,8 @@ from lvtrain.backbones.attention import class_attention
 from lvtrain.backbones.part_fvit import FViT, PartFViT
 from lvtrain.checkpoint.files import step_of
 from lvtrain.checkpoint.plan import committed
+from lvtrain.data.images import try_decode
 from lvtrain.data.shards import ReadError, ShardDataset
-from lvtrain.datasets.contact_sheet import decode
 from lvtrain.errors import UserError
 from lvtrain.methods.base import initial_backbone
 from lvtrain.recipe import files as recipes
@@ -106,7 +106,7 @@ def _images(dataset: ShardDataset) -> list[np.ndarray]:
     labels = np.asarray(dataset.labels(np.arange(min(len(dataset), 100_000))))
     present, first = np.unique(labels, return_index=True)
     chosen = first[np.linspace(0, len(present) - 1, min(FACES, len(present))).astype(int)]
-    decoded = [decode(dataset.read(int(sample))[0]) for sample in chosen]
+    decoded = [try_decode(dataset.read(int(sample))[0], upright=False) for sample in chosen]
     return [picture for picture in decoded if picture is not None]
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import simplejpeg
 import torch
 
-from lvtrain.data import jpeg
-from lvtrain.data.job import DecodedViews, DecodeSpec, Job
-from lvtrain.data.pixels import TOGETHER, Memory, mirror, normalise, normalise_on, scratch, split
-from lvtrain.data.steps import apply_steps
+from lvtrain.data.decoding import jpeg
+from lvtrain.data.decoding.job import DecodedViews, DecodeSpec, Job
+from lvtrain.data.decoding.pixels import TOGETHER, Memory, mirror, normalise, normalise_on, scratch, split
+from lvtrain.data.decoding.steps import apply_steps
+from lvtrain.data.images import try_decode
 
 MID_GREY = 128
 
@@ -110,7 +111,7 @@ class TorchBackend:
 
     def _rescue(self, job: Job, row: int, problem: str) -> np.ndarray:
         stored = self._spec.stored_size
-        image = None if row in job.bad else jpeg.with_pillow(job.encoded[row], stored)
+        image = None if row in job.bad else try_decode(job.encoded[row], stored)
         if image is None:
             job.bad[row] = problem
             image = np.zeros((*(stored or [self._spec.image_size] * 2), 3), dtype=np.uint8)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
-
 from lvtrain.data import images
 
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
@@ -97,22 +95,11 @@ def _turned(exif: bytes) -> bool:
         return True
 
 
-def with_pillow(data: bytes, size: tuple[int, int] | None) -> np.ndarray | None:
-    """Decodes an image with Pillow: uint8 RGB [height, width, 3], upright, resized to `size` (height, width) if given.
-
-    None if that fails.
-    """
-    try:
-        return images.decode(data, size)
-    except images.ImageError:
-        return None
-
-
 def rescue(data: bytes, size: tuple[int, int] | None) -> bytes | None:
     """The image, decoded by Pillow, as PNG; None if it cannot be decoded."""
     from PIL import Image
 
-    pixels = with_pillow(data, size)
+    pixels = images.try_decode(data, size)
     if pixels is None:
         return None
     out = io.BytesIO()

@@ -16,11 +16,11 @@ from nvidia.dali import pipeline_def
 from nvidia.dali import types as dali_types
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
-from lvtrain.data import jpeg
 from lvtrain.data.augment import Draws, View
-from lvtrain.data.job import DecodedViews, DecodeSpec, Job
-from lvtrain.data.pixels import Memory, mirror_and_normalise, normalise_on
-from lvtrain.data.steps import apply_steps
+from lvtrain.data.decoding import jpeg
+from lvtrain.data.decoding.job import DecodedViews, DecodeSpec, Job
+from lvtrain.data.decoding.pixels import Memory, mirror_and_normalise, normalise_on
+from lvtrain.data.decoding.steps import apply_steps
 
 fn: Any = dali_fn  # its type stubs are incomplete
 types: Any = dali_types
