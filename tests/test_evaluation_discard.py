@@ -10,8 +10,9 @@ import torch
 from scipy.integrate import quad
 
 from lvtrain.distributed.world import World
-from lvtrain.evaluation import extract, suite
+from lvtrain.evaluation import suite
 from lvtrain.evaluation.scores.discard import LIMIT, SHARES, error_versus_discard, genuine_pairs
+from lvtrain.weights import extract
 from tests.test_evaluation_groups import faces  # noqa: F401
 
 

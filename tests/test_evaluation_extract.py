@@ -12,8 +12,9 @@ from PIL import Image
 
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.evaluation import Setting, extract, run_benchmarks, verification
+from lvtrain.evaluation import Setting, run_benchmarks, verification
 from lvtrain.evaluation.bins import write_bin
+from lvtrain.weights import extract
 from tests.ranks import run_ranks
 
 
@@ -55,7 +56,7 @@ def test_images_are_decoded_upright_and_by_name() -> None:
 
 def embed_views(forward: extract.Forward, images: list[bytes], **setting: Any) -> np.ndarray:
     """Embeddings of the images and of their mirror images, [2, N, d]."""
-    rows = extract.run(forward, images, lambda views: views.transpose(1, 0, 2), **setting)
+    rows = Setting(**setting).run(forward, images, lambda views: views.transpose(1, 0, 2))
     return rows[: len(images)].transpose(1, 0, 2)
 
 
@@ -85,7 +86,7 @@ def test_against_one_image_at_a_time() -> None:
             tensor = torch.from_numpy((pixels - 127.5) / 127.5).permute(2, 0, 1)[None]
             np.testing.assert_allclose(views[0, position], model(tensor)[0], atol=1e-6)
             np.testing.assert_allclose(views[1, position], model(tensor.flip(3))[0], atol=1e-6)
-    summed = extract.embed(model, images, world=world(0, 1), batch=4, device="cpu", image_size=32)
+    summed = Setting(world(0, 1), "cpu", 4, 32).embed(model, images)
     np.testing.assert_allclose(summed, views.sum(0), rtol=1e-6)
 
 
@@ -94,7 +95,7 @@ def broken_on(rank: int, size: int) -> str:
     images[10] = images[10][:60]
     forward = Counting()
     try:
-        extract.embed(forward, images, world=world(rank, size), batch=4, device="cpu", image_size=32)
+        Setting(world(rank, size), "cpu", 4, 32).embed(forward, images)
     except UserError as error:
         return f"{len(forward.shapes)} {error}"
     return "no error"

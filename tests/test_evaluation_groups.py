@@ -15,10 +15,11 @@ from scipy.stats import t as student
 
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.evaluation import allpairs, extract, group_files, suite
+from lvtrain.evaluation import allpairs, group_files, suite
 from lvtrain.evaluation.bins import write_bin
 from lvtrain.evaluation.protocol import PROTOCOLS
 from lvtrain.evaluation.scores import groups, intervals
+from lvtrain.weights import extract
 from tests.ranks import run_ranks
 from tests.runs import tool
 

@@ -10,8 +10,8 @@ from sklearn.metrics import roc_curve
 
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.evaluation import extract
 from lvtrain.evaluation.sets import ijb
+from lvtrain.weights import extract
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

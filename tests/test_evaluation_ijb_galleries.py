@@ -12,8 +12,9 @@ from sklearn.metrics import top_k_accuracy_score
 
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.evaluation import extract, suite
+from lvtrain.evaluation import suite
 from lvtrain.evaluation.sets import ijb, ijb_galleries
+from lvtrain.weights import extract
 from tests.test_evaluation_ijb import make_release
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

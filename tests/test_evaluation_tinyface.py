@@ -12,8 +12,9 @@ from scipy.io import savemat
 
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
-from lvtrain.evaluation import extract, suite
+from lvtrain.evaluation import suite
 from lvtrain.evaluation.sets import tinyface
+from lvtrain.weights import extract
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

@@ -11,9 +11,9 @@ from lvtrain.classifier import ShardedClassifier
 from lvtrain.classifier.margins import CosFace
 from lvtrain.data import ShardDataset
 from lvtrain.distributed.world import World
-from lvtrain.evaluation.extract import decode
 from lvtrain.recipe.files import resolve
 from lvtrain.training import initial
+from lvtrain.weights.extract import decode
 from tests.ranks import run_ranks
 from tests.runs import TINY, events, metrics, output, recipe_file, run
 from tests.shard_data import jpeg, make_dataset

@@ -87,7 +87,7 @@ def read_pairs(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
 def aligned(folder: Path, names: list[str], image_size: int, quality: int) -> dict[str, bytes]:
     """The largest face of each photograph, aligned, as JPEG bytes by name."""
     from lvtrain.data.align import Detector, similarity, template, warp
-    from lvtrain.evaluation.extract import decode
+    from lvtrain.weights.extract import decode
 
     detector, found, faceless = Detector(), {}, []
     for name in names:
@@ -109,7 +109,7 @@ def encode(path: Path, image_size: int, quality: int) -> bytes:
     """The file's bytes if the image has the right size, else a new JPEG of it."""
     from PIL import Image
 
-    from lvtrain.evaluation.extract import decode
+    from lvtrain.weights.extract import decode
 
     data = path.read_bytes()
     picture = decode(data, None, f"image {path}")

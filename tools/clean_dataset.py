@@ -186,15 +186,14 @@ def _model(path: Path, batch: int, takes: str) -> Callable[[Any], np.ndarray]:
     import torch
 
     from lvtrain.distributed.world import alone
-    from lvtrain.evaluation.extract import embed
     from lvtrain.weights import load_model
+    from lvtrain.weights.extract import Setting
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(path, device=device, takes=takes)
     typer.echo(model.takes.line())
-    return lambda images: embed(
-        model.forward, images, world=alone(), batch=batch, device=device, image_size=model.image_size
-    )
+    setting = Setting(alone(), device, batch, model.image_size)
+    return lambda images: setting.embed(model.forward, images)
 
 
 def _draw(

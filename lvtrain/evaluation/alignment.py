@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lvtrain.data.align import TEMPLATE_SIZE, Detector, similarity, template
-from lvtrain.evaluation.extract import decode
+from lvtrain.weights.extract import decode
 
 TEMPLATE = "arcface five points"  # what a sidecar calls insightface's template
 UNKNOWN = "unknown"

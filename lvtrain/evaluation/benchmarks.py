@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lvtrain.evaluation import extract, verification
+from lvtrain.evaluation import verification
 from lvtrain.evaluation.bins import read_bin
 from lvtrain.evaluation.group_files import groups_of
 from lvtrain.evaluation.scores import groups as scores
 from lvtrain.evaluation.scores.discard import error_versus_discard
+from lvtrain.weights import extract
 
 DISCARD_TARGETS = (1e-2, 1e-3, 1e-4)
 
@@ -31,17 +33,8 @@ def verify_set(
     """
     images, issame = read_bin(path)
     # an even batch holds whole pairs, so distances are computed batch by batch and no embedding is kept
-    batch = setting.batch + setting.batch % 2
-    pairs = extract.run(
-        forward,
-        images,
-        pair_rows,
-        world=setting.world,
-        batch=batch,
-        device=setting.device,
-        image_size=setting.image_size,
-        progress=setting.progress,
-    )[: len(issame)]
+    even = replace(setting, batch=setting.batch + setting.batch % 2)
+    pairs = even.run(forward, images, pair_rows)[: len(issame)]
     distances, norms, finite, quality = pairs.T
     if not finite.all():
         raise verification.diverged(int((finite == 0).sum()), len(issame), "pairs")

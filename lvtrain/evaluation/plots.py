@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from lvtrain.evaluation.bins import read_bin
-from lvtrain.evaluation.extract import decode
+from lvtrain.weights.extract import decode
 
 _COLORS = ("#2c67c9", "#17866f", "#c24e3a", "#8a63d2", "#a86a00", "#68717d")
 _TEAL, _RED = _COLORS[1], _COLORS[2]

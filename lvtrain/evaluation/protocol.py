@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from lvtrain.evaluation import extract
-from lvtrain.evaluation.extract import Setting
 from lvtrain.recipe.base import Section
 from lvtrain.recipe.registry import Registry
+from lvtrain.weights import extract
+from lvtrain.weights.extract import Setting
 
 Result = dict[str, Any]
 

@@ -9,7 +9,7 @@ import numpy as np
 from lvtrain.data import ShardDataset
 from lvtrain.data.folders import walk_identities
 from lvtrain.errors import UserError
-from lvtrain.evaluation.extract import Forward, Images, Setting
+from lvtrain.weights.extract import Forward, Images, Setting
 
 
 class ShardImages:

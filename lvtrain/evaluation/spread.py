@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from lvtrain.evaluation.extract import Forward
+from lvtrain.weights.extract import Forward
 
 COLLAPSED = (
     0.5  # mean cosine of all pairs from which it is said; identities apart have 0, images of one identity 0.5 to 0.8

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from lvtrain.errors import UserError
-from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Grouped, Setting, Task
+from lvtrain.weights import extract
 
 
 def create_task(name: str, path: str | Path, kind: str | None = None, options: Mapping[str, Any] | None = None) -> Task:

@@ -163,7 +163,7 @@ def accuracies(
     """Ten-fold verification accuracy on a `.bin` set, of the backbone and of the file."""
     from lvtrain.distributed.world import World
     from lvtrain.evaluation.benchmarks import verify_set
-    from lvtrain.evaluation.extract import Setting
+    from lvtrain.weights.extract import Setting
 
     cpu = torch.device("cpu")
 

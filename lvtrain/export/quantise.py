@@ -13,8 +13,8 @@ import numpy as np
 
 from lvtrain.errors import UserError
 from lvtrain.evaluation.bins import read_bin
-from lvtrain.evaluation.extract import decode
 from lvtrain.evaluation.sources import labelled_images
+from lvtrain.weights.extract import decode
 
 QUANTISED = ("Conv", "Gemm", "MatMul")  # operations with weights; attention's products stay float32
 _IMAGES = 256

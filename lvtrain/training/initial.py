@@ -20,11 +20,11 @@ from lvtrain.data import ShardDataset
 from lvtrain.distributed.world import World
 from lvtrain.engine.precision import at_precision
 from lvtrain.errors import UserError
-from lvtrain.evaluation.extract import decode, embed
 from lvtrain.evaluation.sources import ShardImages
 from lvtrain.methods import Method
 from lvtrain.recipe.sections import InitFrom, Recipe
 from lvtrain.weights.architecture import recognise
+from lvtrain.weights.extract import Setting, decode
 from lvtrain.weights.norms import folded_norms, restore_statistics
 from lvtrain.weights.source import Source, open_source
 
@@ -250,19 +250,12 @@ def start_from_means(
     # on the host, where the order of additions is always the same
     sums = torch.zeros(stop - start, classifier.embedding_dim)
     forward = at_precision(backbone, recipe.optimizer.precision, world.device)
+    setting = Setting(world, world.device, batch, recipe.backbone.image_size)
     was_training = backbone.training
     backbone.eval()
     for first in range(0, len(chosen), _TOGETHER):
         ids = chosen[first : first + _TOGETHER]
-        rows = embed(
-            forward,
-            ShardImages(dataset, ids),
-            world=world,
-            batch=batch,
-            device=world.device,
-            image_size=recipe.backbone.image_size,
-            mirror=False,
-        )
+        rows = setting.embed(forward, ShardImages(dataset, ids), mirror=False)
         here = (labels[ids] >= start) & (labels[ids] < stop)
         sums.index_add_(
             0, torch.from_numpy(labels[ids][here] - start), nn.functional.normalize(torch.from_numpy(rows[here]))

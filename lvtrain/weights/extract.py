@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,96 +68,88 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.to(torch.float32).sub_(127.5).div_(127.5)
 
 
-def embed(
-    forward: Forward,
-    images: Images,
-    *,
-    world: World,
-    batch: int,
-    device: torch.device | str,
-    image_size: int = 112,
-    mirror: bool = True,
-    progress: Progress | None = None,
-) -> np.ndarray:
-    """Sum of the embeddings of every image and its mirror image, not normalised: float32 [N, d] on every rank, in order.
+def raw_pixels(images: torch.Tensor) -> torch.Tensor:
+    """The baseline every model must beat: the pixels themselves are the embedding, [b, 3, H, W] -> [b, 3 H W]."""
+    return images.flatten(1)
 
-    Args:
-        forward: takes float32 [b, 3, H, W], RGB, (x - 127.5) / 127.5, gives [b, d]; called under `no_grad`, with eval mode set by the caller.
-        images: N images; see `Images`.
+
+@dataclass(frozen=True)
+class Setting:
+    """How images are embedded, the same for every protocol of one evaluation.
+
+    Attributes:
         world: rank and number of ranks; with more than one, the default process group is used.
-        batch: images in a forward call, always exactly this many (the last batch is padded).
         device: where `forward` expects its images.
-        image_size: pixels a side.
-        mirror: also embed the mirror images, and add.
-        progress: called after each batch with the images embedded so far, of all ranks together, and N.
-
-    Raises:
-        UserError: an image that cannot be decoded, no images.
+        batch: images per forward call, always exactly this many (the last batch is padded).
+        image_size: pixels of a side that the model takes.
+        progress: called after each batch with the images embedded so far, of all ranks together, and their number.
+        kept: the last set's embeddings, for the next protocol on the same set; None to keep none. Only for one forward function.
     """
 
-    def summed(views: np.ndarray) -> np.ndarray:
-        return views.sum(0)
+    world: World
+    device: torch.device | str
+    batch: int = 128
+    image_size: int = 112
+    progress: Progress | None = None
+    kept: dict[tuple[Path, bool], np.ndarray] | None = field(default=None, compare=False)
 
-    rows = run(
-        forward, images, summed, world=world, batch=batch, device=device, image_size=image_size, mirror=mirror, progress=progress
-    )  # fmt: skip
-    return rows[: len(images)]
+    def embed(self, forward: Forward, images: Images, *, mirror: bool = True) -> np.ndarray:
+        """Embeddings, not normalised: float32 [N, d] on every rank, in order. A collective.
 
+        Args:
+            forward: takes float32 [b, 3, H, W], RGB, (x - 127.5) / 127.5, gives [b, d]; called under `no_grad`, with eval
+                mode set by the caller.
+            images: N images; see `Images`.
+            mirror: also embed the mirror images, and add.
 
-def run(
-    forward: Forward,
-    images: Images,
-    reduce: Reduce,
-    *,
-    world: World,
-    batch: int,
-    device: torch.device | str,
-    image_size: int = 112,
-    mirror: bool = True,
-    progress: Progress | None = None,
-) -> np.ndarray:
-    """Embeds batch after batch, keeps `reduce(float32 [views, batch, d])` of each, gathers the rows of all batches in order on every rank.
+        Raises:
+            UserError: an image that cannot be decoded (raised on all ranks alike), no images.
+        """
+        return self.run(forward, images, lambda views: views.sum(0), mirror=mirror)[: len(images)]
 
-    Only what `reduce` returns is stored and sent: pair distances need two numbers a pair, not two embeddings. Rows beyond the last image come
-    from padding (repeats of the last image); the caller cuts them off. The other arguments are those of `embed`.
+    def run(self, forward: Forward, images: Images, reduce: Reduce, *, mirror: bool = True) -> np.ndarray:
+        """Embeds batch after batch, keeps `reduce(float32 [views, batch, d])` of each, gathers the rows of all batches in order on every rank.
 
-    Raises:
-        UserError: an image that cannot be decoded (raised on all ranks alike), no images.
-    """
-    count = len(images)
-    if count == 0:
-        raise UserError("there is no image to embed")
-    batches = -(-count // batch)
-    calls = -(-batches // world.size)
-    mine = range(world.rank * calls, (world.rank + 1) * calls)
-    rows: list[np.ndarray] = []
-    problem: UserError | None = None
-    with ThreadPoolExecutor(_DECODERS) as pool:
+        Only what `reduce` returns is stored and sent: pair distances need two numbers a pair, not two embeddings. Rows
+        beyond the last image come from padding (repeats of the last image); the caller cuts them off. Else as `embed`.
+        """
+        count = len(images)
+        if count == 0:
+            raise UserError("there is no image to embed")
+        batches = -(-count // self.batch)
+        calls = -(-batches // self.world.size)
+        mine = range(self.world.rank * calls, (self.world.rank + 1) * calls)
+        rows: list[np.ndarray] = []
+        problem: UserError | None = None
+        with ThreadPoolExecutor(_DECODERS) as pool:
 
-        def start(number: int) -> list[Any]:
-            # the last batch is filled up with the last image; a rank without a batch repeats the last one, for its forward must run
-            first = min(number, batches - 1) * batch
-            return [pool.submit(_load, images, min(i, count - 1), image_size) for i in range(first, first + batch)]
+            def start(number: int) -> list[Any]:
+                # the last batch is filled up with the last image; a rank without a batch repeats the last one, for its forward must run
+                first = min(number, batches - 1) * self.batch
+                return [
+                    pool.submit(_load, images, min(i, count - 1), self.image_size)
+                    for i in range(first, first + self.batch)
+                ]
 
-        pending = start(mine[0])
-        for done, number in enumerate(mine, start=1):
-            try:
-                pixels = np.stack([future.result() for future in pending])
-            except UserError as error:
-                # every rank must still make its calls: continue with black images, and raise together below
-                problem = problem or error
-                pixels = np.zeros((batch, image_size, image_size, 3), dtype=np.uint8)
-            if number + 1 in mine:
-                pending = start(number + 1)
-            rows.append(reduce(_views(forward, pixels, device, mirror)))
-            if progress is not None:
-                progress(min(done * batch * world.size, count), count)
-    problem_text = str(problem) if problem else ""
-    texts = [problem_text] if world.size == 1 else gather_objects(problem_text)
-    failures = [text for text in texts if text]
-    if failures:
-        raise UserError(failures[0])
-    return _gather_rows(np.concatenate(rows), world)
+            pending = start(mine[0])
+            for done, number in enumerate(mine, start=1):
+                try:
+                    pixels = np.stack([future.result() for future in pending])
+                except UserError as error:
+                    # every rank must still make its calls: continue with black images, and raise together below
+                    problem = problem or error
+                    pixels = np.zeros((self.batch, self.image_size, self.image_size, 3), dtype=np.uint8)
+                if number + 1 in mine:
+                    pending = start(number + 1)
+                rows.append(reduce(_views(forward, pixels, self.device, mirror)))
+                if self.progress is not None:
+                    self.progress(min(done * self.batch * self.world.size, count), count)
+        problem_text = str(problem) if problem else ""
+        texts = [problem_text] if self.world.size == 1 else gather_objects(problem_text)
+        failures = [text for text in texts if text]
+        if failures:
+            raise UserError(failures[0])
+        return _gather_rows(np.concatenate(rows), self.world)
 
 
 def _load(images: Images, position: int, image_size: int) -> np.ndarray:

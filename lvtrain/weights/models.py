@@ -112,15 +112,8 @@ class Model(nn.Module):
         faces = Faces(images, self.image_size, align=align)
         if not len(faces):
             return np.zeros((0, self.embedding_dim), dtype=np.float32)
-        rows = extract.embed(
-            self.forward,
-            faces,
-            world=World(0, 1, 0, self.device),
-            batch=min(batch, len(faces)),
-            device=self.device,
-            image_size=self.image_size,
-            mirror=mirror,
-        )
+        setting = extract.Setting(World(0, 1, 0, self.device), self.device, min(batch, len(faces)), self.image_size)
+        rows = setting.embed(self.forward, faces, mirror=mirror)
         if not np.isfinite(rows).all():
             raise UserError(f"{self.name} gives NaN or infinity; the model has diverged, take an earlier checkpoint")
         unit: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))

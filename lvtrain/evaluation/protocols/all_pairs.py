@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from lvtrain.evaluation import allpairs, extract, plots, shown
+from lvtrain.evaluation import allpairs, plots, shown
 from lvtrain.evaluation.group_files import groups_of
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Grouped, Protocol, Result, Setting, followed, percent
 from lvtrain.evaluation.scores.discard import error_versus_discard, genuine_pairs
 from lvtrain.evaluation.scores.groups import of_identities
 from lvtrain.evaluation.sources import embed_labelled, identity_names, is_labelled_set, labelled_images
 from lvtrain.evaluation.verification import unit_rows
+from lvtrain.weights import extract
 
 
 class AllPairsOptions(Flip, Grouped):

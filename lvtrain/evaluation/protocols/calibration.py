@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lvtrain.evaluation import bins, extract, verification
+from lvtrain.evaluation import bins, verification
 from lvtrain.evaluation.protocol import PROTOCOLS, Protocol, Result, Setting, percent
 from lvtrain.evaluation.scores import calibrate
 from lvtrain.evaluation.sources import embed_labelled, is_labelled_set, labelled_images
+from lvtrain.weights import extract
 
 
 @PROTOCOLS.register("calibration")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting
 from lvtrain.evaluation.scores import clustering
 from lvtrain.evaluation.sources import embed_labelled, labelled_images
+from lvtrain.weights import extract
 
 _NAMES = {"kmeans": "K-means, given the number of identities", "dbscan": "DBSCAN", "agglomerative": "agglomerative"}
 _SHARES = ("pairwise_f", "bcubed_precision", "bcubed_recall", "bcubed_f", "nmi")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
 from lvtrain.evaluation.scores import identification
 from lvtrain.evaluation.sources import embed_labelled, labelled_images
+from lvtrain.weights import extract
 
 
 class IdentificationOptions(Flip):

@@ -7,9 +7,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from lvtrain.evaluation import extract, plots, shown
+from lvtrain.evaluation import plots, shown
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Grouped, Protocol, Result, Setting, followed, percent
 from lvtrain.evaluation.sets import ijb
+from lvtrain.weights import extract
 
 
 class IjbOptions(Flip, Grouped):

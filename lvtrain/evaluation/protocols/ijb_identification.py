@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
 from lvtrain.evaluation.sets import ijb, ijb_galleries
 from lvtrain.evaluation.sources import embed_kept
+from lvtrain.weights import extract
 
 
 class IjbIdentificationOptions(Flip):

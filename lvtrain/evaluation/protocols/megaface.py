@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
 from lvtrain.evaluation.sets import megaface
 from lvtrain.evaluation.sources import embed_labelled, labelled_images
+from lvtrain.weights import extract
 
 
 @PROTOCOLS.register("megaface")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lvtrain.evaluation import extract
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Protocol, Result, Setting, percent
 from lvtrain.evaluation.sets import tinyface
+from lvtrain.weights import extract
 
 
 class TinyFaceOptions(Flip):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lvtrain.evaluation import benchmarks, bins, extract, plots, shown
+from lvtrain.evaluation import benchmarks, bins, plots, shown
 from lvtrain.evaluation.protocol import PROTOCOLS, Grouped, Protocol, Result, Setting, percent
+from lvtrain.weights import extract
 
 
 @PROTOCOLS.register("verification")

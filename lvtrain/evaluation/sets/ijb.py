@@ -19,10 +19,11 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from lvtrain.errors import UserError
-from lvtrain.evaluation import extract, verification
+from lvtrain.evaluation import verification
 from lvtrain.evaluation.group_files import groups_of
 from lvtrain.evaluation.scores.groups import Pairs, of_pairs
 from lvtrain.evaluation.sources import embed_kept
+from lvtrain.weights import extract
 
 TARGETS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # rows of `*_face_tid_mid.txt`, a number on which our sources agree
