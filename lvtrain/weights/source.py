@@ -22,7 +22,7 @@ from lvtrain.errors import UserError
 from lvtrain.weights.architecture import Architecture, recognise
 from lvtrain.weights.foreign import scale_pixels, swap_colours
 from lvtrain.weights.model_input import ASSUMED, OURS, ModelInput
-from lvtrain.weights.onnx_pack import recogniser
+from lvtrain.weights.onnx_file import recogniser
 from lvtrain.weights.reading import Weights as ForeignWeights
 from lvtrain.weights.reading import read_weights
 
