@@ -195,7 +195,7 @@ def test_what_leaves_the_host_as_bytes_is_the_same(folder, augmentation, monkeyp
 def test_the_torch_backend_needs_no_dali(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     for name in ("pixels", "torch_backend"):
-        spec = importlib.util.find_spec(f"lvtrain.data.{name}")
+        spec = importlib.util.find_spec(f"lvtrain.data.decoding.{name}")
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
