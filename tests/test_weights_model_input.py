@@ -50,8 +50,12 @@ def graph(
     weight: np.ndarray = WEIGHT,
     metadata: dict[str, str] | None = None,
     listed: bool = False,
+    pixel: bool = False,
 ) -> Path:
-    """`data`, the nodes of `before` that end in `x`, then a convolution, maybe a BatchNorm, pooling and a linear layer."""
+    """`data`, the nodes of `before` that end in `x`, then a convolution, maybe a BatchNorm, pooling and a linear layer.
+
+    With `pixel` the embedding is [n, d, 1, 1].
+    """
     nodes = [
         *before,
         HELPER.make_node("Conv", ["x" if before else "data", "w"], ["conv"], pads=[1, 1, 1, 1], strides=[2, 2]),
@@ -67,10 +71,15 @@ def graph(
         HELPER.make_node("Flatten", ["pool"], ["flat"]),
         HELPER.make_node("MatMul", ["flat", "last"], ["e"]),
     ]
+    if pixel:
+        stored.append(onnx.numpy_helper.from_array(np.array([0, DIM, 1, 1]), "map"))
+        nodes[-1].output[0] = "row"
+        nodes.append(HELPER.make_node("Reshape", ["row", "map"], ["e"]))
     inputs = [HELPER.make_tensor_value_info("data", kind, shape)]
     if listed:
         inputs += [HELPER.make_tensor_value_info(t.name, 1, list(t.dims)) for t in stored]
-    made = HELPER.make_graph(nodes, "g", inputs, [HELPER.make_tensor_value_info("e", 1, ["n", DIM])], stored)
+    last = HELPER.make_tensor_value_info("e", 1, ["n", DIM, 1, 1] if pixel else ["n", DIM])
+    made = HELPER.make_graph(nodes, "g", inputs, [last], stored)
     model = HELPER.make_model(made, opset_imports=[HELPER.make_opsetid("", 13)], ir_version=8)
     HELPER.set_model_props(model, metadata or {})
     onnx.save(model, str(path))
@@ -78,9 +87,11 @@ def graph(
 
 
 def asked(path: Path, images: np.ndarray) -> np.ndarray:
-    """Asks onnxruntime itself, image by image."""
+    """Asks onnxruntime itself, image by image, or by as many as the file takes."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run(None, {"data": image[None]})[0] for image in images])
+    together = session.get_inputs()[0].shape[0]
+    parts = np.split(images, len(images) // (together if isinstance(together, int) else 1))
+    return np.concatenate([session.run(None, {"data": part})[0].reshape(-1, DIM) for part in parts])
 
 
 def node(kind: str, *names: str, **attributes: Any) -> Any:
@@ -164,6 +175,62 @@ FOUND: dict[str, tuple[dict[str, Any], np.ndarray, str]] = {
         CHANNELS - np.float32(127.5),
         "-127.5..127.5",
     ),
+    "splits, joins in reverse and clips": (
+        {
+            "before": [
+                node("Clip", "data", "low", "high", "k"),
+                HELPER.make_node("Split", ["k"], ["c0", "c1", "c2"], axis=1),
+                node("Concat", "c2", "c1", "c0", "j", axis=1),
+                node("Sub", "j", "m", "s"),
+                node("Mul", "s", "f", "x"),
+            ],
+            "constants": [constant(*each) for each in (("low", 0.0), ("high", 255.0), ("m", 127.5), ("f", 1 / 127.5))],
+        },
+        CHANNELS[:, ::-1],
+        "0..255",
+    ),
+    "clips to its own range, in half precision": (
+        {
+            "before": [
+                node("Cast", "data", "k", to=1),
+                node("Clip", "k", "low", "high", "c"),
+                node("Div", "c", "f", "d"),
+                node("Sub", "d", "m", "x"),
+            ],
+            "constants": [constant(*each) for each in (("low", 0.0), ("high", 1.0), ("f", 0.5), ("m", 1.0))],
+            "kind": 10,
+        },
+        (CHANNELS / np.float32(255)).astype(np.float16),
+        "0..1",
+    ),
+    "constants and shapes that the graph computes": (
+        {
+            "before": [
+                HELPER.make_node("Constant", [], ["a"], value_float=255.0),
+                HELPER.make_node("Constant", [], ["b"], value_float=2.0),
+                node("Div", "a", "b", "m"),
+                node("Shape", "data", "sh"),
+                node("Reshape", "data", "rows", "r"),
+                node("Sub", "m", "r", "s"),
+                node("Neg", "s", "n"),
+                node("Div", "n", "m", "d"),
+                node("Reshape", "d", "sh", "x"),
+            ],
+            "constants": [onnx.numpy_helper.from_array(np.array([0, 3, -1]), "rows")],
+        },
+        CHANNELS,
+        "0..255",
+    ),
+    "fixed batch, an embedding of one pixel": (
+        {
+            "before": [node("Div", "data", "m", "x")],
+            "constants": [constant("m", 255.0)],
+            "shape": (3, 3, SIDE, SIDE),
+            "pixel": True,
+        },
+        CHANNELS,
+        "0..255",
+    ),
     "metadata": ({"before": [], "metadata": {"lvtrain.input": "bgr 0..1"}}, CHANNELS[:, ::-1] / np.float32(255), "0..1"),
     "nothing says it": ({"before": []}, ours().numpy(), "-1..1"),
 }  # fmt: skip
@@ -200,6 +267,20 @@ def test_the_user_may_say_it(words: str, images: np.ndarray, tmp_path: Path) -> 
     assert ModelInput(size=SIDE).changed(model.takes.words) == model.takes  # what is printed can be given
 
 
+def test_size_layout_and_batch_may_be_said_where_the_shape_does_not(tmp_path: Path) -> None:
+    sides = ("n", "c", "h", "w")
+    path = graph(tmp_path / "model.onnx", [node("Transpose", "data", "x", perm=[0, 3, 1, 2])], shape=sides)
+    assert {"assumed"} == {read_input(path).sources[name] for name in ("layout", "size")}
+    model = load_model(path, takes=f"nhwc {SIDE} batch=3")
+    assert (model.takes.layout, model.takes.size, model.takes.batch) == ("nhwc", SIDE, 3)
+    expected = asked(path, ours().permute(0, 2, 3, 1).numpy())
+    np.testing.assert_allclose(model(ours()).numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    fixed = graph(tmp_path / "fixed.onnx", [], shape=(1, 3, SIDE, SIDE))
+    for words in ("batch=2", "nhwc", "64"):
+        with pytest.raises(UserError, match="input"):
+            read_input(fixed, words)
+
+
 @pytest.mark.parametrize("words", ["0..1", "0..255", "-127.5..127.5", "-1..1"])
 def test_a_batch_norm_shows_the_range_it_was_trained_in(words: str, tmp_path: Path, tiny_faces: Path) -> None:
     """Its statistics are of generated faces, which the reader has not seen."""
@@ -234,7 +315,18 @@ def test_what_takes_no_faces_is_refused(shape: tuple[Any, ...], kind: int, tmp_p
 
 
 @pytest.mark.parametrize(
-    "words", ["yuv", "255..0", "mean=127.5", "mean=1,2 std=1,2", "mean=0.485 std=0.229", "std=0 mean=1", "nhwc", "64"]
+    "words",
+    [
+        "yuv",
+        "255..0",
+        "mean=127.5",
+        "mean=1,2 std=1,2",
+        "mean=0.485 std=0.229",
+        "std=0 mean=1",
+        "nhwc",
+        "64",
+        "batch=0",
+    ],
 )
 def test_words_that_cannot_be_meant_are_refused(words: str, tmp_path: Path) -> None:
     path = graph(tmp_path / "model.onnx", [])

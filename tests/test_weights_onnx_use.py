@@ -88,6 +88,7 @@ def test_a_run_starts_from_it_with_statistics_of_its_own_images(pack: Path, tiny
     assert run(recipes["with"], ranks=2) == 0, output(recipes["with"])
     (event,) = events(tmp_path / "with" / "runs" / "tiny", "init_from")
     assert event["left_fresh"] == [] and event["norms"].startswith("22 ")
+    assert event["input"] == load_model(pack).takes.pixels()
     assert run_ranks(2, _without_statistics, str(recipes["without"])) == [0, 0]
     kept, lost = least_cosine(tmp_path / "with"), least_cosine(tmp_path / "without")
     assert lost < 0.9 < 0.95 < kept, (lost, kept)

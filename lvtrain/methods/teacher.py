@@ -25,6 +25,8 @@ def open_teacher(section: Distill, student: Backbone) -> tuple[Architecture, Sou
         source = open_source(section.teacher, takes=section.input)
         architecture = source.architecture()
         name = f"{architecture.name} from {section.teacher}, {source.kind}"
+        if source.input_line:
+            name += f", takes {source.input_line}"
         for what in ("embedding_dim", "image_size"):
             theirs, ours = getattr(architecture, what), getattr(student, what)
             if theirs != ours:

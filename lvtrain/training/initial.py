@@ -106,6 +106,8 @@ def load_initial(section: InitFrom, method: Method) -> dict[str, Any]:
     taken, missing = _fitting(section.path, weights, method)
     method.evaluated().load_state_dict({name: weights[name] for name in taken}, strict=False)
     loaded: dict[str, Any] = {"path": str(section.path), "tensors": len(taken), "left_fresh": missing[:8]}
+    if source.input_line:
+        loaded["input"] = source.input_line
     if section.classifier == "load":
         loaded["classifier"] = _load_centres(source, method)
     return loaded

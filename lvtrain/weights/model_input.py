@@ -32,7 +32,10 @@ RANGES = {
     "-127.5..127.5": ((127.5,) * 3, (1.0,) * 3),
     "imagenet": IMAGENET,
 }
-_WORDS = "rgb, bgr, nchw, nhwc, LOW..HIGH, imagenet, mean=R,G,B with std=R,G,B (of pixels 0..255), or pixels of a side"
+_WORDS = (
+    "rgb, bgr, nchw, nhwc, LOW..HIGH, imagenet, mean=R,G,B with std=R,G,B (of pixels 0..255), pixels of a side, or "
+    "batch=IMAGES a call"
+)
 Channels = tuple[float, float, float]
 
 
@@ -47,7 +50,7 @@ class ModelInput:
         layout: nchw or nhwc.
         dtype: float32, float16, float64 or uint8.
         batch: images a call, always exactly so many; None for any number.
-        sources: who said it, for `colours` and `range`.
+        sources: who said it, for `colours`, `range`, `layout`, `size` and `batch`; `SHAPE` is the declared shape of the file's input.
     """
 
     size: int = 112
@@ -91,6 +94,8 @@ class ModelInput:
                 found["mean"], found["std"] = IMAGENET
             elif word.isdecimal() and 16 <= int(word) <= 1024:
                 found["size"] = int(word)
+            elif match := re.fullmatch(r"batch=(\d+)", word):
+                found["batch"] = int(match[1])
             elif match := re.fullmatch(r"(-?[\d.]+?)\.\.(-?[\d.]+)", word):
                 low, high = map(_number, match.groups())
                 if low >= high:
@@ -106,10 +111,9 @@ class ModelInput:
                 raise UserError(f"input {words!r}: {word} is unknown; the words are {_WORDS}")
         _check(words, found, self)
         sources = dict(self.sources)
-        if "colours" in found:
-            sources["colours"] = source
-        if "mean" in found:
-            sources["range"] = source
+        for name, key in (("colours", "colours"), ("range", "mean"), ("layout", "layout"), ("size", "size")):
+            if key in found and sources.get(name) != SHAPE:
+                sources[name] = source
         return replace(self, **found, sources=sources)
 
     @property
@@ -125,15 +129,19 @@ class ModelInput:
         """What `changed` needs to hear for the same input."""
         return f"{self.colours} {self.range} {self.layout} {self.size}"
 
+    def pixels(self) -> str:
+        """Colour order and range, with who said them."""
+        return f"{self.colours.upper()}{self._said('colours')}, {self.range}{self._said('range')}"
+
+    def _said(self, name: str) -> str:
+        who = self.sources.get(name, SHAPE)
+        return "" if who == SHAPE else f" ({who})"
+
     def line(self) -> str:
         """The input in one line, with who said it."""
-        by = {name: self.sources.get(name, "") for name in ("colours", "range")}
-        said = {name: f" ({who})" if who else "" for name, who in by.items()}
         batch = "any number of images" if self.batch is None else f"{self.batch} image{'s' * (self.batch > 1)}"
-        return (
-            f"input: {self.colours.upper()}{said['colours']}, {self.range}{said['range']}, {self.layout.upper()} {self.dtype}, "
-            f"{self.size}x{self.size}, {batch} a call"
-        )
+        layout = f"{self.layout.upper()} {self.dtype}{self._said('layout')}"
+        return f"input: {self.pixels()}, {layout}, {self.size}x{self.size}{self._said('size')}, {batch} a call"
 
     def others(self) -> list[ModelInput]:
         """The same input in the other usual ranges."""
@@ -147,7 +155,7 @@ class ModelInput:
 
 
 OURS = ModelInput()
-ASSUMED = "assumed"
+ASSUMED, SHAPE = "assumed", "shape"
 
 
 def _plain(values: Channels) -> str:
@@ -171,7 +179,11 @@ def _check(words: str, found: dict[str, Any], before: ModelInput) -> None:
             raise UserError(
                 f"input {words!r}: mean and std are of pixels from 0 to 255; multiply these by 255, or write imagenet"
             )
-    if (layout := found.get("layout", before.layout)) != before.layout and before.sources.get("layout"):
+    if (layout := found.get("layout", before.layout)) != before.layout and before.sources.get("layout") == SHAPE:
         raise UserError(f"input {words!r}: the file's input has the shape of {before.layout}, not {layout}")
-    if (size := found.get("size", before.size)) != before.size and before.sources.get("size"):
+    if (size := found.get("size", before.size)) != before.size and before.sources.get("size") == SHAPE:
         raise UserError(f"input {words!r}: the file takes {before.size}x{before.size} images, not {size}")
+    if (batch := found.get("batch", before.batch)) != before.batch and before.sources.get("batch") == SHAPE:
+        raise UserError(f"input {words!r}: the file takes {before.batch} images a call, not {batch}")
+    if batch == 0:
+        raise UserError(f"input {words!r}: batch must be 1 or more")

@@ -74,6 +74,7 @@ def session(path: str | Path, *, exact: bool = False) -> Callable[[np.ndarray], 
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path} cannot be run on images {list(images.shape)}: {reason}") from error
-        return found
+        # converted from Caffe or OpenVINO, an embedding is a feature map of one pixel
+        return found.reshape(found.shape[:2]) if found.ndim > 2 and set(found.shape[2:]) == {1} else found
 
     return run

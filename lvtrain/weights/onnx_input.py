@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from lvtrain.errors import UserError
-from lvtrain.weights.model_input import ASSUMED, METADATA, RANGES, ModelInput
+from lvtrain.weights.model_input import ASSUMED, METADATA, RANGES, SHAPE, ModelInput
 
 _TYPES = {"FLOAT": "float32", "FLOAT16": "float16", "DOUBLE": "float64", "UINT8": "uint8"}
 # an aligned face crop's pixels, red, green, blue: VGGFace2's published means, and a usual spread
@@ -43,7 +42,7 @@ def read_input(path: Path, words: str = "") -> ModelInput:
     if said:
         found = found.changed(said, "the file's metadata")
     else:
-        found = _by_graph(path, model, inputs[0].name, found, stored)
+        found = _by_graph(path, model, inputs[0].name, found)
     return found.changed(words)
 
 
@@ -74,10 +73,11 @@ def _declared(path: Path, value: Any) -> ModelInput:
     height, width = shape[1:3] if layout == "nhwc" else shape[2:]
     if height != width:
         raise UserError(f"{path} takes images of {width}x{height} pixels; aligned faces are square")
-    sources = {"layout": "shape"} if 3 in (shape[1], shape[3]) else {}
-    if height:
-        sources["size"] = "shape"
-    sources |= {"colours": ASSUMED, "range": ASSUMED}
+    sources = {"colours": ASSUMED, "range": ASSUMED}
+    sources["layout"] = SHAPE if 3 in (shape[1], shape[3]) else ASSUMED
+    sources["size"] = SHAPE if height else ASSUMED
+    if shape[0]:
+        sources["batch"] = SHAPE
     found = ModelInput(size=height or 112, layout=layout, dtype=_TYPES[kind], batch=shape[0], sources=sources)
     return _in_range(found, "0..255", "it takes bytes") if kind == "UINT8" else found
 
@@ -85,28 +85,20 @@ def _declared(path: Path, value: Any) -> ModelInput:
 # ------------------------------------------------------------------------------------------------------------------ arithmetic of pixels
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One node that computes on the pixels alone: they become factor * x + summand, by channel or all alike, or in reversed channel order."""
-
-    factor: np.ndarray
-    summand: np.ndarray
-    reverses: bool = False
-
-
-def _by_graph(path: Path, model: Any, image: str, found: ModelInput, stored: set[str]) -> ModelInput:
-    factor, summand, reversed_ = np.ones(3), np.zeros(3), False
-    for step in _steps(model, image, 3 if found.layout == "nhwc" else 1):
-        factor, summand = factor * step.factor, summand * step.factor + step.summand
-        if step.reverses:
-            factor, summand, reversed_ = factor[::-1], summand[::-1], not reversed_
-    if reversed_:  # from here on by the channels of the input
-        factor, summand = factor[::-1], summand[::-1]
+def _by_graph(path: Path, model: Any, image: str, found: ModelInput) -> ModelInput:
+    """What the graph does to pixels before its first layer: measured, so that the operations do not matter."""
+    measured = _arithmetic(model, image, found)
+    if measured is None:  # by the channels of the input
+        factor, summand, is_reversed = np.ones(3), np.zeros(3), False
+    else:
+        factor, summand, is_reversed = measured
+    if is_reversed:
         found = _in_order(found, "bgr", "the graph reverses the channels")
-    if not (np.allclose(factor, 1) and np.allclose(summand, 0)):
-        mean = -summand / factor  # what it subtracts, in the input's units
-        shown = ",".join(f"{value:g}" for value in dict.fromkeys(mean.round(4).tolist()))
-        divisor = ",".join(f"{1 / value:g}" for value in dict.fromkeys(factor.tolist()))
+    if not (np.allclose(factor, 1, atol=1e-3) and np.allclose(summand, 0, atol=1e-3)):
+        mean = (-summand / factor).round(4)  # what it subtracts, in the input's units
+        mean[np.abs(mean * factor) < 1e-3] = 0.0  # rounding of what is none
+        shown = ",".join(f"{value:g}" for value in dict.fromkeys(_digits(mean)))
+        divisor = ",".join(f"{value:g}" for value in dict.fromkeys(_digits(1 / factor)))
         found = _in_range(
             found, _range_of(mean, factor), f"the graph normalises itself: mean {shown}, divisor {divisor}"
         )
@@ -118,6 +110,11 @@ def _by_graph(path: Path, model: Any, image: str, found: ModelInput, stored: set
     elif found.assumed and (range_ := _by_statistics(path, model, image, found)) is not None:
         found = _in_range(found, range_, "from the first BatchNorm's statistics")
     return found
+
+
+def _digits(values: np.ndarray) -> list[float]:
+    """As they were meant: float32 leaves six digits that are right."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def _range_of(mean: np.ndarray, factor: np.ndarray) -> str:
@@ -137,54 +134,104 @@ def _in_range(found: ModelInput, name: str, why: str) -> ModelInput:
     return replace(found, mean=mean, std=std, sources={**found.sources, "range": why})
 
 
-def _steps(model: Any, image: str, axis: int) -> Iterator[_Step]:
-    """The nodes between the image and the first layer, as far as one follows another and each is plain arithmetic. `axis` has the channels."""
-    from onnx import helper, numpy_helper
+def _arithmetic(model: Any, image: str, found: ModelInput) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    """Factor and summand that each channel of the input gets before the first layer, float64 [3] each, and whether the channels are reversed.
 
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    Images of one colour each show it, however the graph computes it. None if the first layer sees anything else than
+    factor * pixel + summand by channel.
+    """
+    wanted = _before_first_layer(model, image)
+    generator = np.random.default_rng(0)
+    count = -(-_COLOURS // (found.batch or 1)) * (found.batch or 1)
+    seen = []
+    for low, high in ((0.0, 255.0), (0.0, 1.0), (-1.0, 1.0)):  # a graph may clip its pixels to its own range
+        drawn = generator.uniform(low, high, (count, 3)).round(0 if found.dtype == "uint8" else 2)
+        colours = torch.from_numpy(drawn).to(getattr(torch, found.dtype))
+        shape = (count, found.size, found.size, 3) if found.layout == "nhwc" else (count, 3, found.size, found.size)
+        pixels = colours.view(count, *((1, 1, 3) if found.layout == "nhwc" else (3, 1, 1))).expand(shape)
+        try:
+            values = _outputs(model, image, wanted, pixels.contiguous().numpy(), found.batch)
+        except Exception:  # a part that onnxruntime cannot run alone says nothing
+            return None
+        seen.append([(colours.double().numpy(), value) for value in values])
+    last_first = (pair for tensor in reversed(list(zip(*seen))) for pair in tensor)
+    return next((fit for pair in last_first if (fit := _fitted(*pair)) is not None), None)
+
+
+_COLOURS = 8  # images from which the twelve numbers of an affine map of colours are fitted
+_LAYERS = {
+    *("Conv", "ConvInteger", "ConvTranspose", "QLinearConv", "Einsum", "Gemm", "MatMul", "MatMulInteger"),
+    *("QLinearMatMul", "BatchNormalization", "InstanceNormalization", "LayerNormalization"),
+}
+
+
+def _fitted(colours: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    """The affine map by channel from `colours` [n, 3] to a tensor [n, ...] that is a feature map of one colour an image."""
+    if values.ndim != 4 or values.dtype.kind not in "fui" or not np.isfinite(values).all():
+        return None
+    axis = 1 if values.shape[1] == 3 else 3
+    if values.shape[axis] != 3 or min(values.shape[1:]) < 3:
+        return None
+    flat = np.moveaxis(values, axis, 1).reshape(len(values), 3, -1).astype(np.float64)
+    mean, scale = flat.mean(2), np.abs(flat).max()
+    if not scale or np.abs(flat - mean[..., None]).max() > 1e-3 * scale:
+        return None
+    known = np.concatenate([colours, np.ones((len(colours), 1))], axis=1)
+    solved, *_ = np.linalg.lstsq(known, mean, rcond=None)
+    if np.abs(known @ solved - mean).max() > 2e-3 * np.ptp(mean):
+        return None
+    matrix, summand = solved[:3].T, solved[3]
+    for is_reversed, one in ((False, matrix), (True, matrix[::-1])):  # by the input's channels
+        factor = one.diagonal()
+        if np.abs(one - np.diag(factor)).max() < 1e-2 * np.abs(factor).min():
+            return factor, summand[::-1] if is_reversed else summand, is_reversed
+    return None
+
+
+def _before_first_layer(model: Any, image: str) -> list[str]:
+    """The tensors that the image becomes on its way to the first layer, in order; the image itself is none of them."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    depends, first = {image}, None
     for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
-            constants[node.output[0]] = node.attribute[0].t
-    tensor, one, zero = image, np.ones(3), np.zeros(3)
-    while True:
-        users = [node for node in model.graph.node if tensor in node.input]
-        if len(users) != 1:
-            return
-        (node,) = users
-        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        others = [constants.get(name) for name in node.input if name and name != tensor]
-        known = [numpy_helper.to_array(value).reshape(-1) for value in others if value is not None]
-        if node.op_type == "Transpose":
-            axis = list(given.get("perm", range(3, -1, -1))).index(axis)
-        elif node.op_type in ("Gather", "GatherND", "Slice") and len(known) == len(others) and node.input[0] == tensor:
-            # torch's exporter gathers from the first axis, which it moved there, by GatherND
-            if given.get("batch_dims", 0) or not _reverses(node.op_type, known, given.get("axis", 0), axis):
-                return
-            yield _Step(one, zero, reverses=True)
-        elif node.op_type in ("Add", "Sub", "Mul", "Div") and len(known) == len(others) == 1:
-            value, first = known[0].astype(np.float64), node.input[0] == tensor
-            if value.size not in (1, 3) or (node.op_type == "Div" and not first):
-                return
-            value = np.broadcast_to(value, 3)
-            if node.op_type == "Add":
-                yield _Step(one, value)
-            elif node.op_type == "Sub":
-                yield _Step(one, -value) if first else _Step(-one, value)
-            else:
-                yield _Step(value if node.op_type == "Mul" else 1 / value, zero)
-        elif node.op_type not in ("Cast", "CastLike", "Identity"):
-            return
-        tensor = node.output[0]
+        if depends.intersection(node.input) and node.op_type != "Shape":
+            if node.op_type in _LAYERS:
+                first = node.input[0]
+                break
+            depends.update(node.output)
+    needed, waiting = set(), [first] if first else []
+    while waiting:
+        name = waiting.pop()
+        if name not in needed:
+            needed.add(name)
+            waiting += makers[name].input if name in makers else []
+    return [output for node in model.graph.node for output in node.output if output in needed & depends]
 
 
-def _reverses(kind: str, values: list[np.ndarray], axis: int, channels: int) -> bool:
-    """Whether a Gather or a Slice turns the order of the three channels, and does nothing else."""
-    if kind != "Slice":
-        return axis % 4 == channels and [int(i) % 3 for i in values[0]] == [2, 1, 0]
-    if len(values) != 4 or any(value.size != 1 for value in values):
-        return False
-    start, end, where, step = (int(value[0]) for value in values)
-    return where % 4 == channels and step == -1 and (start == -1 or start >= 2) and end < -3
+def _outputs(model: Any, image: str, wanted: list[str], images: np.ndarray, batch: int | None) -> list[np.ndarray]:
+    """The tensors `wanted` of some images, a multiple of `batch`, by onnxruntime. No other part of the model is loaded."""
+    import onnx
+    import onnxruntime
+
+    if not wanted:
+        return []
+    nodes, needed = [], set(wanted)
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            nodes.append(node)
+            needed.update(filter(None, node.input))  # an optional input that is left out has no name
+    part = onnx.helper.make_graph(
+        nodes[::-1],
+        "part",
+        [value for value in model.graph.input if value.name == image],
+        [onnx.helper.make_empty_tensor_value_info(name) for name in wanted],
+        [tensor for tensor in model.graph.initializer if tensor.name in needed],
+    )
+    made = onnx.helper.make_model(part, opset_imports=list(model.opset_import), ir_version=model.ir_version)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    parts = np.split(images, len(images) // (batch or len(images)))
+    return [np.concatenate(each) for each in zip(*(session.run(wanted, {image: part}) for part in parts))]
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics of a BatchNorm
@@ -192,8 +239,6 @@ def _reverses(kind: str, values: list[np.ndarray], axis: int, channels: int) -> 
 
 def _by_statistics(path: Path, model: Any, image: str, found: ModelInput) -> str | None:
     """The range in which the first BatchNorm's stored mean and variance are what face-like images give; None if no range is clearly best."""
-    import onnx
-    import onnxruntime
     from onnx import numpy_helper
 
     node = next((node for node in model.graph.node if node.op_type == "BatchNormalization"), None)
@@ -201,20 +246,13 @@ def _by_statistics(path: Path, model: Any, image: str, found: ModelInput) -> str
     if node is None or any(name not in stored for name in node.input[1:5]):
         return None
     mean, variance = (numpy_helper.to_array(stored[name]).astype(np.float64) for name in node.input[3:5])
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    del probe.graph.output[:]
-    probe.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.input[0]))
     together = found.batch or 4
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    images = faces(2 * together, found.size)
     try:
-        session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
         scores = {}
         for name in RANGES:
-            taken = _in_range(found, name, "")
-            parts = faces(2 * together, found.size).split(together)
-            seen = np.concatenate([session.run(None, {image: taken.given(part).numpy()})[0] for part in parts])
+            taken = _in_range(found, name, "").given(images).numpy()
+            (seen,) = _outputs(model, image, [node.input[0]], taken, found.batch)
             scores[name] = _misfit(seen.astype(np.float64), mean, variance)
     except Exception:  # a graph that cannot be cut here says nothing
         return None

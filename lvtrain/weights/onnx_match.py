@@ -35,12 +35,16 @@ _LEAVES = (nn.Conv2d, _BatchNorm, nn.PReLU, nn.Linear, nn.MaxPool2d, nn.Dropout,
 
 @dataclass
 class OnnxWeights:
-    """`state` by our names; `folded`: BatchNorms that the file has no more; `difference` of the embeddings to the file's, as `_CLOSE`."""
+    """Weights by our names.
+
+    `folded`: BatchNorms that the file has no more; `difference` of the embeddings to the file's, as `_CLOSE`; `input`: colour order and range of its images.
+    """
 
     architecture: Architecture
     state: dict[str, torch.Tensor]
     folded: list[str]
     difference: float
+    input: str
 
     def __str__(self) -> str:
         folded = f", {len(self.folded)} BatchNorms were folded" if self.folded else ""
@@ -70,7 +74,7 @@ def read_onnx(path: Path, takes: str = "") -> OnnxWeights:
         raise UserError(
             f"{path} looks like {architecture.name}, but its embeddings differ by {difference:.1e} from those of the weights read from it; not used"
         )
-    return OnnxWeights(architecture, match.state, match.folded, difference)
+    return OnnxWeights(architecture, match.state, match.folded, difference, taken.pixels())
 
 
 class _Mismatch(Exception): ...

@@ -34,6 +34,7 @@ class Weights:
 
     `kind` names the format, for messages. `rows` are class centres `[C or part of it, d]`, if the file holds them. `dropped`
     names tensors that belong to neither (a projection head, optimizer state). `bgr`: the file says that it takes blue first.
+    `input`: colour order and range of the images that an ONNX file takes.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Weights:
     rows: torch.Tensor | None = None
     dropped: list[str] = field(default_factory=list)
     bgr: bool = False
+    input: str = ""
 
 
 def read_weights(path: str | Path, *, branch: str | None = None, average: bool = False, takes: str = "") -> Weights:
@@ -59,7 +61,7 @@ def read_weights(path: str | Path, *, branch: str | None = None, average: bool =
     path = Path(path)
     if path.suffix == ".onnx" and path.is_file():
         found = read_onnx(path, takes)
-        return Weights(str(found), found.state)
+        return Weights(str(found), found.state, input=found.input)
     content = _load(path)
     if isinstance(content, torch.Tensor):
         return Weights("class rows of one rank (arcface_torch, older)", {}, rows=content.float())

@@ -40,6 +40,7 @@ class Source(ABC):
         kind: which weights these are, for messages.
         shapes: of the evaluated network's tensors, by name.
         centres_shape: [C, d] of the class centres, if the source holds all of them.
+        input_line: colour order and range of the images that another project's file takes, and who said so; empty for lvtrain's own.
         takes: how the network of `state` takes its images: as lvtrain's do, unless `open_source` was asked to leave the range as it is.
     """
 
@@ -47,6 +48,7 @@ class Source(ABC):
     shapes: dict[str, torch.Size]
     centres_shape: torch.Size | None = None
     takes: ModelInput = OURS
+    input_line: str = ""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -148,7 +150,7 @@ class ForeignSource(Source):
         weights = read_weights(path, average=average, takes=takes)
         if not weights.backbone:
             raise UserError(f"{path} holds {weights.kind}, no backbone")
-        self.kind, self._weights = weights.kind, weights.backbone
+        self.kind, self._weights, self.input_line = weights.kind, weights.backbone, weights.input
         if path.suffix != ".onnx":
             self._turn(weights, takes, keep_range)
         self.shapes = {name: tensor.shape for name, tensor in self._weights.items()}
@@ -159,6 +161,7 @@ class ForeignSource(Source):
         """To RGB, and to our range where that is exact."""
         said = {"colours": "its file says so" if weights.bgr else ASSUMED, "range": ASSUMED}
         found = replace(OURS, colours="bgr" if weights.bgr else "rgb", sources=said).changed(takes)
+        self.input_line = found.pixels()
         if not keep_range:
             if found.mean != OURS.mean:
                 raise UserError(
