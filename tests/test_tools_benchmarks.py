@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 
@@ -22,3 +24,13 @@ def test_every_subject_runs_small() -> None:
     assert {"data", "forward", "classifier", "backward", "backbone optimizer", "row optimizer"} <= step["ms"].keys()
     assert step["host_waits"] == {}
     assert results["data"]["ratios"]["lvtrain_dali / dali_webdataset_reader"] > 0
+
+
+@pytest.mark.slow
+def test_the_health_check_waits_for_nothing() -> None:
+    command = [sys.executable, "tools/benchmark.py", "health", "--batch", "16", "--steps", "10", "--every", "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=850)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["host_waits"] == {} and found["steps"] == 6
+    assert {"gradients", "movement", "micro-batch", "log line", "reading threads"} <= found["ratio_by_part"].keys()

@@ -213,8 +213,12 @@ def main(
     healthy: Annotated[str, typer.Option(help="seeds of the healthy runs")] = "21",
     only: Annotated[str, typer.Option(help="runs whose name has one of these words")] = "",
     write: Annotated[
-        bool, typer.Option(help="write tools/results/health.json and .md, of all runs in the folder")
+        bool,
+        typer.Option(
+            help="write tools/results/health.json and .md, of all runs in the folder; what was not run is kept"
+        ),
     ] = False,
+    cost: Annotated[Path | None, typer.Option(help="what tools/benchmark.py health printed, for the page")] = None,
     keep: Annotated[
         Path | None, typer.Option(help="keep the runs, and the signs of each log line, in this folder")
     ] = None,
@@ -247,7 +251,8 @@ def main(
 
         lines = [Run(**json.loads(line)) for line in (folder / RESULTS).read_text().splitlines()]
         latest = {(run.name, run.seed): run for run in lines}
-        write_results(list(latest.values()), ROOT / "tools" / "results")
+        measured = json.loads(cost.read_text()) if cost else None
+        write_results(list(latest.values()), ROOT / "tools" / "results", measured)
     if keep is None:
         shutil.rmtree(folder)
 

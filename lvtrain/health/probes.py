@@ -10,6 +10,7 @@ from torch import nn
 
 _ELEMENTS = 64  # of each weight, whose movement is measured
 _ROWS = 64  # class centres of this rank that are watched
+_DTYPE = torch.float32  # of norms
 _LAYER = 16  # a layer with fewer rows says nothing of dead units
 
 
@@ -89,9 +90,13 @@ class Gradients:
 
     def _see(self, name: str, gradient: torch.Tensor) -> None:
         with torch.no_grad():
-            self.squares.append(gradient.float().square().sum())
+            # one pass over the gradient gives both: the norm of each row, and with it which rows are not 0
+            rows = torch.linalg.vector_norm(
+                gradient.flatten(1) if gradient.dim() > 1 else gradient, dim=-1, dtype=_DTYPE
+            )
+            self.squares.append(rows.square().sum())
             if gradient.dim() > 1 and gradient.shape[0] >= _LAYER:
-                alive = gradient.flatten(1).abs().amax(dim=1) > 0
+                alive = rows > 0
                 self.alive[name] = self.alive[name] | alive if name in self.alive else alive
 
     def end_micro_batch(self) -> None:
