@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvtrain.errors import UserError
-from lvtrain.launch.attempt import Attempt, stop
+from lvtrain.launch.attempt import Attempt
 from lvtrain.launch.chain import Chain, load_chain
 from lvtrain.launch.decide import AttemptResult, Decision, Finish, Retry, Stop, decide, fate, suspect_node
 from lvtrain.launch.ledger import Ledger
@@ -669,7 +669,8 @@ def test_nothing_is_submitted_twice_or_with_wrong_shapes(tmp_path: Path) -> None
         send(tmp_path, slurm)
     # a run of the same name in another folder has another queue
     other, (job,) = send(tmp_path, slurm, overrides="runs=elsewhere")
-    stop(other, Ledger(other.folder), Slurm(slurm), "enough", phase="alignment", job=0)
+    environment = {"SLURM_JOB_ID": "0"}
+    Attempt(Path(other.run_folder), "alignment", slurm=Slurm(slurm), environment=environment).stop("enough")
     assert (job, slurm.queued) == (102, {101: "PENDING"})
     slurm.queued.clear()
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": true}}')

@@ -99,18 +99,8 @@ class Attempt:
                 suspects=(*self.ledger.suspects(self.phase), suspect),
             )
         )
-        result = found.outcome if found else "none"
-        reason = decision.reason
-        self.ledger.add(
-            "end",
-            **where,
-            step=after,
-            outcome=result,
-            exit_code=code,
-            decision=decision.kind,
-            reason=reason,
-            suspect=suspect,
-        )
+        ended = {"outcome": found.outcome if found else "none", "exit_code": code, "suspect": suspect}
+        self.ledger.add("end", **where, step=after, **ended, decision=decision.kind, reason=decision.reason)
         return decision
 
     def minutes_left(self) -> float | None:
@@ -143,7 +133,22 @@ class Attempt:
             return self.finish(decision)
         if isinstance(decision, Retry):
             return self.go_on(decision)
-        return stop(self.chain, self.ledger, self.slurm, decision.reason, phase=self.phase, job=self.job)
+        return self.stop(decision.reason)
+
+    def stop(self, reason: str) -> int:
+        """Ends the chain: writes and prints the reason once, and cancels the jobs that still wait. Returns the exit code."""
+        try:
+            with stopped_path(self.chain).open("x") as file:
+                json.dump(self.ledger.add("stop", job=self.job, phase=self.phase, reason=reason), file)
+                file.write("\n")
+        except FileExistsError:
+            return EXIT_CHAIN_STOPPED
+        say(f"chain stopped: {reason}")
+        try:
+            self.slurm.cancel([row.job for row in self.slurm.queue(self.chain.job_name) if row.job != self.job])
+        except UserError as error:
+            say(f"{error}; the jobs that wait will see that the chain is stopped, and end")
+        return EXIT_CHAIN_STOPPED
 
     def finish(self, decision: Finish) -> int:
         say(decision.reason)
@@ -155,8 +160,7 @@ class Attempt:
             try:
                 submit_phase(self.chain, self.ledger, self.slurm, following, f"--dependency=afterany:{self.job}")
             except UserError as error:
-                reason = f"phase {following} could not be submitted: {error}"
-                return stop(self.chain, self.ledger, self.slurm, reason, phase=self.phase, job=self.job)
+                return self.stop(f"phase {following} could not be submitted: {error}")
         if following is None:
             say(f"all phases of {self.chain.run_folder} are done")
         return EXIT_DONE
@@ -183,8 +187,9 @@ class Attempt:
     def leave_to_next_link(self, decision: Retry) -> int:
         links = self.waiting(self.phase)
         if not links:
-            reason = f"phase {self.phase} is not done after its {self.chain.site.links} links; {decision.reason}"
-            return stop(self.chain, self.ledger, self.slurm, reason, phase=self.phase, job=self.job)
+            return self.stop(
+                f"phase {self.phase} is not done after its {self.chain.site.links} links; {decision.reason}"
+            )
         if decision.hold_seconds:
             self.slurm.postpone(links[0], decision.hold_seconds, decision.exclude)
         say(f"{decision.reason}; {len(links)} links left, next is job {links[0]}")
@@ -206,8 +211,7 @@ class Attempt:
                 # a small partition cannot do without the blamed node: try with it
                 job = submit_phase(self.chain, self.ledger, self.slurm, self.phase, *options)
         except UserError as error:
-            reason = f"{reason}; the job to take over could not be submitted: {error}"
-            stop(self.chain, self.ledger, self.slurm, reason, phase=self.phase, job=self.job)
+            self.stop(f"{reason}; the job to take over could not be submitted: {error}")
             return
         say(f"{reason}; job {job} takes over" + (f" in {hold_seconds} s" if hold_seconds else ""))
 
@@ -231,23 +235,6 @@ def submit_phase(chain: Chain, ledger: Ledger, slurm: Slurm, phase: str, *option
 def stopped_path(chain: Chain) -> Path:
     """The file that says why a chain was stopped."""
     return chain.folder / "stopped.json"
-
-
-def stop(chain: Chain, ledger: Ledger, slurm: Slurm, reason: str, *, phase: str, job: int) -> int:
-    """Ends the chain: writes and prints the reason once, and cancels the jobs that still wait. Returns the exit code."""
-    try:
-        with stopped_path(chain).open("x") as file:
-            record = ledger.add("stop", job=job, phase=phase, reason=reason)
-            json.dump(record, file)
-            file.write("\n")
-    except FileExistsError:
-        return EXIT_CHAIN_STOPPED
-    say(f"chain stopped: {reason}")
-    try:
-        slurm.cancel([row.job for row in slurm.queue(chain.job_name) if row.job != job])
-    except UserError as error:
-        say(f"{error}; the jobs that wait will see that the chain is stopped, and end")
-    return EXIT_CHAIN_STOPPED
 
 
 def say(text: str) -> None:
