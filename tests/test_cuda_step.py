@@ -6,6 +6,10 @@ The budgets are `tools/results/cuda_host.json`; its page is for people. `python 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +57,9 @@ def test_the_host_waits_only_for_the_verdict(name: str) -> None:
         assert allowed["pageable"] == 0, part
 
 
+SMALL_COMPILED = replace(SMALL, changes=(*SMALL.changes, "backbone.overrides={depth: 2, drop_path: 0}"), compiled=True)
+
+
 @pytest.fixture(scope="module")
 def small(fake_device: FakeDevice, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     return measure(fake_device, SMALL, tmp_path_factory.mktemp("small"))
@@ -65,10 +72,32 @@ def test_the_plan_is_what_is_allocated(small: Measured) -> None:
 
 
 def test_gradients_are_summed_while_the_backward_pass_computes(small: Measured) -> None:
+    _check_overlap(small, sums=2)
+
+
+def test_a_compiled_backbone_gives_its_gradients_block_by_block(fake_device: FakeDevice, tmp_path: Path) -> None:
+    found = measure(fake_device, SMALL_COMPILED, tmp_path)
+    assert any(kind == "launch" for kind, _ in found.calls["forward"])
+    _check_overlap(found, sums=1)
+
+
+def test_a_call_that_was_given_up_answers_nobody(fake_device: FakeDevice, tmp_path: Path) -> None:
+    def give_up(*arguments: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGUSR1, give_up)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    with pytest.raises(TimeoutError):
+        fake_device.call("time:sleep", 600, folder=tmp_path)
+    signal.signal(signal.SIGUSR1, before)
+    assert fake_device.call("operator:add", 1, 2, folder=tmp_path).value == 3
+
+
+def _check_overlap(found: Measured, *, sums: int) -> None:
     """On a stream of its own, while matrix products are still to come, and no call there waits."""
-    calls = small.calls["backward"]
+    calls = found.calls["backward"]
     products = [place for place, (kind, _) in enumerate(calls) if kind == "gemm"]
-    sums = [place for place, (kind, _) in enumerate(calls) if kind == "nccl"]
-    assert len([place for place in sums if place < products[-1]]) >= 2
-    assert not {calls[place][1] for place in sums} & {calls[place][1] for place in products}
+    summed = [place for place, (kind, _) in enumerate(calls) if kind == "nccl"]
+    assert len([place for place in summed if place < products[-1]]) >= sums
+    assert not {calls[place][1] for place in summed} & {calls[place][1] for place in products}
     assert "sync" not in {kind for kind, _ in calls}

@@ -10,6 +10,7 @@ import torch
 from pydantic import PositiveInt
 from torch import nn
 
+from lvtrain.backbones.compiled import RunBlocks, compiled_blocks, share_drop_paths
 from lvtrain.backbones.memory import Recompute, run_blocks
 
 
@@ -41,12 +42,14 @@ class Backbone(nn.Module):
         first_names: beginnings of the names of what stands before the first block.
         undecayed: ends of the names of tensors without weight decay, besides biases and vectors.
         takes_any_size: whether it also takes images of other sizes than `image_size` (DINO's local views).
+        compiles_whole: whether `compile` makes one graph of it, so that all its gradients come at the end.
     """
 
     block_names: ClassVar[str] = r"blocks\.(\d+)\."
     first_names: ClassVar[tuple[str, ...]] = ("pos_embed", "cls_token", "mask_token", "patch_embed.")
     undecayed: tuple[str, ...] = ("pos_embed", "cls_token", "mask_token")
     takes_any_size: bool = False
+    compiles_whole: ClassVar[bool] = False
 
     dim: int
     num_tokens: int
@@ -62,6 +65,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.embedding_dim, self.image_size = embedding_dim, image_size
         self.checkpoint_blocks, self.checkpoint_every = checkpoint_blocks, checkpoint_every
+        self._compiled_blocks: RunBlocks | None = None
 
     @classmethod
     def recognise(cls, state: Mapping[str, torch.Tensor], *, heads: int | None = None) -> dict[str, Any] | None:
@@ -105,8 +109,22 @@ class Backbone(nn.Module):
         self.checkpoint_blocks = mode
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
-        """`x` through the blocks; in training as `checkpoint_blocks` says."""
-        return run_blocks(blocks, x, self.checkpoint_blocks if self.training else "none", self.checkpoint_every)
+        """`x` through the blocks; in training as `checkpoint_blocks` says, and compiled after `compile`."""
+        if not self.training:
+            return run_blocks(blocks, x)
+        run = self._compiled_blocks or run_blocks
+        return run(blocks, x, self.checkpoint_blocks, self.checkpoint_every)
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """torch.compile in place; in training block by block, where `compiles_whole` is False. Parameter names stay.
+
+        Args:
+            options: of torch.compile.
+        """
+        super().compile(**options)
+        if not self.compiles_whole:
+            share_drop_paths(self)
+            self._compiled_blocks = compiled_blocks(**options)
 
     def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(tokens [B, num_tokens, dim], embeddings [B, embedding_dim])`; tokens are row-major over the grid."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -34,10 +34,24 @@ def _keep_matmuls(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
     return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def run_block(block: nn.Module, x: torch.Tensor, recompute: Recompute = "none") -> torch.Tensor:
+    """`x` through one block. Random draws inside it (drop path) are repeated exactly."""
+    if recompute == "activation":
+        keep_matmuls = partial(create_selective_checkpoint_contexts, _keep_matmuls, allow_cache_entry_mutation=True)
+        return checkpoint(block, x, use_reentrant=False, context_fn=keep_matmuls)
+    if recompute == "block":
+        return checkpoint(block, x, use_reentrant=False)
+    return block(x)
+
+
 def run_blocks(
-    blocks: Iterable[nn.Module], x: torch.Tensor, recompute: Recompute = "none", every: int = 1
+    blocks: Iterable[nn.Module],
+    x: torch.Tensor,
+    recompute: Recompute = "none",
+    every: int = 1,
+    run: Callable[[nn.Module, torch.Tensor, Recompute], torch.Tensor] = run_block,
 ) -> torch.Tensor:
-    """`x` through the blocks one after another. Random draws inside a block (drop path) are repeated exactly.
+    """`x` through the blocks one after another.
 
     Args:
         blocks: modules that keep the shape of `x`, or change it.
@@ -45,15 +59,11 @@ def run_blocks(
         recompute: `none` keeps what autograd keeps. `activation` keeps results of matmuls and attention, and recomputes
             norms, activation functions and residual sums. `block` keeps only the input of a block and recomputes it.
         every: with `block`, every n-th block is recomputed, and the others are kept.
+        run: `run_block`, or the same compiled.
     """
-    keep_matmuls = partial(create_selective_checkpoint_contexts, _keep_matmuls, allow_cache_entry_mutation=True)
     for number, block in enumerate(blocks):
-        if recompute == "activation":
-            x = checkpoint(block, x, use_reentrant=False, context_fn=keep_matmuls)
-        elif recompute == "block" and number % every == 0:
-            x = checkpoint(block, x, use_reentrant=False)
-        else:
-            x = block(x)
+        kept = recompute == "block" and number % every != 0
+        x = run(block, x, "none" if kept else recompute)
     return x
 
 

@@ -55,7 +55,7 @@ def create_backbone(
         name: a registered name, or `family:variant`.
         embedding_dim: width of the embedding.
         image_size: side of the images, in pixels.
-        compile: hand the whole network to torch.compile, in place. Parameter names stay; rounding differs
+        compile: torch.compile, in place, block by block (`Backbone.compile`). Parameter names stay; rounding differs
             (tools/results/backbone.md).
         overrides: further arguments of the network's class, such as `depth`, `drop_path` or `checkpoint_blocks`.
 

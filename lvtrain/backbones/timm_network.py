@@ -45,6 +45,7 @@ class TimmNetwork(Backbone):
 
     first_names = ()
     undecayed = ()
+    compiles_whole = True  # timm's own forward runs its blocks
 
     def __init__(
         self,

@@ -307,8 +307,9 @@ class DinoMethod(Method):
         with torch.no_grad(), full_parameters():
             for theirs, ours in zip(self.teacher.parameters(), self.module.parameters()):
                 theirs.lerp_(ours.to(theirs.dtype), 1.0 - momentum)
-            for their_buffer, our_buffer in zip(self.teacher.buffers(), self.module.buffers()):
-                their_buffer.copy_(our_buffer)
+            buffers = dict(self.module.named_buffers())  # a compiled network has more of them
+            for name, buffer in self.teacher.named_buffers():
+                buffer.copy_(buffers[name])
 
     def _move_centre(self) -> None:
         sums = torch.stack(self._sums)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,7 @@ class FakeDevice:
             text=True,
         )
         self._log = folder / "serve.txt"
+        self._numbers = itertools.count()
         if self._answer() != "ready":
             raise RuntimeError(f"the fake device did not start: {self._log.read_text()[-3000:]}")
 
@@ -104,11 +108,15 @@ class FakeDevice:
     ) -> Ended:
         """Calls `module:function` with JSON arguments in a new process; output and trace go to `folder`.
 
+        An exception while it waits (a test's time limit, Ctrl-C) ends that process.
+
         `copy_limit`: copies and memsets of more bytes are only counted.
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "value.json").unlink(missing_ok=True)
+        number = next(self._numbers)
         call = {
+            "number": number,
             "function": function,
             "arguments": arguments,
             "folder": str(folder),
@@ -117,9 +125,26 @@ class FakeDevice:
         }
         assert self._process.stdin
         print(json.dumps(call), file=self._process.stdin, flush=True)
-        code = int(self._answer())
+        process = 0
+        try:
+            process = self._answer_to(number)
+            code = self._answer_to(number)
+        except BaseException:
+            if process:
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(process, signal.SIGKILL)
+            raise
         value = folder / "value.json"
         return Ended(code, json.loads(value.read_text()) if value.exists() else None, folder)
+
+    def _answer_to(self, number: int) -> int:
+        """The next answer to this call. Those to a call that was given up come first."""
+        while True:
+            call, _, answer = self._answer().partition(" ")
+            if not answer:
+                raise RuntimeError(f"the fake device has ended: {self._log.read_text()[-3000:]}")
+            if int(call) == number:
+                return int(answer)
 
     def _answer(self) -> str:
         assert self._process.stdout

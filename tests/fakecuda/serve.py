@@ -1,6 +1,7 @@
 """The process behind `device.FakeDevice`: it has imported everything, sees the fake GPU, and forks once for each call.
 
-A call comes as a line of JSON on standard input, and its exit status goes back as a line on standard output.
+A call comes as a line of JSON on standard input. Two lines go back on standard output, each with the call's number: the
+process that it runs in, and that process's exit status.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,16 +42,21 @@ def main() -> None:
     print("ready", file=answers)
     for line in sys.stdin:
         call = json.loads(line)
+        number = call.pop("number")
         child = os.fork()
         if child == 0:
             code = 70
             try:
+                os.setpgid(0, 0)
                 code = _child(library, **call)
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)  # what a fake device leaves behind at exit is not lvtrain's
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
+        with suppress(OSError):  # whoever is first: the child may have done it, and may have ended
+            os.setpgid(child, child)
+        print(number, child, file=answers)
+        print(number, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
 
 
 def _child(

@@ -23,7 +23,10 @@ _STEPS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe's phase on `ranks` GPUs. `changes`: overrides of the recipe, as on the command line."""
+    """A recipe's phase on `ranks` GPUs. `changes`: overrides of the recipe, as on the command line.
+
+    The backbone is eager unless `compiled`, whatever the recipe says: compiling it takes minutes.
+    """
 
     name: str
     ranks: int
@@ -31,6 +34,7 @@ class Case:
     recipe: str = "pco_vitl_webface42m"
     changes: tuple[str, ...] = ()
     ds_config: str = "zero1"
+    compiled: bool = False
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Measured:
 
 def measure(device: FakeDevice, case: Case, folder: Path) -> Measured:
     """Builds the phase's method and engine, trains some steps, and reports the last."""
-    arguments = (case.recipe, list(case.changes), case.ds_config, case.phase, case.ranks)
+    arguments = (case.recipe, list(case.changes), case.ds_config, case.phase, case.ranks, case.compiled)
     ended = device.call("tests.fakecuda.step:run", *arguments, folder=folder, copy_limit=1 << 16)
     assert ended.code == 0, ended.output[-4000:]
     found = Measured(**ended.value)
@@ -69,7 +73,9 @@ def _column(call: Call) -> str:
     return kinds.get(call.kind, call.kind)
 
 
-def run(recipe_name: str, changes: list[str], ds_config_name: str, phase_name: str, ranks: int) -> dict[str, Any]:
+def run(
+    recipe_name: str, changes: list[str], ds_config_name: str, phase_name: str, ranks: int, compiled: bool
+) -> dict[str, Any]:
     """In the device's process: the step itself, with a mark in the trace before each part."""
     import torch
     import torch.distributed as dist
@@ -96,6 +102,9 @@ def run(recipe_name: str, changes: list[str], ds_config_name: str, phase_name: s
     erfinv = mock.patch("torch.Tensor.erfinv_", lambda tensor: tensor)
     with mock.patch("lvtrain.classifier.sharded.initial_centres", rows), erfinv, cuda:
         method = create_method(recipe, num_classes=recipe.data.num_classes or 0, device=cuda)
+    if compiled:
+        torch.use_deterministic_algorithms(recipe.deterministic)  # inductor then compiles one variant of each sum
+        method.evaluated().compile()
     method.enter_phase(phase, first_time=True)
     ds_config = resolve_ds_config(Path(f"ds_configs/{ds_config_name}.json"), optimizer=recipe.optimizer)
     engine = Engine(
