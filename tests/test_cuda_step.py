@@ -23,8 +23,7 @@ from tests.fakecuda.table import cases, row
 pytestmark = pytest.mark.fakecuda
 
 BUDGETS = json.loads((ROOT / "tools" / "results" / "cuda_host.json").read_text())
-# those of another reduction of gradients are no budgets for this one
-CASES = {case.name: case for case in cases() if not BUDGETS.get(case.name, {"one_bucket": True}).get("one_bucket")}
+CASES = {case.name: case for case in cases()}
 # one micro-batch of a rank, so that its backward pass is the one that sums
 SMALL = Case(
     "small",

@@ -117,7 +117,10 @@ def test_wire_by_hand() -> None:
 
     assert behind(stage=1) == behind(stage=2) == "backward"
     compiled = replace(setup, zero=Zero(1), compiled=True)
-    assert backbone_transfers(compiled)[0].behind == ""  # all gradients come at the end
+    assert backbone_transfers(compiled)[0].behind == "backward"  # block by block
+    whole = replace(compiled, network=replace(setup.network, compiles_whole=True))
+    assert backbone_transfers(whole)[0].behind == ""  # all gradients come at the end
+    assert network("timm:resnet18").compiles_whole and not network("vit_t", depth=2).compiles_whole
     assert behind(stage=0) == behind(stage=1, overlap=False) == behind(stage=2, offload_optimizer=True) == ""
     assert transfers_of(Setup(TOY, ranks=1, micro_batch=8, classes=classes, zero=Zero(3))) == []
 

@@ -103,9 +103,12 @@ def test_another_kernel_than_before_is_reported(tmp_path: Path) -> None:
     assert surroundings(classifier_kernel="torch") == []
     (changed,) = surroundings(classifier_kernel="triton")
     assert changed.startswith("classifier_kernel: torch -> triton")
+    (changed,) = surroundings(classifier_kernel="triton", compiled="block by block")  # before, it was not noted
+    assert changed.startswith("compiled: None -> block by block")
+    assert surroundings(classifier_kernel="triton", compiled="block by block") == []
     environment = tmp_path / "runs" / "tiny" / "environment.json"
     noted = json.loads(environment.read_text())
     installed, noted["packages"]["torch"] = noted["packages"]["torch"], "2.0.0"
     environment.write_text(json.dumps(noted))
-    (changed,) = surroundings(classifier_kernel="triton")
+    (changed,) = surroundings(classifier_kernel="triton", compiled="block by block")
     assert changed.startswith(f"packages.torch: 2.0.0 -> {installed}")

@@ -43,6 +43,11 @@ def backbone_classes() -> list[type[Backbone]]:
     return list(dict.fromkeys(builder.func for builder in BACKBONES.entries().values()))  # type: ignore[misc]
 
 
+def compiles_whole(name: str) -> bool:
+    """Whether torch.compile makes one graph of this backbone, see `Backbone`."""
+    return bool(BACKBONES.get(name.partition(":")[0]).func.compiles_whole)  # type: ignore[attr-defined]
+
+
 def create_backbone(
     name: str, *, embedding_dim: int = 512, image_size: int = 112, compile: bool = False, **overrides: Any
 ) -> Backbone:

@@ -36,6 +36,7 @@ class Network:
         recomputed: further bytes an image while one block is recomputed.
         unrecomputed: `saved` if nothing were recomputed.
         image_size: side of the image, pixels.
+        compiles_whole: whether torch.compile makes one graph of it, which gives all gradients at its end.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Network:
     recomputed: float = 0.0
     unrecomputed: float = 0.0
     image_size: int = 112
+    compiles_whole: bool = False
 
     @property
     def recomputes(self) -> bool:
@@ -71,7 +73,16 @@ def measure_network(name: str, build: Callable[[], Backbone], *, image_size: int
     recomputed = (unrecomputed - saved) / checkpointed
     forward, train = flops
     return Network(
-        name, sum(sizes), max(sizes), forward / _BATCH, train / _BATCH, saved, recomputed, unrecomputed, image_size
+        name,
+        parameters=sum(sizes),
+        largest=max(sizes),
+        forward_flops=forward / _BATCH,
+        train_flops=train / _BATCH,
+        saved=saved,
+        recomputed=recomputed,
+        unrecomputed=unrecomputed,
+        image_size=image_size,
+        compiles_whole=module.compiles_whole,
     )
 
 

@@ -65,12 +65,13 @@ def backbone_transfers(setup: Setup) -> list[Transfer]:
     Stage 1 sums gradients once a step, 2 and 3 at every micro-batch. Under 0, 1 and 2 the sum is an all-reduce (of which
     a rank keeps its share under 1 and 2): a scatter and a gather. 1 and 2 gather the new weights after the step, 3
     gathers them before every forward and backward. A network that is compiled whole gives all gradients at the end of its
-    backward pass: nothing hides their sum.
+    backward pass: nothing hides their sum. One that is compiled block by block gives them as in eager mode.
     """
     zero, ranks, per_node, accumulation = setup.zero, setup.ranks, setup.device.per_node, setup.accumulation
     size = float(setup.network.parameters)
     gradients, weights = size * setup.gradient_bytes, size * 4
-    behind = "backward" if zero.overlaps and not (setup.compiled and zero.stage < 3) else ""
+    late = setup.compiled and setup.network.compiles_whole
+    behind = "backward" if zero.overlaps and not late else ""
     if zero.stage < 3:
         times = accumulation if zero.stage == 2 else 1
         reduced = _gather("gradients, all-reduce", 2 * gradients, ranks, per_node, behind, times)

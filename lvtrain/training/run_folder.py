@@ -24,7 +24,8 @@ from lvtrain.training.earlier_starts import ENVIRONMENT, IDENTITY, RECIPE, chang
 from lvtrain.weights.provenance import FILE as PROVENANCE
 
 # keys of environment.json that change numbers, and how
-_REPORTED = {"classifier_kernel": "rounding differs"} | {
+_COMPILED = "compiled"
+_REPORTED = {"classifier_kernel": "rounding differs", _COMPILED: "rounding and draws of stochastic depth differ"} | {
     f"packages.{package}": follows
     for package, follows in (
         ("torch", "rounding may differ"),
@@ -107,9 +108,10 @@ def _surroundings(folder: Path, now: dict[str, Any]) -> list[str]:
         return []
     old, new = flat(before), flat(now)
     return [
-        f"{name}: {old[name]} -> {new.get(name)}; {follows}"
+        f"{name}: {old.get(name)} -> {new.get(name)}; {follows}"
         for name, follows in _REPORTED.items()
-        if name in old and old[name] != new.get(name)
+        # version 0.1.0 compiled whole networks, and wrote nothing about it
+        if (name in old or name == _COMPILED) and old.get(name) != new.get(name)
     ]
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lvtrain import faults, randomness
+from lvtrain.backbones.registry import compiles_whole
 from lvtrain.checkpoint.checkpoints import CheckpointInfo, Checkpoints
 from lvtrain.checkpoint.lease import Fence, FolderInUse, hold
 from lvtrain.classifier.kernel import choose_kernel
@@ -95,6 +96,8 @@ class Trainer:
         kernel = choose_kernel(recipe.classifier.numerics.kernel, world.device) if recipe.classifier else None
         facts: dict[str, Any] = {"data_licence": dataset.manifest.licence, "classifier_kernel": kernel}
         facts |= {"identities": dataset.num_classes, "images": per_epoch}
+        if recipe.backbone.compile and not compiles_whole(recipe.backbone.name):
+            facts["compiled"] = "block by block"
         self.folder = open_folder(recipe, setup.ds_config, world, facts=facts, fence=fence)
         keep_provenance(self.folder.path, recipe, dataset, fence)
         self.log = RunLog(setup, self.folder, fence, kernel=kernel)

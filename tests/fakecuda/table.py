@@ -53,11 +53,10 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "",
         "`python -m tests.fakecuda.table` runs a step of rank 0 on the fake H200 of tests/fakecuda, without a",
         "GPU: PCO's refinement (class centres and feature expectations, all 2,059,906 classes), ZeRO-1, eager",
-        "backbone. The counts are of the second step, and no figure is a time. `tests/test_cuda_step.py`",
+        "backbone. The counts are of the fourth step, and no figure is a time. `tests/test_cuda_step.py`",
         "fails if a step exceeds these counts.",
         "",
         "The fake device has no cuDNN, so the patch convolution costs one launch for each image.",
-        *_older(rows),
         "",
         "## Launches of kernels and matrix products",
         "",
@@ -83,14 +82,6 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         *_against_the_plan(rows),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _older(rows: dict[str, dict[str, Any]]) -> list[str]:
-    names = [name for name, found in rows.items() if found.get("one_bucket")]
-    if not names:
-        return []
-    listed = [f"- {name}" for name in names]
-    return ["", "Older rows: then one sum of all gradients followed the backward pass.", "", *listed]
 
 
 def _against_the_plan(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
