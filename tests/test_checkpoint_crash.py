@@ -244,7 +244,7 @@ def _whole(path: Path) -> bool:
         content = files.read_manifest(path)
     except files.Damage:  # being deleted under the observer's eyes: another must be whole
         return False
-    return all(files.check_file(path, name, entry["sha256"]) is None for name, entry in content["files"].items())
+    return all(files.check_file(path, name, content) is None for name in content["files"])
 
 
 def _until(condition: Callable[[], bool], seconds: float = 300.0) -> None:

@@ -136,6 +136,78 @@ def test_a_shard_of_another_step_is_found(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 1
 
 
+# what a tool that renews the manifest's hash may have done to its content
+TAMPERED: dict[str, Any] = {
+    "another folder's file": lambda content: _rename(content, "rank_00000.safetensors", "../x.safetensors"),
+    "a hidden file": lambda content: content["files"].update({".x": {"size": 1, "sha256": ""}}),
+    "a file that is not listed": lambda content: content["tensors"]["backbone.param.w"].update(file="state.jsn"),
+    "no state": lambda content: content["files"].pop("state.json"),
+    "rows twice": lambda content: content["tensors"]["classifier.weight"].update(pieces=[_piece(0, 7), _piece(4, 11)]),
+    "rows missing": lambda content: content["tensors"]["classifier.weight"].update(
+        pieces=[_piece(0, 4), _piece(7, 11)]
+    ),
+    "rows of nothing": lambda content: content["tensors"]["classifier.weight"].update(shape=[]),
+    "fewer rows": lambda content: content["tensors"]["classifier.weight"].update(pieces=[_piece(0, 4)]),
+    "a negative size": lambda content: content["tensors"]["backbone.param.w"].update(shape=[-1, 3]),
+    "an unknown type": lambda content: content["tensors"]["backbone.param.w"].update(dtype="F33"),
+    "size as text": lambda content: content["files"]["state.json"].update(size="9"),
+    "a list of files": lambda content: content.update(files=["state.json"]),
+    "no tensors": lambda content: content.pop("tensors"),
+    "step true": lambda content: content.update(samples_seen=True),
+    "run as a number": lambda content: content.update(run_id=5),
+}
+
+
+def _piece(start: int, stop: int) -> dict[str, Any]:
+    return {"file": "rank_00000.safetensors", "start": start, "stop": stop}
+
+
+def _rename(content: dict[str, Any], name: str, other: str) -> None:
+    content["files"][other] = content["files"].pop(name)
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_manifest_whose_hash_was_renewed_is_not_believed(tmp_path: Path, what: str) -> None:
+    folder = saved(tmp_path, 1, 2) / "checkpoints" / "step_000000002"
+    shutil.copy(folder / "rank_00000.safetensors", folder.parent / "x.safetensors")
+    content = files.read_manifest(folder)
+    TAMPERED[what](content)
+    (folder / "manifest.json").write_text(files.manifest_text(content))
+    with pytest.raises(files.Damage):
+        files.read_manifest(folder)
+    assert newest_step(tmp_path) == 1
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"sha256": 1e999, "content": {}}', "null", "[]", '{"content": 5}'])
+def test_a_manifest_of_any_json_is_damage(tmp_path: Path, content: str) -> None:
+    folder = saved(tmp_path, 1, 2) / "checkpoints" / "step_000000002"
+    (folder / "manifest.json").write_text(content)
+    assert newest_step(tmp_path) == 1
+
+
+@pytest.mark.parametrize("other", ["another step", "another run", "another rank", "another shape", "no tensor"])
+def test_a_shard_says_whose_it_is(tmp_path: Path, other: str) -> None:
+    """The shard is exchanged, and the manifest's hashes are renewed."""
+    folder = saved(tmp_path, 1, 2) / "checkpoints" / "step_000000002"
+    shard, content = folder / "rank_00000.safetensors", files.read_manifest(folder)
+    tensors, own = load_file(shard), {"run_id": "run", "step": "2", "rank": "0"}
+    if other == "another shape":
+        tensors["backbone.param.w"] = tensors["backbone.param.w"].T.contiguous()
+    elif other == "no tensor":
+        tensors["x"] = tensors.pop("backbone.param.w")
+    else:
+        own |= {"another step": {"step": "1"}, "another run": {"run_id": "x"}, "another rank": {"rank": "1"}}[other]
+    shard.unlink()
+    record = files.write_tensors(shard, tensors, own)
+    content["files"][shard.name] = {"size": record.size, "sha256": record.sha256}
+    (folder / "manifest.json").write_text(files.manifest_text(content))
+    if other in ("another shape", "no tensor"):
+        with pytest.raises(UserError, match=r"backbone\.param\.w"):
+            newest_step(tmp_path)
+    else:
+        assert newest_step(tmp_path) == 1
+
+
 def test_a_renamed_folder_is_not_believed(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     (tmp_path / "checkpoints/step_000000002").rename(tmp_path / "checkpoints/step_000000007")

@@ -56,6 +56,29 @@ def test_a_world_smaller_than_the_slurm_step_is_refused(world_size: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("name", "environment"),
+    [
+        ("WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "two"}),
+        ("WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "0"}),
+        ("WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "٢"}),
+        ("RANK", {"RANK": "2", "WORLD_SIZE": "2"}),
+        ("RANK", {"RANK": "-1", "WORLD_SIZE": "2"}),
+        ("LOCAL_RANK", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "cuda:0"}),
+        ("MASTER_PORT", {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"}),
+        ("MASTER_PORT", {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "http"}),
+        ("SLURM_NTASKS", {"SLURM_NTASKS": "4(x2)", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}),
+        ("SLURM_PROCID", {"SLURM_NTASKS": "2", "SLURM_PROCID": "2", "SLURM_STEP_ID": "0"}),
+        ("WORLD_SIZE", {"WORLD_SIZE": "2"}),
+        ("OMPI_COMM_WORLD_SIZE", {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}),
+        ("PMI_SIZE", {"PMI_SIZE": "4", "PMI_RANK": "1"}),
+    ],
+)
+def test_variables_that_make_no_sense_are_refused_by_name(name: str, environment: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=f"^{name}="):
+        world.launch(environment)
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [
         ("n1", "n1"),

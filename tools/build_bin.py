@@ -12,6 +12,7 @@ import numpy as np
 import typer
 
 from lvtrain.errors import UserError, one_line_errors
+from lvtrain.files.reading import read_lines
 
 
 def main(
@@ -70,7 +71,7 @@ def read_pairs(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
         raise UserError(f"list of pairs {path} does not exist")
     names, issame = [], []
     try:
-        lines = path.read_text().splitlines()
+        lines = read_lines(path)
     except UnicodeDecodeError as error:
         raise UserError(f"list of pairs {path} is not a text file") from error
     for number, line in enumerate(lines, start=1):

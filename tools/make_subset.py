@@ -13,6 +13,7 @@ import typer
 from lvtrain.data.shards import ShardDataset
 from lvtrain.datasets.subset import choose, write_subset
 from lvtrain.errors import UserError, one_line_errors
+from lvtrain.files.reading import read_lines
 
 
 def main(
@@ -62,7 +63,7 @@ def _lines(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        return [line for line in path.read_text().splitlines() if line]
+        return [line for line in read_lines(path) if line]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; correct the path of the list") from None
     except UnicodeDecodeError:

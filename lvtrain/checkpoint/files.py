@@ -23,12 +23,20 @@ from typing import Any
 import torch
 
 from lvtrain.files.patience import patiently
+from lvtrain.files.reading import parse_json
 
 FORMAT = "lvtrain-checkpoint"
 VERSION = 2  # 1: state.json repeated step, samples_seen and phase
 MANIFEST, STATE = "manifest.json", "state.json"
 WRITING, TRASH, DAMAGED = ".writing_", ".trash_", "damaged_"
 _NAME = re.compile(r"step_(\d{9,})")
+_SHARD = re.compile(r"rank_(\d+)\.safetensors")
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_CONTENT = {"run_id": str, "fingerprint": str, "samples_seen": int, "phase": str, "keep": bool} | {
+    "tensors": dict,
+    "files": dict,
+    "version": int,
+}
 _CHUNK = 16 << 20
 _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # a disk that fails for a moment raises others
 _DTYPES = {
@@ -48,9 +56,9 @@ DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class Damage(Exception):
-    """A checkpoint folder differs from its manifest: a file is missing, or has another size or hash.
+    """A checkpoint folder differs from its manifest: a file is missing, of another size, hash or writer.
 
-    Nothing else counts as damage.
+    A manifest that contradicts itself is damage, too. Nothing else is: an error of the file system may pass.
     """
 
 
@@ -151,11 +159,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest's content, after every check that does not read whole files.
 
     Raises:
-        Damage: the manifest is missing, altered or of another step; a file is missing or has another size.
+        Damage: the manifest is missing, altered, of another step or contradicts itself; a file is missing or has another
+            size.
         OSError: the file system kept failing. The checkpoint may be intact.
     """
     try:
-        manifest = json.loads(patiently((folder / MANIFEST).read_bytes))
+        manifest = parse_json(patiently((folder / MANIFEST).read_bytes))
         content = manifest["content"]
         if manifest["sha256"] != _digest(content):
             raise Damage("the manifest was altered")
@@ -163,8 +172,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Damage("the manifest is missing") from error
     except (ValueError, KeyError, TypeError) as error:
         raise Damage(f"the manifest cannot be read ({type(error).__name__})") from error
-    if content["format"] != FORMAT or content["step"] != step_of(folder):
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("step") != step_of(folder):
         raise Damage("the manifest belongs to another folder")
+    if isinstance(content.get("version"), int) and content["version"] > VERSION:
+        return content  # its reader says so
+    try:
+        _check_content(content)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Damage(f"the manifest contradicts itself ({error or type(error).__name__})") from error
     for name, entry in content["files"].items():
         try:
             size = patiently((folder / name).stat).st_size
@@ -175,8 +190,39 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def check_file(folder: Path, name: str, sha256: str) -> str | None:
-    """Hashes a file. Returns what is wrong with it, or None.
+def _check_content(content: dict[str, Any]) -> None:
+    """Checks that a manifest names files of its own folder only, and every row of every tensor once.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError: it does not.
+    """
+    for key, kind in _CONTENT.items():
+        if type(content[key]) is not kind:
+            raise TypeError(f"{key} is {type(content[key]).__name__}")
+    for name, entry in content["files"].items():
+        if not _PLAIN.fullmatch(name) or type(entry["size"]) is not int or type(entry["sha256"]) is not str:
+            raise ValueError(f"the file {name!r}")
+    if STATE not in content["files"]:
+        raise ValueError(f"no {STATE}")
+    for name, entry in content["tensors"].items():
+        shape = entry["shape"]
+        pieces = entry["pieces"] if "pieces" in entry else [{"file": entry["file"]}]
+        if entry["dtype"] not in DTYPES or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"shape or type of {name}")
+        if not {piece["file"] for piece in pieces} <= content["files"].keys():
+            raise ValueError(f"{name} lies in a file that it does not list")
+        starts, stops = [[piece[edge] for piece in pieces if edge in piece] for edge in ("start", "stop")]
+        if "pieces" in entry and [*starts, shape[0]] != [0, *stops]:
+            raise ValueError(f"the rows of {name} are not there once")
+
+
+def check_file(folder: Path, name: str, content: dict[str, Any]) -> str | None:
+    """Hashes a file, and reads what a tensor file says of itself. Returns what is wrong with it, or None.
+
+    Args:
+        folder: of the checkpoint.
+        name: of the file.
+        content: of the manifest.
 
     Raises:
         OSError: the file system kept failing. The file may be intact.
@@ -190,9 +236,26 @@ def check_file(folder: Path, name: str, sha256: str) -> str | None:
         return digest.hexdigest()
 
     try:
-        return None if patiently(read) == sha256 else f"{name} was altered (sha256 differs)"
+        if patiently(read) != content["files"][name]["sha256"]:
+            return f"{name} was altered (sha256 differs)"
+        if not (rank := _SHARD.fullmatch(name)):
+            return None
+        own = patiently(_metadata, folder / name)
     except _GONE:
         return f"{name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{name} is not a tensor file"
+    wanted = {"run_id": content["run_id"], "step": str(content["step"]), "rank": str(int(rank[1]))}
+    return None if own == wanted else f"{name} was written by another run, step or rank"
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says of its writer."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("the header is longer than the file")
+        return dict(parse_json(file.read(length))["__metadata__"])
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import uuid
@@ -18,6 +17,7 @@ from lvtrain.distributed import world as worlds
 from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.files.patience import in_words, patiently
+from lvtrain.files.reading import parse_json
 
 INTACT = "earlier checkpoints are intact; start again when the disk works"
 
@@ -73,7 +73,7 @@ class CheckpointFolder:
             if not problems:
                 break
             on_first(self.folder, partial(self._quarantine, path, problems[0]))
-        state = json.loads(on_first(self.folder, partial(patiently, (path / files.STATE).read_text)))
+        state = parse_json(on_first(self.folder, partial(patiently, (path / files.STATE).read_text)))
         return CheckpointInfo(path, content["step"], content["samples_seen"], content["phase"], state["meta"])
 
     def _candidate(self) -> tuple[Path, dict[str, Any]] | None:
@@ -109,7 +109,7 @@ class CheckpointFolder:
         """Hashes this rank's share of the files. Returns what is wrong with them, or why they cannot be read."""
         names = sorted(content["files"])[self.world.rank :: self.world.size]
         try:
-            checked = [files.check_file(path, name, content["files"][name]["sha256"]) for name in names]
+            checked = [files.check_file(path, name, content) for name in names]
         except OSError as error:
             return error
         return [problem for problem in checked if problem]

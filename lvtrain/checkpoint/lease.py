@@ -14,7 +14,6 @@ that was frozen and replaced writes nothing. Ages are measured by the file syste
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import threading
@@ -30,6 +29,7 @@ from lvtrain.distributed.world import World
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import clear, write_json
 from lvtrain.files.patience import FORBIDDEN, in_words, patiently
+from lvtrain.files.reading import parse_json
 
 NAME = "lease.json"
 ELSEWHERE = "make room or get the permission, or choose another folder with runs=PATH"
@@ -173,7 +173,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         OSError: the file system kept failing. There may be a holder.
     """
     try:
-        return json.loads(patiently(path.read_text))
+        return parse_json(patiently(path.read_text))
     except FileNotFoundError:
         return None
     except ValueError:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lvtrain.checkpoint import plan as layout
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.files.patience import patiently
+from lvtrain.files.reading import parse_json
 from lvtrain.recipe import files as recipes
 
 
@@ -64,7 +65,7 @@ class Reader:
                 f"{self.path}: {name} is split by rows; this run expects it whole (another method or version)"
             )
         self._asked[name] = 0
-        return self._file(entry["file"]).get_tensor(name)
+        return self._checked(name, entry["file"], entry["shape"])
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `[start, stop)` of a tensor that is split by rows, from all the files they lie in.
@@ -87,8 +88,9 @@ class Reader:
         for piece in entry["pieces"]:
             low, high = max(start, piece["start"]), min(stop, piece["stop"])
             if low < high:
-                part = self._file(piece["file"]).get_slice(name)
-                parts.append(part[low - piece["start"] : high - piece["start"]])
+                there = slice(low - piece["start"], high - piece["start"])
+                shape = [high - low, *entry["shape"][1:]]
+                parts.append(self._checked(name, piece["file"], shape, there))
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty((0, *entry["shape"][1:]), dtype=self.dtype(name))
@@ -122,6 +124,20 @@ class Reader:
                 f"{self.path} has no tensor {name}: it was written by another method or model; use init_from to take weights only"
             )
         return self._tensors[name]
+
+    def _checked(self, name: str, file: str, shape: Sequence[int], rows: slice | None = None) -> torch.Tensor:
+        """A tensor of a file, or some rows of it, if the shape is as the manifest says."""
+        opened = self._file(file)
+        if name not in opened.keys():  # noqa: SIM118  (not a dict)
+            raise UserError(
+                f"{self.path / file} has no tensor {name}, which the manifest lists; restore the checkpoint"
+            )
+        tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+        if list(tensor.shape) != list(shape):
+            raise UserError(
+                f"{self.path / file}: {name} is {list(tensor.shape)}, by the manifest {list(shape)}; restore the checkpoint"
+            )
+        return tensor
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
@@ -204,8 +220,8 @@ def newest_summary(run_folder: Path) -> Summary | None:
             content = files.read_manifest(path)
         except files.Damage:
             continue
-        if files.check_file(path, files.STATE, content["files"][files.STATE]["sha256"]) is None:
-            meta = json.loads(patiently((path / files.STATE).read_text))["meta"]
+        if files.check_file(path, files.STATE, content) is None:
+            meta = parse_json(patiently((path / files.STATE).read_text))["meta"]
             return Summary(path, content["run_id"], meta)
     return None
 
@@ -226,9 +242,7 @@ def _newest(path: Path, *, verify: bool) -> tuple[Path, dict[str, Any]]:
         except files.Damage as damage:
             problems.append(f"{candidate.name}: {damage}")
             continue
-        checks = (
-            files.check_file(candidate, name, entry["sha256"]) for name, entry in content["files"].items() if verify
-        )
+        checks = (files.check_file(candidate, name, content) for name in content["files"] if verify)
         problem = next((found for found in checks if found), None)
         if problem is None:
             return candidate, content
@@ -237,7 +251,7 @@ def _newest(path: Path, *, verify: bool) -> tuple[Path, dict[str, Any]]:
 
 
 def _weights(path: Path, content: dict[str, Any]) -> Weights:
-    state = json.loads(patiently((path / files.STATE).read_text))
+    state = parse_json(patiently((path / files.STATE).read_text))
     reader = Reader(path, content, state["meta"])
 
     def named(*prefixes: str) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ The index is mapped, never read: opening 260 million samples costs what opening 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import struct
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import numpy as np
 
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import commit, write_json, write_text
+from lvtrain.files.reading import parse_json
 
 SCHEMA = 2
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("shard", "<u4")])
@@ -158,7 +158,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / "dataset.json"
     try:
-        body = json.loads(path.read_text())
+        body = parse_json(path.read_text())
     except FileNotFoundError:
         if _REMOTE.match(str(path)):
             raise UserError(

@@ -10,7 +10,6 @@ memory-mapped.
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from lvtrain.data.index import read_manifest
 from lvtrain.errors import UserError
+from lvtrain.files.reading import parse_json
 
 SCHEMA = 1
 DROPPED = 0xFFFFFFFF
@@ -32,7 +32,7 @@ def read_subset(path: Path) -> tuple[Path, np.ndarray, np.ndarray, str]:
         UserError: missing, not ours, damaged, or written for another state of the dataset.
     """
     try:
-        body = json.loads(path.read_text())
+        body = parse_json(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing; correct data.path or write it with tools/make_subset.py") from None
     except ValueError as error:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from lvtrain.data.images import ImageError, open_image
 from lvtrain.data.index import Manifest, file_sha256, open_index, read_manifest
 from lvtrain.datasets.parallel import ordered_map
 from lvtrain.errors import UserError
+from lvtrain.files.reading import parse_json
 
 Progress = Callable[[str, int, int], None]
 _CHUNK = 1 << 20
@@ -94,7 +94,7 @@ def verify(folder: str | Path, *, full: bool = False, workers: int = 1, progress
 
 def _check_manifest(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
     path = folder / "dataset.json"
-    if json.loads(path.read_text()).get("fingerprint") != manifest.fingerprint:
+    if parse_json(path.read_text()).get("fingerprint") != manifest.fingerprint:
         verdict.add(
             "manifest",
             path,

@@ -36,6 +36,9 @@ class World:
         return self.rank == 0
 
 
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
 @dataclass(frozen=True)
 class Launch:
     """What the launcher set: rank, number of ranks, rank on this node, rendezvous address and port."""
@@ -52,25 +55,35 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Reads the launcher's variables.
 
     Raises:
-        UserError: Slurm and torch variables contradict each other, or RANK is set without WORLD_SIZE.
+        UserError: Slurm and torch variables contradict each other, one is no number or out of range, RANK or WORLD_SIZE is
+            set alone, or a launcher started several processes that we do not know.
     """
-    slurm_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
+
+    def number(name: str, default: int, low: int = 0, high: int = 1 << 31) -> int:
+        text = environment.get(name) or str(default)
+        if not re.fullmatch(r"[0-9]{1,10}", text) or not low <= int(text) <= high:
+            raise UserError(
+                f"{name}={text!r} is not a whole number from {low} to {high}; unset it, or correct the launcher"
+            )
+        return int(text)
+
+    slurm_tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1, 1), 1)
     in_step = "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment
     if "RANK" in environment:
         if "WORLD_SIZE" not in environment:
             raise UserError("RANK is set but WORLD_SIZE is not; start with deepspeed, torchrun or srun")
-        world_size = int(environment["WORLD_SIZE"])
+        world_size = number("WORLD_SIZE", 1, 1)
         if in_step and world_size < slurm_tasks and "TORCHELASTIC_RUN_ID" not in environment:
             raise UserError(
                 f"WORLD_SIZE={world_size} in a Slurm step of {slurm_tasks} tasks: several would believe to be one rank and "
                 "train on their own; unset RANK and WORLD_SIZE"
             )
         return Launch(
-            rank=int(environment["RANK"]),
+            rank=number("RANK", 0, 0, world_size - 1),
             size=world_size,
-            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            local_rank=number("LOCAL_RANK", 0),
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
-            port=int(environment.get("MASTER_PORT", "29500")),
+            port=number("MASTER_PORT", 29500, 1, 65535),
             launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed",
         )
     if in_step:
@@ -79,14 +92,20 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch:
                 f"WORLD_SIZE={environment['WORLD_SIZE']} contradicts SLURM_NTASKS={slurm_tasks}; unset WORLD_SIZE or start with torchrun"
             )
         return Launch(
-            rank=int(environment["SLURM_PROCID"]),
+            rank=number("SLURM_PROCID", 0, 0, slurm_tasks - 1),
             size=slurm_tasks,
-            local_rank=int(environment.get("SLURM_LOCALID", "0")),
+            local_rank=number("SLURM_LOCALID", 0),
             address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")),
             # below 32768, where systems begin to hand out ports by themselves
-            port=int(environment.get("MASTER_PORT") or 20000 + int(environment.get("SLURM_JOB_ID", "9500")) % 12000),
+            port=number("MASTER_PORT", 20000 + number("SLURM_JOB_ID", 9500) % 12000, 1, 65535),
             launcher="srun",
         )
+    for name in ("WORLD_SIZE", *_OF_MPI):
+        if number(name, 1) != 1:
+            raise UserError(
+                f"{name}={environment[name]}, but RANK is not set: each process would train on its own; start with deepspeed, "
+                "torchrun or srun"
+            )
     return Launch(rank=0, size=1, local_rank=0, address="127.0.0.1", port=0, launcher="python")
 
 

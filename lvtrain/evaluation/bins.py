@@ -7,7 +7,6 @@ The pairs form ten consecutive folds; the order is part of the benchmark.
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from lvtrain.errors import UserError
 from lvtrain.evaluation.bin_pickle import PlainArray, Refused, load
 from lvtrain.files import atomic
 from lvtrain.files.checked import check_regular
+from lvtrain.files.reading import parse_json
 
 FOLDS = 10
 # pairs of the published sets; a file with such a name and another count has lost some
@@ -152,7 +152,7 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     if not sidecar.is_file():
         return {}
     try:
-        said = json.loads(sidecar.read_text())
+        said = parse_json(sidecar.read_text())
     except ValueError as error:
         raise UserError(f"{sidecar} is not JSON; remove it or write the set again") from error
     if not isinstance(said, dict):

@@ -6,7 +6,6 @@ space: it is compared with any other, and the user must make sure that both come
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import write_json
+from lvtrain.files.reading import parse_json
 from lvtrain.weights.space import explain
 
 
@@ -60,7 +60,7 @@ def read_embeddings(path: Path) -> Embeddings:
         ) from None
     beside = path.with_suffix(".json")
     try:
-        found = json.loads(beside.read_text()) if beside.is_file() else {}
+        found = parse_json(beside.read_text()) if beside.is_file() else {}
         space, shape = found.get("space"), found.get("shape")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{beside} is damaged ({error}); embed these images again") from None

@@ -5,7 +5,6 @@ An exported folder keeps the card's fields in its `config.json`, so that a card 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import write_json, write_text
+from lvtrain.files.reading import parse_json
 from lvtrain.methods import method_title
 from lvtrain.recipe import files as recipes
 from lvtrain.weights.architecture import Architecture
@@ -116,13 +116,13 @@ def _add_run(card: Card, run: Path, weights: str) -> None:
     parts = {"begun from": values.get("init_from"), "distilled from": values["method"].get("distill")}
     card.made_from = [f"{how} {part.get('path') or part.get('teacher')}" for how, part in parts.items() if part]
     for file in (run / "evaluation").glob("*.json"):
-        found = json.loads(file.read_text())
+        found = parse_json(file.read_text())
         which = f"step {found.get('step')}, phase {found.get('phase')}"
         for key, name in (("benchmarks", which), ("benchmarks_ema", f"{which}, moving average")):
             if name == weights and key in found:
                 card.samples_seen, card.figures = found.get("samples_seen"), found[key]
     if (run / CALIBRATION).is_file():
-        kept = json.loads((run / CALIBRATION).read_text())
+        kept = parse_json((run / CALIBRATION).read_text())
         if kept["weights"] == weights:
             card.calibration = kept["sets"]
         else:
@@ -132,7 +132,7 @@ def _add_run(card: Card, run: Path, weights: str) -> None:
 def from_folder(folder: Path) -> Card | None:
     """The card of an exported folder; None where it has none (another program's folder)."""
     config = folder / CONFIG
-    fields = json.loads(config.read_text()).get("lvtrain", {}).get("card") if config.is_file() else None
+    fields = parse_json(config.read_text()).get("lvtrain", {}).get("card") if config.is_file() else None
     if not fields:
         return None
     return Card(**{name: value for name, value in fields.items() if name in Card.__dataclass_fields__})
@@ -147,7 +147,7 @@ def keep_calibration(model: Path, weights: str, found: dict[str, Any]) -> Path |
     if (model / "recipe.yaml").is_file():
         path = model / CALIBRATION
         try:
-            before = json.loads(path.read_text()) if path.is_file() else {}
+            before = parse_json(path.read_text()) if path.is_file() else {}
         except ValueError:
             raise UserError(f"{path} cannot be read; remove it, and calibrate again what it held") from None
         sets = before["sets"] if before.get("weights") == weights else {}
@@ -157,7 +157,7 @@ def keep_calibration(model: Path, weights: str, found: dict[str, Any]) -> Path |
     if card is None:
         return None
     card.calibration.update(found)
-    config = json.loads((model / CONFIG).read_text())
+    config = parse_json((model / CONFIG).read_text())
     config["lvtrain"]["card"] = asdict(card)
     write_json(model / CONFIG, config, indent=2)
     write_card(model / "README.md", card)

@@ -7,7 +7,6 @@ listed, because it may move the curve.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lvtrain.files.reading import parse_json
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
 
@@ -89,7 +89,7 @@ class Curve:
 
 def load_curve(path: Path) -> Curve:
     """Reads a file of `lvtrain/recipes/curves`."""
-    values = json.loads(path.read_text())
+    values = parse_json(path.read_text())
     ends = {name: PhaseEnds(*found) for name, found in values.get("phase_ends", {}).items()}
     if "loss_by_seed" in values:  # ours, by epoch
         losses = np.array(values["loss_by_seed"])
@@ -171,7 +171,7 @@ def find_reference(recipe: Recipe, *, num_classes: int, num_samples: int) -> Ref
 def _card(name: str) -> dict[str, Any]:
     """The flat values of a card, with the sizes of its data, which its curve states where its recipe does not."""
     card = _flat(recipes.load(FOLDER.parent / f"{name}.yaml").model_dump(mode="json"))
-    sizes = json.loads((FOLDER / f"{name}.json").read_text()).get("data", {})
+    sizes = parse_json((FOLDER / f"{name}.json").read_text()).get("data", {})
     return card | {f"data.{key}": value for key, value in sizes.items()}
 
 

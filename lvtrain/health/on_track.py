@@ -5,11 +5,11 @@ Everything comes from rows of `metrics.jsonl`, so a resumed run reads the rows o
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lvtrain.files.reading import read_records
 from lvtrain.health.curves import Curve, PhaseEnds, Reference
 from lvtrain.health.first_loss import FirstLoss, compare
 
@@ -39,7 +39,9 @@ class OnTrack:
     def __init__(self, law: FirstLoss | str, reference: Reference | None, folder: Path) -> None:
         self.law, self.reference = law, reference
         self._curve: Curve | None = reference.curve if reference and len(reference.curve.epochs) else None
-        self._rows: list[tuple[int, float, float]] = [_brief(row) for row in _read(folder / "metrics.jsonl")]
+        self._rows: list[tuple[int, float, float]] = [
+            _brief(row) for row in read_records(folder / "metrics.jsonl", "step", int)[0]
+        ]
         self._expected: tuple[str, float, PhaseEnds] | None = None  # of the phase that is trained
 
     def start(self) -> list[Note]:
@@ -164,14 +166,3 @@ def _range(ends: PhaseEnds) -> str:
 def _brief(row: dict[str, Any]) -> tuple[int, float, float]:
     loss = row.get("loss")
     return int(row["step"]), float(row.get("epoch") or 0.0), float("nan") if loss is None else float(loss)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Whole rows of a file that a crash may have cut; none if there is no file."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if isinstance(row, dict) and "step" in row]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import write_json
 from lvtrain.files.patience import patiently
+from lvtrain.files.reading import parse_json
 from lvtrain.launch.site import Site
 from lvtrain.training.outcome import Outcome
 
@@ -84,7 +84,7 @@ def load_chain(run_folder: Path) -> Chain:
             f"{run_folder} has no Slurm chain ({path} is missing); submit one with sbatch slurm/<script>.sh"
         )
     try:
-        values = json.loads(patiently(path.read_text))
+        values = parse_json(patiently(path.read_text))
         values["site"] = Site(**values["site"])
         values["phases"], values["overrides"] = tuple(values["phases"]), tuple(values["overrides"])
         return Chain(**values)

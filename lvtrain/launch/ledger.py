@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lvtrain.files.reading import read_records
+
 Record = dict[str, Any]
 
 
@@ -36,13 +38,7 @@ class Ledger:
 
     def read(self) -> list[Record]:
         """All records; a line that a crash cut short is skipped."""
-        records = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
-        return records
+        return read_records(self.path, "event", str)[0]
 
     def this_chain(self) -> list[Record]:
         """The records since the last submission by hand, which resets the counts."""

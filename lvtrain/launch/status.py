@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lvtrain.errors import UserError
+from lvtrain.files.reading import parse_json
 from lvtrain.launch.attempt import stopped_path
 from lvtrain.launch.chain import Chain, load_chain
 from lvtrain.launch.ledger import Ledger, Record
@@ -127,7 +127,7 @@ def _entered(chain: Chain, phase: str) -> bool:
 
 def _stop_reason(chain: Chain) -> str | None:
     try:
-        record: dict[str, Any] = json.loads(stopped_path(chain).read_text())
+        record: dict[str, Any] = parse_json(stopped_path(chain).read_text())
     except (OSError, ValueError):
         return None
     return str(record.get("reason", "no reason written"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shlex
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lvtrain.errors import UserError
+from lvtrain.files.reading import parse_json
 from lvtrain.planning.device import device
 from lvtrain.planning.phases import measure, plan_phases
 from lvtrain.planning.plan import Plan
@@ -76,13 +76,15 @@ def _parameters(run: RunFiles) -> int | None:
 
 def _plans(run: RunFiles) -> tuple[dict[str, Plan], str]:
     gpus, ranks = run.environment.get("gpus") or [], run.environment.get("world_size")
+    if not isinstance(gpus, list) or type(ranks) is not int:  # damaged: another file of the run decides what it is
+        return {}, "environment.json is damaged."
     if not gpus or not ranks:
         return {}, "The planner plans GPUs; this run was on a CPU." if ranks else ""
     recipe = _recipe(run)
     if recipe is None:
         return {}, ""
     try:
-        config = json.loads((run.folder / "ds_config.json").read_text())
+        config = parse_json((run.folder / "ds_config.json").read_text())
         classes = run.environment.get("identities") or recipe.data.num_classes
         gpu = device(gpus[0], per_node=min(len(gpus), ranks))
         zero = config.get("zero_optimization")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lvtrain.errors import UserError
+from lvtrain.files.reading import parse_json, read_records
 from lvtrain.recipe import files as recipes
 
 Row = dict[str, Any]
@@ -113,8 +113,8 @@ def read_run(folder: str | Path) -> RunFiles:
         recipe=recipes.of_run(text),
         recipe_text=text,
         environment=_json(folder / "environment.json"),
-        metrics=[row for row in _lines(folder / "metrics.jsonl") if "step" in row],
-        events=[row for row in _lines(folder / "events.jsonl") if "event" in row],
+        metrics=read_records(folder / "metrics.jsonl", "step", int)[0],
+        events=read_records(folder / "events.jsonl", "event", str)[0],
         evaluations=dict(sorted(((k, v) for k, v in evaluations.items() if v.get("benchmarks")), key=_moment)),
         protocols={name: found for name, found in others.items() if found},
     )
@@ -138,19 +138,7 @@ def _moment(item: tuple[str, Row]) -> tuple[int, int]:
 
 def _json(path: Path) -> Row:
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(path.read_text())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _lines(path: Path) -> list[Row]:
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the last line of a run that was killed while writing it
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows

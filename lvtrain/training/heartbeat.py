@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvtrain.files.patience import patiently
+from lvtrain.files.reading import parse_json
 
 if TYPE_CHECKING:  # this file needs only the standard library: `slurm_status.py` reads heartbeats outside the container
     from lvtrain.checkpoint.lease import Fence
@@ -152,7 +153,7 @@ def read_all(folder: Path) -> list[Beat]:
     beats = []
     for path in sorted(Path(folder).glob("rank_*.json")):
         try:
-            beats.append(Beat(**json.loads(path.read_text())))
+            beats.append(Beat(**parse_json(path.read_text())))
         except (OSError, ValueError, TypeError):
             continue
     return beats

@@ -12,7 +12,6 @@ This file needs only the standard library to be imported, because the batch scri
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -23,6 +22,7 @@ from typing import Literal, get_args
 from lvtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED
 from lvtrain.files import atomic
 from lvtrain.files.patience import patiently
+from lvtrain.files.reading import parse_json
 
 Verdict = Literal["done", "requeue", "fatal"]
 
@@ -55,7 +55,7 @@ def write(run_folder: Path, outcome: Outcome) -> None:
 def read(run_folder: Path) -> Outcome | None:
     """The last outcome; None if there is no file, or it is not one of ours."""
     try:
-        values = json.loads(patiently(path_in(run_folder).read_text))
+        values = parse_json(patiently(path_in(run_folder).read_text))
         verdict, phase, reason = values["outcome"], values["phase"], str(values["reason"])
         found = Outcome(verdict, phase, int(values["step"]), reason, int(values["attempt"]))
     except (OSError, ValueError, KeyError, TypeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import uuid
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lvtrain.distributed.environment import environment
 from lvtrain.distributed.world import World
 from lvtrain.files import atomic
 from lvtrain.files.patience import FORBIDDEN, in_words, patiently
+from lvtrain.files.reading import parse_json
 from lvtrain.methods.provenance import collect
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
@@ -103,7 +103,7 @@ def _open(
 def _surroundings(folder: Path, now: dict[str, Any]) -> list[str]:
     """Entries of `_REPORTED` that differ from the last start's `environment.json`; none if that file was lost."""
     try:
-        before = json.loads(patiently((folder / ENVIRONMENT).read_text))
+        before = parse_json(patiently((folder / ENVIRONMENT).read_text))
     except (FileNotFoundError, ValueError):
         return []
     old, new = flat(before), flat(now)
@@ -130,7 +130,7 @@ def _keep(folder: Path, recipe: Recipe, dataset: ShardDataset, fence: Fence | No
     try:
         if has_trained(folder) and patiently((folder / PROVENANCE).exists):
             return
-        environment = json.loads(patiently((folder / "environment.json").read_text))
+        environment = parse_json(patiently((folder / "environment.json").read_text))
         found = collect(recipe, dataset, environment).as_json()
         if fence is not None:
             fence.check()
@@ -146,7 +146,7 @@ def _identity(folder: Path) -> dict[str, Any]:
     """
     path = folder / IDENTITY
     try:
-        found = json.loads(patiently(path.read_text))
+        found = parse_json(patiently(path.read_text))
         return {"run_id": str(found["run_id"]), "attempt": int(found["attempt"])}
     except FileNotFoundError:
         lost = "is missing" if patiently((folder / RECIPE).exists) else None

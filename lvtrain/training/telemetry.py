@@ -6,10 +6,8 @@ Rank 0 writes. The other ranks report only what they alone saw.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lvtrain import signals
@@ -17,6 +15,7 @@ from lvtrain.checkpoint.lease import Fence
 from lvtrain.distributed.world import World
 from lvtrain.evaluation import suite
 from lvtrain.files import atomic
+from lvtrain.files.reading import read_records
 from lvtrain.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerSection
 
 
@@ -49,7 +48,10 @@ class Telemetry:
         path = self.folder / "metrics.jsonl"
         if self.active and path.exists():
             self.check_fence()
-            rows = [row for row in _whole_lines(path) if row["step"] <= step]
+            rows, dropped = read_records(path, "step", int)
+            if dropped:
+                self.say(f"warning: {path}: {dropped} damaged lines are dropped; a crash may have cut one short")
+            rows = [row for row in rows if row["step"] <= step]
             atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._track("begin", step)
 
@@ -146,17 +148,6 @@ def _clock(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} hours"
     return f"{seconds // 60}:{seconds % 60:02d}"
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl file, without a line that a crash cut short."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            print(f"warning: {path}: a line was cut short by a crash and is dropped", file=sys.stderr)
-    return rows
 
 
 def _print(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from lvtrain.errors import UserError
+from lvtrain.files.reading import parse_json
 
 _TYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(uint8)": np.uint8}
 _SIDE = 112  # pixels: insightface's own rule for what a recogniser takes
@@ -27,7 +27,7 @@ def recogniser(path: Path) -> Path:
         return path
     if (path / "manifest.json").is_file():
         try:
-            return path / str(json.loads((path / "manifest.json").read_text())["tasks"]["recognition"]["file"])
+            return path / str(parse_json((path / "manifest.json").read_text())["tasks"]["recognition"]["file"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}/manifest.json names no recognition file; name the ONNX file itself") from None
     found = files if len(files) == 1 else [file for file in files if _shape(file)[2:] == [_SIDE, _SIDE]]

@@ -7,7 +7,6 @@ earlier versions, and others' files, have none: their licences are unknown.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from lvtrain.data.index import read_manifest
 from lvtrain.data.subset import read_subset
 from lvtrain.errors import UserError
+from lvtrain.files.reading import parse_json
 from lvtrain.recipe import files as recipes
 from lvtrain.weights.licences import Use, commercial_use, strictest
 from lvtrain.weights.source import CONFIG
@@ -139,14 +139,14 @@ def _recorded(path: Path) -> Provenance:
         from lvtrain.weights.space import read_metadata
 
         text = read_metadata(path)[0].get(METADATA)
-        return from_json(json.loads(text)) if text else Provenance()
+        return from_json(parse_json(text)) if text else Provenance()
     path = path.absolute()
     if (path / CONFIG).is_file():
-        section = json.loads((path / CONFIG).read_text()).get("lvtrain", {})
+        section = parse_json((path / CONFIG).read_text()).get("lvtrain", {})
         return _of_card(section.get("card") or {}, path.name)
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     if (run / FILE).is_file():
-        return from_json(json.loads((run / FILE).read_text()))
+        return from_json(parse_json((run / FILE).read_text()))
     return _of_old_run(run) if (run / "recipe.yaml").is_file() else Provenance()
 
 
@@ -163,7 +163,7 @@ def _of_old_run(run: Path) -> Provenance:
     text = (run / "recipe.yaml").read_text()
     values = recipes.of_run(text)
     noted = run / "environment.json"
-    environment = json.loads(noted.read_text()) if noted.is_file() else {}
+    environment = parse_json(noted.read_text()) if noted.is_file() else {}
     data = Path(values["data"]["path"])
     terms = [Terms(f"data {data.name} of run {run.name}", data_licence(run, data))]
     method = values["method"]
@@ -180,7 +180,7 @@ def _of_old_run(run: Path) -> Provenance:
 def data_licence(run: Path, data: Path) -> str | None:
     """The licence that the run recorded at its start; without a record, the dataset's, if it still exists."""
     noted = run / "environment.json"
-    if noted.is_file() and (licence := json.loads(noted.read_text()).get("data_licence")):
+    if noted.is_file() and (licence := parse_json(noted.read_text()).get("data_licence")):
         return str(licence)
     try:
         is_subset = data.suffix == ".json" and data.name != "dataset.json"

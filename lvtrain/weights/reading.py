@@ -7,7 +7,6 @@ DINO's `checkpoint*.pth`, safetensors files and folders, ONNX files of insightfa
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lvtrain.errors import UserError
+from lvtrain.files.reading import parse_json
 from lvtrain.weights.foreign import from_ir, is_ir
 from lvtrain.weights.onnx_match import read_onnx
 
@@ -131,7 +131,7 @@ def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            return [folder / name for name in sorted(set(parse_json(index.read_text())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged ({type(error).__name__}: {error}); copy it again") from error
     files = sorted(folder.glob("*.safetensors"))

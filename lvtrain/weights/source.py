@@ -6,7 +6,6 @@ known network. Tensors have the names of the evaluated network, which takes RGB.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import cached_property
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 
 from lvtrain.checkpoint.reader import Weights, open_shapes, open_weights
 from lvtrain.errors import UserError
+from lvtrain.files.reading import parse_json
 from lvtrain.weights.architecture import Architecture, recognise
 from lvtrain.weights.foreign import scale_pixels, swap_colours
 from lvtrain.weights.model_input import ASSUMED, OURS, ModelInput
@@ -250,7 +250,7 @@ def _exported_backbone(path: Path) -> dict[str, Any] | None:
     if not (path.is_dir() and (path / CONFIG).is_file() and (path / WEIGHTS).is_file()):
         return None
     try:
-        config = json.loads((path / CONFIG).read_text())
+        config = parse_json((path / CONFIG).read_text())
         return dict(config["lvtrain"]["backbone"]) if "lvtrain" in config else None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is a damaged folder ({type(error).__name__}: {error}); export it again") from error

@@ -11,7 +11,6 @@ it was written for.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from lvtrain.errors import UserError
+from lvtrain.files.reading import parse_json
 from lvtrain.weights.onnx_file import recogniser
 from lvtrain.weights.onnx_match import read_onnx
 from lvtrain.weights.source import CONFIG, open_source
@@ -117,7 +117,7 @@ def _kept(path: Path) -> dict[str, Any]:
     """`space` and the digest of the `weights` it was written for, of a folder that lvtrain exported; otherwise empty."""
     config = path / CONFIG
     try:
-        section = json.loads(config.read_text())["lvtrain"] if path.is_dir() and config.is_file() else {}
+        section = parse_json(config.read_text())["lvtrain"] if path.is_dir() and config.is_file() else {}
         return {"space": section.get("card", {}).get("space"), "weights": section.get("weights")}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lvtrain.datasets.importer import IMPORTERS, Importer, Options
 from lvtrain.datasets.labels import Label, LabelReader
 from lvtrain.errors import UserError
 from lvtrain.files.checked import check_length, reading
+from lvtrain.files.reading import parse_json
 
 _KEPT = 24  # row groups that a process caches; a shard consists of whole groups, so each is read once
 _KEPT_BYTES = 1 << 30  # of the cache, besides the group in use
@@ -79,11 +79,11 @@ class Parquet(Importer):
             if schema.names.count(column) > 1:
                 raise UserError(f"{file} has {schema.names.count(column)} columns {column!r}; write it with one")
         try:
-            features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+            features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
             names = [str(name) for name in features[self.options.label_column]["names"]]
             if not self._is_integer(schema.field(self.options.label_column).type):
                 return {}
-        except (KeyError, TypeError, ValueError, RecursionError):
+        except (KeyError, TypeError, ValueError):
             return {}
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)

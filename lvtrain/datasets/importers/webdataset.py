@@ -7,7 +7,6 @@ a suffix occurs again.
 from __future__ import annotations
 
 import io
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from lvtrain.datasets.importer import IMPORTERS, Importer, Options
 from lvtrain.datasets.labels import MAX_JSON, Form, Label, LabelReader
 from lvtrain.errors import UserError
 from lvtrain.files.checked import check_length, reading
+from lvtrain.files.reading import parse_json
 
 _PREFERRED = ("jpg", "jpeg", "png", "webp")
 
@@ -238,8 +238,8 @@ def _json(file: Path) -> Any:
     if not file.is_file() or file.stat().st_size > MAX_JSON:
         return None
     try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        return parse_json(file.read_bytes())
+    except ValueError:
         return None
 
 

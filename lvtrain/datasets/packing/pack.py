@@ -31,6 +31,7 @@ from lvtrain.datasets.parallel import ordered_map
 from lvtrain.errors import UserError
 from lvtrain.files import atomic
 from lvtrain.files.patience import patiently
+from lvtrain.files.reading import parse_json
 
 Progress = Callable[[str, int, int], None]
 REPORT = "pack_report.json"
@@ -115,9 +116,9 @@ def _ended(source: Path, out: Path, options: PackOptions) -> dict[str, Any] | No
     if not (out / FINISHED).exists():
         return None
     _remove(out / FINISHED)
-    packed = json.loads(patiently((out / "dataset.json").read_text)).get("provenance", {})
+    packed = parse_json(patiently((out / "dataset.json").read_text)).get("provenance", {})
     is_same = json.loads(json.dumps(_provenance(source, options))) == packed
-    report: dict[str, Any] | None = json.loads(patiently((out / REPORT).read_text)) if is_same else None
+    report: dict[str, Any] | None = parse_json(patiently((out / REPORT).read_text)) if is_same else None
     return report
 
 
@@ -137,7 +138,7 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
     path = scratch / "options.json"
     if path.exists():
         try:
-            begun = dict(json.loads(path.read_text()))
+            begun = dict(parse_json(path.read_text()))
         except ValueError:
             raise UserError(f"{path} is damaged; remove {scratch} and start again") from None
         differing = sorted(key for key in wanted.keys() | begun.keys() if wanted.get(key) != begun.get(key))
