@@ -28,10 +28,13 @@ class UserError(Exception):
 
 
 def error_line(error: Exception, where: object) -> str:
-    """One line for a UserError or an OSError. `where` is named when an OSError names no file."""
-    return (
-        f"{error.filename or where}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
-    )
+    """One line for a UserError or an OSError. `where` is named when an OSError names no file.
+
+    Line breaks and control characters, which a name in it may hold, are escaped: they would forge lines.
+    """
+    is_system = isinstance(error, OSError) and error.strerror
+    text = f"{error.filename or where}: {error.strerror}" if is_system else str(error)
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def is_lost_rank(error: BaseException | None) -> bool:

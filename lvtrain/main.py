@@ -26,13 +26,22 @@ from lvtrain import signals
 from lvtrain.errors import EXIT_DONE, EXIT_ERROR, LOST_RANK, UserError, error_line, is_lost_rank, quiet_torch
 
 
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < float("inf"):
+        raise ValueError
+    return minutes
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line. Exits with a message if it is wrong."""
     parser = argparse.ArgumentParser(prog="lvtrain", description="Train a face-recognition model from a recipe.")
     parser.add_argument("--recipe", required=True, type=Path, help="YAML recipe, see lvtrain/recipes/")
     parser.add_argument("--ds_config", required=True, type=Path, help="DeepSpeed JSON, see ds_configs/")
     parser.add_argument("--phase", help="train this phase only, then exit")
-    parser.add_argument("--max-time", type=float, metavar="MINUTES", help="stop, with a checkpoint, before this time")
+    parser.add_argument(
+        "--max-time", type=_minutes, metavar="MINUTES", help="stop, with a checkpoint, before this time"
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -84,6 +84,19 @@ def test_damaged_foreign_and_newer_manifest(folder):
         read_manifest(folder / "labels.txt")
 
 
+@pytest.mark.parametrize("change", ["less", "more", "swapped", "latin1"])
+def test_names_of_another_dataset_are_refused(folder, change):
+    """With a line more or less, every identity after it would have another's name."""
+    path = folder / "labels.txt"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert ShardDataset(folder).label_names() == [line.decode().rstrip("\n") for line in lines]
+    swapped = [lines[1], lines[0], *lines[2:]]
+    changed = {"less": lines[1:], "more": [b"x\n", *lines], "swapped": swapped, "latin1": [b"\xff\n", *lines[1:]]}
+    path.write_bytes(b"".join(changed[change]))
+    with pytest.raises(UserError, match=r"labels\.txt"):
+        ShardDataset(folder).label_names()
+
+
 def test_label_that_is_not_a_class(folder):
     index = np.memmap(folder / "index.bin", dtype=RECORD, mode="r+", offset=64)
     index["label"][40] = 5

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,24 @@ OVERRIDES = {
     "nesterov": ["optimizer={name: sgd, momentum: 0, nesterov: true}"],
     "lr_for_batch": ["optimizer.lr_for_batch=0"],
     "optimizer.lr   ": ["lr=0.1"],
+    "optimizer.lr    ": ["optimizer.lr=yes"],
+    "optimizer.betas ": ["optimizer.betas=[1.0, 0.99]"],
+    "optimizer.betas  ": ["optimizer.betas=[0.9, 0.99, 0.9]"],
+    "seed": ["seed=true"],
+    "seed ": ["seed=1.5"],
+    "phases": ["phases=[]"],
+    "phases.0.end.cos2": ["phases.0.end.cos2=1.5"],
+    "phases.0.global_batch ": ["phases.0.global_batch=on"],
+    "'7'": ["phases.7.name=x"],
+    "heads 3": ["backbone.overrides.heads=3"],
+    "embedding_dim": ["backbone.embedding_dim=0"],
+    "schedule.total   ": ["schedule.total=12"],
+    "classifier.margin": ["classifier.margin=arcfaze"],
+    "method.window": ["method.window=0"],
+    "data.block": ["data.block=0"],
+    "evaluation.benchmarks": ["evaluation.benchmarks={'../x': a.bin}"],
+    "evaluation.benchmarks ": ['evaluation.benchmarks={"a\\nb": a.bin}'],
+    "optimizer.lr is a value": ["optimizer.lr.x=5"],
     "schedule": ["schedule.warmup=13 steps"],
     "schedule.warmup": ["schedule.warmup=2 epochs"],
     "schedule.total": ["schedule.total=0 steps"],
@@ -136,6 +156,25 @@ FILES = {
 }  # fmt: skip
 
 
+# key in the refusal -> what happened to the dataset folder
+DATASETS: dict[str, Callable[[Path], Any]] = {
+    "000000.tar is missing": lambda folder: (folder / "shards" / "000000.tar").unlink(),
+    "000000.tar is cut": lambda folder: os.truncate(folder / "shards" / "000000.tar", 10240),
+    "index.bin is missing": lambda folder: (folder / "index.bin").unlink(),
+    "index.bin does not": lambda folder: os.truncate(folder / "index.bin", 84),
+    "dataset.json is damaged": lambda folder: (folder / "dataset.json").write_text("{"),
+    "1e999": lambda folder: _edit(folder, '"samples": ', '"samples": 1e999, "x": '),
+    "schema 92": lambda folder: _edit(folder, '"schema": ', '"schema": 9'),
+    "image_size": lambda folder: _edit(folder, '"image_size": ', '"image_size": "x", "x": '),
+    "holds label": lambda folder: _edit(folder, '"num_classes": ', '"num_classes": 1, "x": '),
+}
+
+
+def _edit(folder: Path, old: str, new: str) -> None:
+    path = folder / "dataset.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
 class Door:
     """`main` as a start and as a dry run: the exit code and the last line."""
 
@@ -197,6 +236,20 @@ def test_a_faulty_recipe_file(key: str, door: Door) -> None:
     content = FILES[key]
     door.recipe.write_bytes(content if isinstance(content, bytes) else content.encode())
     door.refused(key)
+
+
+@pytest.mark.parametrize("key", DATASETS)
+def test_a_damaged_dataset(key: str, door: Door, tiny_faces: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_faces / "train", tmp_path / "faces")
+    DATASETS[key](tmp_path / "faces")
+    door.refused(key, f"data.path={tmp_path / 'faces'}")
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "0", "-5", "x"])
+def test_a_time_limit_is_positive(minutes: str, door: Door) -> None:
+    with pytest.raises(SystemExit) as end:
+        door.both(f"--max-time={minutes}")
+    assert end.value.code == 2
 
 
 def test_a_fifo_is_not_read(door: Door, tmp_path: Path) -> None:

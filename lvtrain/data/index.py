@@ -196,10 +196,19 @@ def read_manifest(folder: str | Path) -> Manifest:
             provenance=body["provenance"],
             seed=body["seed"],
             licence=body["licence"],
-            image_size=tuple(body["image_size"]) if body["image_size"] else None,  # type: ignore[arg-type]
+            image_size=_size(body["image_size"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); pack again or restore it from a backup") from None
+
+
+def _size(value: Any) -> tuple[int, int] | None:
+    """`image_size` of a manifest, or ValueError."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2 or not all(type(side) is int and side > 0 for side in value):
+        raise ValueError("image_size")
+    return value[0], value[1]
 
 
 def open_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
@@ -228,16 +237,27 @@ def open_index(folder: str | Path, manifest: Manifest) -> np.ndarray:
     return np.memmap(path, dtype=RECORD, mode="r", offset=_HEADER.size)
 
 
-def read_labels(folder: str | Path) -> list[str]:
+def read_labels(folder: str | Path, manifest: Manifest | None = None) -> list[str]:
     """The identity names, by label.
 
+    Args:
+        folder: of the dataset.
+        manifest: its `dataset.json`, if that was read before.
+
     Raises:
-        UserError: labels.txt is missing, or not UTF-8.
+        UserError: labels.txt is missing, not UTF-8, or not the one of the manifest: a line more or less, and every identity
+            after it would have another's name.
     """
-    path = Path(folder) / "labels.txt"
+    path, manifest = Path(folder) / "labels.txt", manifest or read_manifest(folder)
     try:
-        return path.read_bytes().decode().split("\n")[:-1]  # as text, a carriage return would end a name
+        data = path.read_bytes()
+        names = data.decode().split("\n")[:-1]  # as text, a carriage return would end a name
     except FileNotFoundError:
         raise UserError(f"{path} is missing; restore it, or pack again") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; it is damaged: restore it, or pack again") from None
+    if hashlib.sha256(data).hexdigest() != manifest.labels_sha256:
+        raise UserError(
+            f"{path} does not belong to dataset.json ({len(names)} names); restore the one that does, or pack again"
+        )
+    return names

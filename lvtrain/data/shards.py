@@ -92,7 +92,7 @@ class ShardDataset:
 
     def label_names(self) -> list[str]:
         """Identity names, by label."""
-        names = read_labels(self.folder)
+        names = read_labels(self.folder, self.manifest)
         if self._label_of is None:
             return names
         kept: list[str] = [""] * self.num_classes

@@ -8,9 +8,18 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import core_schema
 
 
@@ -96,6 +105,11 @@ def setting(
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is a union of."""
+    return {kind for part in get_args(annotation) for kind in _kinds(part)} or {annotation}
+
+
 class Section(BaseModel):
     """A section of a recipe.
 
@@ -106,6 +120,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
     bare: ClassVar[str] = ""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, which Python takes for 1."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("yes, no, on, off, true and false are not numbers")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -256,7 +256,7 @@ class InitFrom(Section):
 class Evaluation(Section):
     """Benchmarks during training."""
 
-    benchmarks: dict[str, Path | dict[str, Any]] = setting(
+    benchmarks: dict[FileName, Path | dict[str, Any]] = setting(
         dict, "by name: a path (.bin file, IJB folder, labelled set), or {protocol, path, and the protocol's options}"
     )
     every: PositiveDuration | None = setting(

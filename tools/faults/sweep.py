@@ -101,7 +101,7 @@ class Sweep:
             return Trial(site, mode.name, "not reached" if ended_well else "wrong", "" if ended_well else _tail(output))
         problem = self._problem(operation, mode, codes, output, expected if ended_well else None)
         # a folder as after an undisturbed run needs no second command
-        is_as_ever = ended_well and self._files() == files
+        is_as_ever = self._files() == files and (ended_well or self._was_at_its_end(operation, mode, expected))
         if problem is None and not is_as_ever and (operation.is_repeatable or not ended_well):
             again, output_again = self.bench.run(operation, self.work, site.size)
             problem = self._problem(operation, None, again, output_again, expected)
@@ -151,6 +151,10 @@ class Sweep:
             if operation.tool == "lvtrain" and mode is not None and mode.name != "ENOSPC" and 2 in codes:
                 return f"fatal for a chain, {codes}"
         return None
+
+    def _was_at_its_end(self, operation: Operation, mode: Mode, expected: dict[str, Any]) -> bool:
+        """Whether the kill came after all work was done, and the same command would only say that."""
+        return mode.is_kill and not operation.is_repeatable and not self._differing(operation, expected)
 
     def _differing(self, operation: Operation, expected: dict[str, Any]) -> list[str]:
         try:

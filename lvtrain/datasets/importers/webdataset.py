@@ -61,7 +61,7 @@ class WebDataset(Importer):
     def scan(self, out: CatalogueWriter) -> None:
         ours = self._own_manifest()
         if ours is not None:
-            out.class_names.update(enumerate(read_labels(self.path)))
+            out.class_names.update(enumerate(read_labels(self.path, ours)))
         announced = _announcements(self.path, ours)
         listed = bool(announced)
         reader = LabelReader(self.options.encoding, self.options.labels)

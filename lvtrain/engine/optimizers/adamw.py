@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from lvtrain.engine.optimizers import OPTIMIZERS, BackboneOptimizer
 from lvtrain.recipe.base import setting
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class AdamWSection(Optimizer):
     """Keys of `optimizer: adamw` (Loshchilov and Hutter, ICLR 2019)."""
 
@@ -19,7 +24,7 @@ class AdamWSection(Optimizer):
     batch_power: ClassVar[float] = 0.5
 
     name: Literal["adamw"] = setting("adamw", "AdamW", because="the checkpoints hold its state")
-    betas: tuple[float, float] = setting((0.9, 0.999), "decay of the two moments", because="the moments depend on it")
+    betas: tuple[Decay, Decay] = setting((0.9, 0.999), "decay of the two moments", because="the moments depend on it")
     eps: float = setting(
         1e-8, "added to the root of the second moment", because="a change would make it another run", gt=0
     )
