@@ -34,9 +34,9 @@ LIMITS = """## What this shows, and what it does not
   plain script with the same network had been evaluated on the last ten identities. There AUC was
   higher with all eleven seeds, TAR at FAR 1e-1 with ten, and TAR at FAR 1e-2 with eight.
 - The table has three new seeds, and holds out the first ten identities. No run had been evaluated on
-  these before. There the distilled network is not ahead. So what the eleven seeds showed holds for
-  those ten identities, not for distillation in general. Ten identities have 450 genuine pairs: too
-  few to tell such trainings apart. Forty identities are all there are.
+  these before. There the distilled network is not ahead. So what the eleven seeds showed does not
+  carry over to other identities. Ten identities have 450 genuine pairs: too few to tell such
+  trainings apart. Forty identities are all there are.
 - In the plain script scratch was level or ahead after 240 steps, and distillation was ahead with 30%
   wrong labels (three seeds). Both were measured on the last ten identities only.
 """
@@ -62,8 +62,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f}%"
 
 
-def write(out: Path, rows: list[Row], figures: dict[str, Any], spent: dict[str, int]) -> None:
-    """Prints the table, and writes it as reality.md and reality.json. No path of this machine is in either."""
+def write(
+    out: Path, rows: list[Row], figures: dict[str, Any], spent: dict[str, int], *, command: str, note: str = ""
+) -> None:
+    """Prints the table, and writes it as reality.md and reality.json. No path of this machine is in either.
+
+    Args:
+        out: folder of the two files.
+        rows: of the table.
+        figures: behind them.
+        spent: `seconds` and `cpu_seconds`.
+        command: that gave the figures.
+        note: about the run, for the head of the page.
+    """
     verdict = {True: "met", False: "**missed**", None: ""}
     cells = [("what", "figure", "expected", "")]
     cells += [(row.what, row.figure, row.expected, verdict[row.met]) for row in rows]
@@ -77,12 +88,12 @@ def write(out: Path, rows: list[Row], figures: dict[str, Any], spent: dict[str, 
     hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}, load {load:.1f} at the end"
     about = {
         "credit": CREDIT,
-        "command": "bash tools/reality.sh",
+        "command": command,
         "date": time.strftime("%d %B %Y"),
         "hardware": hardware,
     }
     out.mkdir(parents=True, exist_ok=True)
     body = {**about, **spent, "table": [asdict(row) for row in rows], **figures}
     (out / "reality.json").write_text(json.dumps(body, indent=1) + "\n")
-    head = f"`{about['command']}`, {about['date']}, {hardware}:\n{took}."
+    head = f"`{command}`, {about['date']},\n{hardware}: {took}.{note}"
     (out / "reality.md").write_text("\n".join(["# Real photographs", "", head, "", ABOUT, *lines, "", LIMITS]))
