@@ -10,6 +10,7 @@ from lvtrain.backbones import create_backbone
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.classifier.margins import CosFace
 from lvtrain.data import ShardDataset
+from lvtrain.data.subset import first_of_each
 from lvtrain.distributed.world import World
 from lvtrain.recipe.files import resolve
 from lvtrain.training import initial
@@ -24,9 +25,9 @@ RECIPE = resolve(TINY | {"data": {"path": "unused"}})
 
 def test_the_first_few_of_every_label() -> None:
     labels = np.array([2, 0, 2, 2, 1, 0, 2, 0, 0])
-    assert initial.first_of_each(labels, 2).tolist() == [0, 1, 2, 4, 5]
-    assert initial.first_of_each(labels, 9).tolist() == list(range(9))
-    assert initial.first_of_each(labels[:0], 3).tolist() == []
+    assert first_of_each(labels, 2).tolist() == [0, 1, 2, 4, 5]
+    assert first_of_each(labels, 9).tolist() == list(range(9))
+    assert first_of_each(labels[:0], 3).tolist() == []
 
 
 def backbone() -> torch.nn.Module:

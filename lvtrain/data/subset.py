@@ -25,6 +25,19 @@ MAGIC = b"LVTSUBST"
 HEADER = struct.Struct("<8sIIQQ")  # magic, schema, num_classes, identities of the dataset, samples
 
 
+def first_of_each(labels: np.ndarray, most: int, draws: np.ndarray | None = None) -> np.ndarray:
+    """Positions of at most `most` samples of every label, int64, ascending.
+
+    Args:
+        labels: int64 [N].
+        most: samples of a label.
+        draws: uint64 [N]; those with the lowest are taken. None: the first.
+    """
+    order = np.argsort(labels, kind="stable") if draws is None else np.lexsort((draws, labels))
+    first = np.searchsorted(labels[order], labels[order])
+    return np.sort(order[np.arange(len(order)) - first < most])
+
+
 def read_subset(path: Path) -> tuple[Path, np.ndarray, np.ndarray, str]:
     """Dataset folder, sample ids (memory map), label map (memory map) and what the subset adds to the fingerprint.
 

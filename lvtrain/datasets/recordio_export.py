@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lvtrain import randomness
+from lvtrain.data.subset import first_of_each
 from lvtrain.datasets import recordio
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import write_text
@@ -103,9 +104,8 @@ def filter_index(
     keep &= images[found.labels] >= min_images
     chosen = np.flatnonzero(keep)
     if shots is not None:
-        order = chosen[np.lexsort((randomness.bits(seed, "recordio/shot", found.keys[chosen]), found.labels[chosen]))]
-        first = np.searchsorted(found.labels[order], found.labels[order])
-        chosen = np.sort(order[np.arange(len(order)) - first < shots])
+        draws = randomness.bits(seed, "recordio/shot", found.keys[chosen])
+        chosen = chosen[first_of_each(found.labels[chosen], shots, draws)]
     if not len(chosen):
         raise UserError(f"nothing of {rec} is left by this choice; loosen the filters")
     recordio.write_index(out, found.keys[chosen].tolist(), found.offsets[chosen].tolist())

@@ -17,7 +17,7 @@ import numpy as np
 from lvtrain import randomness
 from lvtrain.data.index import file_sha256
 from lvtrain.data.shards import ShardDataset
-from lvtrain.data.subset import DROPPED, HEADER, MAGIC, SCHEMA
+from lvtrain.data.subset import DROPPED, HEADER, MAGIC, SCHEMA, first_of_each
 from lvtrain.errors import UserError
 from lvtrain.files.atomic import commit, write_json
 
@@ -66,9 +66,7 @@ def choose(
     chosen[candidates[drawn[:count]]] = True
     ids = np.flatnonzero(keep & chosen[labels])
     if shots is not None:
-        order = ids[np.lexsort((randomness.bits(seed, "subset/shot", ids), labels[ids]))]
-        first = np.searchsorted(labels[order], labels[order])
-        ids = np.sort(order[np.arange(len(order)) - first < shots])
+        ids = ids[first_of_each(labels[ids], shots, randomness.bits(seed, "subset/shot", ids))]
     if not len(ids):
         raise UserError(f"nothing of {dataset.folder} is left by this choice; loosen the filters")
     return ids

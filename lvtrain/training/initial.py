@@ -17,6 +17,7 @@ from torch import nn
 from lvtrain.backbones import Backbone
 from lvtrain.classifier import ShardedClassifier
 from lvtrain.data import ShardDataset
+from lvtrain.data.subset import first_of_each
 from lvtrain.distributed.world import World
 from lvtrain.engine.precision import at_precision
 from lvtrain.errors import UserError
@@ -203,19 +204,6 @@ def _some_images(dataset: ShardDataset, size: int, device: torch.device) -> Iter
         if images:
             pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
             yield pixels.float().sub_(127.5).div_(127.5)
-
-
-def first_of_each(labels: np.ndarray, most: int) -> np.ndarray:
-    """Positions of the first `most` samples of every label, int64, ascending.
-
-    Args:
-        labels: int64 [N].
-        most: samples of a label.
-    """
-    order = np.argsort(labels, kind="stable")
-    ordered = labels[order]
-    before = np.searchsorted(ordered, ordered, side="left")
-    return np.sort(order[np.arange(len(order)) - before < most])
 
 
 @torch.no_grad()
