@@ -32,8 +32,9 @@ def error_line(error: Exception, where: object) -> str:
 
     Line breaks and control characters, which a name in it may hold, are escaped: they would forge lines.
     """
-    is_system = isinstance(error, OSError) and error.strerror
-    text = f"{error.filename or where}: {error.strerror}" if is_system else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or where}: {error.strerror}"
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
