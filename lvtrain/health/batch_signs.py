@@ -1,4 +1,4 @@
-"""Signs of the images of each micro-batch. They are summed on the device and read with the log line."""
+"""Signs of the images of the first micro-batch of each step. They are summed on the device and read with the log line."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class HealthCheck:
             self.counts = count_images(dataset)
             self.kinds = Kinds(self.counts, recipe.backbone.embedding_dim, world.device)
         self.plateau = Plateau(recipe)
-        self.probing = False
+        self.probing = self.counted = False
         self.steps = 0
         self.probed: dict[str, torch.Tensor] = {}
         self.pulls: list[torch.Tensor] = []
@@ -81,6 +81,7 @@ class HealthCheck:
     def begin_step(self, step: int) -> None:
         """Called before the first micro-batch; `step` counts from 0."""
         self.steps += 1
+        self.counted = False
         self.probing = (step + 1) % self.recipe.logging.every == 0
         if self.classifier is not None and self.rows_before is None:
             self.rows_before = self._some_rows()
@@ -102,7 +103,9 @@ class HealthCheck:
         if self.kinds is not None:
             embeddings = outputs[0] if isinstance(outputs, tuple) else outputs
             self.kinds.add(embeddings, batch.labels)
-        self.batch_signs.add(images, batch.labels)
+        if not self.counted:  # one micro-batch of a step is enough, and keeps the cost small
+            self.batch_signs.add(images, batch.labels)
+            self.counted = True
         if not self.probing:
             return
         if embeddings is not None and embeddings.requires_grad:

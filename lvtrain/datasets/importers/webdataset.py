@@ -234,12 +234,21 @@ def _announcements(path: Path, ours: Manifest | None) -> dict[str, tuple[str, in
 
 
 def _json(file: Path) -> Any:
-    """The content of a JSON file; None if it is not one, or is too large."""
+    """The content of a JSON file; None if it is not one, or is too large.
+
+    Raises:
+        UserError: it has a shardlist, which cannot be read.
+    """
     if not file.is_file() or file.stat().st_size > MAX_JSON:
         return None
+    data = file.read_bytes()
     try:
-        return parse_json(file.read_bytes())
-    except ValueError:
+        return parse_json(data)
+    except ValueError as error:
+        if b'"shardlist"' in data:
+            raise UserError(
+                f"{file}: it has a shardlist (url and nsamples for each shard), but is not JSON ({error}); correct or remove it"
+            ) from None
         return None
 
 
