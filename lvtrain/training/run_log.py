@@ -50,7 +50,7 @@ class RunLog:
         self._opened: dict[str, dict[str, str]] = {}  # reported once, and not in every phase
         self._named: set[str] = set()  # causes that the health check has named
 
-    def event(self, phase: PhaseState, event: str, **fields: Any) -> None:
+    def event(self, phase: PhaseState, event: str, /, **fields: Any) -> None:
         """An event at the phase's position."""
         self.telemetry.event(event, **(phase.place() | fields))
 
