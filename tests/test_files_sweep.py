@@ -99,13 +99,14 @@ def test_a_short_sweep_finds_nothing_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_end_whatever_lasts_on_one(tmp_path: Path) -> None:
-    """Errors that last, and a rank that is gone, while the other waits for it."""
-    trials = sweep(tmp_path, "--operations", "save", "--ranks", "2", "--count", "60")
+    """Every call in every way: errors that last, and a rank that is gone, while the other waits for it."""
+    trials = sweep(tmp_path, "--operations", "save", "--ranks", "2", "--count", "230")
     assert {trial["mode"] for trial in trials} == MODES.keys()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
 def test_the_sweep_finds_nothing_wrong(tmp_path: Path) -> None:
-    """Every call in every way, on files of every role, which takes hours: `--count` takes a fair sample."""
+    """Every call in every way, on files of many roles, in about an hour; all files of all roles would take a day."""
     trials = sweep(tmp_path, "--count", "1500")
     assert {trial["mode"] for trial in trials} == MODES.keys()
