@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
@@ -37,6 +38,7 @@ class Registry(Generic[T]):
         self.kind, self.room = kind, room
         self._entries: dict[str, T] = {}
         self._loaded = False
+        self._loading = threading.RLock()  # a thread that asks while another one imports waits for the end
 
     def register(self, *names: str) -> Callable[[T], T]:
         """Decorator that enters a class or function under one name or more.
@@ -88,12 +90,13 @@ class Registry(Generic[T]):
             importlib.import_module(f"{self.room}.{name}")
 
     def _load(self) -> None:
-        if self._loaded:
-            return
-        self._loaded = True
-        room = importlib.import_module(self.room)
-        for module in pkgutil.iter_modules(getattr(room, "__path__", ())):
-            importlib.import_module(f"{self.room}.{module.name}")
+        with self._loading:
+            if self._loaded:
+                return
+            self._loaded = True  # before the imports: what they import may ask for a name, too
+            room = importlib.import_module(self.room)
+            for module in pkgutil.iter_modules(getattr(room, "__path__", ())):
+                importlib.import_module(f"{self.room}.{module.name}")
 
 
 @dataclass(frozen=True)
