@@ -16,7 +16,7 @@ from lvtrain.evaluation.spread import COLLAPSED, Spread
 from lvtrain.weights import load_model
 from lvtrain.weights.architecture import Architecture
 from lvtrain.weights.model_input import IMAGENET, ModelInput
-from lvtrain.weights.onnx_input import faces, read_input
+from lvtrain.weights.onnx.input import faces, read_input
 from lvtrain.weights.source import open_source
 from tests.runs import tool
 from tests.test_weights_onnx import network as settled

@@ -20,8 +20,8 @@ from torch.onnx import TrainingMode
 from lvtrain.backbones import create_backbone
 from lvtrain.errors import UserError
 from lvtrain.weights.architecture import Architecture, fit
-from lvtrain.weights.onnx_file import session
-from lvtrain.weights.onnx_match import OnnxWeights, read_onnx
+from lvtrain.weights.onnx.file import session
+from lvtrain.weights.onnx.match import OnnxWeights, read_onnx
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

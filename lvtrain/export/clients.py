@@ -53,7 +53,7 @@ def check(path: str | Path) -> list[Verdict]:
     """
     import onnx
 
-    from lvtrain.weights.onnx_file import session
+    from lvtrain.weights.onnx.file import session
 
     path = Path(path)
     if not path.is_file():

@@ -22,7 +22,7 @@ from torch import nn
 
 from lvtrain.errors import UserError
 from lvtrain.weights.models import load_model
-from lvtrain.weights.onnx_file import session
+from lvtrain.weights.onnx.file import session
 
 INPUT, OUTPUT = "data", "embedding"
 OPSETS = range(14, 21)

@@ -17,8 +17,8 @@ from lvtrain.weights import extract
 from lvtrain.weights.architecture import Architecture, fit
 from lvtrain.weights.faces import Faces
 from lvtrain.weights.model_input import OURS, ModelInput
-from lvtrain.weights.onnx_file import recogniser, session
-from lvtrain.weights.onnx_input import read_input
+from lvtrain.weights.onnx.file import recogniser, session
+from lvtrain.weights.onnx.input import read_input
 from lvtrain.weights.source import open_source
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from lvtrain.errors import UserError
 from lvtrain.files.reading import parse_json
 from lvtrain.weights.foreign import from_ir, is_ir
-from lvtrain.weights.onnx_match import read_onnx
+from lvtrain.weights.onnx.match import read_onnx
 
 _OUTER = ("teacher", "state_dict_backbone", "state_dict", "model_state_dict", "backbone", "model", "student")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")

@@ -22,7 +22,7 @@ from lvtrain.files.reading import parse_json
 from lvtrain.weights.architecture import Architecture, recognise
 from lvtrain.weights.foreign import scale_pixels, swap_colours
 from lvtrain.weights.model_input import ASSUMED, OURS, ModelInput
-from lvtrain.weights.onnx_file import recogniser
+from lvtrain.weights.onnx.file import recogniser
 from lvtrain.weights.reading import Weights as ForeignWeights
 from lvtrain.weights.reading import read_weights
 

@@ -19,8 +19,8 @@ import torch
 
 from lvtrain.errors import UserError
 from lvtrain.files.reading import parse_json
-from lvtrain.weights.onnx_file import recogniser
-from lvtrain.weights.onnx_match import read_onnx
+from lvtrain.weights.onnx.file import recogniser
+from lvtrain.weights.onnx.match import read_onnx
 from lvtrain.weights.source import CONFIG, open_source
 
 SPACE, TENSORS = "lvtrain.space", "lvtrain.tensors"  # keys of an ONNX file's metadata

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lvtrain.errors import UserError
+from lvtrain.weights.onnx.file import load
 
 # operations that may be computed from constants when a file is read
 _FOLDED = {
@@ -72,15 +73,9 @@ def read_graph(path: Path) -> OnnxGraph:
     Raises:
         UserError: not an ONNX file, or not one of a recogniser.
     """
-    try:
-        import onnx
-        import onnx.inliner
-    except ImportError as error:
-        raise UserError(f'{path}: reading ONNX needs onnx and onnxruntime; pip install "lvtrain[tools]"') from error
-    try:
-        model = onnx.inliner.inline_local_functions(onnx.load(str(path)))
-    except Exception as error:
-        raise UserError(f"{path} is not a whole ONNX file ({type(error).__name__}); copy it again") from error
+    model = load(path)
+    import onnx  # `load` says what to install where it is not
+
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
     if len(inputs) != 1 or len(model.graph.output) != 1:

@@ -25,9 +25,9 @@ from lvtrain.backbones.registry import published_sizes
 from lvtrain.errors import UserError
 from lvtrain.weights.architecture import Architecture, fit, recognise
 from lvtrain.weights.model_input import ModelInput
-from lvtrain.weights.onnx_file import session
-from lvtrain.weights.onnx_graph import OnnxGraph, Operation, read_graph
-from lvtrain.weights.onnx_input import read_input
+from lvtrain.weights.onnx.file import session
+from lvtrain.weights.onnx.graph import OnnxGraph, Operation, read_graph
+from lvtrain.weights.onnx.input import read_input
 
 _CLOSE = 1e-4  # largest difference to the file's embeddings; relative to the largest value if that is above 1
 _LEAVES = (nn.Conv2d, _BatchNorm, nn.PReLU, nn.Linear, nn.MaxPool2d, nn.Dropout, nn.Identity, nn.Flatten)

@@ -37,6 +37,23 @@ def recogniser(path: Path) -> Path:
     return found[0]
 
 
+def load(path: Path) -> Any:
+    """The file's `onnx.ModelProto`, its local functions inlined.
+
+    Raises:
+        UserError: onnx is not installed, or not an ONNX file.
+    """
+    try:
+        import onnx
+        import onnx.inliner
+    except ImportError as error:
+        raise UserError(f'{path}: reading ONNX needs onnx and onnxruntime; pip install "lvtrain[tools]"') from error
+    try:
+        return onnx.inliner.inline_local_functions(onnx.load(str(path)))
+    except Exception as error:
+        raise UserError(f"{path} is not a whole ONNX file ({type(error).__name__}); copy it again") from error
+
+
 def _shape(file: Path) -> list[Any]:
     """The shape of the file's first input; None where it is free."""
     return [size if isinstance(size, int) else None for size in _opened(file, optimise=False).get_inputs()[0].shape]

@@ -11,6 +11,7 @@ import torch
 
 from lvtrain.errors import UserError
 from lvtrain.weights.model_input import ASSUMED, METADATA, RANGES, SHAPE, ModelInput
+from lvtrain.weights.onnx.file import load
 
 _TYPES = {"FLOAT": "float32", "FLOAT16": "float16", "DOUBLE": "float64", "UINT8": "uint8"}
 # an aligned face crop's pixels, red, green, blue: VGGFace2's published means, and a usual spread
@@ -31,7 +32,7 @@ def read_input(path: Path, words: str = "") -> ModelInput:
     Raises:
         UserError: not an ONNX file, or not one that takes one batch of colour images.
     """
-    model = _load(path)
+    model = load(path)
     graph = model.graph
     stored = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in stored]  # older files list their weights, too
@@ -44,18 +45,6 @@ def read_input(path: Path, words: str = "") -> ModelInput:
     else:
         found = _by_graph(path, model, inputs[0].name, found)
     return found.changed(words)
-
-
-def _load(path: Path) -> Any:
-    try:
-        import onnx
-        import onnx.inliner
-    except ImportError as error:
-        raise UserError(f'{path}: reading ONNX needs onnx and onnxruntime; pip install "lvtrain[tools]"') from error
-    try:
-        return onnx.inliner.inline_local_functions(onnx.load(str(path)))
-    except Exception as error:
-        raise UserError(f"{path} is not a whole ONNX file ({type(error).__name__}); copy it again") from error
 
 
 def _declared(path: Path, value: Any) -> ModelInput:
