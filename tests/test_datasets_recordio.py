@@ -36,7 +36,7 @@ def test_round_trip(tmp_path_factory, records):
     keys, indexed = recordio.read_index(path.with_suffix(".idx"))
     assert indexed.tolist() == offsets and keys.tolist() == [3 + number for number in range(len(offsets))]
     for offset, payload, (label, image) in zip(offsets, payloads, records):
-        assert offset % 4 == 0 and file.payload(offset)[0] == payload
+        assert offset % 4 == 0 and file.payload(offset) == payload
         record = file.record(offset)
         assert record.image == image
         assert record.labels.tolist() == ([label] if isinstance(label, int) else label)
@@ -78,8 +78,10 @@ def test_insightface_arrangement(tmp_path, array_labels, with_index):
     images = [bytes([number]) * (5 + number) for number in range(11)]
     labels = [0, 0, 1, 1, 1, 3, 3, 4, 4, 4, 4]
     write_insightface(tmp_path / "train.rec", images, labels, classes=5, array_labels=array_labels)
+    if not with_index:
+        (tmp_path / "train.idx").unlink()
     file = recordio.RecordFile(tmp_path / "train.rec")
-    found = recordio.catalogue(file, tmp_path / "train.idx" if with_index else None)
+    found = recordio.catalogue(file)
     assert found.labels.tolist() == labels and found.keys.tolist() == list(range(1, 12)) and found.empty == (2,)
     assert [file.record(int(offset)).image for offset in found.offsets] == images
 
@@ -88,11 +90,7 @@ def test_flat_arrangement_keeps_key_zero(tmp_path):
     with recordio.RecordWriter(tmp_path / "train.rec") as writer:
         for key in range(3):
             writer.write(key, recordio.pack_record(key, b"image"))
-    assert recordio.catalogue(recordio.RecordFile(tmp_path / "train.rec"), tmp_path / "train.idx").labels.tolist() == [
-        0,
-        1,
-        2,
-    ]
+    assert recordio.catalogue(recordio.RecordFile(tmp_path / "train.rec")).labels.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("images", [(1 << 24), (1 << 24) + 1, (1 << 24) + 2, (1 << 25) + 1, (1 << 25) + 3])
@@ -105,7 +103,7 @@ def test_a_header_that_float32_has_rounded_hides_no_image(tmp_path, images):
             writer.write(key, recordio.pack_record(0, b"image"))
         writer.write(images + 1, recordio.pack_record([1, images + 1]))
         writer.write(images + 2, recordio.pack_record([images + 1, images + 1]))
-    found = recordio.catalogue(recordio.RecordFile(tmp_path / "train.rec"), tmp_path / "train.idx")
+    found = recordio.catalogue(recordio.RecordFile(tmp_path / "train.rec"))
     assert found.keys.tolist() == keys and found.empty == (1,)
 
 
@@ -142,14 +140,14 @@ def test_cut_and_foreign_files_are_named(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     with pytest.raises(UserError, match=r"train\.rec"):
-        recordio.catalogue(recordio.RecordFile(path), path.with_suffix(".idx"))
+        recordio.catalogue(recordio.RecordFile(path))
     path.write_bytes(whole)
     recordio.write_index(path.with_suffix(".idx"), [0, 1], [0, 12])
     with pytest.raises(UserError, match="byte 12"):
-        recordio.catalogue(recordio.RecordFile(path), path.with_suffix(".idx"))
+        recordio.catalogue(recordio.RecordFile(path))
     path.with_suffix(".idx").write_text("not an index\n")
     with pytest.raises(UserError, match=r"train\.idx"):
-        recordio.catalogue(recordio.RecordFile(path), path.with_suffix(".idx"))
+        recordio.catalogue(recordio.RecordFile(path))
 
 
 def test_dali_reads_our_records(tmp_path):
@@ -222,7 +220,7 @@ def test_filtered_index_for_dali(packed, tmp_path):
     from typer.testing import CliRunner
 
     from lvtrain.data.shards import ShardDataset
-    from lvtrain.datasets.recordio_export import write_recordio
+    from lvtrain.datasets.recordio.export import write_recordio
     from tools.recordio import app
 
     rec, chosen = tmp_path / "train.rec", tmp_path / "chosen.idx"

@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress
 
 from lvtrain.data.shards import ShardDataset
-from lvtrain.datasets.recordio_export import filter_index, write_recordio
+from lvtrain.datasets.recordio.export import filter_index, write_recordio
 from lvtrain.errors import UserError, one_line_errors
 
 app = typer.Typer(help=__doc__, add_completion=False)

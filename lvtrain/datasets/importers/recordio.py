@@ -32,7 +32,7 @@ class RecordIO(Importer):
         return self._file
 
     def scan(self, out: CatalogueWriter) -> None:
-        found = recordio.catalogue(self.file, self.path.with_suffix(".idx"))
+        found = recordio.catalogue(self.file)
         for label in found.empty:
             out.identity(label)
         for key, offset, label in zip(found.keys.tolist(), found.offsets.tolist(), found.labels.tolist()):

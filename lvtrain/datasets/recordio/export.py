@@ -96,7 +96,7 @@ def filter_index(
     rec, out = Path(rec), Path(out)
     if out.resolve() in (rec.resolve(), rec.with_suffix(".idx").resolve()):
         raise UserError(f"{out} is the .rec itself or its own index; write the choice under another name")
-    found = recordio.catalogue(recordio.RecordFile(rec), rec.with_suffix(".idx"))
+    found = recordio.catalogue(recordio.RecordFile(rec))
     keep = ~_named("record", without_keys, found.keys, rec)
     if identities is not None:
         keep &= _named("identity", identities, found.labels, rec)
