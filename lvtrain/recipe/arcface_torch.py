@@ -58,7 +58,7 @@ def _tables() -> str:
     ]
     return "\n\n".join(
         [
-            _aligned(["arcface_torch", "lvtrain", "how the value carries over", "their default"], keys),
+            _aligned(["arcface_torch", "lvtrain", "how to convert the value", "arcface_torch's default"], keys),
             _aligned(["`config.network`", "`backbone.name`", "`backbone.overrides`"], networks),
         ]
     )
