@@ -92,9 +92,11 @@ def without_first_line(folder: Path) -> None:
     (folder / "property").unlink()
 
 
-def zipped(damage: bool) -> Source:
+def zipped(damage: bool, *more: str) -> Source:
     def write(folder: Path) -> None:
         with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+            for name in more:
+                archive.writestr(name, jpeg(3))
             for number in (1, 2):
                 archive.writestr(f"{ZIP}{number}.jpg", jpeg(number))
         data = bytearray((folder / "a.zip").read_bytes())
@@ -180,6 +182,12 @@ PACKED: dict[str, tuple[str, Source, dict[str, int], str]] = {
         "announced 18 = packed 18 + skipped 0 + refused 0",
     ),
     "a sound zip": ("webface-zip", zipped(False), {ZIP[:-1]: 2}, "announced 2 = packed 2 + skipped 0 + refused 0"),
+    "a zip with a system's folder": (
+        "webface-zip",
+        zipped(False, f"__MACOSX/{ZIP}3.jpg", f"./x/.trash/{ZIP}4.jpg"),
+        {ZIP[:-1]: 2},
+        "announced 4 = packed 2 + skipped 2 (2 zip entry in a hidden or system folder) + refused 0",
+    ),
     "a zip with a flipped bit": (
         "webface-zip",
         zipped(True),

@@ -51,6 +51,11 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
+def in_hidden_folder(name: str) -> bool:
+    """Whether a folder of the relative path `name` (of a file, or of an archive's member) is not part of a dataset."""
+    return any(is_hidden(part) for part in os.path.dirname(name).split("/") if part not in ("", ".", ".."))
+
+
 def walk_identities(
     root: Path, *, level: int | None = None, accepts: Callable[[str], bool] = lambda name: True
 ) -> Iterator[Entry]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lvtrain.data.folders import is_hidden, natural_key
+from lvtrain.data.folders import in_hidden_folder, natural_key
 from lvtrain.data.images import MAX_BYTES
 from lvtrain.datasets.catalogue import CatalogueWriter
 from lvtrain.errors import UserError
@@ -37,7 +37,7 @@ class Containers:
                 for path in (Path(folder, name) for name in below):
                     if path.is_symlink():
                         out.left_out("link to a folder", str(path))
-                hidden = any(is_hidden(part) for part in Path(folder).relative_to(self.path).parts)
+                hidden = in_hidden_folder(f"{Path(folder).relative_to(self.path)}/")
                 for name in (name for name in names if self.suffix in name.lower() or name.lower().endswith(".tgz")):
                     path = Path(folder, name)
                     if hidden:

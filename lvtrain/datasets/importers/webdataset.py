@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
-from lvtrain.data.folders import is_hidden
+from lvtrain.data.folders import in_hidden_folder
 from lvtrain.data.images import is_image_name
 from lvtrain.data.index import Manifest, read_labels, read_manifest
 from lvtrain.datasets.catalogue import Catalogue, CatalogueWriter
@@ -167,9 +167,9 @@ def _runs(tar: tarfile.TarFile, relative: str, out: CatalogueWriter) -> Iterator
             )
         if member.isdir():
             continue
-        folder, base = os.path.split(member.name)
         where = f"{relative}: {member.name}"
-        if base.startswith(".") or any(is_hidden(part) for part in folder.split("/") if part not in ("", ".", "..")):
+        folder, base = os.path.split(member.name)
+        if base.startswith(".") or in_hidden_folder(member.name):
             out.left_out("hidden file of a tar", where)
             continue
         target = files.get(member.linkname) if member.islnk() else member

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from lvtrain.data.folders import natural_key
+from lvtrain.data.folders import in_hidden_folder, natural_key
 from lvtrain.data.images import MAX_BYTES, is_image_name
 from lvtrain.datasets.catalogue import Catalogue, CatalogueWriter
 from lvtrain.datasets.containers import Containers
@@ -39,8 +39,10 @@ class WebFaceZip(Importer):
         parts = entry.filename.rstrip("/").split("/")
         where = f"{self.zips.relative(file)}: {entry.filename}"
         if entry.is_dir():
-            if IDENTITY.fullmatch(parts[-1]):
+            if IDENTITY.fullmatch(parts[-1]) and not in_hidden_folder(entry.filename):
                 out.identity(parts[-1])
+        elif in_hidden_folder(entry.filename):
+            out.left_out("zip entry in a hidden or system folder", where)
         elif not is_image_name(entry.filename) or len(parts) < 2 or not IDENTITY.fullmatch(parts[-2]):
             out.left_out("zip entry that is not a WebFace image by its name", where)
         elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
