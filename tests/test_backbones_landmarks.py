@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lvtrain.backbones import create_backbone
-from lvtrain.backbones.part_fvit import grid_landmarks, sample_patches
+from lvtrain.backbones.landmarks.patches import grid_landmarks, sample_patches
 from lvtrain.errors import UserError
 
 SHAPE = {"dim": 40, "depth": 2, "heads": 3, "head_dim": 8, "mlp_dim": 56, "embedding_dim": 24}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lvtrain.backbones import create_backbone
 from lvtrain.backbones.attention import class_attention
-from lvtrain.backbones.part_fvit import grid_landmarks
+from lvtrain.backbones.landmarks.patches import grid_landmarks
 from lvtrain.report import write_report
 from tests.runs import output, recipe_file, run
 

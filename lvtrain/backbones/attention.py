@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from lvtrain.backbones.part_fvit import FViT, PartFViT, grid_landmarks
+from lvtrain.backbones.fvit import FViT
+from lvtrain.backbones.landmarks.patches import grid_landmarks
+from lvtrain.backbones.part_fvit import PartFViT
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from lvtrain.backbones.base import Backbone, count_blocks
+from lvtrain.backbones.fvit import resized_positions
 from lvtrain.backbones.memory import Share, drop_path_rates
-from lvtrain.backbones.part_fvit import resized_positions
 from lvtrain.backbones.registry import published_sizes, register
 from lvtrain.errors import UserError
 

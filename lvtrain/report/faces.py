@@ -18,7 +18,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from lvtrain.backbones.attention import class_attention
-from lvtrain.backbones.part_fvit import FViT, PartFViT
+from lvtrain.backbones.fvit import FViT
+from lvtrain.backbones.part_fvit import PartFViT
 from lvtrain.checkpoint.files import step_of
 from lvtrain.checkpoint.plan import committed
 from lvtrain.data.images import try_decode

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lvtrain.backbones.part_fvit import grid_landmarks, sample_patches
+from lvtrain.backbones.landmarks.patches import grid_landmarks, sample_patches
 from tools.benchmarks.measure import describe, machine_rates, pick_device, timed
 
 SMALL = {"batch": 4, "repeats": 3}

@@ -1,11 +1,15 @@
-"""The landmark CNN as LAFS released it: MobileNetV3-large (arXiv 1905.02244, table 1) up to its 160 channels.
+"""The landmark CNNs of Part fViT: MobileNetV3-large (arXiv 1905.02244, table 1) up to its 160 channels, timm's and LAFS's.
 
-Its parameter names are the released ones (`features.i.conv.j`), so the released weights load as they are. It differs from
-timm's MobileNetV3: squeeze-and-excite is before the activation, without bias, and exactly a quarter as wide.
+The parameter names of `ReleasedLandmarkFeatures` are those of LAFS's released code (`features.i.conv.j`), so the released
+weights load as they are. It differs from timm's: squeeze-and-excite is before the activation, without bias, and exactly a
+quarter as wide.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import timm
 import torch
 from torch import nn
 
@@ -81,3 +85,18 @@ class ReleasedLandmarkFeatures(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # channels last halves the time of its depthwise convolutions on a CPU, and is what cuDNN needs
         return self.features(images.contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3))
+
+
+class LandmarkFeatures(nn.Module):
+    """timm's MobileNetV3-large (arXiv 1905.02244) up to its 160 channels: `[B, 3, H, W]` -> their mean `[B, 160]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        network: Any = timm.create_model("mobilenetv3_large_100", pretrained=False, num_classes=0)
+        self.conv_stem, self.bn1, self.blocks = network.conv_stem, network.bn1, network.blocks[:-1]
+        self.num_features = 160
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # channels last halves the time of its depthwise convolutions on a CPU, and is what cuDNN needs
+        images = images.contiguous(memory_format=torch.channels_last)
+        return self.blocks(self.bn1(self.conv_stem(images))).mean(dim=(2, 3))

@@ -1,0 +1,1 @@
+"""The parts of Part fViT that find landmarks and cut patches around them."""
