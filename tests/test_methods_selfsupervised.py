@@ -20,8 +20,9 @@ from lvtrain.data.augment import SETS
 from lvtrain.distributed import world as worlds
 from lvtrain.errors import UserError
 from lvtrain.methods import StepInfo, create_method
-from lvtrain.methods.dino import DinoMethod, ProjectionHead, dino_loss
+from lvtrain.methods.dino import DinoMethod, dino_loss
 from lvtrain.methods.lafs import landmark_view
+from lvtrain.methods.student import ProjectionHead
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
 from lvtrain.training.meter import Meter
