@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lvtrain.backbones import create_backbone
-from lvtrain.backbones.activation import ReLU6
+from lvtrain.backbones.layers import ReLU6
 from lvtrain.planning import measure_network
 
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from lvtrain.backbones import create_backbone
-from lvtrain.backbones.attention import class_attention
 from lvtrain.backbones.landmarks.patches import grid_landmarks
 from lvtrain.report import write_report
+from lvtrain.report.attention import class_attention
 from tests.runs import output, recipe_file, run
 
 SMALL = {"dim": 16, "depth": 2, "heads": 2, "head_dim": 8, "mlp_dim": 32, "patch": 16}

@@ -16,7 +16,7 @@ from pydantic import PositiveInt
 from torch import nn
 
 from lvtrain.backbones.base import Backbone, count_blocks
-from lvtrain.backbones.norm import Float32BatchNorm1d, Float32BatchNorm2d
+from lvtrain.backbones.layers import Float32BatchNorm1d, Float32BatchNorm2d
 from lvtrain.backbones.registry import published_sizes, register
 
 _LAST = 512  # width of the last feature map, whatever the scale

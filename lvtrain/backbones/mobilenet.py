@@ -14,8 +14,8 @@ from pydantic import PositiveInt
 from torch import nn
 
 from lvtrain.backbones.base import Backbone, count_blocks
+from lvtrain.backbones.layers import Float32BatchNorm1d, Float32BatchNorm2d
 from lvtrain.backbones.memory import Share
-from lvtrain.backbones.norm import Float32BatchNorm1d, Float32BatchNorm2d
 from lvtrain.backbones.registry import published_sizes, register
 
 _FIRST = 32

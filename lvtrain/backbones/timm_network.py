@@ -21,8 +21,8 @@ from timm.models import group_parameters
 from torch import nn
 
 from lvtrain.backbones.base import Backbone
+from lvtrain.backbones.layers import Float32BatchNorm1d
 from lvtrain.backbones.memory import Recompute
-from lvtrain.backbones.norm import Float32BatchNorm1d
 from lvtrain.backbones.registry import register
 from lvtrain.errors import UserError
 

@@ -20,10 +20,9 @@ from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from lvtrain.backbones.activation import ReLU6
 from lvtrain.backbones.base import Backbone, count_blocks
+from lvtrain.backbones.layers import Float32BatchNorm1d, ReLU6
 from lvtrain.backbones.memory import Share, drop_path_rates
-from lvtrain.backbones.norm import Float32BatchNorm1d
 from lvtrain.backbones.registry import published_sizes, register
 from lvtrain.errors import UserError
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from lvtrain.backbones.attention import class_attention
 from lvtrain.backbones.fvit import FViT
 from lvtrain.backbones.part_fvit import PartFViT
 from lvtrain.checkpoint.files import step_of
@@ -28,6 +27,7 @@ from lvtrain.errors import UserError
 from lvtrain.methods.base import initial_backbone
 from lvtrain.recipe import files as recipes
 from lvtrain.recipe.sections import Recipe
+from lvtrain.report.attention import class_attention
 from lvtrain.report.files import RunFiles
 from lvtrain.weights.source import open_source
 
