@@ -1,13 +1,13 @@
-"""Damages a small quick-start run in every known way and counts what was lost: `python tools/torture.py [--kills 50] [--only kill,flip]`.
+"""Damages small runs in every known way and counts what was lost: `python tools/torture.py [--kills 50] [--only kill,flip]`.
 
-(a) `kill`: kill -9 at random instants, also during saves, until the runs of all methods are done (`tools/kills.py`).
-(b) `elastic`: resumes on other numbers of ranks.
-(c) `flip`: a byte of the newest checkpoint changes.
-(d) `disk`: the disk becomes full (a small tmpfs; needs root).
-(e) `nan`: outputs that are not finite.
-(f) `freeze`: a rank stands still.
-(g) `syscalls`: system calls fail, tear or kill in a save, a resume, a pack and two evaluations (`tools/faults`,
-    results/syscalls.md).
+- `kill`: kill -9 at random moments, also during saves, until the runs of all methods are done (`tools/kills.py`).
+- `elastic`: resumes on other numbers of ranks.
+- `flip`: a bit of the newest checkpoint changes.
+- `disk`: the disk becomes full (a small tmpfs; needs root).
+- `nan`: outputs that are not finite.
+- `freeze`: a rank stops without ending.
+- `syscalls`: system calls fail, return less than asked, or the process is killed in them, in a save, a resume, a pack and
+  two evaluations (`tools/faults`, results/syscalls.md).
 
 Each case ends with a finished run. Its checkpoint is compared, tensor by tensor and byte by byte, with that of an
 undisturbed run. Results go to tools/results/torture.json and torture.md. `tools/trial.py` has the run, on 2 gloo ranks.
@@ -42,13 +42,22 @@ from tools.trial import EVERY, TOTAL, Bench, end, last_step, newest_committed, r
 RESULTS = ROOT / "tools" / "results"
 HEADING = """# Torture
 
-`python tools/torture.py` runs the quick start, shortened to {total} steps of 16 images with a
-checkpoint every {every}, on 2 gloo ranks under ZeRO-{zero}. Every final state, and what every step
-logged, is compared byte by byte with an undisturbed run.
+`python tools/torture.py` trains the quick start on 2 gloo ranks under ZeRO-{zero}, shortened to {total}
+steps of 16 images with a checkpoint every {every}. It injects faults, resumes, and compares the final
+checkpoint and the log line of every step, byte by byte, with a run without faults.
 
-`kill` runs the quick start of every method, smaller and shorter (`tools/kills.py`): 18 steps of 16
-images with a checkpoint every 3, ZeRO-2 or ZeRO-1 as the recipe says. A run that
-finishes is started anew, until there are enough kills.
+| case | fault |
+|---|---|
+| kill | kill -9 at random moments, also during saves, in small runs of every method |
+| elastic | stop, and resume on 2, 1, 4 and 2 ranks; the results may differ by rounding |
+| flip | one bit of the newest checkpoint changes, in each kind of file |
+| disk | the disk becomes full, and is enlarged later |
+| nan | the outputs of one rank are NaN in one step, or in three steps in a row |
+| freeze | one rank stops without ending (SIGSTOP) |
+| syscalls | system calls fail: [syscalls](syscalls.md) |
+
+The runs of `kill` (`tools/kills.py`) have 18 steps of 16 images, with a checkpoint every 3, under
+ZeRO-2 or ZeRO-1. When a run finishes, it is started again, until there are enough kills.
 
 """
 CASES = ("kill", "elastic", "flip", "disk", "nan", "freeze", "syscalls")
@@ -81,7 +90,7 @@ def finish(bench: Bench, case: Case, runs: Path, size: int = 2) -> None:
 
 
 def kill(bench: Bench, case: Case, count: int, seed: int) -> None:
-    """(a) kill -9 of one rank or all, at random instants or points of a save, over all methods (`tools/kills.py`)."""
+    """Kill -9 of one rank or all, at random moments or points of a save, over all methods (`tools/kills.py`)."""
     methods = Counter[str]()
     for record in kills(bench.folder / "kills", count, seed, bench.limit):
         case.details.append(record)
@@ -99,7 +108,7 @@ def kill(bench: Bench, case: Case, count: int, seed: int) -> None:
 
 
 def elastic(bench: Bench, case: Case) -> None:
-    """(b) stopped and resumed on 2, 1, 4 and 2 ranks, across a phase change."""
+    """Stopped and resumed on 2, 1, 4 and 2 ranks, across a phase change."""
     runs = bench.folder / "elastic"
     for size, stop in ((2, 17), (1, 38), (4, 61)):
         codes = bench.run(runs, size, f"loop.step:0:{stop}:sigterm")
@@ -115,13 +124,13 @@ def elastic(bench: Bench, case: Case) -> None:
     same_samples = [row["samples_seen"] for row in ours] == [row["samples_seen"] for row in theirs]
     case.wrong_bits = 0 if same_samples and apart[changed] < 1e-6 and max(apart) < 1e-2 else 1
     case.note = (
-        f"loss of the first step on other ranks within {apart[changed]:.0e} (relative) of 2 ranks throughout, "
-        f"of all {len(ours)} steps within {max(apart):.0e}; bits are not promised here"
+        f"on other ranks the loss of the first step differs by {apart[changed]:.0e} (relative), that of all "
+        f"{len(ours)} steps by at most {max(apart):.0e}"
     )
 
 
 def flip(bench: Bench, case: Case, seed: int) -> None:
-    """(c) one bit of one file of the newest checkpoint changes, for each kind of file."""
+    """One bit of one file of the newest checkpoint changes, for each kind of file."""
     chance = random.Random(seed)
     runs = bench.folder / "flip"
     for position, name in enumerate(
@@ -143,7 +152,7 @@ def flip(bench: Bench, case: Case, seed: int) -> None:
 
 
 def disk(bench: Bench, case: Case) -> None:
-    """(d) the run folder is a tmpfs with room for two checkpoints; later it is enlarged."""
+    """The run folder is a tmpfs with room for two checkpoints; later it is enlarged."""
     if os.geteuid() != 0:
         case.note = "not run: mounting a tmpfs needs root"
         return
@@ -172,7 +181,7 @@ def disk(bench: Bench, case: Case) -> None:
 
 
 def nan(bench: Bench, case: Case) -> None:
-    """(e) one rank's outputs are NaN in one step (it is skipped), then in three in a row (the run stops)."""
+    """One rank's outputs are NaN in one step (it is skipped), then in three in a row (the run stops)."""
     runs = bench.folder / "nan_once"
     codes = bench.run(runs, 2, "loop.outputs:1:20:nan")
     case.faults += 1
@@ -189,7 +198,7 @@ def nan(bench: Bench, case: Case) -> None:
 
 
 def freeze(bench: Bench, case: Case) -> None:
-    """(f) a rank gets SIGSTOP: the others end within the collective timeout, and the next start resumes."""
+    """A rank gets SIGSTOP: the others end within the collective timeout, and the next start resumes."""
     runs = bench.folder / "freeze"
     started = time.monotonic()
     codes = end(bench.start(runs, 2, "loop.step:1:25:sigstop", "safety.collective_timeout=20"), 240.0)
@@ -204,15 +213,13 @@ def freeze(bench: Bench, case: Case) -> None:
 
 
 def syscalls(bench: Bench, case: Case, count: int, results: Path) -> None:
-    """(g) `count` trials (0: all), in another process, whose children have a library preloaded."""
+    """`count` trials (0: all), in another process, whose children have a library preloaded."""
     sweep = [sys.executable, "-m", "tools.faults", "--count", str(count), "--results", str(results)]
     subprocess.run([*sweep, "--folder", str(bench.folder / "syscalls")], cwd=ROOT, check=False)
     verdicts = Counter(trial.verdict for trial in read_log(bench.folder / "syscalls" / "trials.jsonl"))
     case.faults = verdicts["survived"] + verdicts["refused"] + verdicts["wrong"]
     case.survived, case.wrong_bits = case.faults - verdicts["wrong"], verdicts["wrong"]
-    case.note = (
-        f"{verdicts['survived']} ended well, {verdicts['refused']} with one line or killed and then well; syscalls.md"
-    )
+    case.note = f"{verdicts['survived']} succeeded; {verdicts['refused']} ended with one line or killed, and then succeeded; syscalls.md"
 
 
 def table(cases: list[Case]) -> str:
@@ -229,11 +236,11 @@ def table(cases: list[Case]) -> str:
 
 
 def main(
-    count: int = typer.Option(50, "--kills", help="kills of case (a), over all methods"),
-    only: str = typer.Option(",".join(CASES), help="cases to run"),
-    trials: int = typer.Option(500, help="trials of case (g); 0: all, which takes hours"),
+    count: int = typer.Option(50, "--kills", help="with the case kill: kills, over all methods"),
+    only: str = typer.Option(",".join(CASES), help="cases to run, separated by commas"),
+    trials: int = typer.Option(500, help="with the case syscalls: trials; 0: all, which takes hours"),
     zero: int = typer.Option(2, help="ZeRO stage"),
-    seed: int = typer.Option(0, help="of the random instants"),
+    seed: int = typer.Option(0, help="of the random moments"),
     folder: Path = typer.Option(None, help="folder to work in, which is kept; default: a temporary one"),  # noqa: B008
     results: Path = typer.Option(RESULTS, help="where torture.json and torture.md go"),  # noqa: B008
     limit: float = typer.Option(600.0, help="seconds after which a start counts as hung"),

@@ -322,7 +322,7 @@ def _markdown(result: dict[str, Any]) -> str:
         scale.append(
             f"| {row['classes']:,} | {row['weights_mb']:,} | {row['ms']:,.0f} | {row['us_per_class']:.2f} | {row['extra_mb']:,.0f} |"
         )
-    missing = [f"- not measured: {line}" for line in result["missing"]] or ["Everything was measured."]
+    missing = [f"- not measured: {line}" for line in result["missing"]] or ["Every part of the run was measured."]
     sections = {
         "MACHINE": textwrap.wrap(head, 100),
         "GOALS": _goals(result),

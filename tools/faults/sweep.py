@@ -327,16 +327,11 @@ def _who(operation: str, size: int, victim: int) -> str:
     return f"{operation}, " + ("1 rank" if size == 1 else f"{size} ranks, the fault on rank {victim}")
 
 
-HEADING = """# System calls that fail
+HEADING = """# What happens if a system call fails?
 
 `python -m tools.faults` repeats five operations: save, resume, pack, evaluate, and `draw` (an
-evaluation that also draws plots). In each trial one system call on their files fails.
-
-A trial is a call, a way of failing, and a kind of file (its path without the numbers of steps,
-ranks and shards). The call fails at its first or at its last use. The sweep first tries each call
-in each way once, then again on other files. So the trials that were run are a fair sample of all.
-The first table says how many were run of how many, and how many pairs of a call and a way, and how
-many kinds of file, they cover.
+evaluation that also draws plots). In each trial one system call on their files fails
+([how](../faults/README.md)).
 
 A trial is
 
@@ -345,6 +340,13 @@ A trial is
   succeeded with the same bits;
 - **wrong** in all other cases, also if a checkpoint was renamed as damaged.
 
-Cells of the tables are survived/refused/wrong. A continued sweep repeats wrong trials, so `wrong`
-counts those that are still wrong. "Not reached" means that the command made no such call.
+There are more possible trials than we ran. A trial is defined by the call, the way in which it
+fails, and the kind of file. The call fails at its first or at its last use. The sweep first tries
+each pair of a call and a way once, then the same pairs on other files. So the trials that were run
+are a fair sample of all. The first table shows how many of all trials, pairs and kinds of file were
+tried.
+
+"Not reached" means that the command did not make this call. A continued sweep repeats wrong trials,
+so `wrong` counts those that are still wrong. In the tables of single operations, a cell has the
+numbers of survived/refused/wrong trials.
 """
