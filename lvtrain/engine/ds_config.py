@@ -155,6 +155,19 @@ def resolve_ds_config(
     return config
 
 
+def fit_buckets(zero: Mapping[str, Any], elements: int) -> dict[str, Any]:
+    """Limits the communication buckets of `zero_optimization` to a model of so many elements.
+
+    DeepSpeed allocates whole buckets, 2 GB by default, in every backward.
+    """
+    largest = elements + elements % 2  # DeepSpeed needs an even number
+    fitted = dict(zero)
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        asked = zero.get(name, "auto")
+        fitted[name] = min(500_000_000 if asked == "auto" else int(float(asked)), largest)
+    return fitted
+
+
 def check_with_deepspeed(config: Mapping[str, Any], name: str = "the DeepSpeed JSON") -> None:
     """Builds DeepSpeed's own configuration from a resolved one, as a start does.
 

@@ -1,4 +1,4 @@
-"""The backbone under DeepSpeed: forward, backward, one optimizer step, and its state in and out by parameter name.
+"""The backbone under DeepSpeed: forward, backward and one optimizer step.
 
 Everything specific to DeepSpeed lives here and in `zero_state`. The engine counts the micro-batches itself and tells
 DeepSpeed where a step ends. So a step can be discarded, and the next one starts clean, under every ZeRO stage.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,24 +22,17 @@ import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from pydantic import ValidationError
 
-from lvtrain.checkpoint.state import Replicated, State
-from lvtrain.engine import zero_state
+from lvtrain.checkpoint.state import State
+from lvtrain.engine import named_state, zero_state
 from lvtrain.engine.batch_statistics import BatchStatistics
-from lvtrain.engine.ds_config import resolve_ds_config
+from lvtrain.engine.ds_config import fit_buckets, resolve_ds_config
 from lvtrain.engine.gradient_buckets import ELEMENTS, GradientBuckets
+from lvtrain.engine.named_state import StateReader
 from lvtrain.engine.parameter_groups import parameter_groups
 from lvtrain.errors import UserError
 from lvtrain.recipe.optimizer import OPTIMIZERS, Optimizer
 
-__all__ = ["Engine", "StateReader", "resolve_ds_config"]
-
-PREFIX = "backbone."
-
-
-class StateReader(Protocol):
-    """What `Engine.import_state` reads from, such as a checkpoint."""
-
-    def replicated(self, name: str) -> torch.Tensor: ...
+__all__ = ["Engine", "resolve_ds_config"]
 
 
 class Engine:
@@ -85,17 +78,16 @@ class Engine:
         self.accumulation, self.device = accumulation, device
         self._still, self.held = still, False
         self.groups = parameter_groups(module, optimizer)
-        self._names = [name for name, _ in module.named_parameters()]
         self._statistics = BatchStatistics(module, accumulation)
         self._micro = 0
         self._clip, self._weight_decay = optimizer.clip, optimizer.weight_decay
         self._skipped = False
         self._verdict = _Verdict(device)
-        self._bfloat16 = optimizer.precision == "bfloat16"
         config = dict(ds_config, train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation)
         self.stage = int(config["zero_optimization"]["stage"])
         zero = config["zero_optimization"]
-        config["zero_optimization"] = _fit_buckets(zero, module)
+        elements = sum(zero_state.full_shape(parameter).numel() for parameter in module.parameters())
+        config["zero_optimization"] = fit_buckets(zero, elements)
         has_own_buckets = self.stage in (1, 2) and (zero.get("offload_optimizer") or {}).get("device", "none") == "none"
         if has_own_buckets:
             config["zero_optimization"]["overlap_comm"] = False
@@ -103,14 +95,13 @@ class Engine:
         # 1 rank x 3 and 3 ranks x 1 would differ. Here the module sees the gradient of the undivided loss, and each
         # parameter's gradient is divided in float32. A small difference remains (up to 8e-3 of a tensor's largest
         # moment, tests/test_engine_state.py).
-        self._exact = accumulation & (accumulation - 1) == 0 or not self._bfloat16
+        self._exact = accumulation & (accumulation - 1) == 0 or optimizer.precision != "bfloat16"
         parameters = dict(module.named_parameters())
         if not self._exact:
             for parameter in parameters.values():
                 if parameter.requires_grad:
                     parameter.register_hook(lambda gradient: gradient / accumulation)
         kind = OPTIMIZERS.get(optimizer.name)
-        self._state_names, self._step_name = kind.state_names(optimizer), kind.step_name
         groups = [
             {
                 "params": [parameters[name] for name in group.parameters],
@@ -145,7 +136,7 @@ class Engine:
                 elements=ELEMENTS if asked == "auto" else int(float(asked)),
                 overlap=zero.get("overlap_comm") is not False,
             )
-        self._state = zero_state.create(self._engine, self.stage, self._state_names, counts_steps=bool(self._step_name))
+        self._state = zero_state.create(self._engine, self.stage, kind.state_names(optimizer), kind.step_name)
         # at once: when its first step is skipped, torch's fused SGD would keep a momentum that was never written
         self._state.prepare_state(0.0)
         self._check()
@@ -270,33 +261,15 @@ class Engine:
         return deepspeed.zero.GatheredParameters(list((module or self.module).parameters()), modifier_rank=None)
 
     def export_state(self, keep: Callable[[int], bool] = lambda position: True) -> State:
-        """A copy of the backbone's whole state by parameter name, on the host. A collective.
-
-        Names: `backbone.param.NAME`, `backbone.buffer.NAME`; for trained parameters also the optimizer's state
-        `backbone.KEY.NAME` (such as `exp_avg`); and its step count (`backbone.adam_step`), a float32 scalar.
+        """A copy of the backbone's whole state, see `named_state`. A collective.
 
         Args:
-            keep: says which tensors this rank keeps, by their number in this order. The others come back on the meta
-                device, so a rank holds no more on the host than it writes.
+            keep: says which tensors this rank keeps, by their number. The others come back on the meta device, so a rank
+                holds no more on the host than it writes.
         """
         if self._micro:
             raise RuntimeError("the state can be exported between steps only")
-        state: State = {}
-
-        def add(name: str, whole: torch.Tensor) -> None:
-            kept = whole.detach().to("cpu", copy=True) if keep(len(state)) else torch.empty_like(whole, device="meta")
-            state[PREFIX + name] = Replicated(kept, given=True)
-
-        for name, parameter in self.module.named_parameters():
-            add(f"param.{name}", self._state.weight(parameter))
-            if parameter.requires_grad:
-                for key in self._state_names:
-                    add(f"{key}.{name}", self._state.moment(parameter, key))
-        for name, buffer in self._persistent_buffers():
-            add(f"buffer.{name}", buffer)
-        if self._step_name:
-            add(self._step_name, torch.tensor(float(self._state.step_count())))
-        return state
+        return named_state.export_state(self.module, self._state, keep)
 
     def import_state(self, reader: StateReader) -> None:
         """Loads what `export_state` gave, bit for bit, from any ZeRO stage and number of ranks. Each rank keeps its part.
@@ -304,24 +277,9 @@ class Engine:
         Raises:
             UserError: a tensor is missing, or its shape or dtype differs.
         """
-        self._state.prepare_state(float(reader.replicated(PREFIX + self._step_name)) if self._step_name else 0.0)
-        for name, parameter in self.module.named_parameters():
-            shape = zero_state.full_shape(parameter)
-            self._state.set_weight(parameter, _checked(reader, f"param.{name}", shape, torch.float32))
-            if parameter.requires_grad:
-                for key in self._state_names:
-                    self._state.set_moment(parameter, key, _checked(reader, f"{key}.{name}", shape, torch.float32))
-        for name, buffer in self._persistent_buffers():
-            buffer.copy_(_checked(reader, f"buffer.{name}", buffer.shape, buffer.dtype))
-        self._state.finish_import()
+        named_state.import_state(self.module, self._state, reader)
         self._statistics.reload()
         self._check()
-
-    def _persistent_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for prefix, module in self.module.named_modules():
-            for name, buffer in module.named_buffers(prefix, recurse=False):
-                if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                    yield name, buffer
 
     def _check(self) -> None:
         """Checks what DeepSpeed got wrong in the past: float32 buffers, the groups, one optimizer step per group."""
@@ -377,27 +335,3 @@ def _map(outputs: Any, function: Callable[[torch.Tensor], Any], *, every: bool =
     if isinstance(outputs, (tuple, list)):
         return type(outputs)(_map(output, function, every=every) for output in outputs)
     return outputs
-
-
-def _fit_buckets(zero: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Limits the communication buckets to the model's size.
-
-    DeepSpeed allocates whole buckets, 2 GB by default, in every backward.
-    """
-    total = sum(zero_state.full_shape(parameter).numel() for parameter in module.parameters())
-    total += total % 2  # DeepSpeed needs an even number
-    fitted = dict(zero)
-    for name in ("reduce_bucket_size", "allgather_bucket_size"):
-        asked = zero.get(name, "auto")
-        fitted[name] = min(500_000_000 if asked == "auto" else int(float(asked)), total)
-    return fitted
-
-
-def _checked(reader: StateReader, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    tensor = reader.replicated(PREFIX + name)
-    if tensor.shape != shape or tensor.dtype != dtype:
-        raise UserError(
-            f"the checkpoint's {PREFIX + name} is {tuple(tensor.shape)} {tensor.dtype}, the backbone's {tuple(shape)} {dtype}; "
-            "use init_from to take weights only"
-        )
-    return tensor

@@ -36,18 +36,18 @@ def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def create(engine: Any, stage: int, state_names: Sequence[str], *, counts_steps: bool) -> ZeroState:
-    """The state of `engine`'s optimizer, which keeps the tensors `state_names` of every weight, and a `step` if it counts."""
+def create(engine: Any, stage: int, state_names: Sequence[str], step_name: str | None) -> ZeroState:
+    """The state of `engine`'s optimizer: tensors `state_names` of every weight, and a `step` if the count has a name."""
     kinds: dict[int, type[ZeroState]] = {0: Unsharded, 1: FlatPartitions, 2: FlatPartitions, 3: ShardedParameters}
-    return kinds[stage](engine, state_names, counts_steps=counts_steps)
+    return kinds[stage](engine, state_names, step_name)
 
 
 class ZeroState(ABC):
     """Common to all stages: the optimizer's state hangs on one or more tensors (`_owners`), each with its own step."""
 
-    def __init__(self, engine: Any, state_names: Sequence[str], *, counts_steps: bool) -> None:
+    def __init__(self, engine: Any, state_names: Sequence[str], step_name: str | None) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
-        self.state_names, self.counts_steps = tuple(state_names), counts_steps
+        self.state_names, self.step_name = tuple(state_names), step_name
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.size = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -93,7 +93,7 @@ class ZeroState(ABC):
 
     def check_steps(self) -> None:
         """Checks that each owner has its own step tensor. A shared one would advance once for each group."""
-        if not self.counts_steps:
+        if not self.step_name:
             return
         steps = [id(state["step"]) for owner in self._owners() if (state := self._inner().state.get(owner))]
         if len(set(steps)) != len(steps):
@@ -103,7 +103,7 @@ class ZeroState(ABC):
         """Makes the state as the optimizer would: zeros, and one step tensor for each owner."""
         for owner in self._owners():
             state = {key: torch.zeros_like(owner, requires_grad=False) for key in self.state_names}
-            if self.counts_steps:
+            if self.step_name:
                 state["step"] = torch.tensor(step, dtype=torch.float32, device=owner.device)
             self._inner().state[owner] = state
 
