@@ -7,11 +7,11 @@
 #
 #   sbatch slurm/recipe.sh RECIPE DS_CONFIG [...]      or, on a login node: bash slurm/recipe.sh RECIPE DS_CONFIG [...]
 #
-# This job only submits the chain, with one resumable job per phase. After an interruption submit it again to resume.
+# This job only submits the chain: one job for each phase, which resumes by itself. After an interruption submit it again.
 # Partition, account, GPUs per node, time, paths: slurm/site.env, see site.env.example and README.md.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
-# sbatch runs a copy of this file; the job's record has the path of the original
+# sbatch runs a copy of this file; Slurm's record of the job has the original path
 [ -f "$here/common.sh" ] || here=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed 's/.* Command=\([^ ]*\).*/\1/' | xargs dirname)
 . "$here/common.sh"
 

@@ -39,17 +39,19 @@ def main(
     outlier: Annotated[
         float | None,
         typer.Option(
-            help="an image with a lower cosine to its identity is an outlier; default: from the data, and only if it is closer to another identity"
+            help="an image with a lower cosine to its identity is an outlier; default: found from the data, and only images that are closer to another identity"
         ),
     ] = None,
     same_person: Annotated[
         float | None,
-        typer.Option(help="two identities whose centres have a higher cosine are one; default: from the data"),
+        typer.Option(
+            help="two identities whose centres have a higher cosine are one identity; default: found from the data"
+        ),
     ] = None,
     overlap: Annotated[
         float | None,
         typer.Option(
-            help="an image of a test set with a higher cosine shows a training identity; default: from the data"
+            help="an identity with a higher cosine to an image of a test set is also in the test set; default: found from the data"
         ),
     ] = None,
     merges: Annotated[
@@ -60,7 +62,7 @@ def main(
     input_: Annotated[
         str,
         typer.Option(
-            "--input", metavar="WORDS", help='how the model takes images, if its file is silent: "bgr 0..255"'
+            "--input", metavar="WORDS", help='how the model takes images, if its file does not say so: "bgr 0..255"'
         ),
     ] = "",
 ) -> None:

@@ -1,15 +1,15 @@
-"""Weights in and out.
+"""Reads and writes weights of other projects.
 
 \b
-import SOURCE OUT                others' weights -> a folder that load_model,
-                                 evaluate and init_from take
+import SOURCE OUT                weights of another project -> a folder for
+                                 load_model, evaluate and init_from
 consolidate SOURCE OUT           a run, a checkpoint or a DeepSpeed ZeRO folder
-                                 -> one such folder; no GPU, no ranks
-reshard SOURCE --out OUT         class rows -> arcface_torch's files of N ranks
-        --ranks N                (--ranks 1: one file)
+                                 -> such a folder; needs no GPU
+reshard SOURCE --out OUT         class centres -> arcface_torch's files of
+        --ranks N                N ranks (--ranks 1: one file)
 export SOURCE OUT --to FORMAT    onnx, arcface, folder or insightface
 check FILE.onnx                  would insightface, lvface, uniface and
-                                 MFR-Ongoing take it?
+                                 MFR-Ongoing accept it?
 
 \b
 python tools/convert_checkpoint.py export runs/mine mine.onnx --to onnx
@@ -41,22 +41,27 @@ def import_(
     branch: Annotated[str | None, typer.Option(help="teacher or student of a self-supervised checkpoint")] = None,
     rank_files: Annotated[
         list[Path] | None,
-        typer.Option("--rank-file", help="checkpoint_gpu_N.pt of every rank in order: their class rows too"),
+        typer.Option(
+            "--rank-file",
+            help="file of class centres of one rank, such as softmax_fc_gpu_0.pt; repeat it for every rank, in order",
+        ),
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(help="checked against the merged class rows")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="number of identities; checked against the merged class centres")
+    ] = None,
     bgr: Annotated[
         bool | None,
         typer.Option(
             "--bgr/--rgb",
-            help="colour order the weights expect; BGR weights are turned into RGB ones. Default: what the file says, else RGB",
+            help="colour order that the weights need; BGR weights are turned into RGB weights. Default: what the file says, else RGB",
         ),
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="attention heads of a ViT of no published size")] = None,
+    heads: Annotated[int | None, typer.Option(help="number of attention heads, if a ViT has no published size")] = None,
     licence: Annotated[
-        str | None, typer.Option(help="of the data the weights were trained on, for the model card")
+        str | None, typer.Option(help="licence of the data that the weights were trained on, for the model card")
     ] = None,
 ) -> None:
-    """Others' weights: arcface_torch, LVFace, CVLface, AdaFace, LAFS, DINO, safetensors, ONNX packs of insightface."""
+    """Imports weights: arcface_torch, LVFace, CVLface, AdaFace, LAFS, DINO, safetensors, ONNX packs of insightface."""
     from lvtrain.export import convert
 
     with one_line_errors("convert_checkpoint", out):
@@ -76,16 +81,16 @@ def import_(
 def consolidate(
     source: Source,
     out: Out,
-    rows: Annotated[bool, typer.Option(help="write the class rows too")] = False,
-    average: Annotated[bool, typer.Option(help="the moving average of the weights")] = False,
+    rows: Annotated[bool, typer.Option(help="also write the class centres")] = False,
+    average: Annotated[bool, typer.Option(help="take the moving average of the weights")] = False,
     tag: Annotated[str | None, typer.Option(help="tag of a DeepSpeed folder")] = None,
     heads: Annotated[
-        int | None, typer.Option(help="attention heads, if a DeepSpeed folder holds a ViT of no published size")
+        int | None, typer.Option(help="number of attention heads, if a DeepSpeed folder has a ViT of no published size")
     ] = None,
 ) -> None:
-    """One float32 folder from a run, a checkpoint or a DeepSpeed ZeRO folder.
+    """Writes one float32 folder from a run, a checkpoint or a DeepSpeed ZeRO folder.
 
-    A DeepSpeed folder is unpickled by DeepSpeed's own script, which could run code: give it only one you trust.
+    DeepSpeed's own script unpickles a DeepSpeed folder. That could run code: give it only a folder that you trust.
     """
     from lvtrain.export import convert
 
@@ -96,13 +101,14 @@ def consolidate(
 @app.command()
 def reshard(
     source: Annotated[
-        list[Path], typer.Argument(help="a run or checkpoint of ours, or arcface_torch's files of all ranks in order")
+        list[Path],
+        typer.Argument(help="a run or checkpoint of lvtrain, or arcface_torch's files of all ranks, in order"),
     ],
     out: Annotated[Path, typer.Option("--out", help="folder to write")],
-    ranks: Annotated[int, typer.Option(min=1, help="files to write")] = 1,
-    num_classes: Annotated[int | None, typer.Option(help="refuse another total")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="number of files to write")] = 1,
+    num_classes: Annotated[int | None, typer.Option(help="number of identities; another number is refused")] = None,
 ) -> None:
-    """Class rows for another number of ranks: rank_{r}_softmax_weight.pt, arcface_torch's split."""
+    """Writes class centres for another number of ranks, as arcface_torch's rank_{r}_softmax_weight.pt."""
     from lvtrain.export import convert
 
     with one_line_errors("convert_checkpoint", out):
@@ -115,28 +121,32 @@ def export(
     out: Out,
     to: Annotated[Literal["onnx", "arcface", "folder", "insightface"], typer.Option(help="format")] = "onnx",
     opset: Annotated[int, typer.Option(help="ONNX opset, 14 (what MFR-Ongoing takes) to 20")] = 18,
-    precision: Annotated[Literal["float32", "float16", "int8"], typer.Option(help="of the ONNX weights")] = "float32",
+    precision: Annotated[
+        Literal["float32", "float16", "int8"], typer.Option(help="number format of the ONNX weights")
+    ] = "float32",
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="images the ONNX file takes at once, for small devices. Default: any number"),
+        typer.Option(
+            min=1, help="number of images that the ONNX file takes at once, for small devices. Default: any number"
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="with int8: a dataset, a folder with one folder per identity or a .bin set whose images give the scales (static int8); "
-            "each layer's loss goes to OUT.layers.json"
+            help="with int8: images that give the scales (static int8): a dataset, a folder with one folder per identity, or a .bin; "
+            "OUT.layers.json compares each layer with float32"
         ),
     ] = None,
     benchmark: Annotated[
-        Path | None, typer.Option(help=".bin set on which the ONNX file's accuracy is compared with the weights' own")
+        Path | None, typer.Option(help=".bin set on which the accuracy of the ONNX file and of the weights is compared")
     ] = None,
-    average: Annotated[bool, typer.Option(help="the moving average of the weights")] = False,
+    average: Annotated[bool, typer.Option(help="take the moving average of the weights")] = False,
     purpose: Annotated[
         Literal["commercial"] | None,
-        typer.Option("--for", help="refuse unless every licence that the weights inherit allows it"),
+        typer.Option("--for", help="refuse if a licence that the weights inherit does not allow it"),
     ] = None,
 ) -> None:
-    """The backbone for others' programs, checked after writing."""
+    """Writes the backbone for other programs, and checks the file."""
     from lvtrain.export import convert
 
     with one_line_errors("convert_checkpoint", out):
@@ -159,13 +169,13 @@ def check(
     file: Annotated[Path, typer.Argument(help="any ONNX file")],
     client: Annotated[
         list[str] | None,
-        typer.Option(help="whose refusal is an error; once for each of insightface, lvface, uniface, MFR-Ongoing"),
+        typer.Option(help="insightface, lvface, uniface or MFR-Ongoing; its refusal is an error. Repeat it for more"),
     ] = None,
 ) -> None:
-    """Which clients would take this ONNX file, and why not.
+    """Says which client programs would accept this ONNX file, and if not, why.
 
-    Exit status 1 if a client named with --client refuses; without it, insightface, lvface or uniface. MFR-Ongoing's server is offline: its rules are
-    shown, and count only when it is named.
+    Exit status 1 if a client of --client refuses; without --client, if insightface, lvface or uniface does. MFR-Ongoing's server is offline: its
+    rules are shown, but count only with --client MFR-Ongoing.
     """
     from rich.console import Console
     from rich.table import Table

@@ -32,14 +32,14 @@ def main(
     input_: Annotated[
         str,
         typer.Option(
-            "--input", metavar="WORDS", help='how the model takes images, if its file is silent: "bgr 0..255"'
+            "--input", metavar="WORDS", help='how the model takes images, if its file does not say so: "bgr 0..255"'
         ),
     ] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT.npy, .csv and .json")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="do not use a GPU")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
 ) -> None:
-    """Embeds the images of SRC, aligned faces, in the order of the rows of OUT.csv (row,name,identity,error).
+    """Embeds the images of SRC, which must be aligned faces. OUT.csv names the rows (row,name,identity,error).
 
     An image that cannot be read keeps its row, as zeros, and OUT.csv says why.
     """

@@ -63,7 +63,7 @@ def main(
         typer.Option(
             "--input",
             metavar="WORDS",
-            help='how the model takes its images, where its file does not say so: "bgr 0..255", "imagenet", "mean=127.5 std=128", '
+            help='how the model takes its images, if its file does not say so: "bgr 0..255", "imagenet", "mean=127.5 std=128", '
             '"nhwc"; the line that begins with input shows what is used',
         ),
     ] = "",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Proves the CUDA path on this machine's GPU, most important first, within the minutes given, and writes tools/results/gpu/.
+# Tests and measures lvtrain on this machine's GPU, the most important parts first, within the given minutes. Writes tools/results/gpu/.
 #   bash tools/gpu_proof.sh [--minutes 10] [--only PART,...] [--out FOLDER] [--small]
-# It installs nothing and needs no network. A part whose packages are missing is named, and the others run.
+# It installs nothing and needs no network. If packages are missing, the parts that need them are listed, and the others run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=python3

@@ -209,20 +209,21 @@ def fault_runs(seed: int, only: list[str], data: Path) -> list[Run]:
 
 
 def main(
-    seeds: Annotated[str, typer.Option(help="seeds of the faults, with commas")] = "11,12,13",
+    seeds: Annotated[str, typer.Option(help="seeds of the runs with a fault, separated by commas")] = "11,12,13",
     healthy: Annotated[str, typer.Option(help="seeds of the healthy runs")] = "21",
-    only: Annotated[str, typer.Option(help="runs whose name has one of these words")] = "",
+    only: Annotated[str, typer.Option(help="only runs whose name has one of these words, separated by commas")] = "",
     write: Annotated[
         bool,
-        typer.Option(
-            help="write tools/results/health.json and .md, of all runs in the folder; what was not run is kept"
-        ),
+        typer.Option(help="write tools/results/health.json and .md; results of other runs stay"),
     ] = False,
-    cost: Annotated[Path | None, typer.Option(help="what tools/benchmark.py health printed, for the page")] = None,
+    cost: Annotated[
+        Path | None, typer.Option(help="file with the output of tools/benchmark.py health, for the page")
+    ] = None,
     keep: Annotated[
-        Path | None, typer.Option(help="keep the runs, and the signs of each log line, in this folder")
+        Path | None, typer.Option(help="keep the runs, and the figures of each log line, in this folder")
     ] = None,
 ) -> None:
+    """Trains with each kind of fault, and without one, and lists which faults the health check names."""
     import torch
 
     from tools.health_runs.faults import FAULTS

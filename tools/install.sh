@@ -3,9 +3,9 @@
 #
 #   bash tools/install.sh            everything: training, tools, alignment of photographs, tests
 #   bash tools/install.sh --train    what training needs, nothing else
-#   bash tools/install.sh --latest   without pins: the newest versions pyproject.toml allows
+#   bash tools/install.sh --latest   without pins: the newest versions that pyproject.toml allows
 #
-# PYTHON=python3.12 chooses the interpreter. Done already and nothing changed: returns at once.
+# PYTHON=python3.12 chooses the interpreter. If nothing changed since the last installation, it returns at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -22,10 +22,12 @@ def main(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="recipe to write; absent: it is printed")] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, max=65536, help="GPUs of their run; absent: as the file's name says (16gpus), else 8"),
+        typer.Option(
+            min=1, max=65536, help="GPUs that the configuration is for; absent: from the file's name (16gpus), else 8"
+        ),
     ] = None,
 ) -> None:
-    """Writes a recipe from CONFIG, and lists what it could not take."""
+    """Writes a recipe from CONFIG, and lists what could not be converted."""
     from lvtrain.recipe.arcface_config import read_config  # after parsing: --help answers at once
     from lvtrain.recipe.arcface_migration import migrate
 

@@ -44,8 +44,9 @@ def main(
     source: Annotated[Path, typer.Argument(metavar="SRC")],
     out: Annotated[Path, typer.Argument(metavar="OUT")],
     kind: Annotated[str, typer.Option(help=" | ".join(IMPORTERS.names()))],
-    workers: Annotated[int, typer.Option(min=1, help="processes; the result does not depend on it")] = os.cpu_count()
-    or 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="number of processes; the result does not depend on it")
+    ] = os.cpu_count() or 1,
     seed: Annotated[int, typer.Option(help="seed of the shuffle")] = 0,
     shuffle: Annotated[
         bool, typer.Option(help="write in random order, so that shards are not sorted by identity")
@@ -62,7 +63,8 @@ def main(
     ] = None,
     licence: Annotated[str, typer.Option(help="licence of the images; copied into runs and model cards")] = "unknown",
     option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help=f"of the kind of source; {_options_of_kinds()}")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help=f"option of the kind of source; {_options_of_kinds()}"),
     ] = None,
     wrong_size: Annotated[str, _policy("wrong_size")] = "fix",
     undecodable: Annotated[str, _policy("undecodable")] = "skip",

@@ -25,21 +25,28 @@ def main(
     ds_config: Annotated[Path | None, typer.Option("--ds_config", help="DeepSpeed JSON; ZeRO-1 when absent")] = None,
     gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, b200, l40s or rtx4090")] = "h200",
     link: Annotated[
-        str, typer.Option(help="between nodes: ib-ndr400, ib-hdr200, roce-100, eth-25, ..., or measured GB/s a GPU")
+        str,
+        typer.Option(help="network between nodes: ib-ndr400, ib-hdr200, roce-100, eth-25, ..., or measured GB/s a GPU"),
     ] = "ib-ndr400",
     node_link: Annotated[
-        str | None, typer.Option("--node-link", help="inside a node: nvlink3 to 5, pcie3 to 5; the GPU's usual one")
+        str | None,
+        typer.Option(
+            "--node-link", help="link inside a node: nvlink3 to 5, pcie3 to 5; default: the usual one of the GPU"
+        ),
     ] = None,
     per_node: Annotated[int, typer.Option("--per-node", min=1, help="GPUs of a node")] = 8,
     price: Annotated[
-        float | None, typer.Option("--price-per-gpu-hour", min=0, help="adds the cost of the run, in your currency")
+        float | None,
+        typer.Option("--price-per-gpu-hour", min=0, help="also prints the cost of the run, in your currency"),
     ] = None,
     detail: Annotated[
         bool, typer.Option("--detail", help="memory, time and communication of a step, part by part")
     ] = False,
-    suggested: Annotated[bool, typer.Option("--suggest", help="the cheapest setting that fits, to paste")] = False,
+    suggested: Annotated[
+        bool, typer.Option("--suggest", help="find the cheapest setting that fits the GPU's memory")
+    ] = False,
     scaled: Annotated[
-        bool, typer.Option("--scale-table", help="what breaks first on 8 to 512 GPUs, as Markdown")
+        bool, typer.Option("--scale-table", help="what breaks first on 8 to 512 GPUs, as a Markdown table")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
     matmul: Annotated[

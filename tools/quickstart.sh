@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs lvtrain into .venv, makes about 500 generated identities, trains PCO's three phases on 2 ranks, evaluates, writes the report.
+# Installs lvtrain into .venv, generates 500 identities, trains PCO's three phases on 2 ranks, evaluates, and writes the report.
 #   bash tools/quickstart.sh [section.key=value ...]      e.g. schedule.total="300 steps"
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # A real Slurm on this machine alone: slurmctld, two slurmd and munge on loopback, in a folder of their own.
 #
-#   eval "$(bash tools/slurm_sandbox.sh up)"    start it (or find it running) and point sbatch, srun, squeue at it
-#   bash tools/slurm_sandbox.sh down            end its jobs and daemons, remove the folder
+#   eval "$(bash tools/slurm_sandbox.sh up)"    start it, unless it runs; sbatch, srun and squeue then use it
+#   bash tools/slurm_sandbox.sh down            end its jobs and daemons, and remove the folder
 #
 # LVTRAIN_SANDBOX=FOLDER   where it lives (default: lvtrain-slurm-USER under $TMPDIR or /tmp); several can run at once
 # LVTRAIN_SANDBOX_NODES=2  how many nodes
 # Needs Debian's slurm-wlm and munge (apt-get install slurm-wlm munge). Tried as root with Slurm 22.05.
-# Messages go to stderr; stdout carries the export line only.
+# Messages go to stderr; stdout has only the export line.
 set -euo pipefail
 folder=${LVTRAIN_SANDBOX:-${TMPDIR:-/tmp}/lvtrain-slurm-$(id -un)}
 nodes=${LVTRAIN_SANDBOX_NODES:-2}

@@ -1,4 +1,4 @@
-"""Runs a grid of settings over seeds, and prints one table: an ablation, a sweep over a value, a chain of methods, a few-shot grid.
+"""Trains a recipe with several settings and seeds, and prints one table: an ablation, a search over a value, a chain of methods.
 
     python tools/study.py tools/studies/pco.yaml                # PCO's three phases against one
     python tools/study.py tools/studies/learning_rate.yaml --recipe MY_RECIPE.yaml --settings 1e-4,3e-4 data.path=/data/mine
@@ -25,15 +25,17 @@ from tools.studies.grid import ROOT, Grid
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="YAML file, see tools/studies/")
-    parser.add_argument("--recipe", type=Path, help="replaces the study's")
+    parser.add_argument("--recipe", type=Path, help="recipe, instead of the study's")
     parser.add_argument(
         "--seeds",
         type=lambda text: [int(seed) for seed in text.split(",")],
         metavar="N,N,...",
-        help="replaces the study's",
+        help="seeds, instead of the study's",
     )
-    parser.add_argument("--settings", type=lambda text: text.split(","), metavar="NAME,NAME,...", help="only these")
-    parser.add_argument("--ranks", type=int, default=1, help="of each run")
+    parser.add_argument(
+        "--settings", type=lambda text: text.split(","), metavar="NAME,NAME,...", help="run only these settings"
+    )
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
     parser.add_argument("--ds_config", type=Path, default=ROOT / "ds_configs" / "zero1.json")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/NAME of the study")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")

@@ -127,16 +127,18 @@ class ClusterSection(SupervisedSection):
     )
     tau0: float = setting(0.07, "first value of the learnable temperature", gt=0)
     mean_temperature: float | None = setting(
-        None, "rescale the temperatures to this mean over the step's classes, as PCL does", gt=0
+        None, "the temperatures are scaled to this mean over the step's classes, as in PCL; absent: they are not", gt=0
     )
     min_temperature: float = setting(0.05, "smallest temperature of a class", gt=0)
     momentum: float = setting(0.9, "decay of the cluster centres", ge=0, lt=1)
-    recent: int = setting(100, "Z: a concentration is taken over this many most recent features", unit="features", gt=0)
+    recent: int = setting(
+        100, "Z: number of most recent features from which a class's concentration is computed", unit="features", gt=0
+    )
     smoothing: float = setting(10.0, "PCL's alpha in Z log(Z + alpha)", gt=0)
     triplet_margin: float = setting(0.2, "margin of the triplet loss", ge=0)
     warmup: Duration = setting(
         lambda: Duration("1 epochs"),
-        "in this time only the bank follows the features, and the loss is plain ArcFace; in steps or epochs",
+        "time at the start with plain ArcFace, in which the cluster centres begin to follow the features; in steps or epochs",
     )
 
     @model_validator(mode="after")

@@ -103,19 +103,21 @@ _HEAD = "the head in the checkpoints has this shape"
 class DinoSection(MethodSection):
     """The defaults are DINO's; the size of the head is LAFS's."""
 
-    prototypes: int = setting(100_000, "prototypes K of the head", because=_HEAD, gt=1)
+    prototypes: int = setting(100_000, "K: number of prototypes of the head", because=_HEAD, gt=1)
     hidden: int = setting(2048, "width of the head's hidden layers", because=_HEAD, gt=0)
     bottleneck: int = setting(256, "width of the head's last layer before the prototypes", because=_HEAD, gt=0)
     student_temperature: float = setting(0.1, "tau_s of the student's softmax", gt=0)
-    teacher_temperature: float = setting(0.04, "tau_t of the teacher's softmax, after its warm-up", gt=0)
-    teacher_temperature_start: float = setting(0.04, "tau_t at the start of its warm-up", gt=0)
+    teacher_temperature: float = setting(0.04, "tau_t of the teacher's softmax, after the warm-up", gt=0)
+    teacher_temperature_start: float = setting(0.04, "tau_t at the start of the warm-up", gt=0)
     teacher_warmup_epochs: float = setting(
-        0, "time in which tau_t goes from its start to its value", unit="epochs", ge=0
+        0, "warm-up of tau_t: time in which it goes from its start value to its final value", unit="epochs", ge=0
     )
-    teacher_momentum: float = setting(0.996, "first momentum of the teacher; it goes to 1 by a cosine", gt=0, le=1)
+    teacher_momentum: float = setting(
+        0.996, "momentum of the teacher at the start; it goes to 1 by a cosine", gt=0, le=1
+    )
     centre_momentum: float = setting(0.9, "decay of the centre of the teacher's outputs", ge=0, lt=1)
     freeze_last_layer: float = setting(
-        1, "time at the start in which the prototypes do not change", unit="epochs", ge=0
+        1, "time at the start in which the prototypes are not trained", unit="epochs", ge=0
     )
 
 

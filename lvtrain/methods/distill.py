@@ -33,28 +33,28 @@ class Distill(Section):
 
     teacher: Path = setting(
         REQUIRED,
-        "a run, a checkpoint, an exported folder or others' weights, of the student's embedding_dim and image_size",
+        "teacher: a run, a checkpoint, an exported folder or weights of another project, with the student's embedding_dim and image_size",
         resume="free",  # the path may change: a checkpoint records a fingerprint of the teacher's weights and compares it
     )
     input: str = setting(
         "",
-        'how another project\'s teacher takes images, where its file does not say so: "bgr", "bgr 0..255"',
+        'how a teacher of another project takes images, if its file does not say so: "bgr", "bgr 0..255"',
         resume="free",
     )
     weight: float = setting(
         0.99,
-        "of the teacher's part; near 1, because a classification's gradient is 64 times as steep (its scale)",
+        "weight of the distance to the teacher; near 1, because the gradient of the classification is 64 times as large (its scale)",
         gt=0,
         lt=1,
     )
     view: Literal["same", "clean"] = setting(
         "same",
-        "what the teacher sees: the student's image, or the same image with no more than its crop and flip",
+        "what the teacher sees: the student's augmented image, or the image with only its crop and flip",
         because="a change would make it another run",
     )
     licence: str | None = setting(
         None,
-        "of the data that the teacher learned from, where its file does not say; the student inherits it",
+        "licence of the data that the teacher learned from, if its file does not state it; the student inherits it",
         because="the weights inherit this licence",
     )
 

@@ -55,8 +55,10 @@ class WithLandmarks(nn.Module):
 class Mixup(Section):
     """How often images are mixed, and how much."""
 
-    alpha: float = setting(0.2, "of the share's distribution, Beta(alpha, alpha)", gt=0)
-    probability: float = setting(0.1, "share of the steps whose images are mixed; LAFS: 0.1, on MS1MV3 0.2", ge=0, le=1)
+    alpha: float = setting(0.2, "the share of an image in the mix is drawn from Beta(alpha, alpha)", gt=0)
+    probability: float = setting(
+        0.1, "share of the steps in which images are mixed; LAFS: 0.1, on MS1MV3 0.2", ge=0, le=1
+    )
 
     def share(self, seed: int, step: int) -> float:
         """The share of the own image in a step; 1 = not mixed. A function of seed and step."""
@@ -69,10 +71,10 @@ class FinetuneSection(SupervisedSection):
     """What happens to the landmark CNN of a Part fViT, and mixup."""
 
     landmarks: Literal["fixed", "trained", "anchored"] = setting(
-        "trained", "the landmark CNN: the paper's options a, b, c"
+        "trained", "how the landmark CNN is trained: fixed, trained and anchored are the paper's options a, b and c"
     )
     beta: float = setting(
-        0.1, "with anchored: weight of the distance to a frozen landmark CNN's points, in pixels", ge=0
+        0.1, "with anchored: weight of the distance (in pixels) to the landmarks of a frozen CNN", ge=0
     )
     mixup: Mixup | None = setting(None, "mixes pairs of images, which then have two targets")
 

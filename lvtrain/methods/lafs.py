@@ -47,10 +47,12 @@ View = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class LafsSection(DinoSection):
     """The teacher sees all landmarks, the student a subset."""
 
-    landmarks: int = setting(36, "landmarks that the student sees", gt=0)
+    landmarks: int = setting(36, "number of landmarks that the student sees", gt=0)
     shuffle: bool = setting(True, "the student sees its landmarks in random order")
-    perturbation: float = setting(2.0, "alpha of the landmarks' perturbation", unit="pixels", ge=0)
-    landmark_weights: Path | None = setting(None, "supervised Part fViT whose landmark CNN is used, frozen")
+    perturbation: float = setting(2.0, "alpha: how far landmarks are moved at random", unit="pixels", ge=0)
+    landmark_weights: Path | None = setting(
+        None, "run or weights of a supervised Part fViT; its landmark CNN is used, frozen"
+    )
 
     def sources(self) -> dict[str, Path]:
         return {"landmark_weights": self.landmark_weights} if self.landmark_weights else {}

@@ -42,19 +42,20 @@ class PcoSection(SupervisedSection):
     """The phases are the recipe's; these are the options of the second anchor."""
 
     expectation_init: Literal["weight", "first_feature"] = setting(
-        "weight", "feature expectations begin at the class centres, or at a class's first feature"
+        "weight", "where feature expectations start: at the class centres, or at each class's first feature"
     )
     expectation_negatives: Literal["own", "shared"] = setting(
-        "own", "shared: the second term uses the first one's sum over the negatives, which is cheaper"
+        "own",
+        "own: feature expectations have their own sum over the negatives; shared: they use that of the class centres, which is faster",
     )
-    m2: float = setting(0.4, "margin on the feature expectation", ge=0, le=1)
+    m2: float = setting(0.4, "margin of the feature expectations", ge=0, le=1)
 
 
 class PcoPhase(Phase):
     """A phase of PCO: also whether the feature expectations, the second anchor, take part."""
 
     expectation: Literal["off", "update", "frozen"] = setting(
-        "off", "feature expectations are not used, updated every step, or used as they are", because=LOSS
+        "off", "feature expectations: not used, used and updated in every step, or used without updates", because=LOSS
     )
 
     @field_validator("expectation", mode="before")

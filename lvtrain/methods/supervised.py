@@ -66,11 +66,11 @@ class SupervisedSection(MethodSection):
     distill: Distill | None = setting(None, "a frozen teacher that the embeddings follow")
     frozen: list[str] = setting(
         list,
-        "parts of the backbone that are not trained, by the beginning of their names, such as blocks.0; their BatchNorms "
-        "keep their statistics",
+        "parts of the backbone that are not trained: names of modules or parameters, such as blocks.0; BatchNorms in them keep "
+        "their statistics",
         because="the checkpoints hold no optimizer state of them",
     )
-    window: int = setting(20, "steps over which end.cos2 averages the batch mean of cos^2 (CSS)", unit="steps", gt=0)
+    window: int = setting(20, "steps over which the mean cos^2 is averaged for end.cos2", unit="steps", gt=0)
 
     def sources(self) -> dict[str, Path]:
         return {"distill.teacher": self.distill.teacher} if self.distill else {}

@@ -23,14 +23,14 @@ class MarginSection(NamedSection):
     scale: float = setting(64.0, "s, the factor on every cosine", because=_LEARNED, gt=0)
     filter_threshold: float | None = setting(
         None,
-        "negatives with a higher cosine are dropped (inter-class filtering); absent: none are",
+        "negatives with a higher cosine are left out (inter-class filtering); absent: none",
         because=_LEARNED,
         ge=-1,
         le=1,
     )
     warmup: Duration = setting(
         lambda: Duration("0 steps"),
-        "the margin grows from nothing over this long; in steps or epochs",
+        "time in which the margin grows from 0 to its size; in steps or epochs",
         because=_LEARNED,
     )
 
@@ -62,22 +62,22 @@ class NumericsSection(Section):
         "exact", "exact: float32; fast: float16 matmuls on GPUs, gradient error below 0.1%", resume="free"
     )
     precision: Literal["float32", "tf32", "half", "bfloat16"] = setting(
-        "float32", "format of the matmuls' operands, instead of the preset's", because=_LEARNED
+        "float32", "number format of the matmuls, instead of the preset's", because=_LEARNED
     )
     kernel: Literal["auto", "torch", "triton"] = setting(
         "auto",
-        "what computes between the matmuls; auto is triton on CUDA if its self-test passes there, else torch",
+        "what computes between the matmuls; auto: triton on CUDA if its self-test passes, else torch",
         resume="reported",
     )
     keep_mb: float = setting(
         8.0,
-        "extra memory to cache exp(logits) between forward and backward; a cache that fits saves one of four matmuls",
+        "extra memory to keep exp(logits) from forward to backward; if all fit, a step needs three matmuls instead of four",
         resume="reported",
         unit="MB a GPU",
         ge=0,
     )
     gather: Literal["float32", "bfloat16"] = setting(
-        "float32", "format in which embeddings and their gradients travel between GPUs", because=_LEARNED
+        "float32", "number format in which embeddings and their gradients are sent between GPUs", because=_LEARNED
     )
 
     @classmethod
@@ -92,14 +92,14 @@ class CentreOptimizerSection(Section):
     name: Literal["adamw", "sgd"] = setting("adamw", "optimizer of the class centres", because=_STATE)
     mode: Literal["dense", "row_sparse"] = setting(
         "dense",
-        "dense: momentum and decay move unsampled centres too, as in arcface_torch; row_sparse: they rest",
+        "dense: momentum and decay also change class centres that are not sampled, as in arcface_torch; row_sparse: these do not change",
         because=_STATE,
     )
     lr: float | None = setting(
-        None, "peak learning rate of the centres; absent: the backbone's", resume="reported", gt=0
+        None, "peak learning rate of the class centres; absent: the backbone's", resume="reported", gt=0
     )
     weight_decay: float | None = setting(
-        None, "weight decay of the centres; absent: the backbone's", because=_LEARNED, ge=0
+        None, "weight decay of the class centres; absent: the backbone's", because=_LEARNED, ge=0
     )
     moments: Literal["float32", "bfloat16"] = setting(
         "float32", "format of the moments; bfloat16 halves their memory, with stochastic rounding", because=_STATE

@@ -29,8 +29,8 @@ class Optimizer(NamedSection):
     lr: float = setting(1e-3, "peak learning rate of the backbone", resume="reported", gt=0)
     lr_for_batch: int | None = setting(
         None,
-        "global batch that lr is for; a phase with another batch gets a rate by the rule: linear for sgd, square root "
-        "for adamw. Absent: lr for every batch",
+        "global batch that lr is for; in a phase with another batch the rate follows the batch: in proportion for sgd, by "
+        "the square root for adamw. Absent: lr for every batch",
         resume="reported",
         unit="images",
         gt=0,
@@ -38,23 +38,25 @@ class Optimizer(NamedSection):
     weight_decay: float = setting(0.1, "weight decay", because=_LEARNED, ge=0)
     weight_decay_end: float | None = setting(
         None,
-        "weight decay at the end of schedule.total, reached by a cosine, as in DINO; absent: constant",
+        "weight decay at the end of schedule.total; it gets there by a cosine, as in DINO; absent: constant",
         because=_LEARNED,
         ge=0,
     )
     decay_norms: bool = setting(
         False,
-        "weight decay on norms, biases and position embeddings too, as arcface_torch does",
+        "weight decay also on norms, biases and position embeddings, as in arcface_torch",
         because=_GROUPS,
     )
     layer_decay: float | None = setting(
         None,
-        "layer-wise learning-rate decay: the factor from a block to the one before it",
+        "layer-wise learning-rate decay: the rate of a block is that of the next block times this",
         because=_GROUPS,
         gt=0,
         le=1,
     )
-    clip: float = setting(5.0, "largest gradient norm of the backbone", because=_LEARNED, gt=0)
+    clip: float = setting(
+        5.0, "largest gradient norm of the backbone; a larger gradient is scaled down", because=_LEARNED, gt=0
+    )
     precision: Literal["float32", "bfloat16"] = setting(
         "bfloat16", "arithmetic of the backbone; its weights are float32 in both", because=_LEARNED
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from enum import Enum
 from itertools import groupby
@@ -21,16 +22,18 @@ _INTRODUCTION = """# Recipe keys
 Every key of a recipe. `python tools/recipe_reference.py` writes this page from the fields in
 `lvtrain/recipe` and in the files of methods, margins, optimizers and trackers.
 
-On the command line a key is written with dots: `optimizer.lr=1e-4`, `phases.0.sample_rate=0.1`, or a
-phase by its name, `phases.alignment.sample_rate=0.1`. A duration is a number with a unit: `500 steps`,
-`20 epochs` or `1e6 samples`; "of training" in the column of units means that.
+On the command line a key is written with dots: `optimizer.lr=1e-4`, `phases.0.sample_rate=0.1`. A
+phase can also be given by its name: `phases.alignment.sample_rate=0.1`.
 
-**On a resume** says whether another start of the same run may change the key:
+"Of training" in the column of units means a duration: a number with a unit, such as `500 steps`,
+`20 epochs` or `1e6 samples`.
+
+**On a resume** says whether a later start of the same run may change the key:
 
 - *free*: yes.
 - *reported*: yes. The log and `events.jsonl` say what changed and at which step.
-- *fixed*: no. It decides what is trained on or what a checkpoint holds. Give the run another `name`, and
-  start from its weights with `init_from`.
+- *fixed*: no. To change it, start a new run with another `name`, from the old run's weights
+  (`init_from`).
 """
 _HEADER = "| key | default | unit or values | meaning | on a resume |\n|---|---|---|---|---|"
 
@@ -42,10 +45,24 @@ def page() -> str:
     for top, group in groupby(keys, key=lambda key: _top(key.dotted)):
         members = list(group)
         parts.append(f"## {top}\n\n{_table(key for key in members if not key.named)}")
-        for name in dict.fromkeys(key.named for key in members if key.named):
-            place = _parent(next(key.dotted for key in members if key.named == name))
-            parts.append(f"### {place}: {name}\n\n{_table(key for key in members if key.named == name)}")
+        for place, names, shared in _by_name(members):
+            parts.append(f"### {place}: {', '.join(names)}\n\n{_table(shared)}")
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _by_name(keys: list[Key]) -> list[tuple[str, list[str], list[Key]]]:
+    """The keys of named sections as (place, names that have them, keys): a key that several names share comes once."""
+    names: dict[str, list[str]] = defaultdict(list)
+    first: dict[str, Key] = {}
+    for key in keys:
+        if key.named:
+            names[_row(key)].append(key.named)
+            first.setdefault(_row(key), key)
+    grouped: dict[tuple[str, str], tuple[str, list[str], list[Key]]] = {}
+    for row, key in first.items():
+        place = _parent(key.dotted)
+        grouped.setdefault((place, str(names[row])), (place, names[row], []))[2].append(key)
+    return list(grouped.values())
 
 
 def _top(dotted: str) -> str:
@@ -53,16 +70,18 @@ def _top(dotted: str) -> str:
 
 
 def _parent(dotted: str) -> str:
-    return dotted.rpartition(".")[0].replace(".*", "").removesuffix(".distill")
+    return dotted.rpartition(".")[0].replace(".*", "").removesuffix(".distill").removesuffix(".mixup")
 
 
 def _table(keys: Iterable[Key]) -> str:
-    rows = [
+    return "\n".join([_HEADER, *map(_row, keys)])
+
+
+def _row(key: Key) -> str:
+    return (
         f"| `{key.dotted}` | {_default(key.field)} | {_unit(key.field)} | {_cell(key.field.description or '')} "
         f"| {key.rule if key.rule != 'fixed' or not key.because else f'fixed: {_cell(key.because)}'} |"
-        for key in keys
-    ]
-    return "\n".join([_HEADER, *rows])
+    )
 
 
 def _default(field: FieldInfo) -> str:

@@ -52,7 +52,7 @@ class Data(Section):
         None, "images; checked against the dataset. Lets --dry-run plan without the data", resume="free", gt=0
     )
     block: int = setting(
-        4096, "images that are read as one run of a shard; 1 is a full shuffle", unit="images", because=IMAGES, gt=0
+        4096, "neighbouring images that are read together; 1 is a full shuffle", unit="images", because=IMAGES, gt=0
     )
     backend: Literal["auto", "dali", "torch"] = setting(
         "auto", "decoder; auto: DALI where it is installed", because="decoders differ in the last bits of a pixel"
@@ -63,7 +63,7 @@ class Data(Section):
     augmentation: Augmentation = setting("flip", "name of a set in lvtrain/data/augment/sets.py", because=IMAGES)
     max_bad_fraction: float = setting(
         1e-3,
-        "share of images that may be undecodable before training stops, from 1,000 images on",
+        "largest share of images that cannot be decoded; above it training stops, from 1,000 images on",
         resume="free",
         ge=0,
         le=1,
@@ -88,7 +88,7 @@ class Backbone(Section):
     image_size: int = setting(112, "side of the square input", unit="pixels", because=NETWORK, gt=0)
     checkpoint_blocks: Literal["none", "activation", "block"] = setting(
         "none",
-        "what backward recomputes to save memory: nothing, the MLP's activation, or whole blocks",
+        "what the backward pass recomputes to save memory: nothing, norms and activation functions, or whole blocks",
         resume="reported",
     )
     compile: bool = setting(
@@ -107,11 +107,11 @@ class PhaseEnd(Section):
 
     cos2: float | None = setting(
         None,
-        "the phase ends when the mean of cos^2 to the target centre reaches this (CSS, cosine stage scheduler)",
+        "the phase ends when the mean cos^2 of images to their own class centres reaches this (delta; CSS, cosine stage scheduler)",
         gt=0,
         lt=1,
     )
-    at_most: PositiveDuration | None = setting(None, "longest length of the phase, from its start")
+    at_most: PositiveDuration | None = setting(None, "latest end, from the start of the phase")
     until: PositiveDuration | None = setting(
         None, "latest end, from the start of the run; without at_most and until: the end of the schedule"
     )
@@ -135,14 +135,14 @@ class Phase(Section):
     global_batch: int = setting(REQUIRED, "images a step, over all GPUs", unit="images", because=IMAGES, gt=0)
     micro_batches: int = setting(
         lambda before: default_micro_batches(before.get("global_batch", 1)),
-        "the global batch is cut into this many micro-batches, whatever the number of GPUs; absent: at most 128 images "
-        "each, or on a GPU what fits by the plan; decided at the first start",
+        "the global batch is cut into this many micro-batches, on any number of GPUs; absent: at most 128 images each, or "
+        "on a GPU as many as fit by the plan; decided at the first start",
         unit="micro-batches",
         because="batch norm and sampling work on micro-batches",
         gt=0,
     )
     sample_rate: float = setting(
-        1.0, "r: share of the classes that take part in a step, the batch's own included", because=LOSS, gt=0, le=1
+        1.0, "r: share of the classes that take part in a step, including those of the batch", because=LOSS, gt=0, le=1
     )
     end: PhaseEnd = setting(PhaseEnd, "when the phase ends", resume="reported")
 
@@ -203,10 +203,10 @@ class Schedule(Section):
     warmup: Duration = setting(lambda: Duration("0 steps"), "the learning rate rises from 0 over this long")
     shape: Literal["polynomial", "quadratic", "cosine", "constant"] = setting(
         "polynomial",
-        "how the learning rate falls after the warm-up; polynomial: a straight line; quadratic: its square, as in "
+        "how the learning rate falls after the warm-up; polynomial: in a straight line; quadratic: with its square, as in "
         "arcface_torch of 2022",
     )
-    final: float = setting(0.0, "last learning rate, as a share of the peak", ge=0, le=1)
+    final: float = setting(0.0, "learning rate at the end, as a share of the peak", ge=0, le=1)
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Schedule:
@@ -220,11 +220,15 @@ class Checkpoint(Section):
 
     every: PositiveDuration = setting(lambda: Duration("2000 steps"), "time between checkpoints")
     keep_last: int = setting(
-        2, "newest checkpoints that are kept, besides those at the ends of phases", unit="checkpoints", ge=2
+        2,
+        "number of newest checkpoints that are kept; those at the ends of phases are kept, too",
+        unit="checkpoints",
+        ge=2,
     )
-    keep_every: PositiveDuration | None = setting(None, "a checkpoint is kept for good every so often")
+    keep_every: PositiveDuration | None = setting(None, "time between checkpoints that are never deleted")
     resume: Literal["auto", "must", "never"] = setting(
-        "auto", "auto: resume where there is a checkpoint; must: only resume; never: only start anew"
+        "auto",
+        "auto: resume if there is a checkpoint; must: an error if there is none; never: an error if there is a run",
     )
 
 
@@ -236,20 +240,20 @@ class InitFrom(Section):
     path: Path = setting(REQUIRED, "a run, a checkpoint or a weights file")
     classifier: Literal["load", "means", "fresh"] = setting(
         "fresh",
-        "class centres: load them (same classes), means of the pretrained embeddings, or fresh random ones",
+        "class centres at the start: loaded (same classes), means of the pretrained embeddings, or random",
     )
     head_only: PositiveDuration | None = setting(
         None,
-        "at first, train the class centres alone for this long; the backbone and its BatchNorm statistics stay as they are",
+        "time at the start in which only the class centres are trained; the backbone and its BatchNorm statistics do not change",
         because="it decides when the backbone is trained",
     )
     licence: str | None = setting(
         None,
-        "of the data that these weights learned from, where they do not say; the run inherits it",
+        "licence of the data that these weights learned from, if their file does not state it; the run inherits it",
         because="the weights inherit this licence",
     )
     input: str = setting(
-        "", 'how another project\'s weights take images, where the file does not say so: "bgr", "bgr 0..255"'
+        "", 'how weights of another project take images, if their file does not say so: "bgr", "bgr 0..255"'
     )
 
 
@@ -260,14 +264,14 @@ class Evaluation(Section):
         dict, "by name: a path (.bin file, IJB folder, labelled set), or {protocol, path, and the protocol's options}"
     )
     every: PositiveDuration | None = setting(
-        None, "time between evaluations, besides those before training and at the end of each phase"
+        None, "time between evaluations; each phase's end and the start of training are evaluated, too"
     )
 
 
 class Logging(Section):
     """What is logged, how often, and where to."""
 
-    every: int = setting(10, "steps between lines; the loss is read from the GPU only then", unit="steps", gt=0)
+    every: int = setting(10, "steps between log lines; the loss is read from the GPU only then", unit="steps", gt=0)
     trackers: list[AnyTracker] = setting(
         lambda: [TrackerSection(name="tensorboard")], "where metrics go besides metrics.jsonl, by name"
     )
@@ -276,7 +280,7 @@ class Logging(Section):
 class Ema(Section):
     """A moving average of the weights, which is evaluated and exported."""
 
-    decay: float = setting(0.9999, "decay a step of the averaged weights", because=LOSS, gt=0, lt=1)
+    decay: float = setting(0.9999, "decay of the averaged weights in each step", because=LOSS, gt=0, lt=1)
 
 
 class Safety(Section):
@@ -284,10 +288,10 @@ class Safety(Section):
 
     rollback: bool = setting(
         False,
-        "after 3 non-finite steps in a row, go back to the last checkpoint and skip that data, instead of stopping",
+        "after 3 non-finite steps in a row, return to the last checkpoint and skip the images since then, instead of stopping",
     )
     collective_timeout: float = setting(
-        1800.0, "a rank that does not answer for this long is an error", unit="seconds", gt=0
+        1800.0, "if a rank does not answer for this time, the run ends with an error", unit="seconds", gt=0
     )
 
 
@@ -295,10 +299,10 @@ class Recipe(Section):
     """All that decides a run, besides the DeepSpeed JSON."""
 
     name: FileName = setting(
-        REQUIRED, "of the run and of its folder below runs", because="the run folder has this name"
+        REQUIRED, "name of the run, and of its folder in runs", because="the run folder has this name"
     )
-    runs: Path = setting(Path("runs"), "folder that holds the run folders", resume="free")
-    seed: int = setting(0, "of every random draw", because=IMAGES)
+    runs: Path = setting(Path("runs"), "folder of all run folders", resume="free")
+    seed: int = setting(0, "seed of all random draws", because=IMAGES)
     deterministic: bool = setting(
         True, "deterministic kernels: a resume gives the same bits; false is faster on GPUs", resume="reported"
     )

@@ -20,8 +20,8 @@ class AdaFaceSection(MarginSection):
 
     name: str = setting("adaface", "name of the margin", because="a change would make it another run")
     m: float = setting(0.4, "size of the margin", ge=0, lt=math.pi / 2)
-    h: float = setting(0.333, "how strongly the margin follows the norm; the paper's 0.33", gt=0)
-    momentum: float = setting(0.99, "of the running mean and deviation of the norms", ge=0, lt=1)
+    h: float = setting(0.333, "how strongly the margin depends on the norm (the paper: 0.33)", gt=0)
+    momentum: float = setting(0.99, "momentum of the running mean and standard deviation of the norms", ge=0, lt=1)
 
 
 @MARGINS.register("adaface")

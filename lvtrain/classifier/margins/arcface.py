@@ -13,7 +13,7 @@ class ArcFaceSection(AngularSection):
     """Keys of `margin: arcface`."""
 
     name: str = setting("arcface", "name of the margin", because="a change would make it another run")
-    m: float = setting(0.5, "added to the angle to the sample's own class centre, radians", ge=0, lt=math.pi)
+    m: float = setting(0.5, "margin: added to the angle to the sample's own class centre, radians", ge=0, lt=math.pi)
 
 
 @MARGINS.register("arcface")

@@ -14,7 +14,7 @@ class CosFaceSection(MarginSection):
     """Keys of `margin: cosface`."""
 
     name: str = setting("cosface", "name of the margin", because="a change would make it another run")
-    m: float = setting(0.4, "subtracted from the cosine to the sample's own class centre", ge=0, le=1)
+    m: float = setting(0.4, "margin: subtracted from the cosine to the sample's own class centre", ge=0, le=1)
 
 
 @MARGINS.register("cosface")
