@@ -45,7 +45,7 @@ def main(
     out: Annotated[Path, typer.Argument(metavar="OUT")],
     kind: Annotated[str, typer.Option(help=" | ".join(IMPORTERS.names()))],
     workers: Annotated[
-        int, typer.Option(min=1, help="number of processes; the result does not depend on it")
+        int, typer.Option(min=1, max=1024, help="number of processes; the result does not depend on it")
     ] = os.cpu_count() or 1,
     seed: Annotated[int, typer.Option(help="seed of the shuffle")] = 0,
     shuffle: Annotated[

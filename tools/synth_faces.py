@@ -25,7 +25,7 @@ def main(
     heldout_images: Annotated[
         int | None, typer.Option(help="images of each held-out identity; default: as --images, at least 2")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes; the bytes do not depend on it")] = 2,
+    workers: Annotated[int, typer.Option(min=1, max=1024, help="processes; the bytes do not depend on it")] = 2,
 ) -> None:
     """Generates faces: a training dataset, a held-out dataset, and verification pairs."""
     # imported here, so that --help answers at once

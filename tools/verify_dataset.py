@@ -21,7 +21,7 @@ from lvtrain.errors import EXIT_ERROR, one_line_errors
 def main(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET")],
     full: Annotated[bool, typer.Option("--full", help="read everything: hashes, labels in the tars, images")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="processes of --full")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, max=1024, help="processes of --full")] = os.cpu_count() or 1,
     sheet: Annotated[Path | None, typer.Option(help="draw a contact sheet (PNG) here")] = None,
 ) -> None:
     """Checks a dataset folder and lists every fault. With a fault the exit code is 2."""

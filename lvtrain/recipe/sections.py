@@ -46,7 +46,11 @@ class Data(Section):
 
     path: Path = setting(REQUIRED, "folder with dataset.json, or a subset manifest (.json)", resume="free")
     num_classes: int | None = setting(
-        None, "identities; checked against the dataset. Lets --dry-run plan without the data", resume="free", gt=0
+        None,
+        "identities; checked against the dataset. Lets --dry-run plan without the data",
+        resume="free",
+        gt=0,
+        lt=2**32,  # a label is 32 bits in a dataset's index
     )
     num_samples: int | None = setting(
         None, "images; checked against the dataset. Lets --dry-run plan without the data", resume="free", gt=0
@@ -57,7 +61,7 @@ class Data(Section):
     backend: Literal["auto", "dali", "torch"] = setting(
         "auto", "decoder; auto: DALI where it is installed", because="decoders differ in the last bits of a pixel"
     )
-    threads: int = setting(2, "threads that read and decode", unit="threads a rank", resume="free", gt=0)
+    threads: int = setting(2, "threads that read and decode", unit="threads a rank", resume="free", gt=0, le=1024)
     cache: Path | None = setting(None, "local folder (NVMe) for copies of shards; needs cache_bytes", resume="free")
     cache_bytes: int = setting(0, "largest size of the cache", unit="bytes", resume="free", ge=0)
     augmentation: Augmentation = setting("flip", "name of a set in lvtrain/data/augment/sets.py", because=IMAGES)
