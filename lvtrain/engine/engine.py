@@ -254,11 +254,11 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------------------- state
 
-    def full_parameters(self, module: nn.Module | None = None) -> AbstractContextManager[Any]:
-        """A context in which the weights of `module` (None: all) are whole on every rank, to read. A collective under ZeRO-3."""
+    def full_parameters(self) -> AbstractContextManager[Any]:
+        """A context in which all weights are whole on every rank, to read. A collective under ZeRO-3."""
         if self.stage < 3:
             return nullcontext()
-        return deepspeed.zero.GatheredParameters(list((module or self.module).parameters()), modifier_rank=None)
+        return deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None)
 
     def export_state(self, keep: Callable[[int], bool] = lambda position: True) -> State:
         """A copy of the backbone's whole state, see `named_state`. A collective.

@@ -27,27 +27,20 @@ class Embeddings:
     space: str | None
 
 
-def write_embeddings(path: Path, rows: np.ndarray, *, space: str, **facts: Any) -> None:
-    """Writes `path` (.npy) and the JSON file beside it.
+def write_facts(path: Path, shape: tuple[int, ...], *, space: str, **facts: Any) -> None:
+    """Writes the JSON file beside `path` (.npy), an array `[N, d]` of that `shape`.
 
     Args:
         path: ends in .npy.
-        rows: float `[N, d]`.
+        shape: of the array.
         space: of the model that made them, by `space_of`.
         facts: more keys of the JSON file, such as `model`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, rows)
-    write_facts(path, rows.shape, space=space, **facts)
-
-
-def write_facts(path: Path, shape: tuple[int, ...], *, space: str, **facts: Any) -> None:
-    """Writes only the JSON file beside `path` (.npy), an array of that `shape`."""
     write_json(path.with_suffix(".json"), {"space": space, "shape": list(shape), **facts}, indent=1)
 
 
 def read_embeddings(path: Path) -> Embeddings:
-    """Opens what `write_embeddings` wrote, or a bare .npy.
+    """Opens a .npy, with the JSON file beside it or without.
 
     Raises:
         UserError: no such array, or a JSON file beside it that is damaged or of another array.

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from matplotlib.figure import Figure
 from pydantic import Field
 
+from lvtrain.evaluation import plots, shown
 from lvtrain.recipe.base import Section
 from lvtrain.recipe.registry import Registry
 from lvtrain.weights import extract
@@ -93,13 +94,13 @@ class Protocol(ABC):
 
     @classmethod
     def rows(cls, result: Result) -> list[dict[str, str]]:
-        """Rows of the protocol's table in the report: column -> text."""
-        return []
+        """Rows of the protocol's table in the report: column -> text. By default error rates by group, where there are any."""
+        return shown.group_rows(result)
 
     @classmethod
     def figures(cls, name: str, result: Result, paths: tuple[Path, ...], image_size: int) -> dict[str, Figure]:
-        """Plots of one result by file name without suffix."""
-        return {}
+        """Plots of one result by file name without suffix. By default error rates by group, where there are any."""
+        return plots.of_groups(name, result)
 
 
 PROTOCOLS: Registry[type[Protocol]] = Registry("protocol", "lvtrain.evaluation.protocols")

@@ -217,11 +217,8 @@ class ClusterMethod(SupervisedMethod):
         loss, metrics = output.loss, {"cos2": output.cos2, "loss_classification": output.loss.detach()}
         metrics |= {"batch_cosine": batch_cosine(output.embeddings)}
         metrics |= {"phi_mean": self.clusters.mean, "phi_std": self.clusters.deviation}
-        metrics |= {
-            "phi_min": self.clusters.lowest,
-            "phi_max": self.clusters.highest,
-            "margin_mean": self.margins.mean(),
-        }
+        metrics |= {"phi_min": self.clusters.lowest, "phi_max": self.clusters.highest}
+        metrics |= {"margin_mean": self.margins.mean()}
         if self.warm and self.settings.alpha > 0 and self.settings.clustering != "none":
             term = self.clustering_loss(embeddings, batch.labels, output, inverse_temperature)
             loss = loss + self.settings.alpha * term

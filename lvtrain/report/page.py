@@ -93,9 +93,6 @@ def render(run: RunFiles, others: Sequence[RunFiles] = (), *, any_faces: bool = 
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- head
-
-
 def _lead(run: RunFiles) -> str:
     backbone, method = run.recipe.get("backbone") or {}, run.recipe.get("method") or {}
     ranks = run.environment.get("world_size")
@@ -112,43 +109,36 @@ def _lead(run: RunFiles) -> str:
 
 def _tiles(run: RunFiles) -> list[Row]:
     tiles: list[Row] = []
+
+    def add(label: str, value: str, note: str) -> None:
+        tiles.append({"label": label, "value": value, "note": note})
+
     if run.evaluations:
         first, last = next(iter(run.evaluations.items())), list(run.evaluations.items())[-1]
         for name, result in list(last[1]["benchmarks"].items())[:3]:
             note = f"{result['pairs']:,} pairs"
             if first[0] != last[0] and name in first[1]["benchmarks"]:
                 note = f"{percent(first[1]['benchmarks'][name]['accuracy'])} before training"
-            tiles.append({"label": f"Verification, {name}", "value": percent(result["accuracy"]), "note": note})
+            add(f"Verification, {name}", percent(result["accuracy"]), note)
             if len(last[1]["benchmarks"]) == 1 and result["tar_at_far"]:
                 far = min(result["tar_at_far"], key=float)
-                note = f"{result['pairs']:,} pairs"
-                tiles.append({"label": f"TAR at FAR {far}", "value": percent(result["tar_at_far"][far]), "note": note})
+                add(f"TAR at FAR {far}", percent(result["tar_at_far"][far]), f"{result['pairs']:,} pairs")
     if run.metrics:
         last_row = run.metrics[-1]
         _, waits = run.column("data_wait")
-        note = f"{last_row.get('epoch', 0):.3g} epochs"
-        tiles.append({"label": "Steps", "value": f"{last_row['step']:,}", "note": note})
+        add("Steps", f"{last_row['step']:,}", f"{last_row.get('epoch', 0):.3g} epochs")
         if run.images_per_second is not None:
             wait = f", {100 * float(np.median(waits)):.0f}% waiting for data" if len(waits) else ""
-            tiles.append(
-                {
-                    "label": "Images per second",
-                    "value": f"{run.images_per_second:,.0f}",
-                    "note": f"median of the log lines{wait}",
-                }
-            )
+            add("Images per second", f"{run.images_per_second:,.0f}", f"median of the log lines{wait}")
         if last_row.get("loss") is not None:
             cos2 = last_row.get("cos2_window") or last_row.get("cos2")
             note = f"cos² {cos2:.3f}" if cos2 is not None else ""
-            tiles.append({"label": "Last loss", "value": f"{last_row['loss']:.3f}", "note": note})
+            add("Last loss", f"{last_row['loss']:.3f}", note)
         started = run.events[0]["time"] if run.events else run.metrics[0]["time"]
         starts = sum(event["event"] in ("start", "resume") for event in run.events)
         note = "in one go" if starts <= 1 else f"in {starts} starts"
-        tiles.append({"label": "Wall time", "value": _duration(last_row["time"] - started), "note": note})
+        add("Wall time", _duration(last_row["time"] - started), note)
     return tiles
-
-
-# ---------------------------------------------------------------------------------------------------------------- figures
 
 
 def _training(run: RunFiles, others: Sequence[RunFiles]) -> list[Row]:

@@ -44,26 +44,22 @@ def drawn(run: RunFiles) -> list[Row]:
     names = list(run.evaluations)
     first, last = run.evaluations[names[0]]["benchmarks"], run.evaluations[names[-1]]["benchmarks"]
     made: list[Row] = []
+
+    def add(title: str, note: str, svg: str) -> None:
+        made.append({"title": title, "note": note, "svg": svg})
+
     several = len(names) > 1
     for name, result in last.items():
         curves = {f"{name}, before": first[name]["roc"]} if several and name in first else {}
         curves[f"{name}, {_moment(names[-1])}" if several else name] = result["roc"]
-        made.append(
-            {
-                "title": f"ROC, {name}",
-                "note": "true accept rate; false accepts on a log axis",
-                "svg": figures.roc(curves),
-            }
-        )
+        add(f"ROC, {name}", "true accept rate; false accepts on a log axis", figures.roc(curves))
         if len(names) > 2 and name == next(iter(last)):
             steps = [row["step"] for row in run.evaluations.values()]
             series = {
                 one: [row["benchmarks"].get(one, {}).get("accuracy", np.nan) for row in run.evaluations.values()]
                 for one in last
             }
-            made.append(
-                {"title": "Accuracy over training", "note": "ten folds, mean", "svg": figures.accuracy(steps, series)}
-            )
+            add("Accuracy over training", "ten folds, mean", figures.accuracy(steps, series))
         shown = [(names[0], first.get(name)), (names[-1], result)] if several else [(names[-1], result)]
         results = [(moment, one) for moment, one in shown if one]
         limit = figures.span([one["histogram"] for _, one in results])
@@ -71,7 +67,7 @@ def drawn(run: RunFiles) -> list[Row]:
             means = (one["positive_mean"], one["negative_mean"])
             note = f"means {means[0]:.3f} (same person) and {means[1]:.3f} (different people), {means[0] - means[1]:.3f} apart"
             title = f"Pair cosines, {name}, {_moment(moment)}"
-            made.append({"title": title, "note": note, "svg": figures.histogram(one["histogram"], means, limit=limit)})
+            add(title, note, figures.histogram(one["histogram"], means, limit=limit))
     return made
 
 

@@ -63,10 +63,6 @@ class AllPairs(Protocol):
         return [*rows, *shown.discard_lines(result), *shown.group_lines(result)]
 
     @classmethod
-    def rows(cls, result: Result) -> list[dict[str, str]]:
-        return shown.group_rows(result)
-
-    @classmethod
     def figures(cls, name: str, result: Result, paths: tuple[Path, ...], image_size: int) -> dict[str, Figure]:
         return plots.of_discard(name, result) | plots.of_groups(name, result)
 

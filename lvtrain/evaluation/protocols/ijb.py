@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from pydantic import Field
 
-from lvtrain.evaluation import plots, shown
+from lvtrain.evaluation import shown
 from lvtrain.evaluation.protocol import PROTOCOLS, Flip, Grouped, Protocol, Result, Setting, followed, percent
 from lvtrain.evaluation.sets import ijb
 from lvtrain.weights import extract
@@ -48,11 +47,3 @@ class Ijb(Protocol):
         impostors = result["pairs"] - result["positive_pairs"]
         rows = rows or [("TAR@FAR", f"{impostors:,} impostor pairs are too few for any FAR")]
         return [*rows, *shown.group_lines(result)]
-
-    @classmethod
-    def rows(cls, result: Result) -> list[dict[str, str]]:
-        return shown.group_rows(result)
-
-    @classmethod
-    def figures(cls, name: str, result: Result, paths: tuple[Path, ...], image_size: int) -> dict[str, Figure]:
-        return plots.of_groups(name, result)

@@ -44,10 +44,6 @@ class Verification(Protocol):
         return [*rows, *shown.discard_lines(result), *shown.group_lines(result)]
 
     @classmethod
-    def rows(cls, result: Result) -> list[dict[str, str]]:
-        return shown.group_rows(result)
-
-    @classmethod
     def figures(cls, name: str, result: Result, paths: tuple[Path, ...], image_size: int) -> dict[str, Figure]:
         return {
             f"{name}_cosines": plots.cosines(name, result),
