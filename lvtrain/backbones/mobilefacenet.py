@@ -68,11 +68,7 @@ class MobileFaceNet(Backbone):
     undecayed = ()
 
     def __init__(
-        self,
-        *,
-        blocks: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt],
-        scale: PositiveInt,
-        **backbone: Any,
+        self, *, blocks: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt], scale: PositiveInt, **backbone: Any
     ) -> None:
         super().__init__(**backbone)
         embedding_dim, image_size = self.embedding_dim, self.image_size

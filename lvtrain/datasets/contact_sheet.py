@@ -122,10 +122,7 @@ def draw(rows: Sequence[tuple[str, Sequence[bytes]]], title: str, path: str | Pa
     width = max(_MARGIN + columns * _CELL, *(12 + pen.width(text) for text in (title, line)))
     sheet = Image.new("RGB", (width, head + len(rows) * _CELL), (250, 250, 250))
     canvas = ImageDraw.Draw(sheet)
-    for text, top, colour in (
-        (title, 4, (20, 20, 20)),
-        (line, 21, (160, 20, 20) if "BGR" in line else (90, 90, 90)),
-    ):
+    for text, top, colour in ((title, 4, (20, 20, 20)), (line, 21, (160, 20, 20) if "BGR" in line else (90, 90, 90))):
         shown, font = pen.prepared(text)
         canvas.text((6, top), shown, fill=colour, font=font)
     for number, ((name, _), images_of_row) in enumerate(zip(rows, decoded)):

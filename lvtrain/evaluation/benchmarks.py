@@ -21,11 +21,7 @@ DISCARD_TARGETS = (1e-2, 1e-3, 1e-4)
 
 
 def verify_set(
-    forward: extract.Forward,
-    path: str | Path,
-    setting: extract.Setting,
-    *,
-    groups: Path | None = None,
+    forward: extract.Forward, path: str | Path, setting: extract.Setting, *, groups: Path | None = None
 ) -> dict[str, Any]:
     """`verification.summary` of one `.bin` set, error against discarded share, and `xnorm`: the mean norm of the embeddings before they are normalised.
 

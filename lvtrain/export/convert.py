@@ -254,11 +254,7 @@ class _OnnxOptions:
 
 
 def _write_onnx(
-    architecture: Architecture,
-    state: dict[str, torch.Tensor],
-    out: Path,
-    options: _OnnxOptions,
-    card: Card,
+    architecture: Architecture, state: dict[str, torch.Tensor], out: Path, options: _OnnxOptions, card: Card
 ) -> Card:
     """Writes the file and returns its card."""
     backbone, size, precision = architecture.create(), architecture.image_size, options.precision

@@ -53,8 +53,7 @@ CAUSES: dict[str, Cause] = {
         "raise phases.*.sample_rate (published: 0.1 with 360,000 identities or more)",
     ),
     "classes": Cause(
-        "{empty:,} of {classes:,} identities have no image",
-        "is the number of identities right? pack the dataset again",
+        "{empty:,} of {classes:,} identities have no image", "is the number of identities right? pack the dataset again"
     ),
     "normalisation": Cause(
         "pixels lie between {low:.2g} and {high:.3g}, not between -1 and 1",
@@ -77,8 +76,7 @@ CAUSES: dict[str, Cause] = {
         "look for copies among the files (tools/clean_dataset.py), and at the decoder",
     ),
     "duplicates": Cause(
-        "{share:.1%} of the image files are in more than one identity",
-        "tools/clean_dataset.py finds them",
+        "{share:.1%} of the image files are in more than one identity", "tools/clean_dataset.py finds them"
     ),
     "part": Cause(
         "rank {rank} gets images that are not its part of the sample order ({share:.0%} of its images)",

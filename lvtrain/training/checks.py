@@ -169,13 +169,7 @@ def check_ranks(recipe: Recipe, *, num_classes: int, ranks: int) -> None:
         )
 
 
-def dry_run(
-    recipe: Recipe,
-    ds_config: Path,
-    *,
-    ranks: int | None,
-    only_phase: str | None = None,
-) -> str:
+def dry_run(recipe: Recipe, ds_config: Path, *, ranks: int | None, only_phase: str | None = None) -> str:
     """Checks what a start would check, and returns the plan as text: phases, parameters, memory, bytes sent.
 
     It works without the data where the recipe has `data.num_classes` and `data.num_samples`.

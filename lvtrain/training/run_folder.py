@@ -75,12 +75,7 @@ def open_folder(
 
 
 def _open(
-    folder: Path,
-    recipe: Recipe,
-    ds_config: dict[str, Any],
-    world: World,
-    facts: dict[str, Any],
-    fence: Fence | None,
+    folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World, facts: dict[str, Any], fence: Fence | None
 ) -> tuple[str, int, list[str], list[str]]:
     try:
         patiently(folder.mkdir, parents=True, exist_ok=True)

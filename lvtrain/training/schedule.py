@@ -121,13 +121,7 @@ def learning_rate(
             f"schedule.warmup={schedule.warmup} is {warmup:,} images, longer than schedule.total={schedule.total} "
             f"({total:,}); shorten schedule.warmup"
         )
-    return LearningRate(
-        optimizer=optimizer,
-        total=total,
-        warmup=warmup,
-        shape=schedule.shape,
-        final=schedule.final,
-    )
+    return LearningRate(optimizer=optimizer, total=total, warmup=warmup, shape=schedule.shape, final=schedule.final)
 
 
 def rate_line(optimizer: Optimizer, phases: list[Phase]) -> str:

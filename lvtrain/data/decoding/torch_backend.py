@@ -39,9 +39,7 @@ class TorchBackend:
         kind = spec.device.type
         self._floats_here = kind == "cpu"
         self._memory = Memory(
-            keep=2 * (spec.depth + 1),
-            dtype=torch.float32 if self._floats_here else torch.uint8,
-            pinned=kind == "cuda",
+            keep=2 * (spec.depth + 1), dtype=torch.float32 if self._floats_here else torch.uint8, pinned=kind == "cuda"
         )
         self._pool = ThreadPoolExecutor(spec.threads, thread_name_prefix="decode")
         self._flying: deque[tuple[DecodedViews, list[Future[None]]]] = deque()

@@ -8,14 +8,8 @@ from lvtrain.errors import UserError
 
 # kind: (what it is, policies that make sense)
 POLICIES = {
-    "wrong_size": (
-        "an image of another size; fix resizes and encodes it again",
-        ("keep", "skip", "fix", "fail"),
-    ),
-    "undecodable": (
-        "an image that cannot be decoded; if kept, training ignores it",
-        ("keep", "skip", "fail"),
-    ),
+    "wrong_size": ("an image of another size; fix resizes and encodes it again", ("keep", "skip", "fix", "fail")),
+    "undecodable": ("an image that cannot be decoded; if kept, training ignores it", ("keep", "skip", "fail")),
     "grey": ("an image without colour; fix writes three equal channels", ("keep", "skip", "fix", "fail")),
     "empty_identity": (
         "an identity without an image; if kept, it is a class without samples",

@@ -24,11 +24,7 @@ MAX_AGGLOMERATIVE = 20_000
 
 
 def cluster(
-    embeddings: np.ndarray,
-    algorithm: Algorithm,
-    *,
-    clusters: int | None = None,
-    cosine: float = 0.4,
+    embeddings: np.ndarray, algorithm: Algorithm, *, clusters: int | None = None, cosine: float = 0.4
 ) -> np.ndarray:
     """Cluster of every embedding, int64 [N]; DBSCAN's unclustered images (noise) each become one cluster.
 
