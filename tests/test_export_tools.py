@@ -68,7 +68,7 @@ def test_a_run_consolidates_and_evaluates_to_the_live_figures(trained: Path, tin
 
 def test_class_rows_of_a_run(trained: Path, tmp_path: Path) -> None:
     convert("consolidate", trained, tmp_path / "model", "--rows")
-    assert "24 class rows as 3 files" in convert("reshard", trained, "--out", tmp_path / "rows", "--ranks", "3")
+    assert "24 class centres as 3 files" in convert("reshard", trained, "--out", tmp_path / "rows", "--ranks", "3")
     files = [tmp_path / "rows" / f"rank_{rank}_softmax_weight.pt" for rank in range(3)]
     merged = merge_rows([read_weights(file).rows for file in files], num_classes=24)
     assert torch.equal(merged, load_file(tmp_path / "model" / "class_rows.safetensors")["weight"])

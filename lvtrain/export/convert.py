@@ -53,18 +53,18 @@ def import_weights(
         source: file of weights; see `lvtrain.weights.reading` for the kinds that are read.
         out: folder to write.
         branch: teacher or student of a self-supervised checkpoint.
-        rank_files: `checkpoint_gpu_N.pt` of every rank in order; their class rows go into the folder too.
-        num_classes: number of class rows that `rank_files` must add up to.
+        rank_files: `checkpoint_gpu_N.pt` of every rank in order; their class centres go into the folder too.
+        num_classes: number of class centres that `rank_files` must add up to.
         bgr: the weights expect blue before red; None takes what the file says.
         heads: attention heads of a ViT of no published size.
         licence: of the data they were trained on.
 
     Raises:
-        UserError: the file holds no backbone that we have, or class rows that do not belong together.
+        UserError: the file holds no backbone that we have, or class centres that do not belong together.
     """
     weights = read_weights(source, branch=branch)
     if not weights.backbone:
-        raise UserError(f"{source} holds {weights.kind} and no backbone; use `reshard` for class rows")
+        raise UserError(f"{source} holds {weights.kind} and no backbone; use `reshard` for class centres")
     finite(weights.backbone, source)
     turned = weights.bgr if bgr is None else bgr
     state = swap_colours(weights.backbone) if turned else weights.backbone
@@ -88,7 +88,7 @@ def import_weights(
             "input: RGB, (x - 127.5) / 127.5, unless its authors say otherwise (LAFS's MS1MV3 weights take BGR: --bgr); "
             "evaluate it to be sure"
         )
-    print(f"written: {out}" + (f" with {len(rows)} class rows" if rows is not None else ""))
+    print(f"written: {out}" + (f" with {len(rows)} class centres" if rows is not None else ""))
 
 
 def consolidate(
@@ -105,18 +105,18 @@ def consolidate(
     Args:
         source: run, checkpoint or DeepSpeed folder.
         out: folder to write.
-        rows: write the class rows too.
+        rows: write the class centres too.
         average: take the moving average of the weights.
         tag: tag of a DeepSpeed folder; None takes its latest.
         heads: attention heads, if a DeepSpeed folder holds a ViT of no published size.
 
     Raises:
-        UserError: nothing usable at `source`, or `rows` is set and `source` has no class rows.
+        UserError: nothing usable at `source`, or `rows` is set and `source` has no class centres.
     """
     class_rows = None
     if (source / "latest").is_file() or tag is not None:
         if rows:
-            raise UserError(f"{source} is a DeepSpeed folder; class rows are read from runs and checkpoints of ours")
+            raise UserError(f"{source} is a DeepSpeed folder; class centres are read from runs and checkpoints of ours")
         state = strip_wrappers(read_deepspeed(source, tag))
         architecture = recognise(state, heads=heads)
         card = bare(out.name, architecture, state, f"DeepSpeed checkpoint {source.name}", path=source)
@@ -129,32 +129,32 @@ def consolidate(
     write_folder(out, architecture, state, card=card, rows=class_rows)
     if card.stale:
         print(f"no thresholds in the model card: {card.stale}")
-    with_rows = f", {len(class_rows)} class rows" if class_rows is not None else ""
+    with_rows = f", {len(class_rows)} class centres" if class_rows is not None else ""
     print(f"written: {out} ({architecture.name}, {len(state)} tensors{with_rows})")
 
 
 def reshard(sources: Sequence[Path], out: Path, *, ranks: int = 1, num_classes: int | None = None) -> None:
-    """Writes class rows as arcface_torch's files of `ranks` ranks, `rank_{r}_softmax_weight.pt`.
+    """Writes class centres as arcface_torch's files of `ranks` ranks, `rank_{r}_softmax_weight.pt`.
 
     Args:
         sources: one run or checkpoint of ours, or arcface_torch's files of every rank in order.
         out: folder to write.
         ranks: number of files.
-        num_classes: number of class rows that there must be; None takes any.
+        num_classes: number of class centres that there must be; None takes any.
 
     Raises:
-        UserError: no class rows, or not `num_classes` of them.
+        UserError: no class centres, or not `num_classes` of them.
     """
     if len(sources) == 1 and sources[0].is_dir():
         whole = read_rows(sources[0])
         if num_classes not in (None, len(whole)):
-            raise UserError(f"{sources[0]} has {len(whole)} class rows, not {num_classes}")
+            raise UserError(f"{sources[0]} has {len(whole)} class centres, not {num_classes}")
     else:
         whole = _rows_of_ranks(sources, num_classes)
     out.mkdir(parents=True, exist_ok=True)
     for rank, part in enumerate(split_rows(whole, ranks)):
         save(part, out / f"rank_{rank}_softmax_weight.pt")
-    print(f"written: {len(whole)} class rows as {ranks} file{'s' if ranks > 1 else ''} in {out}")
+    print(f"written: {len(whole)} class centres as {ranks} file{'s' if ranks > 1 else ''} in {out}")
 
 
 def export(
@@ -219,7 +219,7 @@ def export(
 
 
 def read_rows(source: Path) -> torch.Tensor:
-    """All class rows `[C, d]` of a run or a checkpoint of ours.
+    """All class centres `[C, d]` of a run or a checkpoint of ours.
 
     Raises:
         UserError: it has none.
@@ -228,7 +228,7 @@ def read_rows(source: Path) -> torch.Tensor:
 
     reader = open_weights(source).reader
     if "classifier.weight" not in reader.names:
-        raise UserError(f"{source} has no class rows (a self-supervised run)")
+        raise UserError(f"{source} has no class centres (a self-supervised run)")
     return reader.rows("classifier.weight", 0, reader.shape("classifier.weight")[0])
 
 
@@ -237,7 +237,7 @@ def _rows_of_ranks(files: Sequence[Path], num_classes: int | None) -> torch.Tens
     for file in files:
         rows = read_weights(file).rows
         if rows is None:
-            raise UserError(f"{file} holds no class rows")
+            raise UserError(f"{file} holds no class centres")
         parts.append(rows)
     return merge_rows(parts, num_classes=num_classes)
 

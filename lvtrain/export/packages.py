@@ -1,4 +1,4 @@
-"""Writes weights: our folder (safetensors, config, model card), arcface_torch's `.pt`, insightface's V2 package, class rows of any rank count."""
+"""Writes weights: our folder (safetensors, config, model card), arcface_torch's `.pt`, insightface's V2 package, class centres of any rank count."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def merge_rows(parts: list[torch.Tensor], *, num_classes: int | None = None) -> 
         UserError: a part is missing or is of another run (the sizes are not those of an even split, or do not add up to `num_classes`).
     """
     if not parts:
-        raise UserError("no class rows given; name the files of all ranks in order")
+        raise UserError("no class centres given; name the files of all ranks in order")
     total = sum(len(part) for part in parts)
     if num_classes is not None and total != num_classes:
         raise UserError(

@@ -31,7 +31,7 @@ def read_feature(path: str | Path) -> np.ndarray:
     data = Path(path).read_bytes()
     header = np.frombuffer(data[:16].ljust(16, b"\0"), dtype=_HEADER)
     if header[1:].tolist() != [1, 4, 5] or header[0] <= 0:
-        raise UserError(f"{path} is no MegaFace feature file; its header is {header.tolist()}, not (d, 1, 4, 5)")
+        raise UserError(f"{path} is not a feature file of MegaFace; its header is {header.tolist()}, not (d, 1, 4, 5)")
     if len(data) != 16 + 4 * header[0]:
         raise UserError(f"{path} holds {(len(data) - 16) / 4:g} of {header[0]} values; it was cut short")
     return np.frombuffer(data[16:], dtype="<f4")
