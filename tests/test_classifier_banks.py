@@ -29,8 +29,7 @@ def weight() -> Tensor:
 def make(kind: str, rows: tuple[int, int] = (0, CLASSES)) -> ExpectationBank | CentreBank:
     if kind == "centre":
         return CentreBank(CLASSES, DIM, rows, window=5)
-    init = "weight" if kind == "weight" else "first_feature"
-    bank = ExpectationBank(CLASSES, DIM, rows, init=init)
+    bank = ExpectationBank(CLASSES, DIM, rows)
     if kind == "weight":
         bank.start_from(weight()[rows[0] : rows[1]])
     return bank

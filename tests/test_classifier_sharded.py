@@ -51,18 +51,17 @@ def head_of(**options):
     return ShardedClassifier(options.pop("classes", CLASSES), DIM, **(settings | options))
 
 
-def bank_of(head, init="weight"):
-    bank = ExpectationBank(head.num_classes, DIM, head.rows, init=init, device=head.weight.device)
-    if init == "weight":
+def bank_of(head, starts=True):
+    bank = ExpectationBank(head.num_classes, DIM, head.rows, device=head.weight.device)
+    if starts:
         bank.start_from(head.weight.detach())
     return bank
 
 
-def anchors_of(bank, own_negatives=True):
+def anchors_of(bank, own_negatives=True, valid=None):
     """As PCO gives them; the rows are read when the list is made."""
     if bank is None:
         return []
-    valid = bank.valid if bank.init == "first_feature" else None
     return [Anchor(bank.rows_tensor.double(), SECOND, valid, is_unit=True, own_negatives=own_negatives)]
 
 
@@ -304,12 +303,15 @@ def test_classes_without_a_direction_are_left_out_of_their_anchor():
     losses = []
     for second in (False, True):
         head = head_of()
-        bank = bank_of(head, init="first_feature")
+        bank = bank_of(head, starts=False)
         for step in range(2):
             head.begin_step(step, labels[step])
             before = bank.rows_tensor.double(), bank.valid.clone()
             output = head(
-                x[step].clone().requires_grad_(), labels[step], step=step, anchors=anchors_of(bank) if second else []
+                x[step].clone().requires_grad_(),
+                labels[step],
+                step=step,
+                anchors=anchors_of(bank, valid=bank.valid) if second else [],
             )
             output.loss.backward()
             losses.append(output.loss.item())

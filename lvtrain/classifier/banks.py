@@ -11,7 +11,6 @@ and classes this rank has, and does not wait for the GPU.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -158,26 +157,11 @@ class ExpectationBank(_Bank):
     - Several samples of one class in a step count as their mean direction.
     - e is normalised after each update, because only its direction enters the loss. Without that, a class whose features
       scatter would follow them faster and faster.
-
-    Args:
-        init: `weight`: start at the class centres (`start_from`). `first_feature`: a class is unknown until its first
-            sample, and then takes that sample's direction. While it is unknown, `valid` is False, and it is left out of
-            the sum over negatives.
+    - Without `start_from`, a class is unknown until its first sample, and then takes that sample's direction. While it is
+      unknown, `valid` is False, and it is left out of the sum over negatives.
     """
 
     _prefix = "expectation"
-
-    def __init__(
-        self,
-        num_classes: int,
-        dim: int,
-        rows: tuple[int, int],
-        *,
-        init: Literal["weight", "first_feature"] = "weight",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(num_classes, dim, rows, device=device)
-        self.init = init
 
     def _moved(self, batch: _ClassMeans, old: Tensor, known: Tensor) -> Tensor:
         alpha = torch.sigmoid((old * batch.direction).sum(1, keepdim=True))

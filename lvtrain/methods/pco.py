@@ -111,13 +111,7 @@ class PcoMethod(SupervisedMethod):
     def _new_bank(self, *, start: bool) -> ExpectationBank:
         """`start`: give it its first values, which a state that is loaded does not need."""
         head = self.classifier
-        bank = ExpectationBank(
-            head.num_classes,
-            head.embedding_dim,
-            head.rows,
-            init=self.settings.expectation_init,
-            device=head.weight.device,
-        )
+        bank = ExpectationBank(head.num_classes, head.embedding_dim, head.rows, device=head.weight.device)
         if start and self.settings.expectation_init == "weight":
             head.settle()
             bank.start_from(head.weight.detach())

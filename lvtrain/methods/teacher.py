@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-
-import torch
-
 from lvtrain.errors import UserError
 from lvtrain.methods.distill import Distill, Teacher
 from lvtrain.recipe.sections import Backbone
 from lvtrain.weights.architecture import Architecture, fit
 from lvtrain.weights.models import finite
 from lvtrain.weights.source import Source, open_source
+from lvtrain.weights.space import digest_of
 
 
 def open_teacher(section: Distill, student: Backbone) -> tuple[Architecture, Source, str]:
@@ -53,17 +49,4 @@ def load_teacher(section: Distill, student: Backbone) -> Teacher:
     except UserError as error:
         raise UserError(f"method.distill.teacher: {error}") from error
     given = {name: tensor for name, tensor in backbone.state_dict().items() if name in state}
-    return Teacher(backbone.eval().requires_grad_(False), fingerprint(given), name)
-
-
-def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes:
-    """SHA-256 of names, shapes and values of the floating-point tensors.
-
-    A run's checkpoint and what was exported from it have the same one.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        if (tensor := state[name]).is_floating_point():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-            digest.update(tensor.contiguous().numpy().data)
-    return digest.digest()
+    return Teacher(backbone.eval().requires_grad_(False), digest_of(given), name)

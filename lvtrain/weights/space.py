@@ -52,17 +52,25 @@ def space_at(path: Path, state: Mapping[str, torch.Tensor]) -> str:
 
 
 def space_of_state(state: Mapping[str, torch.Tensor]) -> str:
-    """16 hexadecimal digits of a SHA-256 over names, shapes and values of the floating-point tensors.
+    """16 hexadecimal digits of `digest_of`.
 
     Args:
         state: of the network that gives the embedding, float32, by its own names.
+    """
+    return digest_of(state).hex()[:16]
+
+
+def digest_of(state: Mapping[str, torch.Tensor]) -> bytes:
+    """SHA-256 of names, shapes and values of the floating-point tensors.
+
+    A run's checkpoint and what was exported from it have the same one.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
         if (tensor := state[name]).is_floating_point():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:16]
+    return digest.digest()
 
 
 def narrowed(space: str, precision: str, graph: Any) -> str:

@@ -18,13 +18,13 @@ from lvtrain.errors import UserError
 from lvtrain.evaluation.verification import normalise, resolved
 
 TARGETS = (1e-3, 1e-4, 1e-5, 1e-6)
+_CONFIDENCE = 0.95  # of the thresholds' intervals
+_TAILS = [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]
 # a larger labelled set is cut to whole identities, because the bootstrap needs single pairs
 MAX_IMAGES = 20_000
 
 
-def from_pairs(
-    cosines: np.ndarray, issame: np.ndarray, *, targets: tuple[float, ...] = TARGETS, confidence: float = 0.95
-) -> dict[str, Any]:
+def from_pairs(cosines: np.ndarray, issame: np.ndarray, *, targets: tuple[float, ...] = TARGETS) -> dict[str, Any]:
     """Thresholds from the scores of pairs [P]. Targets with fewer than one expected false match are listed as unresolved.
 
     Returns:
@@ -36,9 +36,9 @@ def from_pairs(
     cosines, issame = np.asarray(cosines, dtype=np.float64), np.asarray(issame, dtype=bool)
     impostors, genuine = np.sort(cosines[~issame])[::-1], cosines[issame]
     _check(len(impostors), genuine, targets)
-    results = _head(impostors, genuine, targets, "order statistics of independent pairs", confidence)
+    results = _head(len(impostors), genuine, targets, "order statistics of independent pairs")
     for target in resolved(targets, len(impostors)):
-        fewest, most = binom.ppf([(1 - confidence) / 2, (1 + confidence) / 2], len(impostors), target).astype(int)
+        fewest, most = binom.ppf(_TAILS, len(impostors), target).astype(int)
         threshold = _after(impostors, int(target * len(impostors) * (1 + 1e-12)))
         # few impostors above it: the threshold is high; many: low
         results["thresholds"][f"{target:.0e}"] = _entry(
@@ -52,7 +52,6 @@ def from_people(
     labels: np.ndarray,
     *,
     targets: tuple[float, ...] = TARGETS,
-    confidence: float = 0.95,
     replicates: int = 400,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -75,10 +74,9 @@ def from_people(
     rows, identities = rows[order], identities[order]
     impostors, genuine, first, second, negatives = _tails(rows, identities, 3 * max(targets))
     _check(negatives, genuine, targets)
-    results = _head(impostors, genuine, targets, "bootstrap over identities", confidence)
-    results.update(impostor_pairs=negatives, images=len(rows), people=len(np.unique(identities)))
+    results = _head(negatives, genuine, targets, "bootstrap over identities")
+    results.update(images=len(rows), people=len(np.unique(identities)))
     possible = resolved(targets, negatives)
-    results["unresolved"] = [f"{target:.0e}" for target in targets if target not in possible]
     order = np.argsort(-impostors, kind="stable")
     impostors, first, second = impostors[order], first[order], second[order]
     sizes = np.bincount(identities, minlength=identities.max() + 1).astype(np.float64)
@@ -92,7 +90,7 @@ def from_people(
         thresholds[replicate] = [_after(impostors, int(position)) for position in positions]
     for column, target in enumerate(possible):
         threshold = _after(impostors, int(target * negatives * (1 + 1e-12)))
-        low, high = np.quantile(thresholds[:, column], [(1 - confidence) / 2, (1 + confidence) / 2])
+        low, high = np.quantile(thresholds[:, column], _TAILS)
         results["thresholds"][f"{target:.0e}"] = _entry(threshold, float(low), float(high), genuine)
     return results
 
@@ -108,14 +106,12 @@ def _entry(threshold: float, low: float, high: float, genuine: np.ndarray) -> di
     return {"threshold": threshold, "low": low, "high": high, "fnmr": float((genuine < threshold).mean())}
 
 
-def _head(
-    impostors: np.ndarray, genuine: np.ndarray, targets: tuple[float, ...], method: str, confidence: float
-) -> dict[str, Any]:
-    possible = resolved(targets, len(impostors))
+def _head(impostors: int, genuine: np.ndarray, targets: tuple[float, ...], method: str) -> dict[str, Any]:
+    possible = resolved(targets, impostors)
     return {
         "method": method,
-        "confidence": confidence,
-        "impostor_pairs": len(impostors),
+        "confidence": _CONFIDENCE,
+        "impostor_pairs": impostors,
         "genuine_pairs": len(genuine),
         "thresholds": {},
         "unresolved": [f"{target:.0e}" for target in targets if target not in possible],

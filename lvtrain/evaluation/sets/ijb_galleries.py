@@ -45,14 +45,14 @@ class Galleries:
     probes: Subjects
 
 
-def read_galleries(folder: str | Path, *, complete: bool = True) -> Galleries:
+def read_galleries(folder: str | Path) -> Galleries:
     """Reads the faces, the galleries and the mixed probes of a release.
 
     Raises:
         UserError: as `ijb.read_faces`; a file missing or not a table of numbers, a template without a face, a template of two subjects, a
             subject in both galleries.
     """
-    faces = ijb.read_faces(folder, complete=complete)
+    faces = ijb.read_faces(folder)
     meta = Path(folder) / "meta"
     start = f"{faces.name}_1N_gallery_"
     files = sorted(meta.glob(f"{start}*.csv"))

@@ -84,12 +84,8 @@ def read_graph(path: Path) -> OnnxGraph:
         )
     taken = inputs[0].type.tensor_type
     shape = [dim.dim_value or None for dim in taken.shape.dim]
-    if (
-        taken.elem_type != onnx.TensorProto.FLOAT
-        or len(shape) != 4
-        or shape[1] not in (3, None)
-        or shape[2] != shape[3]
-    ):
+    are_images = len(shape) == 4 and shape[1] in (3, None) and shape[2] == shape[3]
+    if taken.elem_type != onnx.TensorProto.FLOAT or not are_images:
         kind = onnx.TensorProto.DataType.Name(taken.elem_type).lower()
         raise UserError(f"{path} takes {kind} {shape}; a recogniser that can be trained takes float32 [N, 3, S, S]")
     reader = _Reader(onnx, model, stored, inputs[0].name)
@@ -139,13 +135,8 @@ class _Reader:
         from onnx.reference import ReferenceEvaluator
 
         values = {name: self._constants[name] for name in node.input if name}
-        largest = (
-            values[node.input[0]]
-            if node.op_type in ("ConstantOfShape",)
-            else values.get(node.input[1])
-            if node.op_type == "Expand"
-            else ()
-        )
+        shape_at = {"ConstantOfShape": 0, "Expand": 1}.get(node.op_type)  # which input says how large the result is
+        largest = () if shape_at is None else values[node.input[shape_at]]
         if math.prod(np.asarray(largest, dtype=np.int64).tolist()) > _LARGEST:
             raise UserError("an ONNX file that computes a constant of more than a gigabyte; it was not read")
         helper, unknown = self._onnx.helper, self._onnx.TypeProto()
