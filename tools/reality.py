@@ -222,7 +222,7 @@ def cleaned(work: Path) -> tuple[list[Row], dict[str, Any]]:
     others = {name: count for name, count in report["counts"].items() if name != "outliers" and count}
     rows = [
         Row("planted label errors found", f"{found} of {len(planted)}", "10", found == len(planted) == PLANTED),
-        Row("label errors invented among 390", str(invented), "0", invented == 0),
+        Row("correct labels reported as errors, of 390", str(invented), "0", invented == 0),
         Row("near duplicates listed", str(others.get("near_duplicates", 0))),
     ]
     return rows, {"planted": len(planted), "found": found, "invented": invented, "others": others}
