@@ -123,8 +123,6 @@ class ShardedClassifier(nn.Module):
             raise UserError(f"phase.sample_rate: {sample_rate} is not in (0, 1]")
         self.sample_rate = sample_rate
 
-    # -------------------------------------------------------------------------------------------------------------------- step
-
     def begin_step(self, step: int, global_labels: Tensor, *, warmup_factor: float = 1.0) -> None:
         """Chooses the classes that take part in step `step`.
 
@@ -226,8 +224,6 @@ class ShardedClassifier(nn.Module):
         if self._step is None:
             raise RuntimeError("begin_step comes first")
         return self._step
-
-    # ------------------------------------------------------------------------------------------------------------------- state
 
     def _saved(self) -> dict[str, Tensor]:
         self.settle()

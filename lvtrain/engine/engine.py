@@ -141,8 +141,6 @@ class Engine:
         self._state.prepare_state(0.0)
         self._check()
 
-    # ------------------------------------------------------------------------------------------------------------- training
-
     @property
     def module(self) -> nn.Module:
         return self._engine.module
@@ -251,8 +249,6 @@ class Engine:
         if self.stage == 3:
             zero_state.forget_zero3(self.module)
         self._engine.destroy()
-
-    # ---------------------------------------------------------------------------------------------------------------- state
 
     def full_parameters(self) -> AbstractContextManager[Any]:
         """A context in which all weights are whole on every rank, to read. A collective under ZeRO-3."""
