@@ -40,13 +40,14 @@ def test_an_old_run_folder_is_the_same_recipe(tmp_path: Path) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     for name in ("metrics.jsonl", "run.json"):
         (folder / name).write_text("{}")
-    assert changes(folder, recipe) == []
+    assert changes(folder, recipe, "") == []
     with pytest.raises(UserError, match=r"phases\.2\.micro_batches: 2 -> 4"):
         changes(
             folder,
             recipes.load(
                 QUICKSTART, [f"runs={tmp_path}", "init_from={path: x, classifier: means}", "phases.2.micro_batches=4"]
             ),
+            "",
         )
 
 
@@ -61,7 +62,7 @@ def test_an_old_run_folder_had_an_expectation_for_every_method(method: str, tmp_
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     for name in ("metrics.jsonl", "run.json"):
         (folder / name).write_text("{}")
-    assert changes(folder, recipe) == []
+    assert changes(folder, recipe, "") == []
 
 
 def test_removed_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +130,8 @@ def test_an_old_run_folder_had_every_key_for_every_margin(name: str, tmp_path: P
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     for file in ("metrics.jsonl", "run.json"):
         (folder / file).write_text("{}")
-    assert changes(folder, recipe) == []
+    assert changes(folder, recipe, "") == []
     values["classifier"]["margin"]["m1"] = 1.2
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=r"classifier\.margin\.m1: 1\.2"):
-        changes(folder, recipe)
+        changes(folder, recipe, "")

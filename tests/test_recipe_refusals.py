@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -272,6 +273,40 @@ def test_another_recipe_in_the_folder_of_a_run(door: Door) -> None:
     assert code == 2 and "seed" in door.capsys.readouterr().err
     assert run(door.recipe, "seed=6") == 2
     assert "(seed: 5 -> 6)" in output(door.recipe)
+
+
+@pytest.mark.parametrize("change", ["seed=6", "data.path=OTHER"])
+def test_a_refused_start_leaves_the_folder_of_a_finished_run_as_it_was(
+    change: str, trained: tuple[Path, Path], door: Door
+) -> None:
+    recipe, other = trained
+    folder, change = recipe.parent / "runs" / "tiny", change.replace("OTHER", str(other))
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lease.json"}
+
+    before = content()
+    arguments = ["--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json", change]
+    assert main([*arguments, "--dry-run"]) == 2 and "name=..." in door.capsys.readouterr().err
+    assert run(recipe, change) == 2 and "name=..." in output(recipe)
+    after = content()
+    assert after.keys() == before.keys() and [path for path in after if after[path] != before[path]] == []
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_faces: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The recipe of a run that is done, and a dataset of as many images with other labels."""
+    folder = tmp_path_factory.mktemp("done")
+    shutil.copytree(tiny_faces / "train", folder / "other")
+    labels = folder / "other" / "labels.txt"
+    lines = labels.read_text().splitlines()
+    labels.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    manifest = json.loads((folder / "other" / "dataset.json").read_text())
+    manifest["labels_sha256"] = hashlib.sha256(labels.read_bytes()).hexdigest()
+    (folder / "other" / "dataset.json").write_text(json.dumps(manifest))
+    recipe = recipe_file(folder, tiny_faces / "train")
+    assert run(recipe) == 0
+    return recipe, folder / "other"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from lvtrain.checkpoint import files
-from lvtrain.checkpoint.reader import open_weights
+from lvtrain.checkpoint.reader import newest_summary, open_weights
 from lvtrain.data import ShardDataset
 from lvtrain.errors import UserError
 from lvtrain.recipe import files as recipes
@@ -137,7 +137,9 @@ def test_sampling_by_the_old_rule_is_refused(tmp_path: Path) -> None:
         for phase in sampled:
             values["phases"][phase]["sample_rate"] = 0.5
         (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-        return changes(folder, recipes.resolve(todays(values)))
+        newest = newest_summary(folder)
+        assert newest is not None
+        return changes(folder, recipes.resolve(todays(values)), newest.fingerprint)
 
     # the run stands in the second phase
     assert resume() == resume(0) == []

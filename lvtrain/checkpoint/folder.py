@@ -52,6 +52,19 @@ def on_first(folder: Path, action: Callable[[], Any]) -> Any:
     return worlds.on_first(explained)
 
 
+def refuse_another_dataset(path: Path, trained_on: str, fingerprint: str) -> None:
+    """Compares the fingerprint of the dataset that the checkpoint at `path` was trained on with that of a start.
+
+    Raises:
+        UserError: they differ.
+    """
+    if trained_on != fingerprint:
+        raise UserError(
+            f"{path} was trained on another dataset (its fingerprint differs); point data.path at the same data, or use "
+            f"another name=..., and init_from.path={path} to start from its weights"
+        )
+
+
 class CheckpointFolder:
     """The checkpoints in `folder`; those of another run or dataset than `run_id` and `fingerprint` are refused."""
 
@@ -100,10 +113,7 @@ class CheckpointFolder:
             raise UserError(f"{path} was written by a newer lvtrain (format {content['version']}); update lvtrain")
         if content["run_id"] != self.run_id:
             raise UserError(f"{path} belongs to another run; remove it, or use init_from.path={path} in a new run")
-        if content["fingerprint"] != self.fingerprint:
-            raise UserError(
-                f"{path} was trained on another dataset (its fingerprint differs); point data.path at the same data, or use init_from"
-            )
+        refuse_another_dataset(path, content["fingerprint"], self.fingerprint)
 
     def _verify(self, path: Path, content: dict[str, Any]) -> list[str] | OSError:
         """Hashes this rank's share of the files. Returns what is wrong with them, or why they cannot be read."""

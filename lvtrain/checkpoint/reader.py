@@ -206,10 +206,11 @@ def open_shapes(path: str | Path) -> dict[str, torch.Size]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Which run a checkpoint belongs to, and what `save` was given besides tensors."""
+    """Which run and dataset (by its fingerprint) a checkpoint belongs to, and what `save` was given besides tensors."""
 
     path: Path
     run_id: str
+    fingerprint: str
     meta: dict[str, Any]
 
 
@@ -222,7 +223,7 @@ def newest_summary(run_folder: Path) -> Summary | None:
             continue
         if files.check_file(path, files.STATE, content) is None:
             meta = parse_json(patiently((path / files.STATE).read_text))["meta"]
-            return Summary(path, content["run_id"], meta)
+            return Summary(path, content["run_id"], content["fingerprint"], meta)
     return None
 
 

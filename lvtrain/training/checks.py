@@ -192,7 +192,7 @@ def dry_run(recipe: Recipe, ds_config: Path, *, ranks: int | None, only_phase: s
     )
     if here:
         check_benchmarks(recipe)
-        changes(recipe.run_folder, recipe)
+        changes(recipe.run_folder, recipe, open_dataset(recipe).fingerprint)
     rate = learning_rate(recipe.schedule, recipe.optimizer, phases=recipe.phases, samples_per_epoch=samples)
     zero = config["zero_optimization"]
     recipe = recipe.with_micro_batches(

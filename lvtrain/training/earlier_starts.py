@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from lvtrain.checkpoint.folder import refuse_another_dataset
 from lvtrain.checkpoint.reader import newest_summary
 from lvtrain.classifier import sampling
 from lvtrain.distributed import world as worlds
@@ -89,28 +90,35 @@ def _has_begun(folder: Path) -> bool:
     return has_trained(folder) and (patiently((folder / RECIPE).exists) or patiently((folder / IDENTITY).exists))
 
 
-def changes(folder: Path, recipe: Recipe) -> list[str]:
+def changes(folder: Path, recipe: Recipe, fingerprint: str) -> list[str]:
     """The changes that another start of the run in `folder` with `recipe` makes; allowed, and reported.
 
+    It writes nothing: a start that is refused leaves the folder as it was.
+
+    Args:
+        folder: of the run.
+        recipe: of this start.
+        fingerprint: of its dataset.
+
     Raises:
-        UserError: a key differs that is fixed for the run; or the run has trained and its recipe is lost; or classes were
-            sampled by another rule.
+        UserError: a key differs that is fixed for the run; or the run has trained on another dataset; or its recipe is
+            lost; or classes were sampled by another rule.
     """
     if not _has_begun(folder):
         return []  # a start that was refused before its first step left no results, so the recipe may be corrected
-    _refuse_another_sampling(folder, recipe)
+    newest = newest_summary(folder)
+    if newest is not None:
+        refuse_another_dataset(newest.path, newest.fingerprint, fingerprint)
+        _refuse_another_sampling(folder, recipe, newest.meta)
     return compare(_recipe_before(folder), yaml.safe_load(recipes.dump(recipe)), str(folder))
 
 
-def _refuse_another_sampling(folder: Path, recipe: Recipe) -> None:
+def _refuse_another_sampling(folder: Path, recipe: Recipe, meta: dict[str, Any]) -> None:
     """Refuses a run of another sampling rule, unless all classes take part in everything that it has still to train."""
-    newest = newest_summary(folder)
-    if newest is None:
-        return
-    rule = newest.meta.get("class_sampling", 1)
+    rule = meta.get("class_sampling", 1)
     if rule == sampling.RULE:
         return
-    position = newest.meta["position"]
+    position = meta["position"]
     left = recipe.phases[position["phase_index"] + position["phase_over"] :]
     sampled = [phase.name for phase in left if phase.sample_rate < 1]
     if sampled:

@@ -55,7 +55,13 @@ class RunFolder:
 
 
 def open_folder(
-    recipe: Recipe, ds_config: dict[str, Any], world: World, *, facts: dict[str, Any], fence: Fence | None = None
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    world: World,
+    *,
+    fingerprint: str,
+    facts: dict[str, Any],
+    fence: Fence | None = None,
 ) -> RunFolder:
     """Makes or reopens the run folder. A collective.
 
@@ -63,23 +69,32 @@ def open_folder(
         recipe: the recipe; it names the folder.
         ds_config: the resolved DeepSpeed configuration.
         world: this process among the ranks.
+        fingerprint: of the dataset.
         facts: added to `environment.json`: the classifier's kernel and the licence of the data, because the data may
             be gone when the model card is written.
         fence: of the folder; asked before anything is written.
 
     Raises:
-        UserError: the folder holds a run that has trained with another recipe, or cannot be written.
+        UserError: the folder holds a run that has trained with another recipe or dataset, or cannot be written.
     """
     folder = recipe.run_folder
-    return RunFolder(folder, *worlds.on_first(lambda: _open(folder, recipe, ds_config, world, facts, fence)))
+    return RunFolder(
+        folder, *worlds.on_first(lambda: _open(folder, recipe, ds_config, world, fingerprint, facts, fence))
+    )
 
 
 def _open(
-    folder: Path, recipe: Recipe, ds_config: dict[str, Any], world: World, facts: dict[str, Any], fence: Fence | None
+    folder: Path,
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    world: World,
+    fingerprint: str,
+    facts: dict[str, Any],
+    fence: Fence | None,
 ) -> tuple[str, int, list[str], list[str]]:
     try:
         patiently(folder.mkdir, parents=True, exist_ok=True)
-        reported = changes(folder, recipe)
+        reported = changes(folder, recipe, fingerprint)
         identity = _identity(folder)
         identity["attempt"] += 1
         now = environment(world) | facts

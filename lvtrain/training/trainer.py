@@ -98,7 +98,9 @@ class Trainer:
         facts |= {"identities": dataset.num_classes, "images": per_epoch}
         if recipe.backbone.compile and not compiles_whole(recipe.backbone.name):
             facts["compiled"] = "block by block"
-        self.folder = open_folder(recipe, setup.ds_config, world, facts=facts, fence=fence)
+        self.folder = open_folder(
+            recipe, setup.ds_config, world, fingerprint=dataset.fingerprint, facts=facts, fence=fence
+        )
         keep_provenance(self.folder.path, recipe, dataset, fence)
         self.log = RunLog(setup, self.folder, fence, kernel=kernel)
         self.evaluations = Evaluations(recipe, self.log, total=self.rate.total)
