@@ -249,6 +249,7 @@ def test_the_tool_prints_or_writes(tmp_path: Path) -> None:
     assert [tracker.name for tracker in recipe.logging.trackers] == ["tensorboard", "wandb"]
     listed = re.findall(r"line (\d+): not taken: (\w+)", printed.stderr)
     assert [name for _, name in listed] == ["wandb_key", "score"] and "a-secret" not in printed.output
+    assert "--nnodes 2 --nproc_per_node 8" in printed.stderr and "LVTRAIN_NODES=2" in printed.stderr
     out = tmp_path / "recipe.yaml"
     assert command(str(path), "--out", str(out), "--gpus", "4").exit_code == 0
     assert recipes.load(out).phases[0].micro_batches == 4

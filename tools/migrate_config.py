@@ -16,6 +16,8 @@ import typer
 
 from lvtrain.errors import UserError, one_line_errors
 
+_OF_A_NODE = 8  # GPUs, as in every configuration of arcface_torch for more
+
 
 def main(
     config: Annotated[Path, typer.Argument(help="a file of arcface_torch's configs/")],
@@ -48,7 +50,7 @@ def main(
 
             atomic.write_text(out, text)
     say = lambda line: typer.echo(line, err=out is None)  # noqa: E731
-    say(f"{config}: {len(found.taken)} keys taken; batch_size counts one of {ranks} GPUs ({said_by})")
+    say(f"{config}: {len(found.taken)} keys taken; batch_size is that of one GPU, for {_count(ranks)} ({said_by})")
     for line, what, why in found.not_taken:
         say(f"  line {line}: not taken: {what}: {why}" if line else f"  not taken: {what}: {why}")
     for remark in found.remarks:
@@ -60,7 +62,18 @@ def main(
     )
     run = f"lvtrain/main.py --recipe {name} --ds_config ds_configs/zero1.json"
     say(f"  python {run} --dry-run --ranks {ranks}")
-    say(f"  deepspeed {run}")
+    per_node = max(gpus for gpus in range(1, _OF_A_NODE + 1) if ranks % gpus == 0)
+    if (nodes := ranks // per_node) == 1:
+        say(f"  deepspeed {run}")
+        return
+    several = f"--nnodes {nodes} --nproc_per_node {per_node} --node_rank NUMBER --master_addr FIRST_NODE"
+    say(f"  torchrun {several} {run}    # on every node")
+    settings = f"LVTRAIN_NODES={nodes} LVTRAIN_GPUS_PER_NODE={per_node}"
+    say(f"  {settings} bash slurm/recipe.sh {name} ds_configs/zero1.json    # or on Slurm")
+
+
+def _count(gpus: int) -> str:
+    return "1 GPU" if gpus == 1 else f"{gpus} GPUs"
 
 
 def _text(values: dict[str, Any], config: Path) -> str:
@@ -84,7 +97,7 @@ def _gpus(stem: str) -> tuple[int, str]:
         return 1, "from the file's name"
     if match := re.search(r"(\d{1,4})gpus?(?![a-z])", stem):
         return max(1, int(match[1])), "from the file's name"
-    return 8, "as in their README; else give --gpus"
+    return 8, "as in arcface_torch's README; if it is for another number, give --gpus"
 
 
 def _rec(values: dict[str, Any]) -> str:

@@ -203,7 +203,7 @@ class _Migrator:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, list) else f"({', '.join(map(_shown, value[:4]))})"
+    text = repr(value) if not isinstance(value, list) else f"[{', '.join(map(_shown, value[:4]))}]"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
