@@ -152,8 +152,9 @@ def test_each_mistake_names_the_file_or_the_override(tmp_path: Path) -> None:
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere.yaml.*quickstart.yaml"):
-        recipes.load(tmp_path / "nowhere.yaml")
+    for name, hint in (("nowhere.yaml", "recipes/README.md"), ("quickstart", "recipes/quickstart.yaml")):
+        with pytest.raises(UserError, match=rf"{name} .*{hint}"):
+            recipes.load(tmp_path / name)
     (tmp_path / "broken.yaml").write_text("a: [1,\nb: 2")
     with pytest.raises(UserError, match=r"broken\.yaml") as caught:
         recipes.load(tmp_path / "broken.yaml")

@@ -34,8 +34,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     """
     path = Path(path)
     if not path.is_file():
-        known = ", ".join(sorted(p.name for p in (Path(__file__).parents[1] / "recipes").glob("*.yaml")))
-        raise UserError(f"recipe {path} does not exist; lvtrain/recipes has {known}")
+        raise UserError(f"recipe {path} does not exist; {_nearest_recipe(path.stem)}")
     try:
         values = strict_yaml.parse_yaml(strict_yaml.read_small(path))
     except strict_yaml.StrictError as error:
@@ -57,6 +56,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         return f"override{'s' if len(blamed) > 1 else ''} {', '.join(map(repr, blamed))}"
 
     return resolve(values, source=source)
+
+
+def _nearest_recipe(name: str) -> str:
+    known = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"did you mean lvtrain/recipes/{near[0]}.yaml?"
+    return "lvtrain/recipes/README.md lists the recipes of lvtrain"
 
 
 def resolve(values: dict[str, Any], *, source: Callable[[Any], str] = lambda problem: "recipe") -> Recipe:

@@ -56,7 +56,7 @@ def decode(image: Any, image_size: int | None, name: str = "an image") -> np.nda
         else:
             opened = open_image(image)
     except (ImageError, OSError) as error:
-        raise UserError(f"{name} cannot be decoded: {error}") from error
+        raise UserError(f"{name} cannot be decoded: {error}; replace this image, or leave it out") from error
     opened = opened.convert("RGB")
     if image_size is not None and opened.size != (image_size, image_size):
         opened = opened.resize((image_size, image_size), Image.Resampling.BILINEAR)
