@@ -1,8 +1,17 @@
 #!/usr/bin/env bash
 # Installs lvtrain into .venv, generates 500 identities, trains PCO's three phases on 2 ranks, evaluates, and writes the report.
 #   bash tools/quickstart.sh [section.key=value ...]      e.g. schedule.total="300 steps"
+# Each start begins anew: it deletes runs/quickstart, with its checkpoints. The generated faces in data/quickstart are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+for word in "$@"; do
+    case $word in
+        name=* | runs=* | evaluation.benchmarks*)
+            echo "quickstart.sh: cannot change ${word%%=*}, because the script reads runs/quickstart and its benchmark at the end;" \
+                "for a run of your own: deepspeed lvtrain/main.py --recipe lvtrain/recipes/quickstart.yaml --ds_config ds_configs/zero2.json $word" >&2
+            exit 2 ;;
+    esac
+done
 bash tools/install.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
