@@ -209,7 +209,7 @@ def troubled(folder, faces):
     picture = Image.open(io.BytesIO(faces["id1"][0]))
     picture.save(folder / "id1" / "png.png")
     picture.convert("L").save(folder / "id1" / "grey.jpg")
-    picture.resize((90, 120)).save(folder / "id2" / "size.jpg")
+    picture.resize((120, 120)).save(folder / "id2" / "size.jpg")
     (folder / "id2" / "broken.jpg").write_bytes(faces["id2"][0][:900])
     (folder / "id2" / "nothing.jpg").write_bytes(b"")
     (folder / "id10" / "copy.jpg").write_bytes(faces["id1"][0])
@@ -224,7 +224,7 @@ def test_defaults_count_list_and_fix(troubled, tmp_path, faces):
         kind: (trouble["count"], trouble["list"]) for kind, trouble in report["troubles"].items() if trouble["count"]
     }
     assert found == {
-        "wrong_size": (1, ["id2/size.jpg (90x120)"]),
+        "wrong_size": (1, ["id2/size.jpg (120x120)"]),
         "undecodable": (2, ["id2/broken.jpg", "id2/nothing.jpg"]),
         "grey": (1, ["id1/grey.jpg"]),
         "empty_identity": (1, ["zero"]),
@@ -278,6 +278,25 @@ def test_policy_fail_names_the_first(troubled, tmp_path, kind, name):
     with pytest.raises(UserError, match=name) as error:
         pack(troubled, tmp_path / "out", PackOptions("folder", policies=Policies(**{kind: "fail"})))
     assert "\n" not in str(error.value) and not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_a_face_is_not_distorted_unless_asked(folder, tmp_path, faces):
+    """An image of another shape is not an aligned face: it is refused, left out, squeezed on request, or kept as it is."""
+    Image.open(io.BytesIO(faces["id1"][0])).resize((90, 120)).save(folder / "id2" / "narrow.jpg")
+    with pytest.raises(UserError, match=r"narrow\.jpg \(90x120\).*--align"):
+        pack(folder, tmp_path / "refused", PackOptions("folder"))
+    for policies, sizes in (
+        ({"not_square": "skip"}, {(112, 112)}),
+        ({"not_square": "fix"}, {(112, 112)}),
+        ({"wrong_size": "skip"}, {(112, 112)}),
+        ({"wrong_size": "keep"}, {(112, 112), (90, 120)}),
+    ):
+        out = tmp_path / "_".join(*policies.items())
+        report = pack(folder, out, PackOptions("folder", policies=Policies(**policies)))
+        packed = [Image.open(io.BytesIO(data)).size for data in contents(out)["id2"]]
+        skipped = "skip" in policies.values()
+        assert set(packed) == sizes and len(packed) == len(faces["id2"]) + (not skipped)
+        assert sum(report["reconciliation"]["skipped"].values()) == skipped
 
 
 def test_impossible_requests_are_one_line(folder, tmp_path):

@@ -94,6 +94,15 @@ def test_overrides(override: str, read) -> None:
     assert read(recipes.load(QUICKSTART, [override]))
 
 
+def test_an_override_of_every_phase() -> None:
+    recipe = recipes.load(QUICKSTART, ["phases.*.sample_rate=0.3", "phases.1.sample_rate=0.4"])
+    assert [phase.sample_rate for phase in recipe.phases] == [0.3, 0.4, 0.3]
+    assert [phase.name for phase in recipe.phases] == ["alignment", "stabilisation", "refinement"]
+    for override, named in (("data.*.x=1", "data"), ("phases.*.sample_rat=1", "sample_rate"), ("x.*.y=1", "x")):
+        with pytest.raises(UserError, match=named):
+            recipes.load(QUICKSTART, [override])
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [

@@ -67,6 +67,7 @@ def main(
         typer.Option(metavar="NAME=VALUE", help=f"option of the kind of source; {_options_of_kinds()}"),
     ] = None,
     wrong_size: Annotated[str, _policy("wrong_size")] = "fix",
+    not_square: Annotated[str, _policy("not_square")] = "fail",
     undecodable: Annotated[str, _policy("undecodable")] = "skip",
     grey: Annotated[str, _policy("grey")] = "keep",
     empty_identity: Annotated[str, _policy("empty_identity")] = "skip",
@@ -82,8 +83,8 @@ def main(
             kind=kind, seed=seed, shuffle=shuffle, samples_per_shard=samples_per_shard, size=size or None, quality=quality,
             label_order=label_order, align=align, detector=detector, licence=licence, options=_options(option or []),
             policies=Policies(
-                wrong_size=wrong_size, undecodable=undecodable, grey=grey, empty_identity=empty_identity, duplicate=duplicate,
-                label_gap=label_gap, no_face=no_face, unlabelled=unlabelled, mismatch=mismatch,
+                wrong_size=wrong_size, not_square=not_square, undecodable=undecodable, grey=grey,
+                empty_identity=empty_identity, duplicate=duplicate, label_gap=label_gap, no_face=no_face, unlabelled=unlabelled, mismatch=mismatch,
             ),
         )  # fmt: skip
         columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -29,6 +29,8 @@ _MOST_MISTAKES = 6
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Reads a recipe, and applies overrides such as `schedule.total="10 steps"` or `phases.0.sample_rate=0.5`.
 
+    `phases.*.sample_rate=0.5` sets the key of every phase.
+
     Raises:
         UserError: a missing file, bad YAML, an unknown key or a bad value.
     """
@@ -42,7 +44,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a mapping of sections, not {type(values).__name__}")
     alone = copy.deepcopy(values)
-    places = {override: apply(values, override) for override in overrides}
+    places = {each: apply(values, each) for override in overrides for each in _for_each_element(values, override)}
     own = None  # the file's own mistakes, looked for only when there are any
 
     def source(problem: Any) -> str:
@@ -111,6 +113,17 @@ def of_run(text: str) -> dict[str, Any]:
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, which `load` reads back to an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _for_each_element(values: dict[str, Any], override: str) -> list[str]:
+    """`phases.*.key=value` as one override for each phase."""
+    before, star, after = override.partition(".*.")
+    if not star or "=" in before:
+        return [override]
+    elements = values.get(before)
+    if not isinstance(elements, list):
+        raise UserError(f"override {override!r}: {before} is not a list in this recipe")
+    return [f"{before}.{number}.{after}" for number in range(len(elements))]
 
 
 def apply(values: dict[str, Any], override: str) -> tuple[Any, ...]:

@@ -23,7 +23,8 @@ Every key of a recipe. `python tools/recipe_reference.py` writes this page from 
 `lvtrain/recipe` and in the files of methods, margins, optimizers and trackers.
 
 On the command line a key is written with dots: `optimizer.lr=1e-4`, `phases.0.sample_rate=0.1`. A
-phase can also be given by its name: `phases.alignment.sample_rate=0.1`.
+phase can also be given by its name: `phases.alignment.sample_rate=0.1`. `phases.*.sample_rate=0.1`
+sets the key of every phase.
 
 "Of training" in the column of units means a duration: a number with a unit, such as `500 steps`,
 `20 epochs` or `1e6 samples`.

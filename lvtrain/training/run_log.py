@@ -151,6 +151,8 @@ class RunLog:
         self._name(phase, phase.health.at_start())
         if enters:
             self.event(phase, "phase_start", world_size=self.world.size, accumulation=phase.accumulation)
+            if phase.position.step:
+                self.telemetry.say(f"lvtrain: phase {phase.section.name} begins at step {phase.position.step}")
         if self.on_track:
             notes = self.on_track.phase_started(phase.section.name, phase.section.end.cos2)
             self._note(phase, notes if enters else [])
@@ -177,7 +179,7 @@ class RunLog:
         for warning in phase.method.warnings(row, phase.now(steps_back=1)) if row["loss"] is not None else []:
             self.event(phase, "warning", text=warning)
             self.telemetry.say(f"warning: {warning}")
-        left = (min(phase.limit, phase.rate.total) - phase.position.samples_seen) / max(row["images_per_second"], 0.01)
+        left = (phase.rate.total - phase.position.samples_seen) / max(row["images_per_second"], 0.01)
         self.telemetry.say(progress_line(row, phase=phase.section.name, seconds_left=left))
         if self.on_track:
             first, phase.first_loss = phase.first_loss, None

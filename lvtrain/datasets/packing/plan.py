@@ -53,13 +53,15 @@ def decide(catalogue: Catalogue, inspection: np.ndarray, groups: np.ndarray | No
         issues.add(kind, tally.count, tally.names)
     flags = np.asarray(inspection["flags"])
     keep = np.ones(len(flags), dtype=bool)
-    for kind, flag in (
-        ("undecodable", images.UNDECODABLE),
-        ("no_face", images.NO_FACE),
-        ("wrong_size", images.WRONG_SIZE),
-        ("grey", images.GREY),
+    resized = (flags & images.WRONG_SIZE > 0) & (issues.policy("wrong_size") == "fix")
+    for kind, has in (
+        ("undecodable", flags & images.UNDECODABLE > 0),
+        ("no_face", flags & images.NO_FACE > 0),
+        ("not_square", resized & (inspection["width"] != inspection["height"])),
+        ("wrong_size", flags & images.WRONG_SIZE > 0),
+        ("grey", flags & images.GREY > 0),
     ):
-        found = np.flatnonzero((flags & flag > 0) & keep)
+        found = np.flatnonzero(has & keep)
         _note(issues, kind, found, catalogue, inspection)
         if issues.policy(kind) == "skip":
             keep[found] = False
@@ -79,7 +81,9 @@ def decide(catalogue: Catalogue, inspection: np.ndarray, groups: np.ndarray | No
 
 def _note(issues: Issues, kind: str, rows: np.ndarray, catalogue: Catalogue, inspection: np.ndarray) -> None:
     def name(row: int) -> str:
-        size = f" ({inspection[row]['width']}x{inspection[row]['height']})" if kind == "wrong_size" else ""
+        size = (
+            f" ({inspection[row]['width']}x{inspection[row]['height']})" if kind in ("wrong_size", "not_square") else ""
+        )
         return _line(catalogue.name(row)) + size
 
     issues.add(kind, len(rows), [name(row) for row in rows[: Issues.LISTED].tolist()])

@@ -9,6 +9,10 @@ from lvtrain.errors import UserError
 # kind: (what it is, policies that make sense)
 POLICIES = {
     "wrong_size": ("an image of another size; fix resizes and encodes it again", ("keep", "skip", "fix", "fail")),
+    "not_square": (
+        "an image that is not square, so not an aligned face; only with --wrong-size fix, and fix distorts it",
+        ("skip", "fix", "fail"),
+    ),
     "undecodable": ("an image that cannot be decoded; if kept, training ignores it", ("keep", "skip", "fail")),
     "grey": ("an image without colour; fix writes three equal channels", ("keep", "skip", "fix", "fail")),
     "empty_identity": (
@@ -27,6 +31,7 @@ POLICIES = {
     ),
     "no_face": ("with --align: a photograph in which no face was found", ("skip", "fail")),
 }
+_BETTER = {"not_square": "an aligned face is square: add --align, which finds, aligns and crops the faces"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Policies:
     """
 
     wrong_size: str = "fix"
+    not_square: str = "fail"
     undecodable: str = "skip"
     grey: str = "keep"
     empty_identity: str = "skip"
@@ -84,7 +90,8 @@ class Issues:
             others = ", ".join(policy for policy in POLICIES[kind][1] if policy != "fail")
             flag = "--" + kind.replace("_", "-")
             raise UserError(
-                f"{kind}: {count} found, the first is {names[0]}; fix the source, or choose {flag} {others}"
+                f"{kind}: {count} found, the first is {names[0]}; {_BETTER.get(kind, 'fix the source')}, "
+                f"or choose {flag} {others}"
             )
         self._counts[kind] = self._counts.get(kind, 0) + count
         self._found.setdefault(kind, []).extend(names[: self.LISTED - len(self._found.get(kind, []))])

@@ -6,7 +6,7 @@ from typing import Any
 
 from lvtrain.datasets.catalogue import Ledger
 
-_SKIPPED = ("wrong_size", "grey", "duplicate", "no_face")  # sound images that a policy leaves out
+_SKIPPED = ("wrong_size", "not_square", "grey", "duplicate", "no_face")  # sound images that a policy leaves out
 
 
 def reconcile(ledger: Ledger, listed: int, packed: int, issues: dict[str, dict[str, Any]]) -> dict[str, Any]:
