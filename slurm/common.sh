@@ -17,5 +17,10 @@ set +a
 chain() { # RECIPE DS_CONFIG [section.key=value ...]
     local recipe=$1 ds_config=$2
     shift 2
-    exec "${LVTRAIN_LAUNCH_PYTHON:-.venv/bin/python}" -m lvtrain.launch submit --recipe "$recipe" --ds_config "$ds_config" "$@"
+    local python=${LVTRAIN_LAUNCH_PYTHON:-.venv/bin/python}
+    command -v "$python" >/dev/null || {
+        echo "lvtrain: $python does not exist in $PWD; install lvtrain first: bash tools/install.sh" >&2
+        exit 2
+    }
+    exec "$python" -m lvtrain.launch submit --recipe "$recipe" --ds_config "$ds_config" "$@"
 }

@@ -19,6 +19,7 @@ export LVTRAIN_NODES=${LVTRAIN_NODES:-2} LVTRAIN_GPUS_PER_NODE=${LVTRAIN_GPUS_PE
 
 # nothing is made for a chain that would be refused
 (chain lvtrain/recipes/quickstart.yaml ds_configs/zero2.json --check "$@")
+[[ " $* " != *" --check "* ]] || exit 0
 if [[ " $* " != *" data.path="* ]] && [ ! -f data/quickstart/heldout.bin ]; then
     .venv/bin/python tools/synth_faces.py data/quickstart --identities 500 --images 24 --heldout 60 --pairs 3000 --seed 0
 fi

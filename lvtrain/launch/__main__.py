@@ -47,7 +47,9 @@ def _submit(given: argparse.Namespace) -> int:
     home = given.home.absolute()
     words = (given.recipe, given.ds_config, given.overrides, read_site())
     if given.check:
-        plan_chain(*words, home=home, slurm=Slurm(), main=given.main)
+        chain = plan_chain(*words, home=home, slurm=Slurm(), main=given.main)
+        size = f"{chain.site.nodes} nodes x {chain.site.tasks} tasks"
+        print(f"checked {chain.run_folder}: {size}, phases {', '.join(chain.phases)}")
         return 0
     chain, jobs = submit_chain(*words, home=home, slurm=Slurm(), main=given.main)
     if jobs:

@@ -81,7 +81,8 @@ def load_chain(run_folder: Path) -> Chain:
     path = Path(run_folder) / "slurm" / "chain.json"
     if not path.is_file():
         raise UserError(
-            f"{run_folder} has no Slurm chain ({path} is missing); submit one with sbatch slurm/<script>.sh"
+            f"{run_folder} has no Slurm chain ({path} is missing); give the run folder that the submission printed "
+            "(with runs=FOLDER it is FOLDER/NAME), or submit a chain with sbatch slurm/<script>.sh"
         )
     try:
         values = parse_json(patiently(path.read_text))

@@ -118,7 +118,7 @@ class Slurm:
         """
         done = self.run(["squeue", "--noheader", "--me", f"--name={job_name}", "--format=%i|%T|%r|%N"])
         if done.returncode:
-            raise UserError(f"squeue failed: {_last_line(done.stderr)}")
+            raise UserError(f"squeue failed: {_last_line(done.stderr)}; run this on a login node of the cluster")
         rows = [line.strip().split("|") for line in done.stdout.splitlines() if line.count("|") == 3]
         return [QueuedJob(int(job), state, reason, nodes) for job, state, reason, nodes in rows if job.isdigit()]
 
