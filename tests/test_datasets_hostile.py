@@ -167,13 +167,13 @@ PACKED: dict[str, tuple[str, Source, dict[str, int], str]] = {
         "webdataset",
         linked,
         {"0": 1},
-        "announced 2 = packed 1 + skipped 1 (1 link to a folder) + refused 0",
+        "announced 2 = packed 1 + skipped 1 (link to a folder: 1) + refused 0",
     ),
     "a tar in a hidden folder": (
         "webdataset",
         both(tar(*sample(0, 0)), tar(*sample(1, 1), name=".cache/b.tar")),
         {"0": 1},
-        "announced 2 = packed 1 + skipped 1 (1 .tar file in a hidden or system folder) + refused 0",
+        "announced 2 = packed 1 + skipped 1 (.tar file in a hidden or system folder: 1) + refused 0",
     ),
     "macOS's companion of a .rec": (
         "recordio",
@@ -186,13 +186,13 @@ PACKED: dict[str, tuple[str, Source, dict[str, int], str]] = {
         "webface-zip",
         zipped(False, f"__MACOSX/{ZIP}3.jpg", f"./x/.trash/{ZIP}4.jpg"),
         {ZIP[:-1]: 2},
-        "announced 4 = packed 2 + skipped 2 (2 zip entry in a hidden or system folder) + refused 0",
+        "announced 4 = packed 2 + skipped 2 (zip entry in a hidden or system folder: 2) + refused 0",
     ),
     "a zip with a flipped bit": (
         "webface-zip",
         zipped(True),
         {ZIP[:-1]: 1},
-        "announced 2 = packed 1 + skipped 0 + refused 1 (1 undecodable)",
+        "announced 2 = packed 1 + skipped 0 + refused 1 (undecodable: 1)",
     ),
 }
 

@@ -58,5 +58,5 @@ def reconcile(ledger: Ledger, listed: int, packed: int, issues: dict[str, dict[s
 
 
 def _sum(parts: dict[str, int]) -> str:
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in parts.items())
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in parts.items())
     return f"{sum(parts.values()):,}" + (f" ({reasons})" if reasons else "")
