@@ -135,8 +135,8 @@ class _Reader:
         from onnx.reference import ReferenceEvaluator
 
         values = {name: self._constants[name] for name in node.input if name}
-        shape_at = {"ConstantOfShape": 0, "Expand": 1}.get(node.op_type)  # which input says how large the result is
-        largest = () if shape_at is None else values[node.input[shape_at]]
+        shape_at = {"ConstantOfShape": 0, "Expand": 1}.get(node.op_type, -1)  # which input says how large the result is
+        largest = values.get(dict(enumerate(node.input)).get(shape_at, ""), ())
         if math.prod(np.asarray(largest, dtype=np.int64).tolist()) > _LARGEST:
             raise UserError("an ONNX file that computes a constant of more than a gigabyte; it was not read")
         helper, unknown = self._onnx.helper, self._onnx.TypeProto()
