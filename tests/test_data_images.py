@@ -102,7 +102,7 @@ def test_damaged_bytes_decode_or_are_refused(kind: str, data: st.DataObject) -> 
 def test_names() -> None:
     taken = ("a.jpg", "b.JPEG", "c.png", "d/e.webp", "f.tif", "g.pgm")
     assert all(map(images.is_image_name, taken))
-    assert not any(map(images.is_image_name, ("._a.jpg", "d/._e.jpg", "a.gif", "a.eps", "jpg", "a.jpg.txt")))
+    assert not any(map(images.is_image_name, ("._a.jpg", "d/._e.jpg", ".b.jpg", "a.gif", "a.eps", "jpg", "a.jpg.txt")))
 
 
 def test_nothing_else_in_the_package_opens_images() -> None:

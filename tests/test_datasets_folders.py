@@ -33,7 +33,8 @@ def test_a_messy_folder_adds_up(tmp_path: Path) -> None:
     assert report["reconciliation"]["line"].startswith("announced 19 = packed 6 + skipped 11")
     assert report["reconciliation"]["skipped"] == {
         "file in a hidden or system folder": 3,
-        "file that is not an image by its suffix": 7,
+        "file that is not an image by its suffix": 1,
+        "hidden file": 6,
         "file beside the identity folders": 1,
     }
     assert report["reconciliation"]["refused"] == {"undecodable": 2}

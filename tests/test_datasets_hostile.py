@@ -175,6 +175,12 @@ PACKED: dict[str, tuple[str, Source, dict[str, int], str]] = {
         {"0": 1},
         "announced 2 = packed 1 + skipped 1 (.tar file in a hidden or system folder: 1) + refused 0",
     ),
+    "hidden files in an identity's folder": (
+        "folder",
+        images("a/1.jpg", "b/1.jpg", "b/.1.jpg", "b/._1.jpg"),
+        {"a": 1, "b": 1},
+        "announced 4 = packed 2 + skipped 2 (hidden file: 2) + refused 0",
+    ),
     "macOS's companion of a .rec": (
         "recordio",
         rec(lambda folder: (folder / "._train.rec").write_bytes(b"x")),

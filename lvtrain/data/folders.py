@@ -147,7 +147,7 @@ def _images(root: Path, top: str, identity: str) -> Iterator[Entry]:
             if is_image_name(name):
                 yield Entry(identity, path)
             else:
-                yield Entry(None, path, "file that is not an image by its suffix")
+                yield Entry(None, path, "hidden file" if name[0] == "." else "file that is not an image by its suffix")
 
 
 def _all_of(root: Path, top: str, reason: str) -> Iterator[Entry]:

@@ -28,9 +28,9 @@ class ImageError(ValueError):
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name counts as an image: by its suffix, but not macOS's companion files (`._name`)."""
+    """Whether a file of this name counts as an image: by its suffix, but no hidden file (`.name`, macOS's `._name`)."""
     base = os.path.basename(name)
-    return not base.startswith("._") and os.path.splitext(base)[1].lower() in SUFFIXES
+    return not base.startswith(".") and os.path.splitext(base)[1].lower() in SUFFIXES
 
 
 def read_file(path: str | Path) -> bytes:
