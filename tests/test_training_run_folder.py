@@ -30,7 +30,7 @@ def recipe_in(folder: Path, *overrides: str) -> Recipe:
 
 
 def start(folder: Path, *overrides: str) -> RunFolder:
-    return open_folder(recipe_in(folder, *overrides), {}, ALONE, facts={})
+    return open_folder(recipe_in(folder, *overrides), {}, ALONE, fingerprint="f", facts={})
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_another_kernel_than_before_is_reported(tmp_path: Path) -> None:
 
     def surroundings(**facts: str) -> list[str]:
         recipe = recipe_in(tmp_path)
-        return open_folder(recipe, {}, ALONE, facts=facts).surroundings
+        return open_folder(recipe, {}, ALONE, fingerprint="f", facts=facts).surroundings
 
     assert surroundings() == []
     assert surroundings(classifier_kernel="torch") == []

@@ -77,14 +77,11 @@ def open_folder(
     Raises:
         UserError: the folder holds a run that has trained with another recipe or dataset, or cannot be written.
     """
-    folder = recipe.run_folder
-    return RunFolder(
-        folder, *worlds.on_first(lambda: _open(folder, recipe, ds_config, world, fingerprint, facts, fence))
-    )
+    opened = worlds.on_first(lambda: _open(recipe, ds_config, world, fingerprint, facts, fence))
+    return RunFolder(recipe.run_folder, *opened)
 
 
 def _open(
-    folder: Path,
     recipe: Recipe,
     ds_config: dict[str, Any],
     world: World,
@@ -92,6 +89,7 @@ def _open(
     facts: dict[str, Any],
     fence: Fence | None,
 ) -> tuple[str, int, list[str], list[str]]:
+    folder = recipe.run_folder
     try:
         patiently(folder.mkdir, parents=True, exist_ok=True)
         reported = changes(folder, recipe, fingerprint)
