@@ -103,9 +103,11 @@ _HEAD = "the head in the checkpoints has this shape"
 class DinoSection(MethodSection):
     """The defaults are DINO's; the size of the head is LAFS's."""
 
-    prototypes: int = setting(100_000, "K: number of prototypes of the head", because=_HEAD, gt=1)
-    hidden: int = setting(2048, "width of the head's hidden layers", because=_HEAD, gt=0)
-    bottleneck: int = setting(256, "width of the head's last layer before the prototypes", because=_HEAD, gt=0)
+    prototypes: int = setting(100_000, "K: number of prototypes of the head", because=_HEAD, gt=1, lt=2**32)
+    hidden: int = setting(2048, "width of the head's hidden layers", because=_HEAD, gt=0, le=1_048_576)
+    bottleneck: int = setting(
+        256, "width of the head's last layer before the prototypes", because=_HEAD, gt=0, le=65_536
+    )
     student_temperature: float = setting(0.1, "tau_s of the student's softmax", gt=0)
     teacher_temperature: float = setting(0.04, "tau_t of the teacher's softmax, after the warm-up", gt=0)
     teacher_temperature_start: float = setting(0.04, "tau_t at the start of the warm-up", gt=0)

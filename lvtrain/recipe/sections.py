@@ -82,14 +82,17 @@ class Data(Section):
         return self
 
 
+_LARGEST_SIZE = 1_048_576
+
+
 class Backbone(Section):
     """`backbone: NAME` is short for `backbone: {name: NAME}`."""
 
     bare = "name"
 
     name: str = setting("vit_b", "name of the network, see lvtrain/backbones", because=NETWORK)
-    embedding_dim: int = setting(512, "length of the embedding", unit="numbers", because=NETWORK, gt=0)
-    image_size: int = setting(112, "side of the square input", unit="pixels", because=NETWORK, gt=0)
+    embedding_dim: int = setting(512, "length of the embedding", unit="numbers", because=NETWORK, gt=0, le=65_536)
+    image_size: int = setting(112, "side of the square input", unit="pixels", because=NETWORK, gt=0, le=4_096)
     checkpoint_blocks: Literal["none", "activation", "block"] = setting(
         "none",
         "what the backward pass recomputes to save memory: nothing, norms and activation functions, or whole blocks",
@@ -104,6 +107,14 @@ class Backbone(Section):
     @classmethod
     def _as_here(cls, name: str) -> str:
         return arcface_torch.network(name)
+
+    @field_validator("overrides")
+    @classmethod
+    def _has_sizes_of_a_network(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        for key, value in overrides.items():
+            if isinstance(value, int) and abs(value) > _LARGEST_SIZE:
+                raise ValueError(f"{key} is {value}; {_LARGEST_SIZE:,} is the largest size of a network")
+        return overrides
 
 
 class PhaseEnd(Section):
