@@ -24,7 +24,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -37,8 +36,8 @@ from sklearn.preprocessing import StandardScaler
 from lvtrain.backbones.part_fvit import FViT, PartFViT, grid_landmarks, sample_patches
 from lvtrain.data import ShardDataset
 from lvtrain.data.index import read_manifest
-from lvtrain.datasets.synthetic import render
 from lvtrain.datasets.synthetic.faces import DIFFICULTIES, identity_numbers, image_numbers
+from lvtrain.datasets.synthetic.render import render_face
 from lvtrain.errors import UserError, one_line_errors
 from lvtrain.evaluation.bins import read_bin
 from lvtrain.evaluation.verification import squared_distances, ten_fold
@@ -117,14 +116,8 @@ def regions(seed: int, faces: list[tuple[int, int]], difficulty: str, size: int)
     chosen, found = DIFFICULTIES[difficulty], []
     for identity, image in faces:
         who = identity_numbers(seed, identity, chosen)
-        drawn = []
-        for change in (
-            {},
-            {"hair colour": (who["hair colour"] + 0.5) % 1},
-            {"skin tone": (who["skin tone"] + 0.5) % 1},
-        ):
-            with mock.patch.object(render, "identity_numbers", lambda *_, new=who | change: new):
-                drawn.append(render.render_face(seed, identity, image, chosen).astype(float))
+        changes = [{}] + [{name: (who[name] + 0.5) % 1} for name in ("hair colour", "skin tone")]
+        drawn = [render_face(seed, identity, image, chosen, changed=change).astype(float) for change in changes]
         found.append(np.stack([np.abs(other - drawn[0]).max(2) > 24 for other in drawn[1:]]))
     masks = torch.from_numpy(np.stack(found)).float()
     masks[:, 1] *= 1 - masks[:, 0]

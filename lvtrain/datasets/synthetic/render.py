@@ -7,6 +7,8 @@ template that real datasets are aligned to.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import cv2
 import numpy as np
 
@@ -99,9 +101,15 @@ def _line(canvas: np.ndarray, points: np.ndarray, colour: np.ndarray, thickness:
     cv2.polylines(canvas, [fixed], closed, _bounded(colour), thickness, cv2.LINE_AA, _SHIFT)
 
 
-def render_face(seed: int, identity: int, image: int, difficulty: Difficulty) -> np.ndarray:
-    """One image of one identity: uint8 RGB [112, 112, 3], a pure function of the arguments."""
-    who, how = identity_numbers(seed, identity, difficulty), image_numbers(seed, identity, image, difficulty)
+def render_face(
+    seed: int, identity: int, image: int, difficulty: Difficulty, *, changed: Mapping[str, float] | None = None
+) -> np.ndarray:
+    """One image of one identity: uint8 RGB [112, 112, 3], a pure function of the arguments.
+
+    `changed` replaces some of the identity's numbers, in [0, 1), to see what a number does to an image.
+    """
+    who = identity_numbers(seed, identity, difficulty) | dict(changed or {})
+    how = image_numbers(seed, identity, image, difficulty)
     k = difficulty.nuisance
     head = _Head(
         span(who["face width"], 0.86, 1.10),
