@@ -116,7 +116,7 @@ def regions(seed: int, faces: list[tuple[int, int]], difficulty: str, size: int)
     chosen, found = DIFFICULTIES[difficulty], []
     for identity, image in faces:
         who = identity_numbers(seed, identity, chosen)
-        changes = [{}] + [{name: (who[name] + 0.5) % 1} for name in ("hair colour", "skin tone")]
+        changes = [None, *({name: (who[name] + 0.5) % 1} for name in ("hair colour", "skin tone"))]
         drawn = [render_face(seed, identity, image, chosen, changed=change).astype(float) for change in changes]
         found.append(np.stack([np.abs(other - drawn[0]).max(2) > 24 for other in drawn[1:]]))
     masks = torch.from_numpy(np.stack(found)).float()
