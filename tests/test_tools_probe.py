@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lvtrain.backbones.part_fvit import FViT, PartFViT, grid_landmarks
+from lvtrain.backbones.fvit import FViT
+from lvtrain.backbones.landmarks.patches import grid_landmarks
+from lvtrain.backbones.part_fvit import PartFViT
 from tools.studies import probe
 
 SIZE = dict(embedding_dim=16, image_size=56, dim=16, depth=1, heads=1, head_dim=16, mlp_dim=16)

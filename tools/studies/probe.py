@@ -33,7 +33,9 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
-from lvtrain.backbones.part_fvit import FViT, PartFViT, grid_landmarks, sample_patches
+from lvtrain.backbones.fvit import FViT
+from lvtrain.backbones.landmarks.patches import grid_landmarks, sample_patches
+from lvtrain.backbones.part_fvit import PartFViT
 from lvtrain.data import ShardDataset
 from lvtrain.data.index import read_manifest
 from lvtrain.datasets.synthetic.faces import DIFFICULTIES, identity_numbers, image_numbers
