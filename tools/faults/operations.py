@@ -62,6 +62,16 @@ class Operation:
     is_repeatable: bool = True
 
 
+# Starting a process also asks all others for their exit codes. If two threads ask at once, one of them gets 255.
+_POLLING = threading.Lock()
+
+
+def _codes(processes: list[Any]) -> list[int | None]:
+    """Exit codes; None of those that still run."""
+    with _POLLING:
+        return [process.exitcode for process in processes]
+
+
 class Bench:
     """What the operations start from, made once in `folder`: faces (shards and image files), a stopped and a finished run."""
 
@@ -143,21 +153,23 @@ class Bench:
                 attached, own["INTERPOSE_PLAN"] = None, str(plan)
             arguments = (operation.tool, operation.arguments(self, work, size), own, str(log), str(attached or ""))
             processes.append(context.Process(target=_enter, args=arguments))
-        for process in processes:
-            process.start()
+        with _POLLING:
+            for process in processes:
+                process.start()
         limit, failed = time.monotonic() + self.limit, False
-        while any(process.is_alive() for process in processes) and time.monotonic() < limit:
-            if not failed and any(process.exitcode not in (None, 0, 75) for process in processes):
+        while None in (now := _codes(processes)) and time.monotonic() < limit:
+            if not failed and any(code not in (None, 0, 75) for code in now):
                 failed, limit = True, min(limit, time.monotonic() + GRACE)
             time.sleep(0.01)
-        hung = [process for process in processes if process.is_alive() and not failed]
+        hung = [process for process, code in zip(processes, _codes(processes)) if code is None and not failed]
         for process in hung:
             os.kill(process.pid or 0, signal.SIGUSR1)  # writes its stacks to the log
             time.sleep(0.5)
-        for process in processes:
-            process.kill()
-            process.join()
-        codes = [None if process in hung else process.exitcode for process in processes]
+        with _POLLING:
+            for process in processes:
+                process.kill()
+                process.join()
+        codes = [None if process in hung else code for process, code in zip(processes, _codes(processes))]
         return codes, log.read_text(errors="replace") if log.exists() else ""
 
     def fresh(self, operation: Operation, work: Path, size: int) -> None:
@@ -176,7 +188,8 @@ class Bench:
         process = multiprocessing.get_context("forkserver").Process(
             target=_read, args=(operation.name, str(work), send)
         )
-        process.start()
+        with _POLLING:
+            process.start()
         send.close()
         try:
             found = receive.recv()

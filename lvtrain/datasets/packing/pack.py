@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -155,9 +156,10 @@ def _begin(source: Path, out: Path, options: PackOptions) -> Path:
 @contextlib.contextmanager
 def _alone(scratch: Path) -> Iterator[None]:
     """Locks the folder: two packs in it would overwrite each other. The lock ends with the process."""
-    with open(scratch / "lock", "a") as file:
+    lock = os.open(scratch / "lock", os.O_WRONLY | os.O_CREAT)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"another pack is writing {scratch.parent}; wait for it, or choose another folder"
@@ -165,6 +167,9 @@ def _alone(scratch: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
+    finally:
+        with contextlib.suppress(OSError):  # nothing was written to it, and the pack may have ended
+            os.close(lock)
 
 
 def _inspect(job: work.Job, count: int, workers: int, tell: Progress) -> None:
