@@ -218,9 +218,9 @@ def in_turns(pairs: list[tuple[Site, Mode]], seed: int) -> list[tuple[Site, Mode
 
 
 def carry_out(bench: Bench, pairs: list[tuple[Site, Mode]], jobs: int, log: Path, minutes: float) -> Iterator[Trial]:
-    """Runs the trials, `jobs` at the same time, and writes each to `log`. A trial that is in `log` is not
-    repeated, unless it was wrong: what was wrong may be corrected since.
+    """Runs the trials, `jobs` at the same time, and writes each to `log`.
 
+    A trial that is in `log` is not repeated, unless it was wrong: what was wrong may be corrected since.
     After `minutes` no other trial begins.
     """
     end = time.monotonic() + 60 * minutes
