@@ -97,7 +97,7 @@ def follow(
     """A run of 100 steps an epoch against a curve that falls from 20 by 2 an epoch; the events of its rows."""
     epochs = np.linspace(0, 8, 81)
     curve = Curve("card", "test", 1, epochs, 20 - 2 * epochs, 20 - 2 * epochs, ends or {})
-    run = OnTrack("no law", Reference(curve, {}), tmp_path)
+    run = OnTrack("not known", Reference(curve, {}), tmp_path)
     events = []
     for step in range(10, 10 * len(losses) + 1, 10):
         row = {"step": step, "epoch": step / 100, "loss": losses[step // 10 - 1]}

@@ -1,4 +1,4 @@
-"""The law of the first loss: against simulation in plain numpy, the public logs, and the project's own classifier."""
+"""What the first loss must be: against simulation in plain numpy, the public logs, and the project's own classifier."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def simulated(
 def test_each_margin_has_the_loss_of_random_directions(name: str, classes: int) -> None:
     margin, target = TARGETS[name]
     mean, error = simulated([target], classes)
-    assert softmax(margin, classes).law().expected == pytest.approx(mean, abs=4 * error + 0.01)
+    assert softmax(margin, classes).first_loss().expected == pytest.approx(mean, abs=4 * error + 0.01)
 
 
 def test_a_second_anchor_that_begins_at_the_centres() -> None:
@@ -126,10 +126,10 @@ def test_the_number_of_classes_in_a_step() -> None:
 
 
 def first_loss(name: str, embeddings: str, seed: int, **wrong: Any) -> tuple[Any, float]:
-    """A recipe's law for 500 identities, and the loss of its classifier on embeddings of a kind, with faulty values."""
+    """A recipe's expected first loss for 500 identities, and the loss of its classifier on embeddings of a kind, with faulty values."""
     recipe = recipes.load(RECIPES / f"{name}.yaml")
     assert recipe.classifier is not None
-    law = METHODS.get(recipe.method.name).first_loss(recipe, num_classes=500)
+    wanted = METHODS.get(recipe.method.name).first_loss(recipe, num_classes=500)
     phase, dim = recipe.phases[0], recipe.backbone.embedding_dim
     values = recipe.classifier.margin.model_dump() | {k: v for k, v in wrong.items() if k in ("scale", "m")}
     margin = create_margin(MARGINS.get(values["name"]).section(**values))
@@ -142,7 +142,7 @@ def first_loss(name: str, embeddings: str, seed: int, **wrong: Any) -> tuple[Any
     x = {"random": x, "alike": x[:1] + 0.05 * x, "few": x[:4].repeat_interleave(phase.global_batch // 4, 0)}[embeddings]
     labels = torch.randint(0, 500, (len(x),), generator=generator)
     head.begin_step(0, labels, warmup_factor=margin.warmup_factor)
-    return law, float(head(x, labels, step=0).loss)
+    return wanted, float(head(x, labels, step=0).loss)
 
 
 QUICK = ["quickstart", "pco_ablation", "cluster_quickstart", "finetune_quickstart", "part_fvit_quickstart"]
@@ -152,8 +152,8 @@ QUICK = ["quickstart", "pco_ablation", "cluster_quickstart", "finetune_quickstar
 @pytest.mark.parametrize("embeddings", ["random", "alike", "few"])
 def test_no_alarm_on_quick_recipes_whatever_the_embeddings(name: str, embeddings: str) -> None:
     for seed in range(2):
-        law, found = first_loss(name, embeddings, seed)
-        assert compare(law, found).agrees
+        wanted, found = first_loss(name, embeddings, seed)
+        assert compare(wanted, found).agrees
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_no_alarm_on_quick_recipes_whatever_the_embeddings(name: str, embeddings
     ],
 )
 def test_a_deviation_names_what_is_wrong(wrong: dict[str, Any], cause: str, value: float | None) -> None:
-    law, found = first_loss("quickstart", "random", 0, **wrong)
-    compared = compare(law, found)
+    wanted, found = first_loss("quickstart", "random", 0, **wrong)
+    compared = compare(wanted, found)
     causes = {each.kind: each.value for each in compared.causes}
     assert not compared.agrees and compared.fields()["causes"].keys() == causes.keys() and cause in causes
     if value is not None:
@@ -176,21 +176,21 @@ def test_a_deviation_names_what_is_wrong(wrong: dict[str, Any], cause: str, valu
 
 
 def test_logits_that_are_not_cosines_and_batches_without_labels() -> None:
-    law = softmax(section("cosface"), 100_000).law()
-    assert [each.kind for each in compare(law, 900.0).causes] == ["not_unit"]
-    assert [each.kind for each in compare(law, 0.0).causes] == ["no_labels"]
-    assert "all_zero" in [each.kind for each in compare(law, S * 0.4 + math.log(100_000)).causes]
-    half = softmax(section("cosface", m=0.5), 100_000).changed(distinct=4096).law()
+    wanted = softmax(section("cosface"), 100_000).first_loss()
+    assert [each.kind for each in compare(wanted, 900.0).causes] == ["not_unit"]
+    assert [each.kind for each in compare(wanted, 0.0).causes] == ["no_labels"]
+    assert "all_zero" in [each.kind for each in compare(wanted, S * 0.4 + math.log(100_000)).causes]
+    half = softmax(section("cosface", m=0.5), 100_000).changed(distinct=4096).first_loss()
     assert "kind_of_margin" in [each.kind for each in compare(half, half.expected - S * (0.5 - math.sin(0.5))).causes]
 
 
 @pytest.mark.parametrize(
     "name", ["cluster_quickstart", "dino_fvitb_webface1shot", "distill_quickstart", "pco_vitl_webface42m"]
 )
-def test_methods_that_have_a_law(name: str) -> None:
+def test_methods_that_know_their_first_loss(name: str) -> None:
     recipe = recipes.load(RECIPES / f"{name}.yaml")
-    law = METHODS.get(recipe.method.name).first_loss(recipe, num_classes=recipe.data.num_classes or 500)
-    assert 0 < law.bound < law.expected
+    wanted = METHODS.get(recipe.method.name).first_loss(recipe, num_classes=recipe.data.num_classes or 500)
+    assert 0 < wanted.bound < wanted.expected
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_methods_that_have_a_law(name: str) -> None:
         ("dino_quickstart", []),
     ],
 )
-def test_what_has_no_law_says_why(name: str, overrides: list[str]) -> None:
+def test_a_first_loss_that_is_not_known_says_why(name: str, overrides: list[str]) -> None:
     recipe = recipes.load(RECIPES / f"{name}.yaml", overrides)
     assert isinstance(METHODS.get(recipe.method.name).first_loss(recipe, num_classes=500), str)
 
@@ -212,7 +212,7 @@ def test_what_has_no_law_says_why(name: str, overrides: list[str]) -> None:
 def test_the_first_loss_of_dino() -> None:
     """Two heads of the same weights on views of cosine rho: within the range for every rho."""
     recipe = recipes.load(RECIPES / "dino_fvitb_webface1shot.yaml", ["method.prototypes=4096"])
-    law = METHODS.get("dino").first_loss(recipe, num_classes=1)
+    wanted = METHODS.get("dino").first_loss(recipe, num_classes=1)
     rng = np.random.default_rng(0)
     prototypes = directions(4096, rng, 256)
     for rho in (0.0, 0.5, 1.0):
@@ -222,4 +222,4 @@ def test_the_first_loss_of_dino() -> None:
         teacher, student = a @ prototypes.T / 0.04, b @ prototypes.T / 0.1
         p = np.exp(teacher) / np.exp(teacher).sum(1, keepdims=True)
         loss = -(p * (student - np.log(np.exp(student).sum(1, keepdims=True)))).sum(1).mean()
-        assert abs(loss - law.expected) < law.bound
+        assert abs(loss - wanted.expected) < wanted.bound

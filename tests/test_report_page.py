@@ -291,7 +291,7 @@ def on_track(run: Path) -> None:
 
 
 def test_where_the_run_stands_and_what_comes_next(tmp_path: Path) -> None:
-    """The band, the law and its causes, sizes and the plan, the card and commands to paste."""
+    """The band, the first loss and its causes, sizes and the plan, the card and commands to paste."""
     run = make_run(tmp_path / "it's")
     on_track(run)
     files = read_run(run)

@@ -75,6 +75,11 @@ class EpochCount:
     exact: bool | None
     complete: bool = True
 
+    @property
+    def is_plain(self) -> bool:
+        """Every image was seen exactly once and trained on; there is nothing else to say."""
+        return bool(self.exact) and self.served == self.images and not self.undecoded and not self.nonfinite
+
 
 class EpochTally:
     """Adds up what this rank is served, by epoch. Nothing here waits for a device or for another rank.

@@ -1,4 +1,4 @@
-"""The law of the first loss of a margin softmax, and what a deviation from it means.
+"""What the first loss of a margin softmax must be, and what another value means.
 
 At the first step the class centres are random, so every cosine c has the distribution of a random direction's in d
 dimensions: mean 0, variance 1/d. This holds whatever the embeddings are. With n classes in the step:
@@ -27,7 +27,7 @@ from lvtrain.recipe.classifier import MarginSection
 _NODES = 481  # cosines of the quadrature
 _WIDEST = 12.0  # standard deviations of a cosine that it covers
 _CHANCE = 4.0  # standard deviations that chance explains
-_ROUNDING = 0.003  # share of the loss: seven public logs are within 0.001 of the law
+_ROUNDING = 0.003  # share of the loss: seven public logs are within 0.001 of the formula
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Softmax:
         margin.warmup_factor = self.factor
         return margin
 
-    def law(self) -> FirstLoss:
+    def first_loss(self) -> FirstLoss:
         """The expected loss with its bound: chance of the class centres' draw, and rounding."""
         scale = self.margin.scale
         _, variance = negatives(scale, self.classes - 1, self.dim)
@@ -185,51 +185,53 @@ class Cause:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A first loss beside its law.
+    """A first loss beside what it must be.
 
     Attributes:
         found: the loss of step 1.
-        law: what it must be.
-        causes: each one alone would give the loss that was found; empty where the loss agrees with its law.
+        wanted: what it must be.
+        causes: each one alone would give the loss that was found; empty where the loss is as expected.
     """
 
     found: float
-    law: FirstLoss
+    wanted: FirstLoss
     causes: tuple[Cause, ...] = ()
 
     @property
     def agrees(self) -> bool:
-        return abs(self.found - self.law.expected) <= self.law.bound
+        return abs(self.found - self.wanted.expected) <= self.wanted.bound
 
     @property
     def text(self) -> str:
         """One line."""
-        law = self.law
-        said = f"first loss {self.found:.2f}, expected {law.expected:.2f} ± {law.bound:.2f} ({law.what})"
+        wanted = self.wanted
+        said = f"first loss {self.found:.2f}, expected {wanted.expected:.2f} ± {wanted.bound:.2f} ({wanted.what})"
         if self.agrees:
             return said
-        side = "higher" if self.found > law.expected else "lower"
+        side = "higher" if self.found > wanted.expected else "lower"
         return f"{said}: {side} than chance explains. It would come from: {'; or '.join(c.text for c in self.causes)}"
 
     def fields(self) -> dict[str, Any]:
         """For an event."""
-        found: dict[str, Any] = {"loss": round(self.found, 4), "expected": round(self.law.expected, 4)}
-        found |= {"bound": round(self.law.bound, 4), "agrees": self.agrees}
+        found: dict[str, Any] = {"loss": round(self.found, 4), "expected": round(self.wanted.expected, 4)}
+        found |= {"bound": round(self.wanted.bound, 4), "agrees": self.agrees}
         return found if self.agrees else found | {"causes": {cause.kind: cause.value for cause in self.causes}}
 
 
-def compare(law: FirstLoss, found: float) -> Comparison:
-    """Compares the loss of step 1 with its law."""
-    plain = Comparison(found, law)
-    return plain if plain.agrees else Comparison(found, law, tuple(_causes(law, found)))
+def compare(wanted: FirstLoss, found: float) -> Comparison:
+    """Compares the loss of step 1 with what it must be."""
+    plain = Comparison(found, wanted)
+    return plain if plain.agrees else Comparison(found, wanted, tuple(_causes(wanted, found)))
 
 
-def _causes(law: FirstLoss, found: float) -> list[Cause]:
-    softmax = law.softmax
+def _causes(wanted: FirstLoss, found: float) -> list[Cause]:
+    softmax = wanted.softmax
     if softmax is None:
         return [Cause("settings", None, "another number of prototypes, or other temperatures")]
-    own = law.expected + (found - law.expected) / law.share  # the softmax's part, if the other term is as expected
-    section, expected, bound = softmax.margin, softmax.loss(), min(law.bound / law.share, 1.0)
+    own = (
+        wanted.expected + (found - wanted.expected) / wanted.share
+    )  # the softmax's part, if the other term is as expected
+    section, expected, bound = softmax.margin, softmax.loss(), min(wanted.bound / wanted.share, 1.0)
     if own < 0.5 and expected > 1.5:
         known = "a batch whose images have no label, or a classifier that already knows these identities"
         return [Cause("no_labels", None, known)]

@@ -31,13 +31,13 @@ class OnTrack:
     """One run against what is known of it.
 
     Args:
-        law: of the first loss, or why there is none.
+        wanted: what the first loss must be, or why that is not known.
         reference: the curve of the run's card; None where it has none.
         folder: of the run, whose `metrics.jsonl` has the rows so far.
     """
 
-    def __init__(self, law: FirstLoss | str, reference: Reference | None, folder: Path) -> None:
-        self.law, self.reference = law, reference
+    def __init__(self, wanted: FirstLoss | str, reference: Reference | None, folder: Path) -> None:
+        self.wanted, self.reference = wanted, reference
         self._curve: Curve | None = reference.curve if reference and len(reference.curve.epochs) else None
         self._rows: list[tuple[int, float, float]] = [
             _brief(row) for row in read_records(folder / "metrics.jsonl", "step", int)[0]
@@ -54,9 +54,9 @@ class OnTrack:
 
     def first_loss(self, found: float) -> list[Note]:
         """Compares the loss of step 1."""
-        if isinstance(self.law, str):
+        if isinstance(self.wanted, str):
             return []
-        compared = compare(self.law, found)
+        compared = compare(self.wanted, found)
         return [Note("first_loss", compared.fields(), compared.text, not compared.agrees)]
 
     # ------------------------------------------------------------------------------------------------------------- the curve

@@ -122,7 +122,7 @@ class Method(ABC):
     @classmethod
     def first_loss(cls, recipe: Recipe, *, num_classes: int) -> FirstLoss | str:
         """What the loss of the run's first step must be, or why that is not known."""
-        return "the method states no law"
+        return "the method does not say what its first loss is"
 
     @classmethod
     def frozen_networks(cls, recipe: Recipe) -> dict[str, Callable[[], Backbone]]:

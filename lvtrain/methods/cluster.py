@@ -163,10 +163,10 @@ class ClusterMethod(SupervisedMethod):
 
     @classmethod
     def first_loss(cls, recipe: Recipe, *, num_classes: int) -> FirstLoss | str:
-        """Plain ArcFace's in the warm-up. Without one, the clustering and aligning losses have no law."""
+        """Plain ArcFace's in the warm-up. Without one, it is not known for the clustering and aligning losses."""
         settings: ClusterSection = recipe.method  # type: ignore[assignment]
         if not settings.warmup.amount:
-            return "the losses on cluster centres have no law (method.warmup: 0)"
+            return "what the losses on cluster centres begin with is not known (method.warmup: 0)"
         return super().first_loss(recipe, num_classes=num_classes)
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:

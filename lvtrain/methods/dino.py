@@ -167,7 +167,7 @@ class DinoMethod(Method):
         width, student = settings.bottleneck, settings.student_temperature
         teacher = settings.teacher_temperature_start
         if settings.prototypes < 50 * math.exp(min(1 / (width * min(student, teacher) ** 2), 50.0)):
-            return f"{settings.prototypes:,} prototypes are too few for a law"
+            return f"{settings.prototypes:,} prototypes are too few to predict the first loss"
         most = 1 / (width * student * teacher)
         expected = math.log(settings.prototypes) + 1 / (2 * width * student**2) - most / 2
         bound = most / 2 + 0.005 * math.log(settings.prototypes)

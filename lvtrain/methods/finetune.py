@@ -89,10 +89,10 @@ class FinetuneMethod(SupervisedMethod):
 
     @classmethod
     def first_loss(cls, recipe: Recipe, *, num_classes: int) -> FirstLoss | str:
-        """The margin softmax's; the distance of landmarks has no law."""
+        """The margin softmax's; it is not known for the distance of landmarks."""
         settings: FinetuneSection = recipe.method  # type: ignore[assignment]
         if settings.landmarks == "anchored":
-            return "the distance of landmarks to the frozen ones has no law"
+            return "what the distance of landmarks to the frozen ones begins with is not known"
         return super().first_loss(recipe, num_classes=num_classes)
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:

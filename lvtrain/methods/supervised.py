@@ -106,7 +106,7 @@ class SupervisedMethod(Method):
 
     @classmethod
     def first_loss(cls, recipe: Recipe, *, num_classes: int) -> FirstLoss | str:
-        """The law of the margin softmax, and beside it the mean of 1 - cos to a teacher, 1 for an untrained student."""
+        """The expected loss of the margin softmax, and beside it the mean of 1 - cos to a teacher, 1 for an untrained student."""
         section = classifier_section(recipe)
         if recipe.init_from is not None and recipe.init_from.classifier != "fresh":
             return f"class centres do not start at random (init_from.classifier: {recipe.init_from.classifier})"
@@ -119,10 +119,10 @@ class SupervisedMethod(Method):
         classes, distinct = classes_in_step(num_classes, phase.sample_rate, phase.global_batch)
         factor = 0.0 if section.margin.warmup.amount else 1.0
         anchors = cls.first_anchors(recipe)
-        law = Softmax(section.margin, num_classes, classes, dim, distinct, factor, anchors).law()
+        plain = Softmax(section.margin, num_classes, classes, dim, distinct, factor, anchors).first_loss()
         if distill is None:
-            return law
-        return law.mixed(1 - distill.weight, 1.0, 4 / dim**0.5, f"{distill.weight:g} of the distance to the teacher")
+            return plain
+        return plain.mixed(1 - distill.weight, 1.0, 4 / dim**0.5, f"{distill.weight:g} of the distance to the teacher")
 
     @classmethod
     def first_anchors(cls, recipe: Recipe) -> tuple[MarginSection, ...]:

@@ -96,7 +96,7 @@ class PhaseState:
         tally: counts which images were served in each epoch.
         cos2: of the last finite step, a scalar on the device.
         grad_norm: likewise.
-        first_loss: of the run's first step, a scalar on the device, until it is compared with its law.
+        first_loss: of the run's first step, a scalar on the device, until it is compared with what is expected.
 
     Raises:
         UserError: weights that do not fit the recipe.

@@ -100,11 +100,11 @@ class RunLog:
         """What follows the run's loss, with what is known of such a run."""
         recipe, num_classes = self.recipe, self.dataset.num_classes
         try:
-            law = METHODS.get(recipe.method.name).first_loss(recipe, num_classes=num_classes)
+            expected = METHODS.get(recipe.method.name).first_loss(recipe, num_classes=num_classes)
         except Exception as error:  # of a margin or method that is not ours; a check does not stop a run
-            law = f"the law failed ({type(error).__name__}: {error})"
+            expected = f"it could not be computed ({type(error).__name__}: {error})"
         reference = find_reference(recipe, num_classes=num_classes, num_samples=len(self.dataset))
-        found = OnTrack(law, reference, self.folder.path)
+        found = OnTrack(expected, reference, self.folder.path)
         for note in found.start():
             self.telemetry.event(note.event, **note.fields)
             self.telemetry.say(f"lvtrain: {note.text}")
@@ -234,6 +234,8 @@ class RunLog:
     def _epochs(self, phase: PhaseState, found: list[EpochCount]) -> None:
         for count in found:
             self.event(phase, "epoch", **asdict(count))
+        # on a small dataset several epochs end between two lines of the log: then the last one is enough
+        for count in [*(each for each in found[:-1] if not each.is_plain), *found[-1:]]:
             self.telemetry.say(f"lvtrain: {epoch_line(count, self.world.size)}")
 
     def _note(self, phase: PhaseState, notes: list[Note]) -> None:
