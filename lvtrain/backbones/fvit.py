@@ -147,10 +147,19 @@ class FViT(Backbone):
         positions = resized_positions(self.pos_embedding[:, 1:], self.side, rows, columns)
         patches = images.unflatten(2, (rows, self.patch)).unflatten(4, (columns, self.patch))
         patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], rows * columns, -1)
-        return self._encode(patches, positions, return_tokens)
+        return self.encode(patches, positions, return_tokens)
 
-    def _encode(self, patches: torch.Tensor, positions: torch.Tensor, return_tokens: bool) -> Any:
-        """From patches `[B, N, patch * patch * 3]` (row, column, colour) and positions `[1 or B, N, dim]` to embeddings."""
+    def encode(self, patches: torch.Tensor, positions: torch.Tensor, return_tokens: bool = False) -> Any:
+        """Embeddings from patches and their position embeddings, for a caller that chooses both.
+
+        Args:
+            patches: float `[B, N, patch * patch * 3]`, each in the order row, column, colour.
+            positions: float `[1 or B, N, dim]`.
+            return_tokens: also return the tokens of the patches.
+
+        Returns:
+            float32 `[B, embedding_dim]`; with `return_tokens` `(tokens [B, N, dim], embeddings)`.
+        """
         x = self.patch_to_embedding(patches) + positions
         first = (self.cls_token + self.pos_embedding[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)
         x = self.run_blocks(self.transformer.layers, self.dropout(torch.cat([first, x], dim=1)))

@@ -125,7 +125,7 @@ class PartFViT(FViT):
         patches = sample_patches(images, landmarks, self.patch)
         if self.released:  # (row, column, colour) -> (column, row, colour)
             patches = patches.unflatten(2, (self.patch, self.patch, 3)).transpose(2, 3).flatten(2)
-        output = self._encode(patches, embedded, return_tokens)
+        output = self.encode(patches, embedded, return_tokens)
         if not return_landmarks:
             return output
         return (*output, landmarks) if return_tokens else (output, landmarks)

@@ -70,7 +70,7 @@ def at(network: FViT, images: torch.Tensor, points: torch.Tensor, positions: tor
     """Embeddings from patches around points `[B or 1, R, 2]` with position embeddings `[R]` or `[B, R]`."""
     patches = sample_patches(images, points.expand(len(images), -1, -1), network.patch)
     embedded = network.pos_embedding[0, 1:][positions]
-    output: torch.Tensor = network._encode(patches, embedded if embedded.ndim == 3 else embedded[None], False)
+    output: torch.Tensor = network.encode(patches, embedded if embedded.ndim == 3 else embedded[None])
     return output
 
 
