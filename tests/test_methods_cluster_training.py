@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from lvtrain import load_model
 from tests.runs import metrics, output, recipe_file, run
 
 BATCH = {"global_batch": 16, "micro_batches": 4}
@@ -59,3 +62,8 @@ def test_front_door_trains_resumes_and_reports(tiny_faces: Path, tmp_path: Path)
         assert row["loss"] == pytest.approx(classification + 0.7 * clustering + 0.5 * aligning, rel=1e-5)
     # the engine trains the temperature, and so it comes back with the backbone
     assert straight[7]["temperature"] != pytest.approx(0.07, rel=1e-6)
+    # it is not part of the network that is evaluated
+    (checkpoint,) = (tmp_path / "straight" / "runs" / "tiny" / "checkpoints").glob("*_000000008/rank_00000.safetensors")
+    stored = load_file(checkpoint)
+    for name, value in load_model(tmp_path / "straight" / "runs" / "tiny").backbone.named_parameters():
+        assert torch.equal(value, stored[f"backbone.param.backbone.{name}"]), name

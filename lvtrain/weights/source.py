@@ -230,14 +230,13 @@ def architecture_from(section: dict[str, Any]) -> Architecture:
 def evaluated(everything: dict[str, _T]) -> dict[str, _T]:
     """The tensors of a checkpoint that are evaluated, by the evaluated network's names.
 
-    That is a self-supervised run's teacher, else the trained module, which may hold the network as `backbone`.
+    That is a self-supervised run's teacher, else the trained module. This may hold the network as `backbone`, beside a
+    head or a temperature that are only trained.
     """
     if teacher := strip(everything, TEACHER):
         return teacher
     trained = strip(everything, "backbone.param.") | strip(everything, "backbone.buffer.")
-    if trained and all(name.startswith("backbone.") for name in trained):
-        return strip(trained, "backbone.")
-    return trained
+    return strip(trained, "backbone.") or trained
 
 
 def strip(values: dict[str, _T], prefix: str) -> dict[str, _T]:
