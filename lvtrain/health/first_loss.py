@@ -228,9 +228,8 @@ def _causes(wanted: FirstLoss, found: float) -> list[Cause]:
     softmax = wanted.softmax
     if softmax is None:
         return [Cause("settings", None, "another number of prototypes, or other temperatures")]
-    own = (
-        wanted.expected + (found - wanted.expected) / wanted.share
-    )  # the softmax's part, if the other term is as expected
+    # the softmax's part, if the other term is as expected
+    own = wanted.expected + (found - wanted.expected) / wanted.share
     section, expected, bound = softmax.margin, softmax.loss(), min(wanted.bound / wanted.share, 1.0)
     if own < 0.5 and expected > 1.5:
         known = "a batch whose images have no label, or a classifier that already knows these identities"
