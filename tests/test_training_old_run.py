@@ -3,8 +3,8 @@
 It samples no classes. A run that has still to sample is refused, because the rule is another one since.
 
 The arithmetic is held to instructions that every x86 processor has (`expected.json`: environment), so the bits depend on
-the versions of torch, DeepSpeed and NumPy. On one processor with AVX-512 some library ignores this: a loss differs by one
-unit in the last place. With other versions, or where losses differ on such a processor, they are compared to 1e-4.
+the versions of torch, DeepSpeed and NumPy. One processor with AVX-512 rounds otherwise, for a reason not found: its losses
+differ by up to 2e-7. There they are compared to 1e-6; with other versions to 1e-4.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def is_comparable(folder: Path) -> bool:
 def test_the_losses_go_on(resumed: Path) -> None:
     rows = losses(resumed)
     assert len(rows) == 90
-    tolerance = 0.0 if is_comparable(resumed) else 1e-4
+    tolerance = 0.0 if is_comparable(resumed) else 1e-6 if same_versions() else 1e-4
     for step, loss in EXPECTED["loss"].items():
         assert rows[step] == pytest.approx(loss, rel=tolerance, abs=0), step
     (resume,) = events(resumed, "resume")
