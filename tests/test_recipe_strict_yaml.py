@@ -60,8 +60,8 @@ def test_what_is_not_a_plain_document(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ('{"a": {"b": 1,\n"b": 2}}', "line 1 and in line 2"),
-        ('{\n\t"a": 1,\n\t"a": 2\n}', "line 2 and in line 3"),
+        ('{"a": {"b": 1, "c": 1, "b": 1}}', "'b'"),
+        ('[{"a": 1}, {"\\u0061": {}, "a": 2}]', "'a'"),
         ('{"a": NaN}', "NaN"),
         ('{"a": -Infinity}', "Infinity"),
         ('{"a": 1}}', "not JSON"),
@@ -73,11 +73,9 @@ def test_json(text: str, match: str) -> None:
         parse_json(text)
 
 
-# the reader, YAML's, takes keys of up to 1,024 characters as they are written
-KEYS = st.text().filter(lambda key: len(json.dumps(key)) <= 1000)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda below: st.lists(below, max_size=4) | st.dictionaries(KEYS, below, max_size=4),
+    lambda below: st.lists(below, max_size=4) | st.dictionaries(st.text(), below, max_size=4),
     max_leaves=20,
 )
 
@@ -85,6 +83,10 @@ VALUES = st.recursive(
 @given(VALUES, st.sampled_from([None, 1, "\t"]))
 def test_any_json_is_read_as_the_json_module_reads_it(value: Any, indent: Any) -> None:
     assert parse_json(json.dumps(value, indent=indent)) == value
+
+
+def test_json_keys_may_be_long() -> None:
+    assert parse_json(json.dumps({"k" * 5000: 1})) == {"k" * 5000: 1}
 
 
 @given(VALUES)

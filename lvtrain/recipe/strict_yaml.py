@@ -62,16 +62,13 @@ def parse_yaml(text: str) -> Any:
 def parse_json(text: str) -> Any:
     """The values of a JSON document; raises StrictError as `parse_yaml`."""
     try:
-        values = json.loads(text, parse_constant=_refuse_constant)
-        # JSON is YAML with tabs, which can only be white space here; composing it finds keys that stand twice
-        yaml.compose(text.replace("\t", " "), Loader=_Loader)
+        return json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_refuse_constant)
     except StrictError:
         raise
-    except RecursionError as error:  # of the json module, which goes first
-        raise StrictError(f"its values are nested more than {DEEPEST} deep") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise StrictError(f"it is not JSON: {' '.join(str(error).split())}") from error
-    return values
+    except RecursionError as error:
+        raise StrictError("its values are nested too deep") from error
+    except ValueError as error:
+        raise StrictError(f"it is not JSON: {error}") from error
 
 
 def read_small(path: Path) -> str:
@@ -98,6 +95,15 @@ def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
         below = [child for pair in node.value for child in pair] if pairs else node.value
         known[id(node)] = 1 + sum(_expanded(child, known) for child in below)
     return known[id(node)]
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise StrictError(f"key {key!r} is twice in one object; remove one")
+        values[key] = value
+    return values
 
 
 def _refuse_constant(name: str) -> float:
