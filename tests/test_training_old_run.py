@@ -2,9 +2,9 @@
 
 It samples no classes. A run that has still to sample is refused, because the rule is another one since.
 
-The arithmetic is held to instructions that every x86 processor has (`expected.json`: environment), so the bits depend on
-the versions of torch, DeepSpeed and NumPy. One processor with AVX-512 rounds otherwise, for a reason not found: its losses
-differ by up to 2e-7. There they are compared to 1e-6; with other versions to 1e-4.
+The arithmetic is held to instructions that every x86 processor has (`expected.json`: environment), and square roots to
+correct rounding (`exact_sqrt.py`). So the bits depend on the versions of torch, DeepSpeed and NumPy. With other versions
+losses are compared to 1e-4.
 """
 
 from __future__ import annotations
@@ -48,7 +48,15 @@ def resumed(tiny_faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe = folder.parent / "recipe.yaml"
     recipe.write_text(json.dumps(todays(values)))
-    command = [sys.executable, "lvtrain/main.py", "--recipe", str(recipe), "--ds_config", "ds_configs/zero2.json"]
+    command = [
+        sys.executable,
+        "tests/exact_sqrt.py",
+        "lvtrain/main.py",
+        "--recipe",
+        str(recipe),
+        "--ds_config",
+        "ds_configs/zero2.json",
+    ]
     command += [f"runs={folder.parent}", f"data.path={tiny_faces / 'train'}"]
     # in new processes, because the environment matters only before torch is imported
     places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -85,21 +93,10 @@ def losses(folder: Path) -> dict[str, float]:
     return {str(row["step"]): row["loss"] for row in metrics(folder)}
 
 
-def has_avx512() -> bool:
-    cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and "avx512f" in cpu.read_text().split()
-
-
-def is_comparable(folder: Path) -> bool:
-    """Whether the bits must be those of the old run."""
-    found = losses(folder)
-    return same_versions() and not (has_avx512() and any(found[s] != loss for s, loss in EXPECTED["loss"].items()))
-
-
 def test_the_losses_go_on(resumed: Path) -> None:
     rows = losses(resumed)
     assert len(rows) == 90
-    tolerance = 0.0 if is_comparable(resumed) else 1e-6 if same_versions() else 1e-4
+    tolerance = 0.0 if same_versions() else 1e-4
     for step, loss in EXPECTED["loss"].items():
         assert rows[step] == pytest.approx(loss, rel=tolerance, abs=0), step
     (resume,) = events(resumed, "resume")
@@ -118,10 +115,8 @@ def test_the_losses_go_on(resumed: Path) -> None:
 def test_the_weights_are_the_same_bits(resumed: Path) -> None:
     reader = open_weights(resumed).reader
     assert reader.names == EXPECTED["tensors"].keys()
-    if not is_comparable(resumed):
-        pytest.skip(
-            f"bits are compared with {EXPECTED['packages']} on x86-64 only, and not where AVX-512 rounds otherwise"
-        )
+    if not same_versions():
+        pytest.skip(f"bits are compared with {EXPECTED['packages']} on x86-64 only")
     found = {}
     for name in reader.names:
         rows = reader.is_rows(name)
