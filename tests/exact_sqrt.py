@@ -1,7 +1,7 @@
 """Runs a script with square roots that are the same bits on every processor: `python tests/exact_sqrt.py SCRIPT ARGUMENTS`.
 
 On x86 torch takes the roots of float32 from MKL. MKL starts from the processor's own approximation (the instruction
-rsqrtps), so a fifth of the roots may differ by a rounding from those of another processor. NumPy's roots are correctly
+rsqrtps), so about one root in five may differ in its last bit from another processor's. NumPy's roots are correctly
 rounded.
 """
 

@@ -51,7 +51,9 @@ def test_depth_is_bounded(text: str) -> None:
         parse_yaml(text)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "a: \x00", "!!python/object/apply:os.getcwd []", "a: 1\n---\nb: 2", "%A"])
+@pytest.mark.parametrize(
+    "text", ["a: [1", "a: \x00", "!!python/object/apply:os.getcwd []", "a: 1\n---\nb: 2", "%A", "a: 2020-13-45"]
+)
 def test_what_is_not_a_plain_document(text: str) -> None:
     with pytest.raises(StrictError, match="not valid YAML"):
         parse_yaml(text)

@@ -13,21 +13,23 @@ from scipy.stats import ttest_1samp
 from lvtrain.errors import UserError
 from tools.studies.differences import difference, interval, main, table
 
+TAR = "TAR@FAR=1e-02 %"
+
 
 def row(
     setting: str, values: list[float], seeds: list[int], pretrainings: list[int] | None = None, **place: Any
 ) -> dict[str, Any]:
     kinds = {} if pretrainings is None else {"pretraining_seeds": pretrainings}
-    return {"setting": setting, "seeds": seeds, **kinds, **place, "figures": {"TAR@FAR=1e-02 %": {"values": values}}}
+    return {"setting": setting, "seeds": seeds, **kinds, **place, "figures": {TAR: {"values": values}}}
 
 
 def test_runs_of_one_pretraining_and_one_seed_are_compared() -> None:
     tuned = row("tuned", [1.0, 2.0, 3.0, 4.0], [0, 1, 0, 1], [0, 0, 1, 1])
     other = row("other", [40.0, 30.0, 20.0, 10.0], [1, 0, 1, 0], [1, 1, 0, 0])
     scratch = row("scratch", [100.0, 200.0], [0, 1])
-    assert difference(tuned, other, "TAR").tolist() == [[-9.0, -18.0], [-27.0, -36.0]]
-    assert difference(tuned, scratch, "TAR").tolist() == [[-99.0, -198.0], [-97.0, -196.0]]
-    assert difference(scratch, tuned, "TAR").tolist() == [[99.0, 198.0], [97.0, 196.0]]
+    assert difference(tuned, other, TAR).tolist() == [[-9.0, -18.0], [-27.0, -36.0]]
+    assert difference(tuned, scratch, TAR).tolist() == [[-99.0, -198.0], [-97.0, -196.0]]
+    assert difference(scratch, tuned, TAR).tolist() == [[99.0, 198.0], [97.0, 196.0]]
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (3, 1), (1, 7)])
@@ -67,7 +69,7 @@ def test_each_subset_is_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[s
         path.write_text(json.dumps(content))
         assert main([str(path), "a - b"]) == 0
         cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-        assert cells[0] == ["difference", "10%, 1", "10%, 2", "100%, 1"]
+        assert cells[0] == [f"difference, {TAR}", "10%, 1", "10%, 2", "100%, 1"]
         assert [float(cell.split()[0]) for cell in cells[2][1:]] == [1.0, 2.0, -3.0]
 
 
@@ -86,7 +88,28 @@ def test_runs_that_cannot_be_compared_are_refused(second: dict[str, Any], pair: 
         table([row("a", [1.0, 2.0], [0, 1]), second], [pair], figure)
 
 
-def test_a_file_without_a_study_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("content", [None, "", "{", "3", "{}", '{"study": 3}', '[{"setting": "a"}]', '["a"]'])
+def test_a_file_without_a_study_is_refused_in_one_line(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "study.json"
+    if content is not None:
+        path.write_text(content)
     with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path / "none.json"), "a - b"])
+        main([str(path), "a - b"])
     assert stop.value.code and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_rows_without_a_subset_can_be_compared_too_and_one_run_has_its_mean_alone() -> None:
+    rows = [row("a (frozen)", [3.0], [0]), row("b (frozen)", [1.0], [0]), row("c", [1.0], [0], fraction=0.1, shots=1)]
+    line = table(rows, ["a (frozen) - b (frozen)"], "TAR").splitlines()[2]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["a (frozen) - b (frozen)", "+2.00"]
+
+
+def test_a_whole_title_is_preferred_to_the_beginning_of_another() -> None:
+    rows = [row(name, [1.0], [0]) for name in "ab"]
+    for it, value in zip(rows, (5.0, 2.0), strict=True):
+        it["figures"]["TAR"] = {"values": [value]}
+    assert "+3.00" in table(rows, ["a - b"], "TAR")
+    with pytest.raises(UserError, match="TAR@FAR=1e-02 %"):
+        table(rows, ["a - b"], "TA")

@@ -1,4 +1,4 @@
-"""Reads YAML and JSON strictly: no key occurs twice, and a small file cannot expand to gigabytes."""
+"""Reads YAML and JSON strictly: no key is written twice, and a small file cannot expand to gigabytes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parse_yaml(text: str) -> Any:
     """The values of a YAML document.
 
     Raises:
-        StrictError: it is not YAML, a key occurs twice, or its anchors expand to very many values.
+        StrictError: it is not YAML, a key is written twice, its values are nested deeply, or its anchors expand to very many.
     """
     try:
         loader = _Loader(text)
@@ -55,12 +55,18 @@ def parse_yaml(text: str) -> Any:
         if _expanded(node, {}) > MOST_VALUES:
             raise StrictError(f"its anchors (&) and aliases (*) expand to more than {MOST_VALUES:,} values")
         return loader.construct_document(node)
-    except yaml.YAMLError as error:
+    except StrictError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise StrictError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_json(text: str) -> Any:
-    """The values of a JSON document; raises StrictError as `parse_yaml`."""
+    """The values of a JSON document.
+
+    Raises:
+        StrictError: it is not JSON, a key is written twice, or its values are nested too deep.
+    """
     try:
         return json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_refuse_constant)
     except StrictError:
