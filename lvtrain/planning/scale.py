@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from lvtrain.files import markdown
 from lvtrain.planning.device import H200, Device
 from lvtrain.planning.phases import measure, phase_setup
 from lvtrain.planning.plan import Plan, plan
@@ -127,7 +128,4 @@ def scale_table(recipe: Recipe, *, device: Device = H200) -> str:
         ]
         then = ", ".join(cell.remedies) or "-"
         rows.append((str(cell.ranks), f"{cell.identities / 1e6:.0f} M", *figures[0], cell.breaks, then, *figures[1]))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    rule = "| " + " | ".join("-" * width for width in widths) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return markdown.table(rows)

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from lvtrain.files import markdown
+
 PAGE = Path(__file__).parents[1] / "recipes" / "MOVING_FROM_ARCFACE_TORCH.md"
 _BEGIN, _END = "<!-- written by tools/recipe_reference.py -->", "<!-- end -->"
 
@@ -58,19 +60,13 @@ def _tables() -> str:
     ]
     return "\n\n".join(
         [
-            _aligned(["arcface_torch", "lvtrain", "how to convert the value", "arcface_torch's default"], keys),
-            _aligned(["`config.network`", "`backbone.name`", "`backbone.overrides`"], networks),
+            markdown.table(
+                [["arcface_torch", "lvtrain", "how to convert the value", "arcface_torch's default"], *keys]
+            ),
+            markdown.table([["`config.network`", "`backbone.name`", "`backbone.overrides`"], *networks]),
         ]
     )
 
 
 def _default(entry: dict[str, Any]) -> str:
     return f"`{entry['default']}`" if "default" in entry else ""
-
-
-def _aligned(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with columns of equal width."""
-    cells = [head, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])

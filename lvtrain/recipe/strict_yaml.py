@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lvtrain.files import reading
 
 LARGEST_FILE = 1 << 20  # bytes
 MOST_VALUES = 100_000
 DEEPEST = 50
 
 
-class StrictError(ValueError):
+class StrictError(Exception):
     """What is wrong, in one line without the file's name."""
 
 
@@ -55,8 +56,6 @@ def parse_yaml(text: str) -> Any:
         if _expanded(node, {}) > MOST_VALUES:
             raise StrictError(f"its anchors (&) and aliases (*) expand to more than {MOST_VALUES:,} values")
         return loader.construct_document(node)
-    except StrictError:
-        raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise StrictError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
 
@@ -65,14 +64,10 @@ def parse_json(text: str) -> Any:
     """The values of a JSON document.
 
     Raises:
-        StrictError: it is not JSON, a key is written twice, or its values are nested too deep.
+        StrictError: it is not JSON, a key is written twice, or see `reading.parse_json`.
     """
     try:
-        return json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_refuse_constant)
-    except StrictError:
-        raise
-    except RecursionError as error:
-        raise StrictError("its values are nested too deep") from error
+        return reading.parse_json(text, object_pairs_hook=_each_key_once, parse_constant=_refuse_constant)
     except ValueError as error:
         raise StrictError(f"it is not JSON: {error}") from error
 

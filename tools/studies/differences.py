@@ -20,6 +20,7 @@ import numpy.typing as npt
 from scipy.stats import t as student
 
 from lvtrain.errors import UserError, one_line_errors
+from lvtrain.files import markdown
 from lvtrain.files.reading import parse_json
 
 FloatArray = npt.NDArray[np.float64]
@@ -128,13 +129,8 @@ def table(rows: list[dict[str, Any]], pairs: list[str], figure: str) -> str:
             )
     places = list(dict.fromkeys(place for _, place in found))
     heads = [f"{100 * fraction:g}%, {shots}" if fraction is not None else "all" for fraction, shots in places]
-    lines = [
-        [f"difference, {title}", *heads],
-        *([pair, *(found.get((pair, place), "") for place in places)] for pair in pairs),
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+    lines = [[pair, *(found.get((pair, place), "") for place in places)] for pair in pairs]
+    return markdown.table([[f"difference, {title}", *heads], *lines])
 
 
 def main(arguments: list[str] | None = None) -> int:
