@@ -87,15 +87,15 @@ def test_published_recipes_fit_the_screen(name: str) -> None:
     assert any(line.startswith("DOES NOT FIT") for line in lines) == (name == "pco_vith_webface42m")
 
 
-def test_the_tool_refuses() -> None:
-    quickstart = str(RECIPES / "quickstart.yaml")
+def test_the_tool_refuses(tmp_path: Path) -> None:
+    quickstart = [str(RECIPES / "quickstart.yaml"), f"data.path={tmp_path / 'absent'}"]
     numbers = ["data.num_classes=500", "data.num_samples=12000"]
     for arguments, named in (
         (["--ds_config", "nowhere.json", *numbers], "nowhere.json does not exist"),
         (["--gpu", "h300", *numbers], "h100, h200, b200"),
         (["data.num_classes=500"], "data.num_samples=N"),
     ):
-        bad = invoke(quickstart, *arguments)
+        bad = invoke(*quickstart, *arguments)
         assert bad.exit_code == 2 and named in bad.output
 
 

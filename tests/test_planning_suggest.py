@@ -67,7 +67,7 @@ def test_nothing_cheaper_in_the_grid_fits(room: float) -> None:
 
 def test_what_is_suggested_can_be_pasted(tmp_path: Path) -> None:
     arguments = [str(RECIPES / "quickstart.yaml"), "--ranks", "2", "--gpu", "rtx4090", "--json"]
-    data = ["data.num_classes=20000", "data.num_samples=50000"]
+    data = [f"data.path={tmp_path / 'absent'}", "data.num_classes=20000", "data.num_samples=50000"]
     found = json.loads(answer(*arguments, *data, "--suggest"))
     paste = found.pop("suggested setting")
     (tmp_path / "ds.json").write_text(json.dumps(paste["ds_config"]))
